@@ -1,0 +1,1 @@
+"""Volumes in, corpus out: `meddino-curate`."""

@@ -1,0 +1,1 @@
+"""Exported checkpoints in, measured results out: `meddino-eval`."""

@@ -1,0 +1,73 @@
+"""How every `meddino-*` command starts and ends: exit codes and one clear line for what the user can mend."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from meddino.core.errors import MedDINOError, StoppedEarly
+from meddino.core.files import is_disk_full
+from meddino.core.logging import setup_logging
+
+EXIT_DONE = 0
+EXIT_WRONG_INPUT = 2
+EXIT_RUN_AGAIN = 75
+EXIT_INTERRUPTED = 130
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the examples in a description as they are written and shows the defaults."""
+
+
+def command_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
+    """Return a parser whose --help ends with an example that works.
+
+    Args:
+        program: Name of the command, e.g. "meddino-curate".
+        description: One sentence.
+        example: One or more lines as a user would type them.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=HelpFormatter
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print debug records")
+    return parser
+
+
+def run_command(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, handle: Callable[[argparse.Namespace], None]
+) -> int:
+    """Parse the arguments, run the command, and turn what went wrong into an exit code.
+
+    Args:
+        parser: From `command_parser`.
+        argv: Arguments; the process's own if None.
+        handle: The work. It raises; it never calls `sys.exit`.
+
+    Returns:
+        0 done, 2 wrong input (one line on stderr), 75 stopped early and wants to be run again. Other faults raise,
+        which shows their traceback and exits 1.
+    """
+    arguments = parser.parse_args(argv)
+    setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
+    try:
+        handle(arguments)
+    except MedDINOError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    except StoppedEarly as stop:
+        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        return EXIT_RUN_AGAIN
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command again goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(
+            f"{parser.prog}: error: no space left on the disk{where}; free some, then run the same command again",
+            file=sys.stderr,
+        )
+        return EXIT_WRONG_INPUT
+    return EXIT_DONE

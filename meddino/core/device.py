@@ -1,0 +1,95 @@
+"""What the machine can do, asked in one place. No other module names a kind of device."""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from meddino.core.errors import ConfigError
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device this process computes on and the arithmetic it uses there.
+
+    Attributes:
+        device: Where tensors live.
+        compute_dtype: Data type of matrix products; weights, losses and the optimizer stay in float32.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @property
+    def is_accelerator(self) -> bool:
+        """True where work is queued on a device and runs beside the host."""
+        return self.device.type != "cpu"
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which forward passes run."""
+        if self.compute_dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    def synchronize(self) -> None:
+        """Wait for queued work; only for measuring."""
+        if self.is_accelerator:
+            torch.accelerator.synchronize(self.device)
+
+    def peak_memory_mib(self) -> float:
+        """Return the peak of the memory taken so far: the device's allocator, or the process's resident size on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def find_machine(device: str = "auto", precision: Precision = "auto", local_rank: int = 0) -> Machine:
+    """Choose the device and the arithmetic.
+
+    Args:
+        device: "auto" takes the accelerator where there is one, else the CPU; or "cpu", "cuda", "cuda:1", ...
+        precision: "auto" is bf16 on an accelerator that has it and fp32 on the CPU, where bf16 is 20 times slower.
+        local_rank: Which of the machine's accelerators this process takes.
+
+    Raises:
+        ConfigError: The device asked for is not there.
+    """
+    available = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        chosen = (
+            torch.device(available.type, local_rank % torch.accelerator.device_count()) if available else torch.device("cpu")
+        )
+    else:
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"device '{device}' is unknown; allowed: auto, cpu, cuda, cuda:<number>") from error
+        if chosen.type != "cpu" and (available is None or chosen.type != available.type):
+            raise ConfigError(
+                f"device '{device}' is not available on this machine (found: {available or 'cpu only'}); use device=auto"
+            )
+        if chosen.type != "cpu" and chosen.index is None:
+            chosen = torch.device(chosen.type, local_rank % torch.accelerator.device_count())
+    if chosen.type != "cpu":
+        torch.accelerator.set_device_index(chosen.index or 0)
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return Machine(chosen, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def use_cpu_threads(count: int | None = None) -> None:
+    """Set how many threads torch computes with.
+
+    Args:
+        count: None respects OMP_NUM_THREADS and otherwise takes the cores this process may run on. Two torch processes
+            with full thread pools on the same cores slow each other 4 to 18 times, so launchers set OMP_NUM_THREADS.
+    """
+    if count is None:
+        count = int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)

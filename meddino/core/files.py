@@ -1,0 +1,126 @@
+"""Files that are either whole or absent: written beside, fsynced, renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from meddino.core.errors import MedDINOError
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as lower-case hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON with sorted keys, so that equal values give equal bytes. NaN is refused: it is no JSON."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
+    """Open a file that appears under its name only when the block ends without an error.
+
+    Args:
+        path: Final name; its folder is made. What stood there is replaced in one step.
+        mode: "wb" or "w" (UTF-8).
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open(mode, encoding=None if mode == "wb" else "utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        fsync_directory(path.parent)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically (UTF-8)."""
+    with atomic_write(path, "w") as stream:
+        stream.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an indented, key-sorted JSON file atomically. NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when the block ends without an error.
+
+    Yields:
+        The folder to write into. Everything in it is fsynced before it is renamed to `path`. An existing `path` is
+        moved aside first and deleted last, so there is a moment without it but never one with half of it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            else:
+                fsync_directory(file)
+        fsync_directory(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    old = path.with_name(f"{path.name}.{os.getpid()}.old")
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    fsync_directory(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free_space(directory: Path, needed_bytes: int, what: str) -> None:
+    """Refuse early where a write cannot fit.
+
+    Args:
+        directory: Where it will be written; the nearest existing parent is asked.
+        needed_bytes: Size of what will be written.
+        what: Named in the message, e.g. "a checkpoint".
+
+    Raises:
+        MedDINOError: If less is free.
+    """
+    existing = next(folder for folder in [directory.absolute(), *directory.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise MedDINOError(
+            f"no room for {what} in {directory}: {needed_bytes / 2**20:.0f} MiB needed, {free / 2**20:.0f} MiB free; "
+            "free some space or choose another folder, then run the same command again"
+        )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether an error says that the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -1,0 +1,12 @@
+"""Files that travel with the package."""
+
+from pathlib import Path
+
+import meddino
+
+
+def shipped_configs() -> Path:
+    """Return the folder of the shipped YAML files: inside the installed package, or beside it in a source tree."""
+    package = Path(meddino.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"

@@ -1,0 +1,78 @@
+"""Where voxels lie in the patient. The one place where ITK's x, y, z order is turned round into array order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grid of a volume, all in array order [Z, Y, X].
+
+    Attributes:
+        shape: Voxels along each axis.
+        spacing_mm: Distance between voxel centres along each axis.
+        origin_mm: Patient position (LPS, x y z) of voxel [0, 0, 0].
+        axes: 3 x 3; row i is the unit vector (LPS, x y z) along array axis i.
+    """
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    origin_mm: tuple[float, float, float]
+    axes: NDArray[np.float64]
+
+    @property
+    def is_axial_lps(self) -> bool:
+        """True if array axes run to Superior, Posterior and Left, to within rounding: the corpus's orientation."""
+        return bool(np.allclose(self.axes, [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-4))
+
+    @property
+    def voxel_volume_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(np.prod(self.spacing_mm)) / 1000.0
+
+    @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        """Length of the grid along each axis, voxel borders included."""
+        z, y, x = (size * step for size, step in zip(self.shape, self.spacing_mm, strict=True))
+        return z, y, x
+
+    def matches(self, other: "Geometry", tolerance_mm: float = 1e-2) -> bool:
+        """True if both grids have the same voxels at the same places, to within a tolerance at every corner."""
+        if self.shape != other.shape:
+            return False
+        return bool(np.abs(self._corners_mm() - other._corners_mm()).max() <= tolerance_mm)
+
+    def _corners_mm(self) -> NDArray[np.float64]:
+        ends = np.array(np.meshgrid(*[(0, size - 1) for size in self.shape], indexing="ij")).reshape(3, -1).T
+        corners: NDArray[np.float64] = np.asarray(self.origin_mm) + (ends * np.asarray(self.spacing_mm)) @ self.axes
+        return corners
+
+
+def geometry_from_xyz(
+    size: Sequence[int], spacing: Sequence[float], origin: Sequence[float], direction: Sequence[float]
+) -> Geometry:
+    """Build a geometry from ITK's values (`GetSize`, `GetSpacing`, `GetOrigin`, `GetDirection`), which run x, y, z.
+
+    Args:
+        size: Voxels along x, y, z.
+        spacing: Millimetres along x, y, z.
+        origin: LPS position of the first voxel.
+        direction: 9 numbers, row-major; column j is the unit vector of ITK axis j.
+    """
+    matrix = np.asarray(direction, dtype=np.float64).reshape(3, 3)
+    sx, sy, sz = size
+    dx, dy, dz = spacing
+    ox, oy, oz = origin
+    return Geometry((sz, sy, sx), (dz, dy, dx), (ox, oy, oz), matrix.T[::-1].copy())
+
+
+def geometry_to_xyz(
+    geometry: Geometry,
+) -> tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, ...]]:
+    """Return `(spacing, origin, direction)` as ITK wants them: the inverse of `geometry_from_xyz`."""
+    z, y, x = geometry.spacing_mm
+    direction = tuple(float(value) for value in geometry.axes[::-1].T.reshape(-1))
+    return (x, y, z), geometry.origin_mm, direction

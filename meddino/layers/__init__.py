@@ -1,0 +1,1 @@
+"""The parts of a vision transformer, one idea a file."""

@@ -1,0 +1,1 @@
+"""The objectives' formulas as functions of tensors."""

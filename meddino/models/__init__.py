@@ -1,0 +1,1 @@
+"""The vision transformer and the names under which its sizes are known."""

@@ -1,0 +1,1 @@
+"""The three-stage self-supervised trainer: `meddino-pretrain`."""

@@ -1,0 +1,1 @@
+"""Starts the other commands on SLURM: `meddino-submit`."""
