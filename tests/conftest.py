@@ -4,9 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Two torch processes with full thread pools slow each other many times over; tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Shapes in public signatures are checked in tests, and cost nothing in training.
+install_import_hook(["meddino.data", "meddino.layers", "meddino.models", "meddino.losses"], "beartype.beartype")
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"

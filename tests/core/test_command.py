@@ -1,0 +1,38 @@
+import errno
+
+import pytest
+
+from meddino.core.command import command_parser, run_command
+from meddino.core.errors import StoppedEarly, VolumeError
+
+
+def _run(error: BaseException | None) -> int:
+    def handle(_):
+        if error:
+            raise error
+
+    return run_command(command_parser("meddino-x", "Tests.", "meddino-x"), [], handle)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (None, 0, ""),
+        (VolumeError("ct.nii: no volume"), 2, "meddino-x: error: ct.nii: no volume\n"),
+        (StoppedEarly("run it again"), 75, "meddino-x: run it again\n"),
+        (KeyboardInterrupt(), 130, "meddino-x: interrupted; the same command again goes on\n"),
+        (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "no space left on the disk while writing /x/y"),
+    ],
+)
+def test_run_command__exit_codes(error, code, said, capsys):
+    assert _run(error) == code
+    assert said in capsys.readouterr().err
+
+
+def test_run_command__a_fault_of_ours_shows_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        _run(ZeroDivisionError())
+
+
+def test_command_parser__help_ends_with_the_example():
+    assert command_parser("meddino-x", "Tests.", "meddino-x --now").format_help().endswith("meddino-x --now\n")

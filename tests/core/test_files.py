@@ -1,0 +1,66 @@
+import errno
+import hashlib
+
+import pytest
+
+from meddino.core.errors import MedDINOError
+from meddino.core.files import (
+    atomic_directory,
+    atomic_write,
+    canonical_json,
+    check_free_space,
+    is_disk_full,
+    sha256_file,
+    write_json,
+)
+
+
+def test_atomic_write__an_error_leaves_what_was_there(tmp_path):
+    path = tmp_path / "sub" / "a.bin"
+    with atomic_write(path) as stream:
+        stream.write(b"old")
+    with pytest.raises(RuntimeError), atomic_write(path) as stream:
+        stream.write(b"new, but interrupted")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in path.parent.iterdir()] == ["a.bin"]
+
+
+def test_atomic_directory__appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "model"
+    with pytest.raises(RuntimeError), atomic_directory(target) as folder:
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    for content in ("one", "two"):
+        with atomic_directory(target) as folder:
+            (folder / "file").write_text(content)
+            assert not (target / "file").exists() or (target / "file").read_text() == "one"
+    assert (target / "file").read_text() == "two"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_sha256_file__equals_hashlib(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc" * 1000)
+    assert sha256_file(path) == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_check_free_space__says_what_and_where(tmp_path):
+    check_free_space(tmp_path / "not" / "there", 1, "a byte")
+    with pytest.raises(MedDINOError, match=r"no room for a checkpoint in .*MiB needed.*MiB free"):
+        check_free_space(tmp_path, 2**60, "a checkpoint")
+
+
+def test_json__is_canonical_and_refuses_nan(tmp_path):
+    assert canonical_json({"b": 1, "a": [1.5, "ü"]}) == '{"a":[1.5,"ü"],"b":1}'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_is_disk_full__knows_both_reasons():
+    assert is_disk_full(OSError(errno.ENOSPC, "full"))
+    assert is_disk_full(OSError(errno.EDQUOT, "quota"))
+    assert not is_disk_full(OSError(errno.ENOENT, "gone"))
+    assert not is_disk_full(ValueError())

@@ -1,0 +1,53 @@
+from html.parser import HTMLParser
+
+from markupsafe import Markup
+
+from meddino.core import html
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+        self.sources = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+
+
+def _tags(page: str) -> _Tags:
+    parser = _Tags()
+    parser.feed(page)
+    return parser
+
+
+def test_page__escapes_every_text():
+    hostile = "<script>alert(1)</script>"
+    made = html.page(hostile, hostile, [html.Section(hostile, html.table([hostile], [[hostile]]))], footer=hostile)
+    assert "<script>" not in made
+    assert made.count("&lt;script&gt;") == 8  # title twice, lead, navigation, heading, table head, cell, footer
+
+
+def test_page__is_self_contained():
+    drawing = html.line_chart({"loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, "Loss", "step", "loss", marks={"stage 2": 1})
+    page = _tags(html.page("T", "", [html.Section("S", html.figure(drawing, "loss"))]))
+    assert "script" not in page.tags
+    assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
+
+
+def test_table__numbers_and_gaps():
+    made = html.table(["a", "b", "c", "d"], [[1234, 0.123456, None, "x & y"]])
+    assert "1,234" in made
+    assert "0.1235" in made
+    assert "–" in made
+    assert "x &amp; y" in made
+    assert isinstance(made, Markup)
+
+
+def test_figure_png__same_drawing_same_bytes():
+    def draw():
+        return html.figure_png(html.line_chart({"a": ([0, 1], [0.0, 1.0])}, "t", "x", "y"))
+
+    assert draw() == draw()
+    assert draw().startswith(b"\x89PNG")
