@@ -1,0 +1,104 @@
+"""What processes tell each other. In a single process every function is the identity, so callers never ask."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+ObjectT = TypeVar("ObjectT")
+
+
+def rank() -> int:
+    """Return this process's number, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Return how many processes work together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the one process that writes files and prints."""
+    return rank() == 0
+
+
+def all_reduce_sum(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the sum of a tensor over all processes. The argument is left as it is; no gradient flows."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the element-wise maximum of a tensor over all processes. No gradient flows."""
+    return _all_reduce(values, dist.ReduceOp.MAX)
+
+
+def all_reduce_mean(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """Return the mean of a tensor over all processes. No gradient flows."""
+    return all_reduce_sum(values) / world_size()
+
+
+def all_gather_with_grad(values: Float[Tensor, "n *rest"]) -> Float[Tensor, "m *rest"]:
+    """Return every process's rows, rank after rank; every process gives equally many.
+
+    The gradient of a row is the sum of what all processes' losses say about it. Averaged over processes afterwards, as
+    data parallelism does, that is the gradient of the mean of the losses.
+    """
+    if world_size() == 1:
+        return values
+    gathered: Tensor = _AllGather.apply(values)
+    return gathered
+
+
+def all_gather_rows(values: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *rest"]:
+    """Return every process's rows, rank after rank, without a gradient; every process gives equally many."""
+    if world_size() == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world_size())]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def broadcast_object(value: ObjectT | None, source: int = 0) -> ObjectT:
+    """Return the object that process `source` holds. Only for plain data of our own (it is pickled on the way)."""
+    box: list[Any] = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=source)
+    result: ObjectT = box[0]
+    return result
+
+
+def any_rank(flag: bool) -> bool:
+    """True if any process says so; every process must ask at the same point."""
+    if world_size() == 1:
+        return flag
+    # A CPU tensor: the group talks gloo there even where tensors on the device talk NCCL, so the device is not waited for.
+    return bool(all_reduce_max(torch.tensor([int(flag)]))[0])
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    any_rank(False)
+
+
+def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if world_size() == 1:
+        return values
+    reduced = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, op=operation)
+    return reduced
+
+
+class _AllGather(torch.autograd.Function):
+    # torch.distributed.nn's own all_gather goes back through all_to_all, which gloo does not offer for lists.
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        ctx.rows = values.shape[0]
+        return all_gather_rows(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        start = rank() * ctx.rows
+        return all_reduce_sum(grads[0])[start : start + ctx.rows]
