@@ -1,0 +1,76 @@
+"""Self-attention within each crop of a packed row. The only place that chooses an attention kernel."""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from meddino.layers.linear import KeyMaskedLinear
+from meddino.layers.packing import CropGroup, join_groups, split_groups
+from meddino.layers.rotary_embedding import rotate
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with rotary embedding over packed crops; tokens see only their own crop.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Number of heads; divides `dim`.
+        qkv_bias: Whether queries, keys and values have a bias.
+        mask_k_bias: Whether the keys' bias is held at zero; needs `qkv_bias`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, mask_k_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        masked = qkv_bias and mask_k_bias
+        self.qkv = KeyMaskedLinear(dim, 3 * dim) if masked else nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "tokens dim"], groups: Sequence[CropGroup]) -> Float[Tensor, "tokens dim"]:
+        """Attend within each crop; both projections run once over all tokens."""
+        projected: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [tokens, 3, heads, head_dim]
+        if len(groups) > 1 and uses_xformers(x.device):
+            attended = _attend_block_diagonal(projected, groups)
+        else:
+            parts = split_groups(projected, groups)
+            attended = join_groups([_attend(part, group) for part, group in zip(parts, groups, strict=True)])
+        output: Tensor = self.proj(attended.flatten(1))
+        return output
+
+
+@functools.cache
+def uses_xformers(device: torch.device) -> bool:
+    """Tell whether packed crops go through xformers' block-diagonal attention: installed, and the device is CUDA."""
+    return device.type == "cuda" and importlib.util.find_spec("xformers") is not None
+
+
+def _rotated(
+    part: Float[Tensor, "batch tokens 3 heads dim"], group: CropGroup
+) -> tuple[Float[Tensor, "batch tokens heads dim"], ...]:
+    query, key, value = part.unbind(2)
+    return rotate(query, group.table), rotate(key, group.table), value
+
+
+def _attend(part: Float[Tensor, "batch tokens 3 heads dim"], group: CropGroup) -> Float[Tensor, "batch tokens heads dim"]:
+    if group.batch == 0:
+        return part[:, :, 2]  # drop path left nothing of this group; the graph stays connected for DDP
+    query, key, value = (tensor.transpose(1, 2) for tensor in _rotated(part, group))
+    return functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
+def _attend_block_diagonal(
+    projected: Float[Tensor, "tokens 3 heads dim"], groups: Sequence[CropGroup]
+) -> Float[Tensor, "tokens heads dim"]:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    rotated = [_rotated(part, group) for part, group in zip(split_groups(projected, groups), groups, strict=True)]
+    query, key, value = (join_groups([tensors[kind] for tensors in rotated])[None] for kind in range(3))
+    lengths = [group.tokens for group in groups for _ in range(group.batch)]
+    attended: Tensor = memory_efficient_attention(query, key, value, attn_bias=BlockDiagonalMask.from_seqlens(lengths))
+    return attended[0]

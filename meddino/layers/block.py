@@ -1,0 +1,88 @@
+"""One block of the transformer: attention and perceptron, each with pre-norm, LayerScale and batch-subset drop path."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from meddino.layers.attention import SelfAttention
+from meddino.layers.packing import CropGroup, KeptSamples
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel (Touvron et al. 2021); `TransformerBlock` multiplies with it."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.initial = initial
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def reset_parameters(self) -> None:
+        """Set every factor to the initial value."""
+        nn.init.constant_(self.gamma, self.initial)
+
+
+class TransformerBlock(nn.Module):
+    """x + ls1 * attention(norm1 x), then x + ls2 * mlp(norm2 x).
+
+    Args:
+        dim: Width of the tokens.
+        attention: Attention over packed crops.
+        feed_forward: Perceptron over tokens.
+        layerscale_init: Initial value of both LayerScales; None for no LayerScale.
+        norm_eps: Epsilon of both LayerNorms.
+    """
+
+    def __init__(
+        self, dim: int, attention: SelfAttention, feed_forward: nn.Module, layerscale_init: float | None, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attention
+        self.ls1 = LayerScale(dim, layerscale_init) if layerscale_init is not None else None
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = feed_forward
+        self.ls2 = LayerScale(dim, layerscale_init) if layerscale_init is not None else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "tokens dim"],
+        groups: Sequence[CropGroup],
+        kept: tuple[KeptSamples, KeptSamples] | None = None,
+    ) -> Float[Tensor, "tokens dim"]:
+        """Transform packed tokens.
+
+        Args:
+            x: Tokens of all crops.
+            groups: How they are packed.
+            kept: Samples that attention and perceptron are computed for; None computes all.
+        """
+
+        def attend(tokens: Tensor, present: Sequence[CropGroup]) -> Tensor:
+            output: Tensor = self.attn(self.norm1(tokens), present)
+            return output
+
+        def transform(tokens: Tensor, _present: Sequence[CropGroup]) -> Tensor:
+            output: Tensor = self.mlp(self.norm2(tokens))
+            return output
+
+        x = _add_residual(x, attend, self.ls1, groups, kept[0] if kept else None)
+        return _add_residual(x, transform, self.ls2, groups, kept[1] if kept else None)
+
+
+def _add_residual(
+    x: Float[Tensor, "tokens dim"],
+    branch: Callable[[Tensor, Sequence[CropGroup]], Tensor],
+    scale: LayerScale | None,
+    groups: Sequence[CropGroup],
+    kept: KeptSamples | None,
+) -> Float[Tensor, "tokens dim"]:
+    if kept is None:
+        residual = branch(x, groups)
+        return x + residual if scale is None else torch.addcmul(x, residual, scale.gamma.to(residual.dtype))
+    rows = kept.rows(groups)
+    residual = branch(x.index_select(0, rows), kept.subset(groups)) * kept.row_scales(groups, x)
+    if scale is not None:
+        residual = residual * scale.gamma
+    return x.index_add(0, rows, residual.to(x.dtype))

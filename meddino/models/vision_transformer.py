@@ -1,0 +1,291 @@
+"""The DINOv3 vision transformer under its official parameter names, with a packed forward over crops of several sizes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meddino.core.config import StrictConfig
+from meddino.layers.attention import SelfAttention
+from meddino.layers.block import LayerScale, TransformerBlock
+from meddino.layers.drop_path import ForwardDraws
+from meddino.layers.feed_forward import build_feed_forward
+from meddino.layers.linear import KeyMaskedLinear
+from meddino.layers.packing import CropGroup, join_groups, split_groups
+from meddino.layers.patch_embedding import PatchEmbedding
+from meddino.layers.rotary_embedding import RotaryEmbedding
+
+ROPE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class ViTConfig(StrictConfig):
+    """The architecture of a vision transformer. Defaults are those of DINOv3's trainer unless said otherwise."""
+
+    embed_dim: int = Field(gt=0)
+    """Width of the tokens."""
+    depth: int = Field(gt=0)
+    """Number of blocks."""
+    num_heads: int = Field(gt=0)
+    """Attention heads; embed_dim / num_heads must be a multiple of 4."""
+    patch_size: int = Field(16, gt=0)
+    """Side of a patch, pixels."""
+    in_chans: int = Field(3, gt=0)
+    """Channels of an image; official weights have 3."""
+    ffn_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the perceptron over embed_dim (before SwiGLU's two thirds)."""
+    ffn_layer: Literal["mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128"] = "mlp"
+    """Kind of the perceptron; the number is what SwiGLU's width is rounded up to."""
+    num_registers: int = Field(4, ge=0)
+    """Register tokens (official: n_storage_tokens); 4 in every released DINOv3 model."""
+    qkv_bias: bool = True
+    """Bias of queries, keys, values; false in the 7B model and in MedDINOv3's weights."""
+    mask_k_bias: bool = True
+    """Hold the keys' bias at zero; no effect without qkv_bias."""
+    layerscale_init: float | None = 1e-5
+    """Initial LayerScale; null for none."""
+    norm_eps: float = Field(1e-6, gt=0)
+    """Epsilon of LayerNorm: 1e-6 in DINOv3's trainer, 1e-5 in the released (hub) models."""
+    rope_base: float = Field(100.0, gt=0)
+    """Longest period of the rotary embedding over its shortest."""
+    rope_normalise: Literal["separate", "max", "min"] = "separate"
+    """How patch coordinates are brought to [-1, 1]: each axis, or by the longer or shorter side."""
+    rope_shift: float | None = Field(None, gt=0)
+    """Training only: largest shift of the coordinates; null in the released recipe."""
+    rope_jitter: float | None = Field(None, ge=1)
+    """Training only: largest factor on each axis; null in the released recipe."""
+    rope_rescale: float | None = Field(None, ge=1)
+    """Training only: largest factor on both axes; 2 in DINOv3."""
+    rope_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Arithmetic of the rotary embedding: fp32 in the hub models, bf16 in DINOv3's trainer."""
+    untie_cls_and_patch_norms: bool = False
+    """A last LayerNorm of their own for CLS and registers."""
+    untie_global_and_local_cls_norm: bool = False
+    """Another one for CLS and registers of local crops in training; true in the 7B model."""
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Training only: share of samples that each residual branch leaves out, the same in every block."""
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.embed_dim % self.num_heads or self.embed_dim // self.num_heads % 4:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} over num_heads {self.num_heads} must be a whole multiple of 4 (rotary embedding)"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class ViTOutput:
+    """Normalised tokens of one group of crops.
+
+    Attributes:
+        cls_token: [B, D].
+        register_tokens: [B, R, D].
+        patch_tokens: [B, N, D], rows of patches one after the other.
+        grid: Rows and columns of patches; their product is N.
+    """
+
+    cls_token: Float[Tensor, "batch dim"]
+    register_tokens: Float[Tensor, "batch registers dim"]
+    patch_tokens: Float[Tensor, "batch patches dim"]
+    grid: tuple[int, int]
+
+
+class VisionTransformer(nn.Module):
+    """DINOv3's backbone: CLS and register tokens, rotary embedding, LayerScale, pre-norm blocks.
+
+    Args:
+        config: The architecture.
+
+    Attributes:
+        activation_checkpointing: Set to True to recompute each block in the backward pass instead of keeping its
+            activations: about a third more time for a fraction of the memory.
+
+    Source: Siméoni et al. 2025 (DINOv3); the state dict has the official names and loads strictly.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_dim, self.patch_size, self.depth = config.embed_dim, config.patch_size, config.depth
+        self.activation_checkpointing = False
+        dim = config.embed_dim
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if config.num_registers:
+            self.storage_tokens = nn.Parameter(torch.empty(1, config.num_registers, dim))
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_embed = PatchEmbedding(config.patch_size, config.in_chans, dim)
+        self.rope_embed = RotaryEmbedding(
+            dim // config.num_heads,
+            config.rope_base,
+            config.rope_normalise,
+            config.rope_shift,
+            config.rope_jitter,
+            config.rope_rescale,
+            ROPE_DTYPES[config.rope_dtype],
+        )
+        self.blocks = nn.ModuleList(_build_block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.cls_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.untie_cls_and_patch_norms else None
+        self.local_cls_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.untie_global_and_local_cls_norm else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: normal of 0.02 for tokens, the same cut at 2 for linear layers, zero biases and mask token."""
+        nn.init.normal_(self.cls_token, std=0.02)
+        if self.config.num_registers:
+            nn.init.normal_(self.storage_tokens, std=0.02)
+        nn.init.zeros_(self.mask_token)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm | LayerScale | PatchEmbedding):
+                module.reset_parameters()
+            if isinstance(module, KeyMaskedLinear):
+                module.reset_mask()
+            elif isinstance(module, RotaryEmbedding):
+                module.reset_periods()
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Number of tokens before the patches: CLS and registers."""
+        return 1 + self.config.num_registers
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        masks: Bool[Tensor, "batch patches"] | None = None,
+        *,
+        rng: torch.Generator | None = None,
+        draws: ForwardDraws | None = None,
+    ) -> ViTOutput:
+        """Return the normalised tokens of images of one size.
+
+        Args:
+            images: Normalised by the model's input contract; sides are multiples of the patch size.
+            masks: True where a patch is replaced by the mask token.
+            rng: In training, what drop path and coordinate augmentation draw from; see `forward_crops`.
+            draws: See `forward_crops`.
+        """
+        return self.forward_crops([images], [masks], rng=rng, draws=draws)[0]
+
+    def forward_crops(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        *,
+        rng: torch.Generator | None = None,
+        draws: ForwardDraws | None = None,
+    ) -> list[ViTOutput]:
+        """Return the normalised tokens of several groups of crops; linear layers run once over all tokens.
+
+        Args:
+            crops: Groups of images [B_i, C, H_i, W_i]. The first holds the global crops; the CLS of later ones goes
+                through `local_cls_norm` in training where the model has one.
+            masks: For each group, [B_i, N_i] bool or None.
+            rng: Generator on the CPU for a batch that stands alone; torch's default one if None.
+            draws: The random choices as a function of the samples' numbers in the global batch; takes precedence over
+                `rng`. In evaluation mode neither is used.
+
+        Raises:
+            ValueError: If an image's sides are no multiples of the patch size or a mask's shape differs from the grid.
+        """
+        if masks is None:
+            masks = [None] * len(crops)
+        if self.training and draws is None and (self.config.drop_path > 0 or self.rope_embed.augments):
+            draws = ForwardDraws.from_generator(rng, [len(images) for images in crops])
+        x, groups = self._embed(crops, masks, draws if self.training else None)
+        kept = None
+        if self.training and draws is not None and self.config.drop_path > 0:
+            kept = draws.kept_samples(self.depth, self.config.drop_path, x.device)
+        for index, block in enumerate(self.blocks):
+            x = self._run_block(block, x, groups, None if kept is None else kept[index])
+        grids = [self._grid(images) for images in crops]
+        return self._normalised(x, groups, grids)
+
+    def get_intermediate_layers(
+        self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[Float[Tensor, "batch dim rows columns"]]:
+        """Return the patch tokens after some blocks as maps.
+
+        Args:
+            images: See `forward`.
+            blocks: Which blocks, from 0; negative ones count from the end.
+            norm: Apply the last LayerNorm to each.
+
+        Raises:
+            ValueError: If a block does not exist.
+        """
+        wanted = [block if block >= 0 else self.depth + block for block in blocks]
+        if any(not 0 <= block < self.depth for block in wanted):
+            raise ValueError(f"blocks {list(blocks)} asked for; this model has blocks 0 to {self.depth - 1}")
+        draws = None
+        if self.training and (self.config.drop_path > 0 or self.rope_embed.augments):
+            draws = ForwardDraws.from_generator(None, [len(images)])
+        x, groups = self._embed([images], [None], draws)
+        kept = draws.kept_samples(self.depth, self.config.drop_path, x.device) if draws and self.config.drop_path > 0 else None
+        rows, columns = self._grid(images)
+        taken: dict[int, Tensor] = {}
+        for index in range(max(wanted) + 1):
+            x = self._run_block(self.blocks[index], x, groups, None if kept is None else kept[index])
+            if index in wanted:
+                patches = split_groups(x, groups)[0][:, self.prefix_tokens :]
+                patches = self.norm(patches) if norm else patches
+                taken[index] = patches.transpose(1, 2).unflatten(2, (rows, columns))
+        return [taken[block] for block in wanted]
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+
+    def _embed(
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], draws: ForwardDraws | None
+    ) -> tuple[Tensor, tuple[CropGroup, ...]]:
+        parts, groups = [], []
+        for number, (images, mask) in enumerate(zip(crops, masks, strict=True)):
+            patches: Tensor = self.patch_embed(images)
+            if mask is not None:
+                if mask.shape != patches.shape[:2]:
+                    raise ValueError(f"mask of group {number} is {list(mask.shape)}; its patches are {list(patches.shape[:2])}")
+                patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+            batch = len(images)
+            prefix = [self.cls_token.expand(batch, -1, -1)]
+            if self.config.num_registers:
+                prefix.append(self.storage_tokens.expand(batch, -1, -1))
+            tokens = torch.cat([*(token.to(patches.dtype) for token in prefix), patches], dim=1)
+            table = self.rope_embed(*self._grid(images), self.prefix_tokens, draws.rope_rng(number) if draws else None)
+            parts.append(tokens)
+            groups.append(CropGroup(batch, tokens.shape[1], table))
+        return join_groups(parts), tuple(groups)
+
+    def _run_block(self, block: nn.Module, *arguments: object) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            # Nothing random happens inside a block: what drop path keeps is decided before.
+            result: Tensor = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            return result
+        output: Tensor = block(*arguments)
+        return output
+
+    def _normalised(self, x: Tensor, groups: Sequence[CropGroup], grids: Sequence[tuple[int, int]]) -> list[ViTOutput]:
+        prefix = self.prefix_tokens
+        outputs = []
+        for number, (tokens, grid) in enumerate(zip(split_groups(self.norm(x), groups), grids, strict=True)):
+            first = tokens[:, :prefix]
+            own_norm = self.cls_norm
+            if self.training and number > 0 and self.local_cls_norm is not None:
+                own_norm = self.local_cls_norm
+            if own_norm is not None:
+                first = own_norm(split_groups(x, groups)[number][:, :prefix])
+            outputs.append(ViTOutput(first[:, 0], first[:, 1:], tokens[:, prefix:], grid))
+        return outputs
+
+
+def _build_block(config: ViTConfig) -> TransformerBlock:
+    attention = SelfAttention(config.embed_dim, config.num_heads, config.qkv_bias, config.mask_k_bias)
+    feed_forward = build_feed_forward(config.ffn_layer, config.embed_dim, config.ffn_ratio)
+    return TransformerBlock(config.embed_dim, attention, feed_forward, config.layerscale_init, config.norm_eps)
