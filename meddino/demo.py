@@ -1,0 +1,196 @@
+"""`meddino-demo`: the whole way, by running the commands one after the other as a user would.
+
+It imports no application. Each command's output goes to a log beside the results; the same demo again lets every
+command go on from where it was.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.live import Live
+from rich.table import Table
+
+from meddino.core.command import command_parser, run_command
+from meddino.core.errors import MedDINOError
+from meddino.core.files import write_json
+from meddino.core.logging import console
+
+PHANTOM_SALT = "meddino-demo"  # the cohort is public and nobody's: a public salt gives the same bytes everywhere
+POLL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    Attributes:
+        name: Short name; also that of its log.
+        title: What it does, for people.
+        command: As typed.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the demo reads and writes.
+
+    Attributes:
+        out: Folder of everything it makes.
+        volumes: CT volumes to pretrain on.
+        dataset: nnU-Net raw dataset to segment.
+        seed: Of all commands.
+        is_phantom: The embedded cohort is made first, and is what `volumes` and `dataset` name.
+    """
+
+    out: Path
+    volumes: Path
+    dataset: Path
+    seed: int
+    is_phantom: bool
+
+    def steps(self) -> list[Step]:
+        """Return the commands in order."""
+        out, seed = self.out, str(self.seed)
+        phantom = ("meddino-curate", "phantom", "--out", str(out / "phantom"), "--seed", seed)
+        curate = ("meddino-curate", "build", str(self.volumes), "--out", str(out / "corpus"), "--config", "demo")
+        salt = (f"privacy.salt_file={out / 'salt'}",) if self.is_phantom else ()
+        recipe = "demo" if self.is_phantom else "demo_real"
+        pretrain = ("meddino-pretrain", recipe, "--corpus", str(out / "corpus"), "--out", str(out / "run"), f"seed={seed}")
+        segment = ("meddino-eval", "segment", "--config", recipe, "--data", str(self.dataset))
+        return [
+            *([Step("phantom", "make the phantom cohort", phantom)] if self.is_phantom else []),
+            Step("curate", "curate volumes into a corpus", curate + salt),
+            Step("pretrain", "pretrain in three stages", pretrain),
+            Step("export", "export the teacher", ("meddino-export", str(out / "run"), "--out", str(out / "model"))),
+            Step(
+                "segment",
+                "segment with the export",
+                (*segment, "--model", str(out / "model"), "--out", str(out / "results/exported")),
+            ),
+            Step(
+                "random",
+                "segment with random weights",
+                (*segment, "--model", f"random:{out / 'model'}", "--out", str(out / "results/random")),
+            ),
+        ]
+
+
+def make_plan(data: Path | None, out: Path, seed: int) -> Plan:
+    """Decide what the demo reads.
+
+    Args:
+        data: None for the embedded cohort; else a folder with `ct/` (or volumes anywhere in it) and, in it or in
+            `segmentation/`, an nnU-Net raw dataset.
+        out: Folder for everything.
+        seed: Of all commands.
+
+    Raises:
+        MedDINOError: The folder or a dataset in it is missing.
+    """
+    if data is None:
+        return Plan(out, out / "phantom" / "ct", out / "phantom" / "segmentation" / "Dataset900_Phantom", seed, is_phantom=True)
+    if not data.is_dir():
+        raise MedDINOError(f"--data {data}: no such folder")
+    datasets = sorted(
+        file.parent for pattern in ("*/dataset.json", "segmentation/*/dataset.json") for file in data.glob(pattern)
+    )
+    if not datasets:
+        raise MedDINOError(
+            f"--data {data}: no nnU-Net raw dataset (a folder with dataset.json, imagesTr, labelsTr) in it or in its "
+            "segmentation/ folder; the last step needs one"
+        )
+    volumes = data / "ct" if (data / "ct").is_dir() else data
+    # The last one: where a folder holds several, later numbers are the users' own in nnU-Net's numbering.
+    return Plan(out, volumes, datasets[-1], seed, is_phantom=False)
+
+
+def run_steps(plan: Plan) -> dict[str, float]:
+    """Run all commands.
+
+    Returns:
+        Seconds each took, by the step's name; also kept in `times.json`, where a later run of the same demo adds up.
+
+    Raises:
+        MedDINOError: A command failed; the message ends with the last lines of its log.
+    """
+    (plan.out / "logs").mkdir(parents=True, exist_ok=True)
+    if plan.is_phantom:
+        (plan.out / "salt").write_text(PHANTOM_SALT + "\n")
+    seconds: dict[str, float] = {}
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        for number, step in enumerate(plan.steps(), start=1):
+            log = plan.out / "logs" / f"{number}-{step.name}.log"
+            console.print(f"[bold]{number}. {step.title}[/bold]  [dim]{shlex.join(step.command)}[/dim]", soft_wrap=True)
+            seconds[step.name] = _run(step, log, live)
+            console.print(f"   done in {seconds[step.name]:.1f} s")
+    write_json(plan.out / "times.json", seconds)
+    return seconds
+
+
+def _run(step: Step, log: Path, live: Live) -> float:
+    started = time.monotonic()
+    # The command of this environment, whatever PATH says.
+    program = Path(sys.executable).with_name(step.command[0])
+    with log.open("ab") as stream:
+        stream.write(f"$ {shlex.join(step.command)}\n".encode())
+        stream.flush()
+        process = subprocess.Popen([str(program), *step.command[1:]], stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                live.update(_status(log, time.monotonic() - started))
+                time.sleep(POLL_S)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    live.update("")
+    if process.returncode != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise MedDINOError(f"'{step.title}' ended with exit code {process.returncode}; the end of {log}:\n{tail}")
+    return round(time.monotonic() - started, 1)
+
+
+def _status(log: Path, seconds: float) -> Table:
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - 2000))
+        lines = stream.read().decode(errors="replace").splitlines()
+    row = Table.grid(padding=(0, 1))
+    row.add_row(f"   {seconds:5.0f} s", f"[dim]{lines[-1][:150] if lines else ''}[/dim]")
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `meddino-demo`."""
+    parser = command_parser(
+        "meddino-demo",
+        "Curate, pretrain in three stages, export and segment: on an embedded phantom cohort, or on your own CT.",
+        "meddino-demo --out demo_output\n  meddino-demo --data my_scans --out demo_output",
+    )
+    parser.add_argument("--data", type=Path, help="folder with ct/ and segmentation/<nnU-Net dataset>/; the phantom if absent")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder for everything the demo makes")
+    parser.add_argument("--seed", type=int, default=0, help="of all commands")
+    return run_command(parser, argv, _handle)
+
+
+def _handle(arguments: argparse.Namespace) -> None:
+    from meddino.demo_report import print_table, write_report  # imports torch: not before --help
+
+    plan = make_plan(arguments.data, arguments.out, arguments.seed)
+    seconds = run_steps(plan)
+    print_table(plan.out, seconds)
+    write_report(plan.out, seconds, [shlex.join(step.command) for step in plan.steps()])
+    console.print(f"\nreport: {plan.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
