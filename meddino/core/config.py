@@ -25,7 +25,7 @@ ConfigT = TypeVar("ConfigT", bound="StrictConfig")
 class StrictConfig(BaseModel):
     """A config section: frozen, no silent conversions, an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 def load_config(
