@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -70,7 +70,7 @@ class ViTConfig(StrictConfig):
     """Training only: share of samples that each residual branch leaves out, the same in every block."""
 
     @model_validator(mode="after")
-    def _check_heads(self) -> Self:
+    def _check_heads(self) -> "ViTConfig":
         if self.embed_dim % self.num_heads or self.embed_dim // self.num_heads % 4:
             raise ValueError(
                 f"embed_dim {self.embed_dim} over num_heads {self.num_heads} must be a whole multiple of 4 (rotary embedding)"
