@@ -1,0 +1,179 @@
+"""CT augmentations: spatial ones once on the slice before it is cropped, point-wise ones batched on the device."""
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int16
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from meddino.core.config import StrictConfig
+from meddino.core.seeds import numpy_rng
+from meddino.data.contract import InputContract, stretch_window
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+INTENSITY_COLUMNS = 4  # window's lower end [HU], its upper end [HU], gamma, scale
+
+
+class AugmentConfig(StrictConfig):
+    """What is done to intensities. Colour jitter, grayscale, solarisation and crop-wise blur are not for CT (FlexiCT)."""
+
+    noise_probability: Annotated[Probability, Field(description="chance of Gaussian noise on a slice [0-1]; FlexiCT: 0.1")] = (
+        0.1
+    )
+    noise_sd_hu: Annotated[
+        tuple[float, float], Field(description="its standard deviation, uniform [HU]; ours: 0-20, a CT's own noise")
+    ] = (0.0, 20.0)
+    smoothing_probability: Annotated[
+        Probability, Field(description="chance of Gaussian smoothing of a slice [0-1]; FlexiCT: 0.2")
+    ] = 0.2
+    smoothing_sigma_px: Annotated[tuple[float, float], Field(description="its width, uniform [px]; FlexiCT: 0.5-1")] = (
+        0.5,
+        1.0,
+    )
+    low_resolution_probability: Annotated[
+        Probability, Field(description="chance that a slice is shrunk and enlarged again [0-1]; FlexiCT: 0.25")
+    ] = 0.25
+    low_resolution_zoom: Annotated[
+        tuple[float, float], Field(description="how far it is shrunk, uniform [factor]; FlexiCT: 0.5-1")
+    ] = (0.5, 1.0)
+    scale_probability: Annotated[
+        Probability, Field(description="chance of scaling a slice's intensities about the contract's mean [0-1]; FlexiCT: 0.15")
+    ] = 0.15
+    scale_range: Annotated[tuple[float, float], Field(description="the factor, uniform; FlexiCT: 0.75-1.25")] = (0.75, 1.25)
+    gamma_probability: Annotated[
+        Probability, Field(description="chance of a gamma curve over a slice's window [0-1]; FlexiCT: 0.1")
+    ] = 0.1
+    gamma_range: Annotated[tuple[float, float], Field(description="the exponent, uniform; FlexiCT: 0.7-1.5")] = (0.7, 1.5)
+    window_contract_probability: Annotated[
+        Probability, Field(description="chance of the input contract's own window instead of a random one [0-1]; ours: 0.5")
+    ] = 0.5
+    window_level_hu: Annotated[
+        tuple[float, float], Field(description="centre of a random HU window, uniform [HU]; ours: -150-150")
+    ] = (-150.0, 150.0)
+    window_width_hu: Annotated[
+        tuple[float, float], Field(description="width of a random HU window, log-uniform [HU]; ours: 400-2000")
+    ] = (400.0, 2000.0)
+    window_per: Annotated[
+        Literal["crop", "image"],
+        Field(description="whether crops of one slice have windows of their own; ours: crop, as DINO draws colours a crop"),
+    ] = "crop"
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "AugmentConfig":
+        lowest = {"noise_sd_hu": 0.0, "smoothing_sigma_px": 0.0, "window_level_hu": -math.inf}
+        for name in (key for key in type(self).model_fields if isinstance(getattr(self, key), tuple)):
+            low, high = getattr(self, name)
+            bound = lowest.get(name, 1e-6)
+            if not bound <= low <= high:
+                raise ValueError(f"{name} {[low, high]} must ascend and start at {bound} or above")
+        if self.low_resolution_zoom[1] > 1:
+            raise ValueError(f"low_resolution_zoom {list(self.low_resolution_zoom)} must not be above 1")
+        return self
+
+
+def distort_slice(hu: NDArray[np.int16], config: AugmentConfig, seed: int, number: int) -> NDArray[np.int16]:
+    """Apply low resolution, smoothing and noise to a slice, each by chance.
+
+    Args:
+        hu: int16 [rows, cols] in Hounsfield units; never changed in place.
+        config: Chances and strengths.
+        seed: The stage's seed.
+        number: Global sample number.
+
+    Returns:
+        `hu` itself if chance spared it, else a new int16 array of the same shape.
+    """
+    rng = numpy_rng(seed, "distort", number)
+    chances, strengths = rng.random(3), rng.random(3)
+    noisy, smooth, coarse = chances < (
+        config.noise_probability,
+        config.smoothing_probability,
+        config.low_resolution_probability,
+    )
+    if not (noisy or smooth or coarse):
+        return hu
+    image = hu.astype(np.float32)
+    if coarse:
+        image = _coarsen(image, _between(config.low_resolution_zoom, strengths[2]))
+    if smooth:
+        image = gaussian_filter(image, _between(config.smoothing_sigma_px, strengths[1]))
+    if noisy:
+        image = image + rng.standard_normal(hu.shape, dtype=np.float32) * np.float32(_between(config.noise_sd_hu, strengths[0]))
+    limits = np.iinfo(np.int16)
+    return np.clip(np.rint(image), limits.min, limits.max).astype(np.int16)
+
+
+def draw_intensity(config: AugmentConfig, contract: InputContract, seed: int, number: int, crops: int) -> NDArray[np.float32]:
+    """Draw what happens to the intensities of each crop of a sample.
+
+    Args:
+        config: Chances and ranges.
+        contract: Gives the window that is no random one.
+        seed: The stage's seed.
+        number: Global sample number.
+        crops: Crops of the sample; row c is the same whatever their number.
+
+    Returns:
+        float32 [crops, 4]: lower and upper end of the HU window, gamma, scale (1 where chance spares the sample).
+    """
+    draws = numpy_rng(seed, "intensity", number).random((crops + 1, 4))
+    gamma_chance, gamma_place, scale_chance, scale_place = draws[0]
+    rows = draws[1:]
+    contract_chance, level_place, width_place = (
+        np.broadcast_to(column if config.window_per == "crop" else column[:1], (crops,)) for column in rows.T[:3]
+    )
+    low, high = np.log(config.window_width_hu)
+    width = np.exp(low + width_place * (high - low))
+    level = config.window_level_hu[0] + level_place * (config.window_level_hu[1] - config.window_level_hu[0])
+    own = contract_chance < config.window_contract_probability
+    result = np.empty((crops, INTENSITY_COLUMNS), dtype=np.float32)
+    result[:, 0] = np.where(own, contract.hu_min, level - width / 2)
+    result[:, 1] = np.where(own, contract.hu_max, level + width / 2)
+    result[:, 2] = _between(config.gamma_range, gamma_place) if gamma_chance < config.gamma_probability else 1.0
+    result[:, 3] = _between(config.scale_range, scale_place) if scale_chance < config.scale_probability else 1.0
+    return result
+
+
+def apply_intensity(
+    hu: Int16[Tensor, "b h w"] | Float[Tensor, "b h w"],
+    intensity: Float[Tensor, "b 4"],
+    contract: InputContract,
+    undistorted: bool = False,
+) -> Float[Tensor, "b c h w"]:
+    """Turn a batch of crops into model input: window, gamma, scale, then the contract's normalisation.
+
+    Args:
+        hu: Hounsfield units.
+        intensity: From `draw_intensity`, one row an image.
+        contract: Normalisation and channels.
+        undistorted: Keep the window but leave gamma and scale away: what the Gram teacher sees.
+    """
+    stretched = stretch_window(hu.float(), intensity[:, 0], intensity[:, 1], contract)
+    if not undistorted:
+        gamma, scale = (column.view(-1, 1, 1) for column in intensity[:, 2:].unbind(1))
+        span = contract.hu_max - contract.hu_min
+        unit = (stretched - contract.hu_min) / span
+        # x ** 1 is not exact everywhere; where chance spares an image it stays as it is.
+        curved = torch.where(gamma == 1, stretched, unit.pow(gamma) * span + contract.hu_min)
+        stretched = torch.where(scale == 1, curved, (curved - contract.mean) * scale + contract.mean)
+    return contract.apply(stretched)
+
+
+def _between(limits: tuple[float, float], place: float) -> float:
+    return float(limits[0] + place * (limits[1] - limits[0]))
+
+
+def _coarsen(image: NDArray[np.float32], zoom: float) -> NDArray[np.float32]:
+    rows, cols = image.shape
+    small = (max(1, round(rows * zoom)), max(1, round(cols * zoom)))
+    tensor = torch.from_numpy(image)[None, None]
+    shrunk = F.interpolate(tensor, size=small, mode="bilinear", align_corners=False, antialias=True)
+    enlarged = F.interpolate(shrunk, size=(rows, cols), mode="bicubic", align_corners=False)
+    result: NDArray[np.float32] = enlarged[0, 0].numpy()
+    return result
