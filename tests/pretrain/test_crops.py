@@ -1,0 +1,142 @@
+"""Boxes, cutting and resizing of crops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from meddino_pretrain.crops import CropBox, CropsConfig, CropSizes, crop_sizes_for_step, cut_crop, draw_boxes
+from pydantic import ValidationError
+
+CONFIG = CropsConfig()
+
+
+def cubic(x: float) -> float:
+    """Keys' kernel with a = -0.5, as PIL has it."""
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
+
+
+def slow_resize_rows(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize the first axis: each new row is a weighted mean of the rows under the (widened) kernel."""
+    scale = image.shape[0] / size
+    wide = max(scale, 1.0)
+    rows = []
+    for i in range(size):
+        centre = (i + 0.5) * scale
+        weights = np.array([cubic((j + 0.5 - centre) / wide) for j in range(image.shape[0])])
+        rows.append((weights[:, None] * image).sum(axis=0) / weights.sum())
+    return np.array(rows)
+
+
+def slow_crop(hu: np.ndarray, box: CropBox, size: int) -> np.ndarray:
+    cut = hu[box.top : box.top + box.height, box.left : box.left + box.width].astype(float)
+    resized = slow_resize_rows(slow_resize_rows(cut, size).T, size).T.clip(cut.min(), cut.max())
+    return resized[:, ::-1] if box.flipped else resized
+
+
+@pytest.mark.parametrize(
+    "box", [CropBox(3, 5, 40, 31, False), CropBox(0, 0, 60, 50, True), CropBox(20, 7, 9, 12, False), CropBox(4, 4, 1, 1, True)]
+)
+def test_cut_crop__equals_a_slow_loop(box):
+    hu = np.random.default_rng(0).integers(-1000, 2000, (60, 50)).astype(np.int16)
+    crop = cut_crop(hu, box, 16)
+    assert crop.dtype == torch.int16
+    assert np.abs(crop.numpy() - slow_crop(hu, box, 16)).max() <= 0.51  # rounding
+
+
+def test_cut_crop__never_leaves_the_range_of_its_box():
+    hu = np.full((64, 64), -1000, dtype=np.int16)
+    hu[:, 32:] = 3000
+    crop = cut_crop(hu, CropBox(0, 20, 24, 24, False), 96)
+    assert crop.min() == -1000 and crop.max() == 3000  # bicubic alone would give about -1300 and 3300
+
+
+def test_cut_crop__does_not_change_the_slice():
+    hu = np.arange(400, dtype=np.int16).reshape(20, 20)
+    before = hu.copy()
+    cut_crop(hu, CropBox(0, 0, 20, 20, True), 20)
+    assert np.array_equal(hu, before)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_cut_crop__gram_crop_shrunk_is_the_global_crop(flipped):
+    y, x = np.mgrid[0:200, 0:160]
+    hu = (400 * np.sin(y / 15) * np.cos(x / 20) + x).astype(np.int16)
+    box = CropBox(13, 22, 120, 101, flipped)
+    small, large = cut_crop(hu, box, 48), cut_crop(hu, box, 96)
+    shrunk = F.avg_pool2d(large.float()[None, None], 2)[0, 0]
+    assert (shrunk - small).abs().mean() < 2  # a flip or a shift of one pixel gives over 10
+    assert (shrunk.flip(-1) - small).abs().mean() > 10
+
+
+def test_draw_boxes__area_shape_and_flip_follow_the_config():
+    rows, cols = 400, 300
+    boxes = np.array([draw_boxes(CONFIG, 1, n, (rows, cols), (1.0, 1.0)) for n in range(600)], dtype=float)
+    assert boxes.shape == (600, 10, 5)
+    top, left, height, width, flip = boxes.transpose(2, 0, 1)
+    assert top.min() >= 0 and left.min() >= 0 and (top + height).max() <= rows and (left + width).max() <= cols
+    area, ratio = height * width / (rows * cols), width / height
+    local = area[:, 2:]
+    assert 0.049 < local.min() < 0.055 and 0.31 < local.max() < 0.325
+    assert local.mean() == pytest.approx((0.05 + 0.32) / 2, abs=0.005)  # uniform: nearly every first try fits
+    assert local.std() == pytest.approx((0.32 - 0.05) / math.sqrt(12), abs=0.005)
+    assert area[:, :2].min() > 0.31 and area[:, :2].max() <= 1.0
+    log_ratio = np.log(ratio[:, 2:])
+    assert np.abs(log_ratio).max() < math.log(4 / 3) + 0.03
+    assert log_ratio.mean() == pytest.approx(0, abs=0.01)
+    assert flip.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_draw_boxes__shape_is_that_of_millimetres():
+    boxes = np.array([draw_boxes(CONFIG, 1, n, (200, 600), (1.5, 0.5)) for n in range(200)], dtype=float)
+    log_ratio = np.log((boxes[:, 2:, 3] * 0.5) / (boxes[:, 2:, 2] * 1.5))
+    assert np.abs(log_ratio).max() < math.log(4 / 3) + 0.03
+    assert log_ratio.mean() == pytest.approx(0, abs=0.015)
+
+
+@pytest.mark.parametrize("shape", [(73, 47), (1, 1), (3, 500), (1024, 1024), (500, 2)])
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.0), (5.0, 0.4)])
+def test_draw_boxes__stay_inside_any_slice(shape, spacing_mm):
+    for number in range(20):
+        for box in draw_boxes(CONFIG, 2, number, shape, spacing_mm):
+            assert box.height >= 1 and box.width >= 1
+            assert 0 <= box.top <= shape[0] - box.height and 0 <= box.left <= shape[1] - box.width
+
+
+def test_draw_boxes__a_crop_does_not_depend_on_how_many_follow():
+    few = draw_boxes(CropsConfig(num_local=2), 4, 17, (90, 90), (1.0, 1.0))
+    many = draw_boxes(CropsConfig(num_local=6), 4, 17, (90, 90), (1.0, 1.0))
+    assert many[:4] == few and len(many) == 8
+    assert few != draw_boxes(CropsConfig(num_local=2), 4, 18, (90, 90), (1.0, 1.0))
+    assert few != draw_boxes(CropsConfig(num_local=2), 5, 17, (90, 90), (1.0, 1.0))
+
+
+def test_crop_sizes_for_step__follow_their_weights():
+    weights = (0.3, 0.3, 0.3, 0.05, 0.05)
+    sizes = tuple(CropSizes(global_px=32 * (i + 1), local_px=16, weight=w) for i, w in enumerate(weights))
+    config = CropsConfig(sizes=sizes)
+    drawn = [crop_sizes_for_step(config, 9, step) for step in range(2000)]
+    for size, weight in zip(sizes, weights, strict=True):
+        assert drawn.count(size) / 2000 == pytest.approx(weight, abs=0.03)
+    assert drawn[1234] == crop_sizes_for_step(config, 9, 1234)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_scale": (0.9, 0.5)}, r"global_scale \[0.9, 0.5\] must ascend"),
+        ({"aspect_ratio": (0.0, 1.0)}, "aspect_ratio"),
+        (
+            {"sizes": (CropSizes(global_px=32, local_px=16, gram_px=64), CropSizes(global_px=32, local_px=16))},
+            "gram_px must be set for all sizes or for none",
+        ),
+        ({"sizes": ()}, "at least 1 item"),
+    ],
+)
+def test_crops_config__refuses_what_makes_no_sense(change, message):
+    with pytest.raises(ValidationError, match=message):
+        CropsConfig(**change)
