@@ -65,7 +65,7 @@ def split_groups(packed: Tensor, groups: Sequence[CropGroup]) -> list[Tensor]:
     sizes = [group.batch * group.tokens for group in groups]
     # One split: its backward is a single concatenation, where slices would each add into a full-size zero tensor.
     parts = torch.split(packed, sizes) if len(sizes) > 1 else [packed]
-    return [part.unflatten(0, (group.batch, group.tokens)) for part, group in zip(parts, groups, strict=True)]
+    return [part.view(group.batch, group.tokens, *part.shape[1:]) for part, group in zip(parts, groups, strict=True)]
 
 
 def join_groups(parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,113 @@
+"""DINO: the student's crops predict the teacher's assignment of the image."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from meddino.losses.prototype_cross_entropy import prototype_cross_entropy
+from meddino.losses.sinkhorn import SinkhornTargets
+
+__all__ = ["DinoTerms", "dino_loss", "dino_terms"]
+
+
+def dino_loss(
+    student_logits: Float[Tensor, "crops batch prototypes"],
+    teacher_probs: Float[Tensor, "teachers batch prototypes"],
+    student_temperature: float = 0.1,
+    ignore_diagonal: bool = False,
+) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy between every student crop and every teacher crop of the same image.
+
+    Args:
+        student_logits: Logits of S crops of B images.
+        teacher_probs: Assignments of T crops of the same images.
+        student_temperature: Divides the student's logits, > 0.
+        ignore_diagonal: Leave out the pairs of one and the same crop (student s with teacher t = s).
+
+    Raises:
+        ValueError: If no pair is left.
+
+    Source: Caron et al. 2021; DINOv3.
+    """
+    crops, batch, _ = student_logits.shape
+    teachers = len(teacher_probs)
+    pairs = crops * teachers - (min(crops, teachers) if ignore_diagonal else 0)
+    if pairs < 1 or batch < 1:
+        raise ValueError(f"no pair of crops to compare: {crops} student crops, {teachers} teacher crops, batch {batch}")
+    log_probs = functional.log_softmax(student_logits.float() / student_temperature, dim=-1)
+    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float())
+    if ignore_diagonal:
+        same_crop = torch.eye(crops, teachers, dtype=torch.bool, device=cross_entropy.device)
+        cross_entropy = cross_entropy.masked_fill(same_crop, 0.0)
+    return cross_entropy.sum() / (batch * pairs)
+
+
+@dataclass(frozen=True)
+class DinoTerms:
+    """The two DINO terms of one step.
+
+    Attributes:
+        weighted: Sum of both terms times their weights; carries the gradient.
+        global_crops: Term of the global crops, for the log; no gradient.
+        local_crops: Term of the local crops, for the log; no gradient. Zero if there are none.
+    """
+
+    weighted: Float[Tensor, ""]
+    global_crops: Float[Tensor, ""]
+    local_crops: Float[Tensor, ""]
+
+
+def dino_terms(
+    global_bottleneck: Float[Tensor, "crops batch dim"],
+    local_bottleneck: Float[Tensor, "local_crops batch dim"],
+    prototypes: Float[Tensor, "prototypes dim"],
+    targets: SinkhornTargets,
+    student_temperature: float = 0.1,
+    global_weight: float = 1.0,
+    local_weight: float = 1.0,
+) -> DinoTerms:
+    """Return `dino_loss` of the global crops without the diagonal and of the local crops, without holding logits.
+
+    Args:
+        global_bottleneck: Student's head before its last layer, S = T global crops of B images.
+        local_bottleneck: The same of the local crops; there may be none.
+        prototypes: Weight of the student head's last layer.
+        targets: The teacher's assignments of the global crops, crop-major: row = crop * B + image.
+        student_temperature: Divides the student's logits, > 0.
+        global_weight: Weight of the global term in `weighted`.
+        local_weight: Weight of the local term in `weighted`.
+
+    Raises:
+        ValueError: If the targets are not those of the global crops, or there is only one global crop.
+    """
+    crops, batch, dim = global_bottleneck.shape
+    local_crops = len(local_bottleneck)
+    if crops < 2 or len(targets) != crops * batch:
+        raise ValueError(f"need targets for at least two global crops; {crops} crops of {batch} images, {len(targets)} targets")
+    device = global_bottleneck.device
+    image = torch.arange(batch, device=device)
+    every = torch.arange(crops, device=device)[None] * batch + image[:, None]  # [B, T]
+    others = torch.stack([torch.cat([every[:, :crop], every[:, crop + 1 :]], dim=1) for crop in range(crops)])  # [S, B, T - 1]
+    # A global row has one teacher crop fewer: its last place repeats a teacher row at weight zero.
+    global_rows = torch.cat([others, others[..., :1]], dim=-1).flatten(0, 1)
+    global_weights = torch.full(global_rows.shape, global_weight / (batch * crops * (crops - 1)), device=device)
+    global_weights[:, -1] = 0.0
+    local_rows = every.repeat(local_crops, 1)
+    local_weights = torch.full(local_rows.shape, local_weight / max(1, batch * crops * local_crops), device=device)
+    total, by_row = prototype_cross_entropy(
+        torch.cat([global_bottleneck.reshape(-1, dim), local_bottleneck.reshape(-1, dim)]),
+        prototypes,
+        targets,
+        torch.cat([global_rows, local_rows]),
+        torch.cat([global_weights, local_weights]),
+        student_temperature,
+    )
+    by_crop = torch.split(by_row, [crops * batch, local_crops * batch])
+    return DinoTerms(total, _unweighted(by_crop[0], global_weight), _unweighted(by_crop[1], local_weight))
+
+
+def _unweighted(rows: Float[Tensor, " rows"], weight: float) -> Float[Tensor, ""]:
+    return rows.sum() / weight if weight else rows.sum()
