@@ -93,15 +93,14 @@ def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> 
     def there(tensor: Tensor) -> Tensor:
         return tensor.to(machine.device, non_blocking=True)
 
-    global_intensity = there(raw.global_intensity)
     gram = None
     if raw.gram_hu is not None:
-        gram = apply_intensity(there(raw.gram_hu), global_intensity, contract, undistorted=True)
+        gram = apply_intensity(there(raw.gram_hu), raw.global_intensity, contract, undistorted=True)
     return Batch(
         step=raw.step,
         micro_step=raw.micro_step,
-        global_crops=apply_intensity(there(raw.global_hu), global_intensity, contract),
-        local_crops=apply_intensity(there(raw.local_hu), there(raw.local_intensity), contract),
+        global_crops=apply_intensity(there(raw.global_hu), raw.global_intensity, contract),
+        local_crops=apply_intensity(there(raw.local_hu), raw.local_intensity, contract),
         gram_teacher_crops=gram,
         masks=there(raw.masks),
         mask_indices=there(raw.mask_indices),

@@ -4,7 +4,8 @@ import itertools
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from meddino.core.config import StrictConfig
 from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
 from meddino.data.contract import InputContract
-from meddino.data.corpus import Corpus
 from meddino_pretrain.augment import AugmentConfig, distort_slice, draw_intensity
 from meddino_pretrain.batches import RawBatch
 from meddino_pretrain.crops import GLOBAL_CROPS, CropsConfig, crop_sizes_for_step, cut_crop, draw_boxes
@@ -40,6 +40,32 @@ class LoaderConfig(StrictConfig):
     ] = 10
 
 
+class SliceSource(Protocol):
+    """What the loader needs of a corpus; `meddino.data.corpus.Corpus` is one."""
+
+    @property
+    def root(self) -> Path:
+        """Its folder, for messages."""
+        ...
+
+    @property
+    def spacing_mm(self) -> NDArray[np.float64]:
+        """[slices, 2]: spacing (y, x) of every slice."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Return the key of a slice."""
+        ...
+
+    def read(self, index: int) -> NDArray[np.int16]:
+        """Return a slice, int16 [rows, cols] in Hounsfield units; ShardError if it is damaged."""
+        ...
+
+
 @dataclass(frozen=True)
 class SampleMaker:
     """Makes raw batches; the same object serves the training process and its workers.
@@ -56,7 +82,7 @@ class SampleMaker:
         max_damaged: Damaged slices allowed at one place of a step.
     """
 
-    corpus: Corpus
+    corpus: SliceSource
     crops: CropsConfig
     masking: MaskingConfig
     augment: AugmentConfig
@@ -212,7 +238,7 @@ class Loader:
 
 
 def build_loader(
-    corpus: Corpus,
+    corpus: SliceSource,
     crops: CropsConfig,
     masking: MaskingConfig,
     augment: AugmentConfig,
@@ -273,7 +299,7 @@ def _mask_places(masks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(weights)
 
 
-def _too_many_damaged(corpus: Corpus, lines: Collection[str], allowed: int) -> ShardError:
+def _too_many_damaged(corpus: SliceSource, lines: Collection[str], allowed: int) -> ShardError:
     return ShardError(
         f"{len(lines)} damaged slices in corpus {corpus.root}, loader.max_damaged allows {allowed}; "
         f"the last one: {list(lines)[-1]}"

@@ -1,0 +1,137 @@
+"""`meddino-pretrain bench loader`: how many slices a second one core decodes, crops and normalises."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from meddino.core.device import find_machine
+from meddino.data.contract import InputContract
+from meddino.data.sample import decode_slice, encode_slice
+from meddino_pretrain.augment import AugmentConfig
+from meddino_pretrain.batches import to_model_input
+from meddino_pretrain.crops import GLOBAL_CROPS, CropsConfig
+from meddino_pretrain.loader import LoaderConfig, SliceSource, build_loader
+from meddino_pretrain.masks import MaskingConfig
+
+
+@dataclass(frozen=True)
+class SyntheticSlices:
+    """Slices made up in memory and stored as a corpus stores them: a body with 20 HU of noise in noisy air.
+
+    Attributes:
+        count: Number of slices.
+        side_px: Rows and columns of each.
+    """
+
+    count: int = 16
+    side_px: int = 512
+    root: Path = Path("(synthetic slices)")
+
+    @cached_property
+    def spacing_mm(self) -> NDArray[np.float64]:
+        """[slices, 2]: spacing (y, x) of every slice."""
+        return np.full((self.count, 2), 0.8)
+
+    @cached_property
+    def _stored(self) -> list[bytes]:
+        rng = np.random.default_rng(0)
+        y, x = np.mgrid[-1 : 1 : self.side_px * 1j, -1 : 1 : self.side_px * 1j]
+        body = np.where((x / 0.8) ** 2 + (y / 0.6) ** 2 < 1, 40.0, -1000.0)
+        return [encode_slice((body + rng.normal(0, 20, body.shape)).astype(np.int16)) for _ in range(self.count)]
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+        return self.count
+
+    def key(self, index: int) -> str:
+        """Return the key of a slice."""
+        return f"synthetic-{index:04d}"
+
+    def read(self, index: int) -> NDArray[np.int16]:
+        """Decode a slice."""
+        return decode_slice(self._stored[index], "blosc2", self.side_px, self.side_px, self.key(index))
+
+
+def bench_loader(
+    corpus: SliceSource,
+    crops: CropsConfig,
+    *,
+    patch_size: int = 16,
+    batch: int = 16,
+    steps: int = 4,
+    workers: int = 0,
+) -> dict[str, float | int | str]:
+    """Measure the way from stored slices to model input, stage by stage.
+
+    Args:
+        corpus: Where slices are read.
+        crops: Sizes and number of crops.
+        patch_size: Side of a patch [px].
+        batch: Slices in a batch.
+        steps: Batches measured; the fastest counts, for other programs on the machine only ever slow it down.
+        workers: Processes of the loader in the last measurement.
+
+    Returns:
+        For one core: slices decoded a second, decoded and cropped, and taken through the intensity work on the device;
+        and slices a second that the loader delivers with its workers. Beside them what was measured.
+    """
+    contract, machine = InputContract(), find_machine()
+    loader = build_loader(
+        corpus,
+        crops,
+        MaskingConfig(),
+        AugmentConfig(),
+        contract,
+        LoaderConfig(workers=workers),
+        patch_size=patch_size,
+        seed=0,
+        global_batch=batch,
+        first_step=0,
+        last_step=max(2, steps),
+        pin_memory=machine.is_accelerator,
+    )
+    maker = loader.maker
+    corpus.read(0)  # the first read opens files and warms the codec up
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decode_s = _fastest(lambda step: [corpus.read(index) for index in maker.order.slices_for_step(step)], steps)
+        crop_s = _fastest(lambda step: maker.make(step, 0), steps)
+        raw = maker.make(0, 0)
+
+        def on_device(step: int) -> None:
+            to_model_input(raw, machine, contract)
+            machine.synchronize()
+
+        device_s = _fastest(on_device, steps)
+    finally:
+        torch.set_num_threads(threads)
+    waits = [raw.data_wait_s for raw in loader]
+    return {
+        "slices_per_s_decode": round(batch / decode_s, 1),
+        "slices_per_s_decode_and_crop": round(batch / crop_s, 1),
+        "slices_per_s_intensity": round(batch / device_s, 1),
+        # Without the first batch: starting the workers is no property of the loader's speed.
+        "slices_per_s_loader": round(batch * (len(waits) - 1) / sum(waits[1:]), 1),
+        "workers": workers,
+        "batch": batch,
+        "rows": int(corpus.read(0).shape[0]),
+        "cols": int(corpus.read(0).shape[1]),
+        "crops_of_a_slice": GLOBAL_CROPS * (1 if raw.gram_hu is None else 2) + crops.num_local,
+        "device": str(machine.device),
+    }
+
+
+def _fastest(work: Callable[[int], object], steps: int) -> float:
+    seconds = []
+    for step in range(steps):
+        start = time.perf_counter()
+        work(step)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

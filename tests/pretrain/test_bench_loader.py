@@ -1,0 +1,21 @@
+"""The loader's benchmark."""
+
+import json
+
+from meddino_pretrain.bench_loader import SyntheticSlices, bench_loader
+from meddino_pretrain.crops import CropsConfig, CropSizes
+
+
+def test_bench_loader__measures_each_part_of_the_way():
+    crops = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16, gram_px=64),), num_local=2)
+    result = bench_loader(SyntheticSlices(count=4, side_px=64), crops, patch_size=8, batch=4, steps=2)
+    assert json.loads(json.dumps(result)) == result
+    assert result["slices_per_s_decode"] > result["slices_per_s_decode_and_crop"] > 0
+    assert result["slices_per_s_intensity"] > 0 and result["slices_per_s_loader"] > 0
+    assert (result["crops_of_a_slice"], result["rows"], result["batch"]) == (6, 64, 4)
+
+
+def test_bench_loader__reads_a_corpus(make_corpus):
+    crops = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16),), num_local=2)
+    result = bench_loader(make_corpus(count=6), crops, patch_size=8, batch=2, steps=2, workers=1)
+    assert (result["rows"], result["cols"], result["workers"]) == (96, 80, 1)
