@@ -1,8 +1,22 @@
 """MedDINO: domain-adaptive self-supervised pretraining of vision transformers on CT."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meddino.checkpoints.model import Model
+
+__all__ = ["__version__", "load"]
 
 try:
     __version__ = version("meddino")
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+unknown"
+
+
+def load(source: str | Path, *, seed: int = 0) -> "Model":
+    """Load a model folder made by meddino-export; see `meddino.checkpoints.model.load`."""
+    from meddino.checkpoints.model import load as load_model
+
+    return load_model(source, seed=seed)

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import meddino
-
 
 def shipped_configs() -> Path:
     """Return the folder of the shipped YAML files: inside the installed package, or beside it in a source tree."""
-    package = Path(meddino.__file__).parent
+    package = Path(__file__).parents[1]
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

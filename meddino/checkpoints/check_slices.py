@@ -1,0 +1,62 @@
+"""CT slices on which an export is compared with its source."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from meddino.core.errors import CheckpointError
+from meddino.core.seeds import numpy_rng
+from meddino.data.corpus import Corpus
+
+
+def check_sizes(patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return two image sizes (rows, columns) in pixels that a model of this patch size takes, one of them not square."""
+    return (8 * patch_size, 8 * patch_size), (6 * patch_size, 10 * patch_size)
+
+
+def check_slices(patch_size: int, corpus: Path | None = None) -> list[Float[Tensor, "2 h w"]]:
+    """Return two slices in Hounsfield units at each of two sizes.
+
+    Args:
+        patch_size: Of the model [px].
+        corpus: Take the slices from there; None makes slices that look like a thorax.
+
+    Raises:
+        CheckpointError: If the corpus holds no slice.
+    """
+    sizes = check_sizes(patch_size)
+    if corpus is None:
+        return [torch.stack([_thorax(rows, columns, number) for number in range(2)]) for rows, columns in sizes]
+    slices = Corpus(corpus)
+    if not len(slices):
+        raise CheckpointError(f"corpus {corpus} holds no slice to compare an export on")
+    chosen = [len(slices) // 3, 2 * len(slices) // 3]
+    return [
+        torch.stack([_resized(torch.from_numpy(slices.read(index).astype(np.float32)), size) for index in chosen])
+        for size in sizes
+    ]
+
+
+def _resized(hu: Tensor, size: tuple[int, int]) -> Tensor:
+    resized = torch.nn.functional.interpolate(hu[None, None], size, mode="bilinear", antialias=True, align_corners=False)
+    return resized[0, 0]
+
+
+def _thorax(rows: int, columns: int, number: int) -> Tensor:
+    # Air, a body, two lungs, a spine and noise: the range of values and the edges that a CT slice has.
+    rng = numpy_rng(0, "check_slice", rows, columns, number)
+    y, x = np.meshgrid(np.linspace(-1, 1, rows), np.linspace(-1, 1, columns), indexing="ij")
+
+    def inside(centre_y: float, centre_x: float, height: float, width: float) -> np.ndarray:
+        result: np.ndarray = ((y - centre_y) / height) ** 2 + ((x - centre_x) / width) ** 2 < 1
+        return result
+
+    hu = np.full((rows, columns), -1000.0)
+    hu[inside(0, 0, 0.7, 0.9)] = 40.0
+    for side in (-1, 1):
+        hu[inside(-0.05, 0.42 * side, 0.45, 0.28 + 0.03 * number)] = -820.0
+    hu[inside(0.5, 0, 0.14, 0.12)] = 420.0
+    return torch.from_numpy((hu + rng.normal(0, 20, hu.shape)).round().astype(np.float32))

@@ -1,0 +1,71 @@
+"""Stand-ins: a training checkpoint and a run as the trainer writes them, with small random weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from meddino.checkpoints.training_state import checkpoint_name, save_training_state
+from meddino.data.contract import InputContract
+from meddino.layers.projection_head import ProjectionHead
+from meddino.models.vision_transformer import VisionTransformer, ViTConfig
+
+SMALL = ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8, num_registers=4, rope_rescale=2.0, drop_path=0.1)
+
+
+def lively(module: nn.Module, seed: int) -> nn.Module:
+    """Fill a module with weights under which every part matters (LayerScale of 1e-5 hides what the blocks do)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def network(config: ViTConfig, seed: int) -> nn.ModuleDict:
+    parts = {"backbone": VisionTransformer(config)}
+    parts |= {
+        head: ProjectionHead(config.embed_dim, 24, hidden_dim=16, bottleneck_dim=8) for head in ("dino_head", "ibot_head")
+    }
+    network = nn.ModuleDict(parts)
+    lively(network, seed)
+    return network
+
+
+def meta_of(config: ViTConfig, step: int, stage: str, index: int, finished: bool = True) -> dict:
+    return {
+        "step": step,
+        "stage": stage,
+        "stage_index": index,
+        "stage_finished": finished,
+        "backbone_name": "small",
+        "backbone": config.model_dump(mode="json"),
+        "input_contract": InputContract(hu_min=-900.0).model_dump(mode="json"),
+        "resolutions_px_seen": [64, 96],
+        "corpus_hash": "abc123",
+        "lineage": {
+            "stages": [{"name": stage, "steps": step}],
+            "parent": {"name": "dinov3_vitb16", "sha256": None, "licence": "DINOv3 License"},
+            "data": [{"dataset": "phantom", "licence": "Apache-2.0", "volumes": 3}],
+        },
+    }
+
+
+@pytest.fixture
+def small_config() -> ViTConfig:
+    """The architecture of `make_checkpoint`."""
+    return SMALL
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write `<run>/<stage>/checkpoints/step-*` and return its folder."""
+
+    def make(stage="stage1_pretrain", index=0, step=5, seed=0, finished=True, config=SMALL, run="run") -> Path:
+        folder = tmp_path / run / stage / "checkpoints" / checkpoint_name(step)
+        state = {"student": network(config, seed + 100), "teacher": network(config, seed)}
+        return save_training_state(folder, state, meta_of(config, step, stage, index, finished))
+
+    return make

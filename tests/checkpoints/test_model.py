@@ -1,0 +1,99 @@
+"""meddino.load: damaged or foreign folders are named with what to do; random weights for comparison."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import meddino
+from meddino.checkpoints.export import export_model
+from meddino.checkpoints.model_folder import write_weights
+from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.files import sha256_file
+
+
+@pytest.fixture
+def model_folder(make_checkpoint, tmp_path):
+    return export_model(make_checkpoint(), tmp_path / "model")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    write_weights(folder / "model.safetensors", tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["weights"]["sha256"] = sha256_file(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_load__random_of_the_same_architecture_and_contract(model_folder):
+    model, trained = meddino.load(f"random:{model_folder}", seed=3), meddino.load(model_folder)
+    assert model.config.architecture == trained.config.architecture
+    assert model.contract == trained.contract and model.lineage.stages == ()
+    assert not torch.equal(model.backbone.patch_embed.proj.weight, trained.backbone.patch_embed.proj.weight)
+    assert torch.equal(model.backbone.cls_token, meddino.load(f"random:{model_folder}", seed=3).backbone.cls_token)
+    with pytest.raises(ConfigError, match="unknown backbone 'vitb61'; did you mean 'vitb16'"):
+        meddino.load("random:vitb61")
+
+
+def test_load__nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match="no model at"):
+        meddino.load(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="no exported model"):
+        meddino.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("<html>", "no JSON"),
+        ("[]", "not of a MedDINO model"),
+        ('{"format": "other"}', "not of a MedDINO model"),
+        ('{"format": "meddino-model", "version": 2}', "reads 1: update meddino"),
+        ('{"format": "meddino-model", "version": 1, "extra": 1}', "unknown key 'extra'"),
+    ],
+)
+def test_load__config_of_another_kind(model_folder, content, message):
+    (model_folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        meddino.load(model_folder)
+
+
+def test_load__weights_damaged_or_missing(model_folder):
+    path = model_folder / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8])
+    with pytest.raises(CheckpointError, match=r"SHA-256.*copy the model folder again"):
+        meddino.load(model_folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        meddino.load(model_folder)
+
+
+def test_load__weights_of_another_architecture(model_folder):
+    def change(tensors):
+        tensors["norm.extra"] = torch.zeros(1)
+        tensors["cls_token"] = torch.zeros(1, 1, 5)
+        del tensors["mask_token"]
+
+    rewrite(model_folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        meddino.load(model_folder)
+    for text in ("missing (1): mask_token", "unexpected (1): norm.extra", "cls_token [1, 1, 5] instead of [1, 1, 32]"):
+        assert text in str(caught.value)
+
+
+def test_load__weights_not_finite(model_folder):
+    rewrite(model_folder, lambda tensors: tensors["norm.bias"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=r"not finite \(1\): norm.bias"):
+        meddino.load(model_folder)
+
+
+def test_load__bf16_rope_periods_fit(model_folder):
+    # The official trainer keeps them in bf16; a model reads them into the data type it computes with.
+    def change(tensors):
+        tensors["rope_embed.periods"] = tensors["rope_embed.periods"].bfloat16()
+
+    rewrite(model_folder, change)
+    assert meddino.load(model_folder).backbone.rope_embed.periods.dtype == torch.float32
