@@ -112,8 +112,8 @@ def classification_metric(name: str, kind: TaskKind, truth: Truth, probabilities
     if name == "auroc":
         return _macro(per_class_auroc(kind, truth, probabilities))
     if name == "auprc":
-        columns = [1] if kind == "binary" else range(probabilities.shape[1])
-        return _macro([average_precision(*_one_class(kind, truth, probabilities, index)) for index in columns])
+        wanted = [1] if kind == "binary" else list(range(probabilities.shape[1]))
+        return _macro([average_precision(*_one_class(kind, truth, probabilities, index)) for index in wanted])
     if name in ("brier", "log_loss"):
         return brier_score(truth, probabilities) if name == "brier" else log_loss(truth, probabilities)
     return _metric_of_decisions(name, truth, probabilities)

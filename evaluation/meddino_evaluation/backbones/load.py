@@ -1,0 +1,91 @@
+"""A backbone from what a user writes: an export, a name of the catalogue, a weights file, or random weights."""
+
+import difflib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from meddino.checkpoints import model as model_files
+from meddino.core.errors import ConfigError
+from meddino.models.registry import BACKBONES
+from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
+from meddino_evaluation.backbones.catalogue import CATALOGUE, Entry
+from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
+from meddino_evaluation.backbones.transformers_adapter import (
+    TransformersBackbone,
+    build_transformers,
+    load_transformers_folder,
+)
+from meddino_evaluation.backbones.weights_files import find_weights, load_weights, read_weights
+
+RANDOM = "random:"
+
+
+def load_backbone(spec: str, seed: int = 0) -> Backbone:
+    """Load a backbone: on the CPU, in float32, in evaluation mode, without gradients.
+
+    Args:
+        spec: One of
+            - a folder made by meddino-export,
+            - `random:<name or folder>`: random weights of one of our backbones, of a catalogue entry, of `timm:<name>`,
+              or of the architecture in an export,
+            - a catalogue name (`dinov2_vits14`): its weights file is looked for in the weights folder,
+            - `<name>@<file>`: a catalogue name, one of our backbones, or `timm:<name>`, with that weights file,
+            - `hf:<folder>`: a local folder of transformers.
+        seed: Of random weights.
+
+    Raises:
+        ConfigError: Unknown name, or weights that are not there (says which file to put where).
+        CheckpointError: A file is damaged or does not fit.
+    """
+    if spec.startswith(RANDOM):
+        return _finished(_random(spec, spec.removeprefix(RANDOM), seed))
+    if spec.startswith("hf:"):
+        return _finished(TransformersBackbone(spec, load_transformers_folder(Path(spec.removeprefix("hf:")))))
+    name, at, file = spec.partition("@")
+    if at and (name in CATALOGUE or name in BACKBONES or name.startswith("timm:")):
+        return _finished(_from_file(spec, name, Path(file), seed))
+    if spec in CATALOGUE:
+        return _finished(_from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed))
+    if Path(spec).is_dir():
+        return _finished(MedDINOBackbone(spec, model_files.load(spec)))
+    known = [*CATALOGUE, *BACKBONES]
+    near = difflib.get_close_matches(spec, known, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise ConfigError(
+        f"no model '{spec}': {hint}give a folder made by meddino-export, random:<name>, <name>@<weights file>, hf:<folder>, "
+        f"timm:<name>@<weights file>, or one of {', '.join(CATALOGUE)}"
+    )
+
+
+def _random(spec: str, name: str, seed: int) -> Backbone:
+    if name in CATALOGUE or name.startswith("timm:"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return _built(spec, name)[0]
+    return MedDINOBackbone(spec, model_files.load(spec, seed=seed))
+
+
+def _from_file(spec: str, name: str, file: Path, seed: int) -> Backbone:
+    if name in BACKBONES:
+        backbone: Backbone = MedDINOBackbone(spec, model_files.load(f"{RANDOM}{name}", seed=seed))
+        load_weights(backbone.vit, read_weights(file), ("teacher.backbone.",), str(file))  # type: ignore[arg-type]
+        return backbone
+    # Drawing random weights that are about to be replaced would take longer than reading the file.
+    backbone, entry, model = _built(spec, name)
+    load_weights(model, read_weights(file), entry.prefixes, str(file))
+    return backbone
+
+
+def _built(spec: str, name: str) -> tuple[Backbone, Entry, nn.Module]:
+    entry = CATALOGUE.get(name) or Entry(name.removeprefix("timm:"), "timm", "see timm")
+    if entry.library == "timm":
+        model = build_timm(entry.architecture, entry.arguments)
+        return TimmBackbone(spec, model), entry, model
+    model = build_transformers(entry.architecture, entry.arguments)
+    return TransformersBackbone(spec, model), entry, model
+
+
+def _finished(backbone: Backbone) -> Backbone:
+    return backbone.eval().requires_grad_(False)

@@ -1,0 +1,118 @@
+"""Foreign weights files: read without running anything in them, named as the model names them, and all there."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.logging import get_logger
+from meddino_evaluation.backbones.catalogue import Entry
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch")
+_WRAPPERS = ("state_dict", "model", "teacher", "model_state_dict")
+_log = get_logger(__name__)
+
+
+def weights_folder() -> Path:
+    """Return the folder in which pretrained weights are looked for: $MEDDINO_WEIGHTS, or ~/.cache/meddino/weights."""
+    return Path(os.environ.get("MEDDINO_WEIGHTS") or Path.home() / ".cache" / "meddino" / "weights")
+
+
+def find_weights(name: str, entry: Entry) -> Path:
+    """Return the weights file of a catalogue entry.
+
+    Raises:
+        ConfigError: It is not there; says which file to put where, and from where it comes.
+    """
+    folder = weights_folder()
+    for suffix in SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    what = f"{entry.library} {entry.architecture}"
+    raise ConfigError(
+        f"model '{name}' needs its pretrained weights, and nothing is downloaded: put the file as {folder / name}.safetensors "
+        f"(or .pth; {what}, from {entry.source}, licence {entry.licence}), or name it: {name}@FILE; "
+        f"random:{name} runs it with random weights"
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file of tensors: safetensors, or a torch file of plain tensors (no object in it is ever run).
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"no weights file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} is no readable weights file (safetensors, or a torch file of tensors): {reason}"
+        ) from error
+    for key in _WRAPPERS:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{path} holds no state dict of tensors")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefixes: tuple[str, ...], where: str) -> None:
+    """Fill a model, all of it, from tensors under foreign names.
+
+    Args:
+        model: Built without a classifier.
+        tensors: From `read_weights`.
+        prefixes: See `Entry.prefixes`.
+        where: For messages.
+
+    Raises:
+        CheckpointError: A parameter of the model is not in the file or has another shape: names them. What the model
+            does not have (text tower, classifier, decoder) is left out, and said in the log.
+    """
+    for prefix in (*prefixes, "module.", "backbone."):
+        inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if inside:
+            tensors = inside
+            break
+    tensors = _renamed(model, tensors)
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
+    wrong = [
+        f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if missing or wrong:
+        few = ", ".join([*missing[:4], *wrong[:4]])
+        raise CheckpointError(
+            f"{where} does not fit: {len(missing)} of the model's {len(wanted)} tensors are missing and {len(wrong)} have "
+            f"another shape ({few}); nothing was loaded"
+        )
+    surplus = [name for name in tensors if name not in wanted]
+    if surplus:
+        _log.info("%s: %d tensors that the backbone does not have are left out (%s ...)", where, len(surplus), surplus[0])
+    model.load_state_dict({name: tensors.get(name, value) for name, value in wanted.items()}, strict=True)
+
+
+def _renamed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if any(".mlp.lin1." in name for name in tensors):  # the official SAM names, once their prefix is gone
+        tensors = {name.replace(".mlp.lin", ".mlp.fc"): value for name, value in tensors.items()}
+    module = sys.modules.get(type(model).__module__)
+    rename = getattr(module, "checkpoint_filter_fn", None)
+    if rename is None or not type(model).__module__.startswith("timm."):
+        return tensors
+    renamed: dict[str, Tensor] = dict(rename(dict(tensors), model))
+    return renamed
