@@ -1,0 +1,88 @@
+"""`meddino-submit`: the other commands on SLURM."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from meddino.core.command import command_parser, run_command
+from meddino.core.config import load_config
+from meddino.core.errors import MedDINOError
+from meddino_slurm import status
+from meddino_slurm.config import SiteConfig
+from meddino_slurm.submit_command import submit_command
+from meddino_slurm.work import PROGRAMS
+
+ASKING = ("status", "logs", "cancel")
+EXAMPLE = """meddino-submit --cluster dgx pretrain smoke --corpus corpus --out run
+  meddino-submit --cluster dgx --parts 64 curate build scans --out corpus
+  meddino-submit --dry-run --set pretrain.nodes=4 pretrain ct3m_vitb --corpus corpus --out run
+  meddino-submit status run
+  meddino-submit logs run -f
+  meddino-submit cancel run"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of `meddino-submit`."""
+    arguments = command_parser("meddino-submit", "Run a MedDINO command on SLURM, or ask about jobs.", EXAMPLE)
+    arguments.add_argument("--cluster", default="site", help="site profile: a YAML file or the name of a shipped one")
+    arguments.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the profile")
+    arguments.add_argument(
+        "--executor",
+        choices=["slurm", "local", "debug"],
+        default="slurm",
+        help="local: here, in the background; debug: here, in the foreground",
+    )
+    arguments.add_argument("--dry-run", action="store_true", help="only print the sbatch script and every variable")
+    arguments.add_argument(
+        "--after", action="append", default=[], metavar="FOLDER|JOB", help="start after that folder's last job has ended well"
+    )
+    arguments.add_argument(
+        "--parts",
+        type=int,
+        metavar="N",
+        help="curate build as an array of N parts, then a merge; again: only what has not ended well",
+    )
+    arguments.add_argument(
+        "--chain-stages", action="store_true", help="pretrain as one job for each stage instead of one for all"
+    )
+    arguments.add_argument("--jobs", metavar="FOLDER", help="where logs go for a command that has no --out")
+    arguments.add_argument(
+        "command", choices=[*PROGRAMS, *ASKING], help="what to run (as its own command), or status, logs, cancel FOLDER"
+    )
+    arguments.add_argument("arguments", nargs=argparse.REMAINDER, help="as for the command itself")
+    return arguments
+
+
+def ask_command(command: str, arguments: Sequence[str]) -> None:
+    """Answer `status`, `logs` or `cancel`."""
+    asked = argparse.ArgumentParser(prog=f"meddino-submit {command}")
+    asked.add_argument("folder", type=Path, help="the --out of the job")
+    if command == "logs":
+        asked.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+        asked.add_argument("--rank", default="0", help="number of a process, or supervisor")
+        asked.add_argument("--job", help="of this job only")
+    found = asked.parse_args(arguments)
+    out = found.folder.absolute()
+    if command == "status":
+        status.write_text(status.table(out) + "\n")
+    elif command == "cancel":
+        status.write_text(f"cancelled {', '.join(status.cancel(out))}\n")
+    else:
+        path = status.log_file(out, found.rank, found.job)
+        for text in status.follow(path, out) if found.follow else [path.read_text(errors="replace")]:
+            status.write_text(text)
+
+
+def handle(arguments: argparse.Namespace) -> None:
+    """Do what was asked."""
+    if arguments.command in ASKING:
+        ask_command(arguments.command, arguments.arguments)
+        return
+    if not arguments.arguments:
+        raise MedDINOError(f"'{arguments.command}' needs its arguments, as meddino-{arguments.command} does; see its --help")
+    submit_command(arguments, load_config(SiteConfig, [arguments.cluster], arguments.set, kind="slurm"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `meddino-submit`."""
+    return run_command(parser(), argv, handle)

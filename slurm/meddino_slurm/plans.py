@@ -1,0 +1,95 @@
+"""Which jobs a submission becomes: one, an array with its merge, or one for each stage."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from meddino.core.config import StrictConfig, load_config
+from meddino.core.errors import MedDINOError
+from meddino_slurm.config import SiteConfig
+from meddino_slurm.record import read_json, record_path
+from meddino_slurm.work import Work, make_work
+
+
+class RecipeStages(StrictConfig):
+    """As much of a pretraining recipe as is needed here: the names of its stages, in order."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    stages: dict[str, Any] = Field(description="The recipe's stages; the trainer checks what is in them.")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One submission: a job, or an array of several.
+
+    Attributes:
+        name: For squeue and `status`.
+        works: One for each element.
+        waits: It starts after the submission planned before it has ended well.
+    """
+
+    name: str
+    works: tuple[Work, ...]
+    waits: bool = False
+
+
+def plan_one(site: SiteConfig, command: str, arguments: Sequence[str], jobs: str | None = None) -> list[Planned]:
+    """Plan a single job that goes through all it has to do, restarting where it was: the usual way."""
+    work = make_work(site, command, arguments, jobs)
+    return [Planned(f"{command} {work.out.name}", (work,))]
+
+
+def plan_stages(site: SiteConfig, arguments: Sequence[str]) -> list[Planned]:
+    """Plan one job for each stage, each waiting for the one before: stages may then want different limits or queues."""
+    if any(word == "--stage" or word.startswith("--stage=") for word in arguments):
+        raise MedDINOError("--chain-stages gives each job its --stage; leave it out of the command")
+    planned: list[Planned] = []
+    for stage in load_config(RecipeStages, [arguments[0]], kind="pretrain").stages:
+        work = make_work(site, "pretrain", (*arguments, "--stage", stage))
+        planned.append(Planned(f"{stage} {work.out.name}", (work,), waits=bool(planned)))
+    return planned
+
+
+def plan_parts(site: SiteConfig, arguments: Sequence[str], parts: int) -> list[Planned]:
+    """Plan a curation array of the parts that have not ended well yet, and the merge that waits for them.
+
+    Raises:
+        MedDINOError: The arguments are not those of `meddino-curate build`, or name a part already.
+    """
+    if parts < 2:
+        raise MedDINOError(f"--parts is {parts}: give 2 or more; without it one job builds everything")
+    if not arguments or arguments[0] != "build":
+        raise MedDINOError("--parts divides `curate build SOURCE... --out CORPUS`; other commands run as one job")
+    if any(word == "--part" or word.startswith("--part=") for word in arguments):
+        raise MedDINOError("--parts gives each job its --part; leave it out of the command")
+    works = [make_work(site, "curate", arguments, part=f"{part}/{parts}") for part in range(1, parts + 1)]
+    open_ = tuple(work for work in works if not has_ended_well(work))
+    out = works[0].out
+    merge = replace(make_work(site, "curate", ("merge", "--out", str(out))), key="curate-merge")
+    merging = Planned(f"merge {out.name}", (merge,), waits=bool(open_))
+    return [Planned(f"curate {out.name}", open_), merging] if open_ else [merging]
+
+
+def has_ended_well(work: Work) -> bool:
+    """True if the record of a piece of work says that its last attempt was done."""
+    attempts = read_json(record_path(work.out, work.key), {"attempts": []})["attempts"]
+    return bool(attempts) and attempts[-1]["decision"] == "done"
+
+
+def submit_planned(
+    planned: Sequence[Planned], submit_one: Callable[[Planned, Sequence[str]], str], after: Sequence[str]
+) -> list[str]:
+    """Submit what was planned, in order; returns the job ids.
+
+    Args:
+        planned: From one of the plans above.
+        submit_one: Takes a submission and the job ids it waits for, returns its job id.
+        after: Job ids the first submission waits for.
+    """
+    job_ids: list[str] = []
+    for each in planned:
+        job_ids.append(submit_one(each, job_ids[-1:] if each.waits else after))
+    return job_ids
