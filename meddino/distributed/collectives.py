@@ -70,6 +70,15 @@ def broadcast_object(value: ObjectT | None, source: int = 0) -> ObjectT:
     return result
 
 
+def all_gather_strings(texts: list[str]) -> list[str]:
+    """Return every process's texts, rank after rank."""
+    if world_size() == 1:
+        return texts
+    gathered: list[list[str]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(gathered, texts)
+    return [text for part in gathered for text in part]
+
+
 def any_rank(flag: bool) -> bool:
     """True if any process says so; every process must ask at the same point."""
     if world_size() == 1:

@@ -1,0 +1,1 @@
+"""The embedded default cohort: procedural CT patients with masks, deterministic by seed."""

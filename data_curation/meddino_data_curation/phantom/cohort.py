@@ -1,0 +1,117 @@
+"""The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from meddino.core.errors import ConfigError
+from meddino.core.files import atomic_directory, write_json
+from meddino.data.geometry import Geometry, geometry_to_xyz
+from meddino_data_curation.phantom.dicom import write_dicom_series
+from meddino_data_curation.phantom.patient import LABELS
+from meddino_data_curation.phantom.scan import Scan, scan_patient
+
+DATASET_NAME = "Dataset900_Phantom"
+_LICENCE = "Apache-2.0 (computer-made; no patient)"
+
+
+@dataclass(frozen=True)
+class CohortSizes:
+    """How many patients go where; those of different roles are different patients.
+
+    Attributes:
+        ct: To pretrain on; the last one is written as a DICOM series.
+        train: nnU-Net imagesTr and labelsTr.
+        test: nnU-Net imagesTs and labelsTs.
+    """
+
+    ct: int = 16
+    train: int = 8
+    test: int = 2
+
+    @classmethod
+    def scaled(cls, patients: int) -> "CohortSizes":
+        """Return sizes in the default proportions.
+
+        Args:
+            patients: Patients in `ct`, at least 1.
+
+        Raises:
+            ConfigError: If fewer than 1 is asked for.
+        """
+        if patients < 1:
+            raise ConfigError(f"--patients {patients}: a cohort needs at least 1 patient")
+        return cls(ct=patients, train=max(2, round(patients / 2)), test=max(1, round(patients / 8)))
+
+
+def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
+    """Write the cohort; equal arguments give equal bytes.
+
+    Args:
+        out: Folder that gets `ct/` and `segmentation/`; a cohort that stands there is replaced.
+        sizes: How many patients.
+        seed: Seed of the whole cohort.
+
+    Raises:
+        ConfigError: If `out` is a file or a folder that holds something else than a cohort.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a new or empty folder")
+    strange = sorted(entry.name for entry in out.iterdir() if entry.name not in _OWN) if out.is_dir() else []
+    if strange:
+        raise ConfigError(f"--out {out} holds other things ('{strange[0]}'); name a new or empty folder")
+    with atomic_directory(out / "ct") as folder:
+        for number in range(sizes.ct):
+            scan = scan_patient(seed, "ct", number)
+            if number == sizes.ct - 1:
+                write_dicom_series(scan, folder / f"patient_{number:03d}_dicom", seed, number)
+            else:
+                # Every third one lies turned round in its file, as volumes from other tools do.
+                _write_nifti(scan, scan.hu, folder / f"patient_{number:03d}.nii.gz", "RAS" if number % 3 == 1 else "LPS")
+    with atomic_directory(out / "segmentation") as folder:
+        _write_nnunet(folder / DATASET_NAME, sizes, seed)
+    for leftover in out.glob("*.old"):
+        shutil.rmtree(leftover)
+
+
+_OWN = ("ct", "segmentation")
+
+
+def _write_nnunet(folder: Path, sizes: CohortSizes, seed: int) -> None:
+    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (folder / part).mkdir(parents=True)
+    for number in range(sizes.train + sizes.test):
+        part = "Tr" if number < sizes.train else "Ts"
+        scan = scan_patient(seed, "segmentation", number)
+        _write_nifti(scan, scan.hu, folder / f"images{part}" / f"phantom_{number:03d}_0000.nii.gz")
+        _write_nifti(scan, scan.labels, folder / f"labels{part}" / f"phantom_{number:03d}.nii.gz")
+    write_json(
+        folder / "dataset.json",
+        {
+            "name": "Phantom",
+            "description": "Procedural CT patients; the labels are exact",
+            "licence": _LICENCE,
+            "channel_names": {"0": "CT"},
+            "labels": LABELS,
+            "numTraining": sizes.train,
+            "numTest": sizes.test,
+            "file_ending": ".nii.gz",
+        },
+    )
+
+
+def _write_nifti(scan: Scan, voxels: NDArray[np.generic], path: Path, orientation: str = "LPS") -> None:
+    z_mm, y_mm, x_mm = scan.first_mm
+    geometry = Geometry(
+        scan.hu.shape, scan.spacing_mm, (x_mm, y_mm, z_mm), np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    )
+    image = sitk.GetImageFromArray(voxels)
+    spacing, origin, direction = geometry_to_xyz(geometry)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path), useCompression=True, compressionLevel=3)

@@ -1,0 +1,58 @@
+"""One module over several processes: copies with averaged gradients (DDP) or cut into parts (FSDP2)."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from meddino.distributed.collectives import world_size
+
+Parallel = Literal["auto", "none", "ddp", "fsdp2"]
+
+
+def choose_parallel(asked: Parallel) -> Parallel:
+    """Return how modules are spread: "auto" is DDP for several processes; a single process needs nothing."""
+    if world_size() == 1:
+        return "none"
+    return "ddp" if asked in ("auto", "none") else asked
+
+
+def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
+    """Cut a module's parameters over all processes, in place (FSDP2).
+
+    Args:
+        root: The module; its own `forward` and `methods` gather what they need.
+        parts: Modules inside that are gathered one at a time, e.g. the blocks of a transformer.
+        methods: Names of methods of `root` that are called like `forward`.
+    """
+    for part in parts:
+        fully_shard(part)
+    fully_shard(root)
+    for method in methods:
+        register_fsdp_forward_method(root, method)
+
+
+def replicate(module: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a module so that its gradients are averaged over all processes (DDP)."""
+    return DistributedDataParallel(
+        module,
+        device_ids=None if device.type == "cpu" else [device],
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextlib.contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Say whether gradients are exchanged in the backward passes of this block; off for all but the last micro-batch."""
+    if isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+        return
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+    yield

@@ -1,0 +1,146 @@
+"""Makes finished objects out of a recipe. Nothing else walks into a config."""
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from meddino.core.device import Machine
+from meddino.core.seeds import derive_seed
+from meddino.data.contract import InputContract
+from meddino.data.corpus import Corpus
+from meddino.distributed.collectives import rank, world_size
+from meddino.distributed.parallel import choose_parallel, replicate, shard
+from meddino.layers.projection_head import ProjectionHead
+from meddino.models.registry import backbone_config, build_backbone
+from meddino_pretrain.batches import Batch, RawBatch, to_model_input
+from meddino_pretrain.checkpointing import StageCheckpoints
+from meddino_pretrain.config import HeadConfig, OptimizerConfig, PretrainConfig, StageConfig
+from meddino_pretrain.loader import Loader, build_loader
+from meddino_pretrain.metrics import MetricsWriter
+from meddino_pretrain.objectives.dinov3 import DINOv3Objective
+from meddino_pretrain.objectives.dinov3_network import DINOv3Network
+from meddino_pretrain.optimizer import build_optimizer, parameter_rules
+from meddino_pretrain.progress import StepProgress
+from meddino_pretrain.sample_order import BatchShare
+from meddino_pretrain.schedules import Schedules
+from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.trainer import Trainer
+
+
+def build_networks(config: PretrainConfig) -> tuple[DINOv3Network, DINOv3Network]:
+    """Return student and teacher with the same fresh weights, a function of the recipe's seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "init"))
+        backbone = build_backbone(config.backbone.name, **config.backbone.changes)
+        student = DINOv3Network(
+            backbone, _build_head(backbone.embed_dim, config.heads.dino), _build_head(backbone.embed_dim, config.heads.ibot)
+        )
+    return student, copy.deepcopy(student)
+
+
+def build_objective(
+    config: PretrainConfig,
+    stage: StageConfig,
+    seed: int,
+    machine: Machine,
+    student: DINOv3Network,
+    teacher: DINOv3Network,
+) -> DINOv3Objective:
+    """Place the networks on the device, spread them over the processes and join them to the stage's objective.
+
+    Args:
+        config: The recipe.
+        stage: The stage's part of it.
+        seed: The stage's seed.
+        machine: Where it runs.
+        student: From `build_networks`, not yet spread.
+        teacher: Likewise.
+    """
+    student.to(machine.device)
+    teacher.to(machine.device).requires_grad_(False)
+    gram_teacher = copy.deepcopy(teacher.backbone) if stage.gram_teacher is not None else None
+    student.backbone.activation_checkpointing = config.machine.activation_checkpointing
+    if config.machine.compile:
+        for block in [*student.backbone.blocks, *teacher.backbone.blocks]:
+            block.compile()
+    parallel = choose_parallel(config.machine.parallel)
+    called: torch.nn.Module = student
+    if parallel == "fsdp2":
+        shard(student, list(student.backbone.blocks), ["global_cls"])
+        shard(teacher, list(teacher.backbone.blocks), ["target_logits"])
+        if gram_teacher is not None:
+            shard(gram_teacher, list(gram_teacher.blocks), [])
+    elif parallel == "ddp":
+        called = replicate(student, machine.device)
+    share = BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation)
+    return DINOv3Objective(student, teacher, gram_teacher, stage.losses, machine, share, seed, called)
+
+
+def build_stage_optimizer(config: OptimizerConfig, objective: DINOv3Objective) -> torch.optim.AdamW:
+    """Return AdamW over the objective's trained modules, with a fresh state."""
+    rules = parameter_rules(objective.trained, config.layerwise_decay, config.patch_embed_lr_multiplier)
+    return build_optimizer(objective.trained, rules, config.betas, fused=True)
+
+
+def build_stage_loader(
+    config: PretrainConfig, stage: StageConfig, seed: int, corpus: Corpus, machine: Machine, first_step: int
+) -> Loader:
+    """Return this process's loader from a step to the stage's end."""
+    return build_loader(
+        corpus,
+        stage.crops,
+        stage.masking,
+        stage.augment,
+        config.input_contract,
+        config.loader,
+        patch_size=backbone_config(config.backbone.name, **config.backbone.changes).patch_size,
+        seed=seed,
+        global_batch=stage.global_batch,
+        first_step=first_step,
+        last_step=stage.steps,
+        rank=rank(),
+        world_size=world_size(),
+        accumulation=stage.accumulation,
+        pin_memory=machine.is_accelerator,
+    )
+
+
+def steps_of(loader: Iterable[RawBatch], accumulation: int, machine: Machine, contract: InputContract) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of one optimizer step after the other, on the device."""
+    waiting = iter(loader)
+    while raw := list(itertools.islice(waiting, accumulation)):
+        yield [to_model_input(batch, machine, contract) for batch in raw]
+
+
+def build_trainer(
+    config: PretrainConfig,
+    stage: StageConfig,
+    objective: DINOv3Objective,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    checkpoints: StageCheckpoints,
+    metrics: MetricsWriter | None,
+    progress: StepProgress,
+    stop: StopRequest,
+    machine: Machine,
+) -> Trainer:
+    """Join a stage's parts."""
+    return Trainer(
+        objective=objective,
+        optimizer=optimizer,
+        schedules=Schedules(stage.schedule, stage.steps),
+        steps=steps_of(loader, stage.accumulation, machine, config.input_contract),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        progress=progress,
+        stop=stop,
+        machine=machine,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        max_bad_steps=config.optimizer.max_bad_steps,
+    )
+
+
+def _build_head(in_dim: int, config: HeadConfig) -> ProjectionHead:
+    return ProjectionHead(in_dim, config.prototypes, config.hidden_dim, config.bottleneck_dim, config.layers)

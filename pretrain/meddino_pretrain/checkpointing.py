@@ -1,0 +1,104 @@
+"""When a stage saves, what it saves, and where it goes on."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from meddino.checkpoints.training_state import (
+    Checkpoint,
+    checkpoint_name,
+    latest_checkpoint,
+    load_training_state,
+    prune_checkpoints,
+    save_training_state,
+)
+from meddino.core.logging import get_logger
+from meddino.distributed.collectives import barrier, is_main
+from meddino_pretrain.config import SavingConfig
+from meddino_pretrain.metrics import MetricsWriter
+
+CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "snapshots"
+logger = get_logger(__name__)
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage, and its snapshots of the teacher's backbone for later stages.
+
+    Attributes:
+        step: Steps done.
+        bad_in_a_row: Skipped steps up to now; part of the state, so that a resumed run counts on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: Mapping[str, Any],
+        teacher_backbone: nn.Module,
+        meta: Mapping[str, Any],
+        saving: SavingConfig,
+        steps: int,
+        snapshot_steps: frozenset[int],
+    ) -> None:
+        """Say what belongs to the state.
+
+        Args:
+            folder: The stage's folder.
+            state: What a checkpoint holds; see `save_training_state`.
+            teacher_backbone: What a snapshot holds.
+            meta: JSON that goes with both, without the step.
+            saving: How often, and how many stay.
+            steps: Length of the stage; its last step is always saved.
+            snapshot_steps: After which steps a snapshot is taken.
+        """
+        self.folder, self.saving, self.steps, self.snapshot_steps = folder, saving, steps, snapshot_steps
+        self.meta = meta
+        self.step = self.bad_in_a_row = 0
+        self._state = state
+        self._teacher_backbone = teacher_backbone
+
+    def resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one, and return the steps done."""
+        found = latest_checkpoint(self.folder / CHECKPOINTS)
+        if found is not None:
+            counters: dict[str, Any] = {"bad_in_a_row": 0}
+            load_training_state(found.folder, {**self._state, "counters": counters}, verify=False)
+            self.step, self.bad_in_a_row = found.step, int(counters["bad_in_a_row"])
+        return self.step
+
+    def after_step(self, step: int, metrics: MetricsWriter | None, now: bool) -> None:
+        """Save what is due after a step.
+
+        Args:
+            step: Steps done.
+            metrics: Made durable first, so that no checkpoint is ahead of its trace.
+            now: Save even if it is not due.
+        """
+        self.step = step
+        if step in self.snapshot_steps:
+            save_training_state(self.snapshot(step), {"backbone": self._teacher_backbone}, {**self.meta, "step": step})
+        if not (now or step == self.steps or step % self.saving.every_steps == 0):
+            return
+        if metrics is not None:
+            metrics.sync()
+        state = {**self._state, "counters": {"bad_in_a_row": self.bad_in_a_row}}
+        save_training_state(self.folder / CHECKPOINTS / checkpoint_name(step), state, {**self.meta, "step": step})
+        if is_main():
+            prune_checkpoints(self.folder / CHECKPOINTS, self.saving.keep_last, self.saving.keep_every_steps)
+        barrier()
+
+    def snapshot(self, step: int) -> Path:
+        """Return the folder of a snapshot."""
+        return snapshot_folder(self.folder, step)
+
+
+def snapshot_folder(stage_folder: Path, step: int) -> Path:
+    """Return where a stage keeps the teacher's backbone of a step."""
+    return stage_folder / SNAPSHOTS / checkpoint_name(step)
+
+
+def last_checkpoint(stage_folder: Path) -> Checkpoint | None:
+    """Return the newest valid checkpoint of a stage."""
+    return latest_checkpoint(stage_folder / CHECKPOINTS)

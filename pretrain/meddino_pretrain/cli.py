@@ -1,0 +1,42 @@
+"""`meddino-pretrain`: train a recipe on a corpus; the same command again goes on."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from meddino.core.command import command_parser, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:2] == ["bench", "loader"]:
+        from meddino_pretrain.bench import main as bench_loader
+
+        return bench_loader(arguments[2:])
+    parser = command_parser(
+        "meddino-pretrain",
+        "Train a recipe's stages on a corpus, one after the other. The same command again goes on where it stopped. "
+        "`meddino-pretrain bench step|loader` measures.",
+        "meddino-pretrain smoke --corpus corpus --out run stages.stage1_pretrain.steps=20",
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped one: smoke, demo, cpu_small, ct3m_vitb, ...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key of the recipe")
+    parser.add_argument("--corpus", type=Path, required=True, help="folder written by meddino-curate")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder, new or begun")
+    parser.add_argument("--stage", action="append", default=[], help="only this stage (may be given several times)")
+    return run_command(parser, arguments, _pretrain)
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from meddino.core.config import load_config
+    from meddino_pretrain.config import PretrainConfig
+    from meddino_pretrain.stages import run_pretraining
+
+    config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+    run_pretraining(config, arguments.corpus, arguments.out, arguments.stage)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

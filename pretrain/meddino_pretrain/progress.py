@@ -1,0 +1,50 @@
+"""How far it is: a bar with the time left on a terminal, a line now and then in a log file."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from meddino.core.logging import console, get_logger
+from meddino.distributed.collectives import is_main
+
+LINE_EVERY_S = 20.0
+logger = get_logger(__name__)
+
+
+class StepProgress:
+    """Shows the steps of one stage."""
+
+    def __init__(self, stage: str, first_step: int, steps: int, images_per_step: int, bar: Progress | None) -> None:
+        self.stage, self.first_step, self.steps, self.images_per_step = stage, first_step, steps, images_per_step
+        self._bar = bar
+        self._task = bar.add_task(stage, total=steps, completed=first_step, words="") if bar else None
+        self._start = self._last_line = time.monotonic()
+
+    def advance(self, record: Mapping[str, Any]) -> None:
+        """Show one more step; `record` is its line of metrics.jsonl."""
+        step, now = record["step"], time.monotonic()
+        loss = record["loss"]
+        words = f"loss {loss:.3f}" if loss is not None else "skipped"
+        words += f"  {self.images_per_step / max(record['timing']['step_s'], 1e-9):.0f} images/s"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, words=words)
+        elif is_main() and (now - self._last_line >= LINE_EVERY_S or step in (self.first_step + 1, self.steps)):
+            left_s = (now - self._start) / (step - self.first_step) * (self.steps - step)
+            logger.info("%s step %d/%d  %s  about %.0f s left", self.stage, step, self.steps, words, left_s)
+            self._last_line = now
+
+
+@contextmanager
+def show_progress(stage: str, first_step: int, steps: int, images_per_step: int) -> Iterator[StepProgress]:
+    """Show a stage's progress for as long as the block lasts."""
+    if not (is_main() and console.is_terminal):
+        yield StepProgress(stage, first_step, steps, images_per_step, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[words]}"), console=console
+    ) as bar:
+        yield StepProgress(stage, first_step, steps, images_per_step, bar)

@@ -1,0 +1,155 @@
+"""The folder of a run: its resolved recipe, its stage graph, and who may write into it."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meddino.checkpoints.training_state import on_main
+from meddino.core.config import differences, load_config, to_yaml
+from meddino.core.errors import ConfigError, MedDINOError
+from meddino.core.files import write_json, write_text
+from meddino.core.logging import get_logger
+from meddino.data.corpus import Corpus
+from meddino.distributed.collectives import is_main
+from meddino.models.vision_transformer import ViTConfig
+from meddino_pretrain.config import PretrainConfig
+
+RUN_FORMAT = "meddino-run"
+RUN_VERSION = 1
+# What may differ when a run goes on: none of it changes what is learnt, beyond rounding.
+CHANGEABLE = ("machine", "loader", "saving")
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its recipe.
+        corpus_hash: Names the corpus it learns from.
+    """
+
+    folder: Path
+    config: PretrainConfig
+    corpus_hash: str
+
+    def stage_folder(self, name: str) -> Path:
+        """Return a stage's folder."""
+        return self.folder / name
+
+    def checkpoint_meta(self, stage: str, backbone: ViTConfig) -> dict[str, Any]:
+        """Return what a checkpoint says of itself besides its step: all that an export needs."""
+        return {
+            "stage": stage,
+            "backbone": {"name": self.config.backbone.name, **backbone.model_dump(mode="json")},
+            "input_contract": self.config.input_contract.model_dump(mode="json"),
+            "lineage": self._lineage(stage),
+            "corpus_hash": self.corpus_hash,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def record_origin(self, stage: str, words: str, weights: Path | None, gram_teacher: Path | None) -> None:
+        """Write into run.json what a stage started from."""
+
+        def write() -> None:
+            info = _read_info(self.folder)
+            info["stages"][stage] = {
+                "starts_from": words,
+                "weights": _inside(weights, self.folder),
+                "gram_teacher": _inside(gram_teacher, self.folder),
+                "steps": self.config.stages[stage].steps,
+            }
+            write_json(self.folder / "run.json", info)
+
+        on_main(write)
+
+    def _lineage(self, stage: str) -> dict[str, Any]:
+        chain: list[str] = []
+        name: str | None = stage
+        while name is not None:
+            chain.insert(0, name)
+            name = self.config.stages[name].starts_from
+        stages = [{"stage": each, "steps": self.config.stages[each].steps} for each in chain]
+        sizes = sorted({size.global_px for each in chain for size in self.config.stages[each].crops.sizes})
+        return {
+            "corpus_hash": self.corpus_hash,
+            "stages": stages,
+            "parent": self.config.init,
+            "resolutions_px_seen": sizes,
+        }
+
+
+@contextmanager
+def open_run(folder: Path, config: PretrainConfig, corpus: Corpus) -> Iterator[RunFolder]:
+    """Open a run's folder, new or begun, and keep other processes out for as long as the block lasts.
+
+    Raises:
+        ConfigError: It was begun with another recipe; the message says what differs.
+        MedDINOError: It was begun on another corpus, is in use, or is no run's folder.
+    """
+    lock = None
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    try:
+        on_main(lambda: _begin(folder, config, corpus, lock))
+        yield RunFolder(folder, config, corpus.content_hash)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MedDINOError(f"another process is training into {folder}; wait for it or choose another --out") from error
+    if (folder / "run.json").is_file():
+        info = _read_info(folder)
+        _refuse_other_config(folder, config)
+        if info["corpus_hash"] != corpus.content_hash:
+            raise MedDINOError(
+                f"run {folder} learns from a corpus with the content {info['corpus_hash'][:12]}; {corpus.root} has "
+                f"{corpus.content_hash[:12]} now; give the same corpus or another --out"
+            )
+    elif any(path.name != ".lock" for path in folder.iterdir()):
+        raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
+    write_text(folder / "config.yaml", to_yaml(config))
+    if not (folder / "run.json").is_file():
+        # Last: what has a run.json also has a config.yaml.
+        info = {"format": RUN_FORMAT, "version": RUN_VERSION, "corpus_hash": corpus.content_hash, "stages": {}}
+        write_json(folder / "run.json", info)
+
+
+def _refuse_other_config(folder: Path, config: PretrainConfig) -> None:
+    old = load_config(PretrainConfig, [folder / "config.yaml"]).model_dump(mode="json")
+    changed = differences(old, config.model_dump(mode="json"))
+    grave = [line for line in changed if not line.startswith(tuple(f"{section}." for section in CHANGEABLE))]
+    if grave:
+        raise ConfigError(
+            f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(grave)}; "
+            "give the recipe it was begun with, or another --out"
+        )
+    for line in changed:
+        logger.info("goes on with another %s", line)
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        info = dict(json.loads(path.read_text(encoding="utf-8")))
+        if info["format"] != RUN_FORMAT or info["version"] != RUN_VERSION:
+            raise MedDINOError(f"{path}: format {info['format']} version {info['version']}; this program writes {RUN_VERSION}")
+        return {**info, "stages": dict(info["stages"]), "corpus_hash": str(info["corpus_hash"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedDINOError(f"{path} is damaged ({error}); choose another --out") from error
+
+
+def _inside(path: Path | None, folder: Path) -> str | None:
+    return None if path is None else str(path.relative_to(folder))

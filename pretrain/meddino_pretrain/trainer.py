@@ -1,0 +1,142 @@
+"""The training loop. `build.py` makes its parts, `stages.py` runs one trainer a stage."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meddino.core.device import Machine
+from meddino.core.errors import MedDINOError, StoppedEarly
+from meddino.core.logging import get_logger
+from meddino.distributed.collectives import all_gather_strings, all_reduce_mean
+from meddino_pretrain.batches import Batch
+from meddino_pretrain.checkpointing import StageCheckpoints
+from meddino_pretrain.metrics import MetricsWriter
+from meddino_pretrain.objectives.base import Objective
+from meddino_pretrain.optimizer import clip_by_module, set_rates
+from meddino_pretrain.progress import StepProgress
+from meddino_pretrain.schedules import Schedules
+from meddino_pretrain.signals import StopRequest
+
+logger = get_logger(__name__)
+
+
+class Trainer:
+    """Trains one stage from the step its checkpoints stand at to its end."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        schedules: Schedules,
+        steps: Iterable[Sequence[Batch]],
+        checkpoints: StageCheckpoints,
+        metrics: MetricsWriter | None,
+        progress: StepProgress,
+        stop: StopRequest,
+        machine: Machine,
+        clip_grad_norm: float,
+        max_bad_steps: int,
+    ) -> None:
+        """Take finished parts.
+
+        Args:
+            objective: Networks and losses.
+            optimizer: Over the objective's trained modules.
+            schedules: Values by step.
+            steps: The micro-batches of each step, from the first step still to be done.
+            checkpoints: Knows the step stood at; saves.
+            metrics: Where records go; None in all processes but the first.
+            progress: What people see.
+            stop: Whether a signal came.
+            machine: Where it runs.
+            clip_grad_norm: Largest gradient norm of a module.
+            max_bad_steps: Skipped steps in a row after which the run stops.
+        """
+        self.objective, self.optimizer, self.schedules, self.steps = objective, optimizer, schedules, steps
+        self.checkpoints, self.metrics, self.progress, self.stop = checkpoints, metrics, progress, stop
+        self.machine, self.clip_grad_norm, self.max_bad_steps = machine, clip_grad_norm, max_bad_steps
+        self.step = checkpoints.step
+
+    def fit(self) -> None:
+        """Train to the stage's end.
+
+        Raises:
+            StoppedEarly: A signal came; the state is saved.
+            MedDINOError: Too many bad steps in a row.
+        """
+        for batches in self.steps:
+            start = time.perf_counter()
+            record = self.train_step(batches)
+            self.step += 1
+            self.write_down(record, batches, time.perf_counter() - start)
+            self.stop_if_diverged(record)
+            stop = self.stop.agreed()
+            self.checkpoints.after_step(self.step, self.metrics, now=stop)
+            if stop and self.step < self.schedules.steps:
+                raise StoppedEarly(f"stopped by a signal after step {self.step}, all is saved; run the same command again")
+
+    def train_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """Take one optimizer step and return what is to be known of it.
+
+        A loss or gradient that is not finite changes nothing: neither weights nor moments nor the teacher.
+        """
+        values = self.schedules.at(self.step)
+        set_rates(
+            self.optimizer, values.lr, values.weight_decay, values.last_layer_lr_multiplier, values.backbone_lr_multiplier
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        summed: dict[str, Tensor] = {}
+        for losses in self.objective.losses(batches, values, self.step):
+            torch.autograd.backward(losses["total"] / len(batches))
+            for name, value in losses.items():
+                summed[name] = summed.get(name, 0.0) + value.detach() / len(batches)
+        norms = clip_by_module(self.objective.trained, self.clip_grad_norm)
+        numbers = self._numbers(summed, norms)
+        skipped = not all(torch.isfinite(torch.tensor(list(numbers.values()))))
+        if not skipped:
+            self.optimizer.step()
+            self.objective.after_step(values)
+        self.checkpoints.bad_in_a_row = self.checkpoints.bad_in_a_row + 1 if skipped else 0
+        return {
+            "loss": numbers.pop("total"),
+            **numbers,
+            "lr": values.lr,
+            "weight_decay": values.weight_decay,
+            "ema_momentum": values.ema_momentum,
+            "teacher_temperature": values.teacher_temperature,
+            "skipped": skipped,
+        }
+
+    def write_down(self, record: dict[str, Any], batches: Sequence[Batch], step_s: float) -> None:
+        """Complete a step's record and write it; a skipped step names its samples."""
+        if record["skipped"]:
+            keys = all_gather_strings([key for batch in batches for key in batch.keys])
+            record["keys"] = keys
+            logger.warning("step %d skipped: loss or gradient not finite (samples %s)", self.step, ", ".join(keys))
+        wait_s = sum(batch.data_wait_s for batch in batches)
+        timing = {"step_s": step_s + wait_s, "data_wait_s": wait_s, "peak_memory_mib": self.machine.peak_memory_mib()}
+        full = {"step": self.step, **record, "timing": timing}
+        if self.metrics is not None:
+            self.metrics.write(full)
+        self.progress.advance(full)
+
+    def stop_if_diverged(self, record: Mapping[str, Any]) -> None:
+        """Raise after too many skipped steps in a row."""
+        count = self.checkpoints.bad_in_a_row
+        if count >= self.max_bad_steps:
+            raise MedDINOError(
+                f"{count} steps in a row up to step {self.step} had a loss or gradient that is not finite "
+                f"(optimizer.max_bad_steps = {self.max_bad_steps}); last samples: {', '.join(record['keys'][:8])}. "
+                "The weights are those before the first of them. Lower schedule.lr, or look at the samples"
+            )
+
+    def _numbers(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Bring losses (averaged over processes), gradient norms and observations to the host in one copy."""
+        observed = self.objective.observations()
+        named = {**losses, **{f"grad_norm/{name}": norm for name, norm in norms.items()}, **observed}
+        flat = all_reduce_mean(torch.stack([value.float().reshape(()) for value in named.values()]))
+        return dict(zip(named, flat.tolist(), strict=True))
