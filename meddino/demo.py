@@ -183,12 +183,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handle(arguments: argparse.Namespace) -> None:
-    from meddino.demo_report import print_table, write_report  # imports torch: not before --help
+    from meddino.demo_report import print_table, read_summary, write_report  # imports torch: not before --help
 
     plan = make_plan(arguments.data, arguments.out, arguments.seed)
     seconds = run_steps(plan)
-    print_table(plan.out, seconds)
-    write_report(plan.out, seconds, [shlex.join(step.command) for step in plan.steps()])
+    summary = read_summary(plan.out, seconds)
+    write_report(plan.out, summary, [shlex.join(step.command) for step in plan.steps()])
+    print_table(summary)
     console.print(f"\nreport: {plan.out / 'report.html'}")
 
 

@@ -1,0 +1,77 @@
+"""Every command and every Python example in the README and in docs/ runs, in order, as a reader would type it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+BIN = Path(sys.executable).parent
+BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+# What a reader's long run is shortened to here. The command itself stays as it is written.
+SHORTER: dict[str, list[str]] = {
+    "meddino-pretrain": ["stages.stage1_pretrain.steps=2", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"],
+    "meddino-eval segment": ["training.steps=2", "seeds=[0]"],
+}
+# Set-up, other machines' programs, and what has a test of its own.
+NOT_RUN_HERE = ("make", "git", "cd", "python3", "pip", "torchrun", "srun", "sbatch", "meddino-demo", "source", "nnUNetv2_train")
+
+
+def _examples(document: Path) -> Iterator[tuple[str, str]]:
+    for kind, body in BLOCK.findall(document.read_text()):
+        if kind == "python":
+            yield kind, body
+        else:
+            for line in body.replace("\\\n", " ").splitlines():
+                if line.startswith("$ "):
+                    yield kind, line[2:].split("  #")[0].strip()
+
+
+def _shortened(command: str) -> list[str]:
+    extra = next((words for start, words in SHORTER.items() if command.startswith(start) and "bench" not in command), [])
+    return [*shlex.split(command), *extra]
+
+
+@pytest.fixture(scope="module")
+def reader_folder(tmp_path_factory) -> Path:
+    """A folder as the documents assume it: `my_scans/` with CT volumes, `Dataset900_Phantom/` with labels."""
+    folder = tmp_path_factory.mktemp("reader")
+    subprocess.run([BIN / "meddino-curate", "phantom", "--out", folder / "phantom", "--patients", "3"], check=True)
+    (folder / "phantom" / "ct").rename(folder / "my_scans")
+    (folder / "phantom" / "segmentation" / "Dataset900_Phantom").rename(folder / "Dataset900_Phantom")
+    return folder
+
+
+@pytest.mark.xdist_group("docs")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document__every_example_runs(document, reader_folder):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(reader_folder)}
+    for kind, example in _examples(document):
+        if kind == "console" and shlex.split(example)[0] in NOT_RUN_HERE:
+            _check_make_target(example)
+            continue
+        command = [sys.executable, "-c", example] if kind == "python" else _shortened(example)
+        run = subprocess.run(command, cwd=reader_folder, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{document.name}: {example}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+
+
+def _check_make_target(example: str) -> None:
+    words = shlex.split(example)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets, f"make {words[1]} is no target"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_document__every_linked_file_exists(document):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing, missing
