@@ -1,0 +1,96 @@
+"""Attention against softmax written out; packed crops against crops alone; the block-diagonal mask."""
+
+import sys
+import types
+
+import pytest
+import torch
+from torch.nn import functional
+
+from meddino.layers import attention
+from meddino.layers.attention import SelfAttention
+from meddino.layers.linear import KeyMaskedLinear
+from meddino.layers.packing import CropGroup
+from meddino.layers.rotary_embedding import RotaryEmbedding, rotate
+
+ROPE = RotaryEmbedding(8)
+GROUPS = (CropGroup(2, 7, ROPE(2, 3, 1)), CropGroup(3, 5, ROPE(2, 2, 1)))
+
+
+def layer(mask_k_bias=True):
+    torch.manual_seed(0)
+    built = SelfAttention(24, 3, qkv_bias=True, mask_k_bias=mask_k_bias)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(std=0.3)
+    return built
+
+
+def slow(built, x, groups):
+    outputs, start = [], 0
+    for group in groups:
+        for _ in range(group.batch):
+            tokens = x[start : start + group.tokens]
+            start += group.tokens
+            query, key, value = (part.view(1, -1, 3, 8) for part in built.qkv(tokens).split(24, dim=1))
+            query, key = rotate(query, group.table)[0], rotate(key, group.table)[0]
+            heads = [torch.softmax(query[:, head] @ key[:, head].T / 8**0.5, dim=1) @ value[0, :, head] for head in range(3)]
+            outputs.append(built.proj(torch.cat(heads, dim=1)))
+    return torch.cat(outputs)
+
+
+def test_forward__equals_softmax_written_out():
+    built, x = layer(), torch.randn(29, 24)
+    torch.testing.assert_close(built(x, GROUPS), slow(built, x, GROUPS), atol=1e-5, rtol=1e-5)
+
+
+def test_forward__a_group_that_drop_path_emptied():
+    built, x = layer(), torch.randn(15, 24)
+    groups = (CropGroup(0, 7, GROUPS[0].table), GROUPS[1])
+    torch.testing.assert_close(built(x, groups), slow(built, x, groups[1:]), atol=1e-5, rtol=1e-5)
+    nothing = built(x[:0], groups[:1])
+    assert nothing.shape == (0, 24)
+    nothing.sum().backward()
+    assert torch.equal(built.qkv.weight.grad, torch.zeros_like(built.qkv.weight))
+
+
+def test_forward__block_diagonal_path(monkeypatch):
+    # xformers has no kernel for the CPU; a stand-in with its interface materialises the mask it is given.
+    class BlockDiagonalMask:
+        def __init__(self, lengths):
+            self.lengths = lengths
+
+        @classmethod
+        def from_seqlens(cls, lengths):
+            return cls(lengths)
+
+        def materialize(self):
+            return torch.block_diag(*(torch.ones(length, length) for length in self.lengths)).bool()
+
+    def memory_efficient_attention(query, key, value, attn_bias):
+        parts = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return functional.scaled_dot_product_attention(*parts, attn_mask=attn_bias.materialize()).transpose(1, 2)
+
+    names = {"xformers": {}, "xformers.ops": {"memory_efficient_attention": memory_efficient_attention}}
+    names |= {"xformers.ops.fmha": {}, "xformers.ops.fmha.attn_bias": {"BlockDiagonalMask": BlockDiagonalMask}}
+    for name, content in names.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(attention, "uses_xformers", lambda _device: True)
+    built, x = layer(), torch.randn(29, 24)
+    torch.testing.assert_close(built(x, GROUPS), slow(built, x, GROUPS), atol=1e-5, rtol=1e-5)
+
+
+def test_uses_xformers__never_on_the_cpu():
+    assert not attention.uses_xformers(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("mask_k_bias", [True, False])
+def test_qkv__key_bias_is_masked(mask_k_bias):
+    built = layer(mask_k_bias)
+    zeros = torch.zeros(1, 24)
+    assert isinstance(built.qkv, KeyMaskedLinear) == mask_k_bias
+    assert bool((built.qkv(zeros)[0, 24:48] == 0).all()) == mask_k_bias
+    assert (built.qkv(zeros)[0, :24] != 0).all()
+    assert (built.qkv(zeros)[0, 48:] != 0).all()
