@@ -153,7 +153,11 @@ def _describe(schema: type[BaseModel], problem: Any) -> str:
         return f"unknown key '{key}'; {hint}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    return f"'{key}' is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")  # our own validators' words stand for themselves
+    if isinstance(problem["input"], dict):
+        # A rule between keys: the section it was given would fill a screen.
+        return f"{key}: {message}" if key else message
+    return f"'{key}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
