@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from meddino_pretrain.ema import update_teacher
+from meddino_pretrain.optimizer import ParameterRule, build_optimizer, clip_by_module, parameter_rules, set_rates
 from torch import nn
 
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
-from meddino_pretrain.ema import update_teacher
-from meddino_pretrain.optimizer import ParameterRule, build_optimizer, clip_by_module, parameter_rules, set_rates
 
 
 def modules(depth: int = 3) -> dict[str, nn.Module]:

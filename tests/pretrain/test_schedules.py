@@ -1,9 +1,8 @@
 """Schedules against literal values."""
 
 import pytest
-from pydantic import ValidationError
-
 from meddino_pretrain.schedules import ScheduleConfig, Schedules
+from pydantic import ValidationError
 
 
 def config(**changes: object) -> ScheduleConfig:
