@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from meddino.checkpoints.safetensors_storage import DTYPES
 from meddino.core.errors import CheckpointError
 
-# What wrappers put in front of a module's names: DistributedDataParallel, torch.compile, activation checkpointing.
-WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+# What wrappers put into names: DistributedDataParallel, torch.compile, activation checkpointing, FSDP1.
+WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @runtime_checkable

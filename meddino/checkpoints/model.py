@@ -7,24 +7,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from meddino.checkpoints.coverage import GapsConfig
+from meddino.checkpoints.export_source import Role, read_source
+from meddino.checkpoints.find_weights import find_weights, is_training_output
+from meddino.checkpoints.infer_architecture import backbone_name
 from meddino.checkpoints.model_folder import (
     Architecture,
     Lineage,
     ModelConfig,
     WeightsRecord,
     check_names,
+    is_model_folder,
     meddino_version,
     parameter_count,
     read_config,
     read_weights,
     weights_sha256,
 )
+from meddino.checkpoints.weights import fit
 from meddino.core.errors import CheckpointError
+from meddino.core.logging import get_logger
 from meddino.data.contract import InputContract
 from meddino.models.registry import backbone_config, tapped_blocks
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig, ViTOutput
 
 RANDOM_PREFIX = "random:"
+_log = get_logger(__name__)
 
 
 class Model(nn.Module):
@@ -96,13 +104,15 @@ class Model(nn.Module):
         return self.backbone.get_intermediate_layers(images, chosen, norm=norm)
 
 
-def load(source: str | Path, *, seed: int = 0) -> Model:
+def load(source: str | Path, *, seed: int = 0, contract: InputContract | None = None) -> Model:
     """Load a model for use: on the CPU, in float32, in evaluation mode.
 
     Args:
-        source: A folder made by meddino-export; or `random:<name>` with a backbone's name or such a folder, for the
-            same architecture (and contract) with random weights.
+        source: A folder made by meddino-export; a run or training checkpoint (its teacher); any file or folder that
+            `find_weights` reads (official, timm, transformers); or `random:<name>` with a backbone's name or a folder
+            made by meddino-export, for the same architecture (and contract) with random weights.
         seed: Of random weights.
+        contract: For foreign weights, which come without one: how HU become input; by default MedDINOv3's.
 
     Raises:
         CheckpointError: If it is missing, damaged or does not fit; the message says what to do.
@@ -111,13 +121,36 @@ def load(source: str | Path, *, seed: int = 0) -> Model:
     text = str(source)
     if text.startswith(RANDOM_PREFIX):
         return _load_random(text.removeprefix(RANDOM_PREFIX), seed)
-    folder = Path(source)
-    if not folder.exists():
-        raise CheckpointError(f"no model at {folder}; give a folder made by meddino-export, or random:<backbone>")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the folder made by meddino-export that holds config.json")
-    config = read_config(folder)
-    return assemble(config, read_weights(folder, config), where=str(folder))
+    path = Path(source)
+    if is_model_folder(path):
+        config = read_config(path)
+        return assemble(config, read_weights(path, config), where=text)
+    if is_training_output(path):
+        found = read_source(path)
+        record = (found.architecture, found.contract, found.resolutions_px_seen, found.lineage, found.role)
+        return assemble(
+            _config_of(found.tensors, *record, command="teacher of a training checkpoint"), found.tensors, where=text
+        )
+    if path.is_dir() and not any(path.iterdir()):
+        raise CheckpointError(f"{path} is empty; give a folder made by meddino-export, a weights file, or random:<backbone>")
+    weights = find_weights(source)
+    # Nothing but training reads the mask token, and timm's files are without it.
+    fitted = fit(weights, weights.config, GapsConfig(missing=("mask_token",)))
+    _log.info("%s", fitted.coverage.text())
+    backbone = VisionTransformer(weights.config)
+    fitted.load_into(backbone)
+    architecture = Architecture(**weights.config.model_dump(), name=backbone_name(weights.config))
+    lineage = Lineage(parent=weights.parent, licence=weights.parent.licence)
+    config = _config_of(
+        backbone.state_dict(),
+        architecture,
+        contract or InputContract(),
+        (),
+        lineage,
+        "backbone",
+        command=f"read from {path.name}",
+    )
+    return Model(backbone, config).eval().requires_grad_(False)
 
 
 def assemble(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> Model:
@@ -148,18 +181,40 @@ def random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = VisionTransformer(vit)
-    tensors = backbone.state_dict()
-    weights = WeightsRecord(
-        sha256=weights_sha256(tensors), dtype="float32", parameters=parameter_count(tensors), role="backbone"
-    )
-    config = ModelConfig(
-        architecture=Architecture(**vit.model_dump(), name=label),
-        input_contract=contract or InputContract(),
-        weights=weights,
+    architecture_record = Architecture(**vit.model_dump(), name=label)
+    config = _config_of(
+        backbone.state_dict(),
+        architecture_record,
+        contract or InputContract(),
+        (),
+        Lineage(),
+        "backbone",
         command=f"random:{label} seed={seed}",
-        meddino_version=meddino_version(),
     )
     return Model(backbone, config).eval().requires_grad_(False)
+
+
+def _config_of(
+    tensors: dict[str, Tensor],
+    architecture: Architecture,
+    contract: InputContract,
+    resolutions_px_seen: tuple[int, ...],
+    lineage: Lineage,
+    role: Role,
+    *,
+    command: str,
+) -> ModelConfig:
+    """Describe weights that did not come from a model folder; the checksum is that of the file they would make."""
+    weights = WeightsRecord(sha256=weights_sha256(tensors), dtype="float32", parameters=parameter_count(tensors), role=role)
+    return ModelConfig(
+        architecture=architecture,
+        input_contract=contract,
+        resolutions_px_seen=resolutions_px_seen,
+        lineage=lineage,
+        weights=weights,
+        command=command,
+        meddino_version=meddino_version(),
+    )
 
 
 def _load_random(name: str, seed: int) -> Model:
