@@ -53,6 +53,8 @@ class DinoTerms:
         weighted: Sum of both terms times their weights; carries the gradient.
         global_crops: Term of the global crops, for the log; no gradient.
         local_crops: Term of the local crops, for the log; no gradient. Zero if there are none.
+
+    A term whose weight is zero reads zero.
     """
 
     weighted: Float[Tensor, ""]

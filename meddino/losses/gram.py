@@ -13,7 +13,7 @@ Negatives = Literal["keep", "remove", "remove_teacher"]
 
 def gram_loss(
     student_tokens: Float[Tensor, "batch patches dim"],
-    teacher_tokens: Float[Tensor, "batch patches dim"],
+    teacher_tokens: Float[Tensor, "teacher_batch teacher_patches teacher_dim"],
     *,
     per_image: bool = True,
     normalise: bool = True,

@@ -26,7 +26,8 @@ def koleo_loss(
     Raises:
         ValueError: If there are fewer than two samples to compare (no neighbour exists).
 
-    Source: Sablayrolles et al. 2018. Difference from DINOv3: a batch of one is refused instead of returning 18.4.
+    Source: Sablayrolles et al. 2018. Differences from DINOv3: a batch of one is refused instead of returning 18.4, and
+    of two opposite samples neither is its own neighbour.
     """
     with torch.autocast(features.device.type, enabled=False):
         own = functional.normalize(features.float(), dim=-1, eps=eps)
@@ -37,7 +38,7 @@ def koleo_loss(
             )
         with torch.no_grad():
             similarity = own @ others.t()
-            similarity.diagonal(offset=first).fill_(-1.0)
+            similarity.diagonal(offset=first).fill_(-torch.inf)
             neighbours = similarity.argmax(dim=1)
         distances = functional.pairwise_distance(own, others[neighbours], p=2, eps=eps)
         return -torch.log(distances + eps).mean()

@@ -1,0 +1,69 @@
+"""iBOT against a loop over masked patches; the chunked form against the plain one."""
+
+import pytest
+import torch
+
+from meddino.losses import prototype_cross_entropy, sinkhorn
+from meddino.losses.ibot import ibot_loss, ibot_term, mask_weights_of
+from meddino.losses.sinkhorn import sinkhorn_knopp, sinkhorn_targets
+
+MASKS = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+
+
+def test_mask_weights_of__one_over_the_masked_of_the_image():
+    assert mask_weights_of(MASKS).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 1.0])
+
+
+def test_ibot_loss__equals_the_slow_loop():
+    student, teacher = torch.randn(4, 9), torch.softmax(torch.randn(4, 9), -1)
+    total, row = 0.0, 0
+    for image in MASKS:
+        count = int(image.sum())
+        for _ in range(count):
+            exponentials = torch.exp(student[row].double() / 0.2)
+            total -= float((teacher[row] * torch.log(exponentials / exponentials.sum())).sum()) / count
+            row += 1
+    assert float(ibot_loss(student, teacher, mask_weights_of(MASKS), 3, 0.2)) == pytest.approx(total / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_ibot_term__equals_the_plain_form_and_so_do_gradients(monkeypatch, chunked):
+    if chunked:
+        monkeypatch.setitem(sinkhorn.CHUNK_ELEMENTS, "cpu", 100)
+        monkeypatch.setitem(prototype_cross_entropy.PRODUCT_ROWS, "cpu", 5)
+    rows, dim, prototypes = 13, 6, 40
+    bottleneck, weight = torch.randn(rows, dim, requires_grad=True), torch.randn(prototypes, dim, requires_grad=True)
+    logits, mask_weights = torch.randn(rows, prototypes), torch.rand(rows)
+    expected = ibot_loss(bottleneck @ weight.t(), sinkhorn_knopp(logits, 0.06), mask_weights, 4, 0.1)
+    found = ibot_term(bottleneck, weight, sinkhorn_targets(logits, 0.06), mask_weights, 4, 0.1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(
+        torch.autograd.grad(found, [bottleneck, weight]), torch.autograd.grad(expected, [bottleneck, weight]), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_ibot_term__no_masked_patch():
+    bottleneck, weight = torch.zeros(0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    loss = ibot_term(bottleneck, weight, sinkhorn_targets(torch.zeros(0, 5), 0.1), torch.zeros(0), 2)
+    assert loss.item() == 0.0
+    loss.backward()
+    assert torch.equal(weight.grad, torch.zeros(5, 3))
+
+
+def test_ibot_term__large_logits_keep_their_digits():
+    # Logits around 100 temperatures: a log-sum-exp that keeps the maximum would lose five digits of the gradient.
+    bottleneck, weight = torch.randn(6, 8, requires_grad=True), torch.randn(50, 8) * 4
+    logits, mask_weights = torch.randn(6, 50), torch.ones(6)
+    (found,) = torch.autograd.grad(ibot_term(bottleneck, weight, sinkhorn_targets(logits, 0.1), mask_weights, 6), bottleneck)
+    double = bottleneck.detach().double().requires_grad_(True)
+    probabilities = sinkhorn_knopp(logits, 0.1).double()
+    loss = -(probabilities * torch.log_softmax(double @ weight.double().t() / 0.1, -1)).sum() / 6
+    (expected,) = torch.autograd.grad(loss, double)
+    assert float((found - expected).norm() / expected.norm()) < 3e-6
+
+
+def test_ibot_term__without_gradient():
+    with torch.no_grad():
+        loss = ibot_term(torch.randn(3, 4), torch.randn(5, 4), sinkhorn_targets(torch.randn(3, 5), 0.1), torch.ones(3), 2)
+    assert not loss.requires_grad
