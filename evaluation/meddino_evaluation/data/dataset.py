@@ -1,0 +1,198 @@
+"""A labelled data set whatever its layout on disk: cases with their files, patients and labels."""
+
+import csv
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.files import sha256_file
+from meddino.data.geometry import Geometry
+from meddino_evaluation.data.labels import LabelScheme
+from meddino_evaluation.data.volumes import read_geometry, read_label_map, read_volume
+
+PATIENTS_FILE = "patients.csv"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled volume.
+
+    Attributes:
+        name: Case identifier, unique in the data set.
+        images: One file a channel.
+        label: Label map, or None for a case without one.
+        patient: Whoever shares this text is never on both sides of a split.
+        site: Hospital or scanner the report groups by; "" if unknown.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None
+    patient: str
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class LabelledDataset:
+    """Cases and what their labels mean.
+
+    Attributes:
+        name: For tables.
+        root: Folder it was read from.
+        cases: Labelled cases for training and folds, sorted by name.
+        test_cases: A held-out test part with labels (imagesTs and labelsTs), or empty.
+        labels: Meaning of the label values.
+        channel_names: One a channel.
+    """
+
+    name: str
+    root: Path
+    cases: tuple[Case, ...]
+    labels: LabelScheme
+    channel_names: tuple[str, ...]
+    test_cases: tuple[Case, ...] = ()
+    _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def case(self, name: str) -> Case:
+        """Return a case by its name.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        for case in (*self.cases, *self.test_cases):
+            if case.name == name:
+                return case
+        raise ConfigError(f"data set {self.name} has no case '{name}'; it has {[case.name for case in self.cases][:10]} ...")
+
+    def read_images(self, case: Case, channels: Sequence[int]) -> tuple[NDArray[Any], Geometry]:
+        """Read the chosen channels of a case as [C, Z, Y, X] in the files' own axis order.
+
+        Raises:
+            VolumeError: A file is unreadable or the channels lie on different grids.
+        """
+        arrays, grid = [], None
+        for channel in channels:
+            array, geometry = read_volume(case.images[channel])
+            if grid is not None and not grid.matches(geometry):
+                raise VolumeError(f"case {case.name}: {case.images[channel].name} lies on another grid than channel 0")
+            grid = grid or geometry
+            arrays.append(array)
+        if grid is None:
+            raise ConfigError("no channel chosen")
+        return np.stack(arrays), grid
+
+    def read_label(self, case: Case, grid: Geometry) -> NDArray[np.int32]:
+        """Read the label map of a case [Z, Y, X]: values checked, ignored voxels marked.
+
+        Raises:
+            VolumeError: It is missing, holds unknown values, or lies on another grid than the image.
+        """
+        if case.label is None or not case.label.is_file():
+            raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
+        values, geometry = read_label_map(case.label)
+        check_same_grid(grid, geometry, case.name, case.label)
+        return self.labels.check(values, str(case.label))
+
+    def file_hash(self, path: Path) -> str:
+        """SHA-256 of a file of the data set, computed once."""
+        if path not in self._hashes:
+            self._hashes[path] = sha256_file(path)
+        return self._hashes[path]
+
+    def data_hash(self, cases: Sequence[Case]) -> str:
+        """Name some cases by the bytes of their images and label maps, independent of folders and order."""
+        digest = hashlib.sha256()
+        for case in sorted(cases, key=lambda item: item.name):
+            for path in (*case.images, *([case.label] if case.label else [])):
+                digest.update(f"{case.name}\0{path.name}\0{self.file_hash(path)}\n".encode())
+        return digest.hexdigest()
+
+
+def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> None:
+    """Refuse a label map that lies elsewhere than its image.
+
+    Raises:
+        VolumeError: Says how the grids differ.
+    """
+    if image.matches(label, tolerance_mm=0.1):
+        return
+    raise VolumeError(
+        f"case {case}: image and label map {path.name} lie on different grids: image {list(image.shape)} voxels of "
+        f"{np.round(image.spacing_mm, 4).tolist()} mm at {np.round(image.origin_mm, 2).tolist()}, label {list(label.shape)} of "
+        f"{np.round(label.spacing_mm, 4).tolist()} mm at {np.round(label.origin_mm, 2).tolist()}; resample one onto the other"
+    )
+
+
+def check_grids(dataset: LabelledDataset) -> None:
+    """Compare the headers of every image and label map before anything long starts.
+
+    Raises:
+        VolumeError: A file is missing or unreadable, or grids differ.
+    """
+    for case in (*dataset.cases, *dataset.test_cases):
+        grid = read_geometry(case.images[0])
+        if case.label is None or not case.label.is_file():
+            raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
+        check_same_grid(grid, read_geometry(case.label), case.name, case.label)
+
+
+def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledDataset:
+    """Say which cases belong to one patient.
+
+    Args:
+        dataset: Cases that are each their own patient so far.
+        pattern: Regular expression whose first group, found in the case name, is the patient. None reads `patients.csv`
+            (columns case, patient and, if wanted, site) where the data set has one.
+
+    Raises:
+        ConfigError: The pattern is wrong or does not match a case, or the file lacks a case.
+    """
+    if pattern is not None:
+        return _map_cases(dataset, _by_pattern(pattern))
+    table = dataset.root / PATIENTS_FILE
+    if not table.is_file():
+        return dataset
+    with table.open(newline="", encoding="utf-8") as stream:
+        rows = {row.get("case", ""): row for row in csv.DictReader(stream)}
+
+    def assign(case: Case) -> Case:
+        row = rows.get(case.name)
+        if row is None or not row.get("patient"):
+            raise ConfigError(f"{table}: no patient for case '{case.name}'; it needs the columns case, patient [, site]")
+        return replace(case, patient=row["patient"], site=row.get("site") or case.site)
+
+    return _map_cases(dataset, assign)
+
+
+def _by_pattern(pattern: str) -> Callable[[Case], Case]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"data.patient_pattern {pattern!r} is no regular expression: {error}") from error
+    if expression.groups < 1:
+        raise ConfigError(
+            f"data.patient_pattern {pattern!r} has no group; put the patient's part in brackets, e.g. '^([^_]+)_'"
+        )
+
+    def assign(case: Case) -> Case:
+        found = expression.search(case.name)
+        if found is None or not found.group(1):
+            raise ConfigError(f"data.patient_pattern {pattern!r} does not match case '{case.name}'")
+        return replace(case, patient=found.group(1))
+
+    return assign
+
+
+def _map_cases(dataset: LabelledDataset, assign: Callable[[Case], Case]) -> LabelledDataset:
+    return replace(
+        dataset,
+        cases=tuple(assign(case) for case in dataset.cases),
+        test_cases=tuple(assign(case) for case in dataset.test_cases),
+    )

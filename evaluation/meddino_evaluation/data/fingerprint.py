@@ -1,0 +1,49 @@
+"""What preprocessing learns from the training cases alone: in-plane spacing and the intensities of the foreground."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from meddino.core.errors import VolumeError
+from meddino.data.contract import InputContract
+from meddino_evaluation.data.dataset import Case
+from meddino_evaluation.data.prepare import PreparedCase
+from meddino_evaluation.data.volumes import read_geometry, turn_to_lps, turned_spacing
+
+SAMPLES_PER_CASE = 10_000
+"""Foreground intensities taken from a case, evenly over its voxels [nnU-Net: 10,000]."""
+
+
+def median_plane_spacing(cases: Sequence[Case]) -> float:
+    """Return the median in-plane spacing [mm] of some cases, from their headers."""
+    spacings = []
+    for case in cases:
+        geometry = read_geometry(case.images[0])
+        spacings += list(turned_spacing(geometry, turn_to_lps(geometry))[1:])
+    return float(np.median(spacings))
+
+
+def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> InputContract:
+    """Return nnU-Net's CT normalisation as an input contract: clip to the foreground's 0.5 and 99.5 percentiles, z-score.
+
+    Args:
+        cases: Training cases.
+        channels: How often the model wants one channel repeated.
+
+    Raises:
+        VolumeError: No case has foreground.
+    """
+    found = []
+    for case in cases:
+        slices = [np.asarray(case.images[z])[0][case.label(z) > 0] for z in range(case.num_slices) if case.present[z]]
+        values = np.concatenate(slices) if slices else np.empty(0)
+        found.append(values[:: max(1, len(values) // SAMPLES_PER_CASE)].astype(np.float64))
+    everything = np.concatenate(found)
+    if len(everything) < 2:
+        raise VolumeError("data.intensity=fingerprint needs labelled voxels, and the training cases have none")
+    low, high = (float(value) for value in np.percentile(everything, (0.5, 99.5)))
+    if high - low < 1e-6:
+        raise VolumeError(f"data.intensity=fingerprint: all labelled voxels have the intensity {low:.4g}")
+    return InputContract(
+        hu_min=low, hu_max=high, mean=float(everything.mean()), std=max(float(everything.std()), 1e-8), channels=channels
+    )

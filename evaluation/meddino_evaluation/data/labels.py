@@ -1,0 +1,121 @@
+"""What the numbers in a label map mean: classes, regions that overlap, and voxels to ignore."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino.core.errors import ConfigError, VolumeError
+
+IGNORED = -1
+"""Value of voxels that no loss and no metric counts, in label maps that have been read and checked."""
+
+
+@dataclass(frozen=True)
+class LabelScheme:
+    """The labels of a data set, as nnU-Net's dataset.json gives them.
+
+    Attributes:
+        names: Name of each target, background left out, in file order.
+        values: Label values that make up each target: one value for a class, several for a region.
+        ignore: Value whose voxels are not counted, or None.
+        region_values: Value written for each target where regions overlap, later ones over earlier ones
+            (`regions_class_order`); None for plain classes.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[tuple[int, ...], ...]
+    ignore: int | None = None
+    region_values: tuple[int, ...] | None = None
+
+    @property
+    def has_regions(self) -> bool:
+        """True if a target is made of several label values, so that targets may overlap."""
+        return self.region_values is not None
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of a head: one a region, or background and one a class."""
+        return len(self.names) if self.has_regions else len(self.names) + 1
+
+    @property
+    def allowed(self) -> frozenset[int]:
+        """Every value that a label map may hold."""
+        known = {0, *(value for group in self.values for value in group)}
+        return frozenset(known if self.ignore is None else known | {self.ignore})
+
+    def check(self, labels: NDArray[np.int32], where: str) -> NDArray[np.int32]:
+        """Refuse values that the scheme does not know and mark ignored voxels with `IGNORED`.
+
+        Raises:
+            VolumeError: Names the unknown values and those allowed.
+        """
+        strange = sorted(set(np.unique(labels).tolist()) - self.allowed)
+        if strange:
+            raise VolumeError(
+                f"{where}: label values {strange[:8]} are not in dataset.json (allowed: {sorted(self.allowed)}); "
+                "correct the label map or add them there"
+            )
+        if self.ignore is None:
+            return labels
+        return np.where(labels == self.ignore, np.int32(IGNORED), labels)
+
+    def mask(self, labels: NDArray[Any], target: int) -> NDArray[np.bool_]:
+        """Return where a target is, in label values."""
+        group = self.values[target]
+        return np.asarray(labels == group[0] if len(group) == 1 else np.isin(labels, group), dtype=np.bool_)
+
+    def class_indices(self, labels: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Turn label values into head channels 0 (background), 1, 2, ...; ignored voxels stay `IGNORED`. Classes only."""
+        if all(group == (index + 1,) for index, group in enumerate(self.values)):
+            return labels
+        table = {0: 0, IGNORED: IGNORED} | {group[0]: index + 1 for index, group in enumerate(self.values)}
+        found, places = np.unique(labels, return_inverse=True)
+        return np.array([table[int(value)] for value in found], dtype=np.int32)[places].reshape(labels.shape)
+
+    def label_values(self, channels: NDArray[Any]) -> NDArray[np.int32]:
+        """Turn what a head predicts into label values.
+
+        Args:
+            channels: Class numbers [...] for plain classes; booleans [regions, ...] for regions.
+        """
+        if self.region_values is None:
+            table = np.array([0, *(group[0] for group in self.values)], dtype=np.int32)
+            return np.asarray(table[channels], dtype=np.int32)
+        out = np.zeros(channels.shape[1:], dtype=np.int32)
+        for mask, value in zip(channels, self.region_values, strict=True):
+            out[mask] = value
+        return out
+
+
+def parse_labels(entry: Any, order: Any, where: str) -> LabelScheme:
+    """Read "labels" and "regions_class_order" of an nnU-Net dataset.json.
+
+    Raises:
+        ConfigError: It is no mapping of names to whole numbers (or lists of them), or a region order is missing.
+    """
+    if not isinstance(entry, Mapping) or "background" not in entry:
+        raise ConfigError(f"{where}: 'labels' must map names to values and contain \"background\": 0")
+    groups: dict[str, tuple[int, ...]] = {}
+    for name, value in entry.items():
+        values = value if isinstance(value, list) else [value]
+        if not values or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
+            raise ConfigError(f"{where}: label '{name}' is {value!r}; expected a whole number >= 0 or a list of them")
+        groups[str(name)] = tuple(values)
+    if groups.pop("background") != (0,):
+        raise ConfigError(f'{where}: "background" must be 0')
+    ignore = groups.pop("ignore", None)
+    if not groups:
+        raise ConfigError(f"{where}: no label besides background")
+    names, values_of = tuple(groups), tuple(groups.values())
+    if all(len(group) == 1 for group in values_of):
+        region_values = None
+    elif isinstance(order, list) and len(order) == len(names) and all(isinstance(item, int) for item in order):
+        region_values = tuple(order)
+    else:
+        raise ConfigError(
+            f"{where}: labels with several values need 'regions_class_order', one number for each of {list(names)}"
+        )
+    return LabelScheme(names, values_of, None if ignore is None else ignore[0], region_values)

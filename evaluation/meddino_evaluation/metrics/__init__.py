@@ -1,0 +1,1 @@
+"""What is measured on a predicted label map against a reference: overlap, surfaces, volumes."""

@@ -1,0 +1,150 @@
+"""Metrics of one case: one row a label.
+
+The rule for an empty label: where neither the reference nor the prediction has it, every metric is undefined (NaN) and
+the row is left out of means (nnU-Net's rule; 1 would reward data sets for what they lack). Where exactly one has it, Dice,
+IoU and NSD are 0 and the distances are undefined: there is no surface to measure to. Means say how many rows they hold.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino_evaluation.data.labels import IGNORED, LabelScheme
+from meddino_evaluation.metrics.surfaces import assd_mm, border_distances, hd95_mm, surface_dice
+
+METRICS = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref")
+"""Columns of cases.csv after case and label."""
+
+
+@dataclass(frozen=True)
+class LabelRow:
+    """One line of cases.csv.
+
+    Attributes:
+        case: Case identifier.
+        label: Name of the label.
+        dice: 2 |A and B| / (|A| + |B|).
+        iou: |A and B| / |A or B|.
+        nsd: Normalised surface Dice at the stated tolerance.
+        hd95_mm: 95th percentile Hausdorff distance.
+        assd_mm: Average symmetric surface distance.
+        volume_ml_pred: Volume of the prediction.
+        volume_ml_ref: Volume of the reference.
+    """
+
+    case: str
+    label: str
+    dice: float
+    iou: float
+    nsd: float
+    hd95_mm: float
+    assd_mm: float
+    volume_ml_pred: float
+    volume_ml_ref: float
+
+    def values(self) -> dict[str, Any]:
+        """Return the row as a dict."""
+        return asdict(self)
+
+
+def score_case(
+    case: str,
+    pred: NDArray[Any],
+    ref: NDArray[np.int32],
+    labels: LabelScheme,
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float,
+    surface: bool = True,
+) -> list[LabelRow]:
+    """Measure every label of a case.
+
+    Args:
+        case: Its identifier.
+        pred: [Z, Y, X] label values.
+        ref: [Z, Y, X] label values; voxels that are `IGNORED` count for nothing.
+        labels: Which values make up which label.
+        spacing_mm: Along Z, Y, X.
+        tolerance_mm: Of the normalised surface Dice.
+        surface: Whether to measure surfaces.
+    """
+    counted = ref != IGNORED
+    everything = counted.all()
+    rows = []
+    for target, name in enumerate(labels.names):
+        first, second = labels.mask(pred, target), labels.mask(ref, target)
+        if not everything:
+            first = first & counted
+        values = mask_metrics(first, second, spacing_mm, tolerance_mm, surface)
+        rows.append(LabelRow(case, name, **values))
+    return rows
+
+
+def mask_metrics(
+    pred: NDArray[np.bool_],
+    ref: NDArray[np.bool_],
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float,
+    surface: bool = True,
+) -> dict[str, float]:
+    """Measure one mask against another; see the module for empty ones.
+
+    Args:
+        pred: [Z, Y, X].
+        ref: [Z, Y, X].
+        spacing_mm: Along Z, Y, X.
+        tolerance_mm: Of the normalised surface Dice.
+        surface: Whether to measure surfaces; if not they are NaN.
+    """
+    box = _box(pred, ref)
+    pred, ref = pred[box], ref[box]
+    size_pred, size_ref = int(np.count_nonzero(pred)), int(np.count_nonzero(ref))
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
+    values = dict.fromkeys(METRICS, math.nan) | {"volume_ml_pred": size_pred * voxel_ml, "volume_ml_ref": size_ref * voxel_ml}
+    if size_pred + size_ref == 0:
+        return values
+    overlap = int(np.count_nonzero(pred & ref))
+    values["dice"] = 2 * overlap / (size_pred + size_ref)
+    values["iou"] = overlap / (size_pred + size_ref - overlap)
+    if not surface:
+        return values
+    if size_pred == 0 or size_ref == 0:
+        values["nsd"] = 0.0
+        return values
+    to_ref, to_pred = border_distances(pred, ref, spacing_mm)
+    values["hd95_mm"], values["assd_mm"] = hd95_mm(to_ref, to_pred), assd_mm(to_ref, to_pred)
+    values["nsd"] = surface_dice(pred, ref, spacing_mm, tolerance_mm)
+    return values
+
+
+def mean_over_cases(rows: Sequence[dict[str, Any]], metric: str) -> tuple[float, int]:
+    """Average a metric over a case's labels, then over cases; undefined values are left out.
+
+    Returns:
+        The mean (NaN if nothing is defined) and the number of cases in it.
+    """
+    means = case_means(rows, metric)
+    return (float(np.mean(list(means.values()))), len(means)) if means else (math.nan, 0)
+
+
+def case_means(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
+    """Average a metric over the labels of each case; a case in which nothing is defined is absent."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if math.isfinite(row[metric]):
+            found.setdefault(str(row["case"]), []).append(float(row[metric]))
+    return {case: float(np.mean(values)) for case, values in found.items()}
+
+
+def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Return the smallest box that holds both masks; surfaces need not look outside it."""
+    either = pred | ref
+    box = []
+    for axis in range(either.ndim):
+        others = tuple(other for other in range(either.ndim) if other != axis)
+        places = np.flatnonzero(either.any(axis=others))
+        box.append(slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0))
+    return tuple(box)

@@ -1,0 +1,169 @@
+"""Every setting of `meddino-eval segment`, with its unit and where its default comes from.
+
+[P] is the MedDINOv3 paper (arXiv 2509.02379), [R] its code, [N] nnU-Net; the values are those of shared settings there.
+"""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from meddino.core.config import StrictConfig
+from meddino.core.device import Precision
+
+
+class DataConfig(StrictConfig):
+    """How volumes become slices."""
+
+    channels: Literal["first", "all"] = "first"
+    """Image channels that are read; with "all" their number must be the model's."""
+    neighbour_slices: int = Field(0, ge=0, le=8)
+    """2.5D: this many slices on either side come in as channels; 0 is the paper's 2D [P]."""
+    intensity: Literal["contract", "fingerprint"] = "contract"
+    """Clip and normalise by the model's input contract, or by the training cases' foreground as nnU-Net does for CT [N]."""
+    resample: Literal["native", "spacing", "size", "plan"] = "native"
+    """In-plane grid: as it is; to spacing_mm; the longer side to size_px; or median spacing x plan_px / crop_px [P]."""
+    spacing_mm: float | None = Field(None, gt=0)
+    """In-plane spacing, millimetres; needed by resample=spacing."""
+    size_px: int | None = Field(None, gt=0, le=2048)
+    """Longer in-plane side, pixels; needed by resample=size."""
+    plan_px: int = Field(512, gt=0, le=2048)
+    """Patch side of nnU-Net's 2D plan, pixels, whose field of view resample=plan keeps; 512 at usual CT sizes [N]."""
+    patient_pattern: str | None = None
+    """Regular expression; its first group in the case name is the patient. null: patients.csv, else a case is a patient."""
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        for kind, key in (("spacing", "spacing_mm"), ("size", "size_px")):
+            if self.resample == kind and getattr(self, key) is None:
+                raise ValueError(f"resample={kind} needs data.{key}")
+        return self
+
+
+class SplitsConfig(StrictConfig):
+    """Who trains and who is tested."""
+
+    file: str | None = None
+    """A splits_final.json; null: the data set's own if there, else made."""
+    folds: int = Field(5, ge=2)
+    """Number of folds that are made; 5 [N]."""
+    run_folds: tuple[int, ...] = Field((0,), min_length=1)
+    """Folds that are run; fold 0 [P]."""
+    seed: int = 12345
+    """Divides the patients; 12345 gives nnU-Net's own folds [N]."""
+    val_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the training patients held out to select on, where something is selected; 80/20 [P]."""
+
+
+class LabelsConfig(StrictConfig):
+    """How many labels training sees; drawn anew for each seed, the same ones for every model."""
+
+    train_cases: int | None = Field(None, gt=0)
+    """Patients; null: all."""
+    train_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the patients, where train_cases is null."""
+    train_slices: int | None = Field(None, gt=0)
+    """Labelled slices in all; null: all."""
+    slice_choice: Literal["balanced", "random"] = "balanced"
+    """Draw them so that each adds the label seen least so far, or evenly."""
+
+
+class EncoderConfig(StrictConfig):
+    """What of the model is read and what of it learns."""
+
+    mode: Literal["frozen", "finetune"] = "frozen"
+    """Which of its weights learn."""
+    taps: int = Field(4, ge=1, le=24)
+    """Blocks whose patch tokens the head reads, evenly spaced; 4 (2, 5, 8, 11 of 12) [P]; 1 is the single-scale baseline."""
+    random_seed: int = 0
+    """Seed of the weights of random:<name>."""
+
+
+class HeadConfig(StrictConfig):
+    """What turns tokens into classes."""
+
+    name: Literal["primus", "linear"] = "primus"
+    """"primus": the paper's decoder [P]; "linear": a 1x1 convolution on the tokens, the lightest head."""
+
+
+class TrainingConfig(StrictConfig):
+    """How the head, and the encoder if asked, are trained."""
+
+    steps: int = Field(250_000, gt=0)
+    """Optimizer steps; 1,000 x 250 [P]."""
+    batch_size: int = Field(12, gt=0)
+    """Crops a step; 12 is nnU-Net's 2D plan for 512 x 512 on a 10 GB card [N]."""
+    crop_px: int = Field(896, gt=0, le=2048)
+    """Side of a crop and of the sliding window, pixels; 896 [P]."""
+    crops: Literal["random", "grid"] = "random"
+    """Where crops lie: anywhere, or on the sliding window's own grid (then a frozen encoder sees each crop only once)."""
+    lr_head: float = Field(3e-4, gt=0)
+    """Learning rate of the head; 3e-4 [P]."""
+    lr_encoder: float = Field(3e-5, gt=0)
+    """Learning rate of what learns in the encoder; 3e-5 after CT pretraining, 1e-4 from DINOv3, 3e-4 from scratch [P]."""
+    weight_decay: float = Field(5e-2, ge=0)
+    """AdamW's; 5e-2 [P]."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's; 0.9, 0.98 [P]."""
+    clip_norm: float = Field(12.0, gt=0)
+    """Largest norm of all gradients together; 12 [P]."""
+    foreground_oversampling: float = Field(0.33, ge=0, le=1)
+    """Share of a batch's crops, from its end, that are drawn to hold a label; 0.33 [N]."""
+    dice_weight: float = Field(1.0, ge=0)
+    """Weight of the soft Dice loss; 1 [N]."""
+    ce_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy; 1 [N]."""
+    selection: Literal["last", "best_val"] = "last"
+    """Weights that are tested: the last, or those with the best validation Dice."""
+    val_every_steps: int = Field(5_000, gt=0)
+    """Steps between validations, where selection=best_val."""
+    log_every_steps: int = Field(50, gt=0)
+    """Steps between lines of train.jsonl."""
+
+
+class InferenceConfig(StrictConfig):
+    """How whole volumes are predicted."""
+
+    step: float = Field(0.5, gt=0, le=1)
+    """Step of the sliding window, in windows; 0.5 [N]."""
+    gaussian: bool = True
+    """Weight windows by a Gaussian of an eighth of their side; true [N]."""
+    mirror: bool = True
+    """Average over mirrored windows (4 forwards instead of 1); true [N]."""
+    batch_size: int = Field(8, gt=0)
+    """Slices and windows at once; halved by itself where memory runs out."""
+
+
+class MetricsConfig(StrictConfig):
+    """What is measured."""
+
+    tolerance_mm: float = Field(1.0, gt=0)
+    """Tolerance of the normalised surface Dice, millimetres; 1 [R]."""
+    surface: bool = True
+    """Also measure surfaces (NSD, HD95, ASSD)."""
+    bootstrap: int = Field(2_000, ge=100)
+    """Resamples of the patients for 95 % intervals."""
+
+
+class SegmentConfig(StrictConfig):
+    """`meddino-eval segment`."""
+
+    data: DataConfig = DataConfig()
+    splits: SplitsConfig = SplitsConfig()
+    labels: LabelsConfig = LabelsConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    head: HeadConfig = HeadConfig()
+    training: TrainingConfig = TrainingConfig()
+    inference: InferenceConfig = InferenceConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    """Each trains a head of its own; at least three where a number is reported."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1"."""
+    precision: Precision = "auto"
+    """"auto" is bf16 on a GPU and fp32 on the CPU."""
+
+    @model_validator(mode="after")
+    def _check_selection(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds) or len(set(self.splits.run_folds)) != len(self.splits.run_folds):
+            raise ValueError("seeds and splits.run_folds must not repeat")
+        return self

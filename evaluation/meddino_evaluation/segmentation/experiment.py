@@ -1,0 +1,191 @@
+"""What all phases of a segmentation run share: data, encoder, machine, splits, and how cases are prepared."""
+
+import copy
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import meddino
+from meddino.core.device import Machine, find_machine, use_cpu_threads
+from meddino.core.errors import ConfigError
+from meddino.core.files import canonical_json, write_json
+from meddino.models.registry import tapped_blocks
+from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
+from meddino_evaluation.data.fingerprint import foreground_contract, median_plane_spacing
+from meddino_evaluation.data.nnunet_raw import read_nnunet_raw
+from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
+from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, few_cases, make_folds, read_folds
+from meddino_evaluation.segmentation.config import SegmentConfig
+from meddino_evaluation.segmentation.encoders import load_encoder
+from meddino_evaluation.segmentation.heads import build_head
+from meddino_evaluation.segmentation.network import EncoderSource, SegmentationNetwork
+from meddino_evaluation.segmentation.sliding_window import SlidingWindow
+
+
+@dataclass
+class Experiment:
+    """One model on one data set.
+
+    Attributes:
+        config: Settings.
+        dataset: Cases and labels.
+        source: The model.
+        machine: Device and arithmetic.
+        splits: Folds that are run.
+    """
+
+    config: SegmentConfig
+    dataset: LabelledDataset
+    source: EncoderSource
+    machine: Machine
+    splits: tuple[Split, ...]
+    _prepared: dict[tuple[str, GridRule], PreparedCase] = field(default_factory=dict, repr=False)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Image channels that are read."""
+        return (0,) if self.config.data.channels == "first" else tuple(range(len(self.dataset.channel_names)))
+
+    @property
+    def identity(self) -> str:
+        """Hash of everything a trained network depends on; what was trained under another one is never taken up."""
+        names = sorted({name for split in self.splits for name in (*split.train, *split.val)})
+        parts = {
+            "config": self.config.model_dump(mode="json", exclude={"seeds", "metrics", "inference"}),
+            "model": self.source.model_hash,
+            "data": self.dataset.data_hash([self.dataset.case(name) for name in names]),
+            "contract": self.source.contract.model_dump(mode="json"),
+            "version": meddino.__version__,
+        }
+        return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
+
+    def grid_rule(self, split: Split) -> GridRule:
+        """Return the in-plane grid, for a rule that asks for it from the training cases of the fold."""
+        data = self.config.data
+        if data.resample == "plan":
+            median = median_plane_spacing([self.dataset.case(name) for name in split.train])
+            return GridRule(spacing_mm=median * data.plan_px / self.config.training.crop_px)
+        if data.resample == "spacing":
+            return GridRule(spacing_mm=data.spacing_mm)
+        return GridRule(size_px=data.size_px) if data.resample == "size" else GridRule()
+
+    def prepare(self, name: str, rule: GridRule) -> PreparedCase:
+        """Read and prepare a case, once for all folds and seeds."""
+        key = (name, rule)
+        if key not in self._prepared:
+            self._prepared[key] = prepare_case(self.dataset, self.dataset.case(name), self.channels, rule)
+        return self._prepared[key]
+
+    def forget(self) -> None:
+        """Let go of the prepared cases."""
+        self._prepared.clear()
+
+    def training_cases(self, split: Split, seed: int) -> tuple[str, ...]:
+        """Return the cases that a seed may learn from."""
+        few = self.config.labels
+        return few_cases(split.train, self.dataset, few.train_cases, few.train_fraction, seed)
+
+    def fold_source(self, split: Split) -> EncoderSource:
+        """Return the model with the input contract of a fold: its own, or that of the training cases."""
+        if self.config.data.intensity == "contract":
+            return self.source
+        rule = self.grid_rule(split)
+        contract = foreground_contract([self.prepare(name, rule) for name in split.train], self.source.contract.channels)
+        return replace(self.source, contract=contract)
+
+    def network(self, source: EncoderSource, seed: int) -> SegmentationNetwork:
+        """Build the network of a seed, on the machine; a learning encoder is a copy of its own."""
+        config, backbone = self.config, source.backbone
+        blocks = tapped_blocks(backbone.depth, config.encoder.taps)
+        trains = config.encoder.mode != "frozen"
+        head = build_head(
+            config.head.name, len(blocks), backbone.embed_dim, backbone.patch_size, self.dataset.labels.num_outputs, seed
+        )
+        own = copy.deepcopy(backbone) if trains else backbone
+        return SegmentationNetwork(own, blocks, head, source.contract, trains).to(self.machine.device)
+
+    def window(self) -> SlidingWindow:
+        """Return the sliding window of the config."""
+        inference = self.config.inference
+        return SlidingWindow(
+            self.config.training.crop_px, inference.step, inference.gaussian, inference.mirror, inference.batch_size
+        )
+
+
+def open_experiment(config: SegmentConfig, model: str, data: Path) -> Experiment:
+    """Read and check everything before anything long starts.
+
+    Raises:
+        MedDINOError: The data set, the model, the splits or their combination is wrong.
+    """
+    use_cpu_threads()
+    machine = find_machine(config.device, config.precision)
+    dataset = with_patients(read_nnunet_raw(data), config.data.patient_pattern)
+    source = load_encoder(model, config.encoder.random_seed)
+    check_fit(config, source, dataset)
+    check_grids(dataset)
+    experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset))
+    source.backbone.to(machine.device)
+    return experiment
+
+
+def check_fit(config: SegmentConfig, source: EncoderSource, dataset: LabelledDataset) -> None:
+    """Refuse settings that the model or the data cannot follow.
+
+    Raises:
+        ConfigError: Says which and what is possible.
+    """
+    patch, depth = source.backbone.patch_size, source.backbone.depth
+    if config.training.crop_px % patch:
+        raise ConfigError(
+            f"training.crop_px is {config.training.crop_px}; this model needs a multiple of its patch size {patch}"
+        )
+    if config.encoder.taps > depth:
+        raise ConfigError(f"encoder.taps is {config.encoder.taps}; this model has {depth} blocks")
+    channels = 1 if config.data.channels == "first" else len(dataset.channel_names)
+    entering = channels * (2 * config.data.neighbour_slices + 1)
+    if entering not in (1, source.contract.channels):
+        raise ConfigError(
+            f"{channels} image channels x {2 * config.data.neighbour_slices + 1} slices are {entering} input channels, but "
+            f"model {source.name} takes 1 (repeated) or {source.contract.channels}; see data.channels and data.neighbour_slices"
+        )
+
+
+def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Split, ...]:
+    """Read or make the folds and return those that are run.
+
+    Raises:
+        ConfigError: A fold is missing or empty, or patients are on two sides.
+    """
+    own = dataset.root / SPLITS_FILE
+    path = Path(config.splits.file) if config.splits.file is not None else own if own.is_file() else None
+    if path is not None and not path.is_file():
+        raise ConfigError(f"splits.file {path}: no such file")
+    folds = read_folds(path, dataset.cases) if path else make_folds(dataset.cases, config.splits.folds, config.splits.seed)
+    fraction = config.splits.val_fraction if config.training.selection == "best_val" else 0.0
+    splits = tuple(choose_split(dataset, folds, fold, fraction, config.splits.seed) for fold in config.splits.run_folds)
+    if config.training.selection == "best_val":
+        empty = [split.fold for split in splits if not split.val]
+        if empty:
+            raise ConfigError(
+                f"training.selection=best_val needs validation cases, and fold {empty[0]} has none; see splits.val_fraction"
+            )
+    return splits
+
+
+def write_splits(experiment: Experiment, out: Path) -> None:
+    """Write the folds as nnU-Net's splits_final.json and, beside it, what each part of this run holds."""
+    folds = [{"train": [*split.train, *split.val], "val": list(split.test)} for split in experiment.splits]
+    write_json(out / SPLITS_FILE, folds)
+    parts: list[dict[str, Any]] = [
+        {
+            "fold": split.fold,
+            "train": list(split.train),
+            "val": list(split.val),
+            "test": list(split.test),
+            "labelled": {str(seed): list(experiment.training_cases(split, seed)) for seed in experiment.config.seeds},
+        }
+        for split in experiment.splits
+    ]
+    write_json(out / "splits.json", parts)
