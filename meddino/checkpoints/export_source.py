@@ -1,6 +1,5 @@
 """What an export is made from: a run, a training checkpoint, or a model folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from meddino.checkpoints.model_folder import (
+    DINOV3_LICENCE,
     Architecture,
     Lineage,
     is_model_folder,
@@ -27,6 +27,7 @@ from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.contract import InputContract
 
 CHECKPOINTS_FOLDER = "checkpoints"
+FROM_SCRATCH = "scratch"
 HEADS = ("dino_head", "ibot_head")
 Role = Literal["teacher", "student", "backbone"]
 
@@ -105,10 +106,10 @@ def find_checkpoint(path: Path, stage: str | None = None) -> Checkpoint:
                 f"run {path} has no checkpoint of stage '{stage}'; stages with checkpoints: {', '.join(stages)}"
             )
         return _usable(latest_checkpoint(stages[stage]), stages[stage])
-    # By the place in the stage graph, where the checkpoint names it; by folder name otherwise.
     found = [checkpoint for folder in stages.values() if (checkpoint := latest_checkpoint(folder)) is not None]
-    found.sort(key=lambda checkpoint: (checkpoint.meta.get("stage_index", 0), checkpoint.folder.parent.parent.name))
-    finished = [checkpoint for checkpoint in found if checkpoint.meta.get("stage_finished", True)]
+    # By how many stages lie behind it; by name where two start from the same one.
+    found.sort(key=lambda checkpoint: (len(_planned_stages(checkpoint)), checkpoint.folder.parent.parent.name))
+    finished = [checkpoint for checkpoint in found if checkpoint.step >= _planned_stages(checkpoint)[-1]["steps"]]
     if not finished:
         raise CheckpointError(
             f"run {path} has no finished stage yet; wait, or name one with --stage to export its last checkpoint: "
@@ -126,14 +127,15 @@ def _usable(checkpoint: Checkpoint | None, folder: Path) -> Checkpoint:
 def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
     folder, meta = checkpoint.folder, checkpoint.meta
     tensors = read_tensors(folder, f"{role}.backbone.")
+    if not tensors and role == "teacher":
+        tensors = read_tensors(folder, "backbone.")  # a snapshot, which holds the teacher's backbone alone
     if not tensors:
         raise CheckpointError(f"{folder} holds no '{role}.backbone' weights; it was not written by meddino-pretrain")
     try:
-        name = {"name": meta["backbone_name"]} if "backbone_name" in meta else {}
-        architecture = check_config(Architecture, {**meta["backbone"], **name}, where=f"{folder}: backbone")
+        architecture = check_config(Architecture, meta["backbone"], where=f"{folder}: backbone")
         contract = check_config(InputContract, meta["input_contract"], where=f"{folder}: input_contract")
-        lineage = _lineage(meta, str(folder))
-        resolutions = tuple(int(size) for size in meta.get("resolutions_px_seen", ()))
+        lineage = _lineage(checkpoint)
+        resolutions = tuple(int(size) for size in meta["lineage"].get("resolutions_px_seen", ()))
     except KeyError as error:
         raise CheckpointError(f"{folder / META_FILE} has no {error}; it was not written by meddino-pretrain") from error
     except ConfigError as error:
@@ -143,11 +145,27 @@ def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
     return ExportSource(tensors, heads, architecture, contract, resolutions, lineage, role, {})
 
 
-def _lineage(meta: Mapping[str, Any], where: str) -> Lineage:
-    given = dict(meta.get("lineage") or {})
-    given.setdefault("corpus_hash", meta.get("corpus_hash"))
-    lineage = check_config(
-        Lineage, {key: given[key] for key in given if key in Lineage.model_fields}, where=f"{where}: lineage"
-    )
+def _planned_stages(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Return the stages up to this checkpoint's own with their planned steps; a checkpoint without them counts as final."""
+    given = checkpoint.meta.get("lineage", {}).get("stages") or [{"stage": checkpoint.meta.get("stage", ""), "steps": 0}]
+    return [{"name": record.get("stage", record.get("name", "")), "steps": record["steps"]} for record in given]
+
+
+def _lineage(checkpoint: Checkpoint) -> Lineage:
+    given = checkpoint.meta["lineage"]
+    stages = _planned_stages(checkpoint)
+    stages[-1]["steps"] = checkpoint.step  # the last one may be unfinished
+    parent = given.get("parent")
+    if isinstance(parent, str):
+        # Weights whose origin is not recorded are taken for Meta's: their licence asks for more than ours.
+        parent = None if parent == FROM_SCRATCH else {"name": Path(parent).name, "licence": DINOV3_LICENCE}
+    values = {
+        "corpus_hash": given.get("corpus_hash") or checkpoint.meta.get("corpus_hash"),
+        "data": given.get("data", []),
+        "audited_against": given.get("audited_against", []),
+        "stages": stages,
+        "parent": parent,
+    }
+    lineage = check_config(Lineage, values, where=f"{checkpoint.folder}: lineage")
     # Weights derived from somebody's weights stay under that licence.
     return lineage.model_copy(update={"licence": lineage.parent.licence}) if lineage.parent else lineage

@@ -34,21 +34,20 @@ def network(config: ViTConfig, seed: int) -> nn.ModuleDict:
     return network
 
 
-def meta_of(config: ViTConfig, step: int, stage: str, index: int, finished: bool = True) -> dict:
+def meta_of(config: ViTConfig, step: int, stages: list[str], planned: int) -> dict:
+    chain = [{"stage": name, "steps": 5} for name in stages]
+    chain[-1]["steps"] = planned
     return {
         "step": step,
-        "stage": stage,
-        "stage_index": index,
-        "stage_finished": finished,
-        "backbone_name": "small",
-        "backbone": config.model_dump(mode="json"),
+        "stage": stages[-1],
+        "backbone": {"name": "small", **config.model_dump(mode="json")},
         "input_contract": InputContract(hu_min=-900.0).model_dump(mode="json"),
-        "resolutions_px_seen": [64, 96],
         "corpus_hash": "abc123",
         "lineage": {
-            "stages": [{"name": stage, "steps": step}],
+            "stages": chain,
             "parent": {"name": "dinov3_vitb16", "sha256": None, "licence": "DINOv3 License"},
             "data": [{"dataset": "phantom", "licence": "Apache-2.0", "volumes": 3}],
+            "resolutions_px_seen": [64, 96],
         },
     }
 
@@ -63,9 +62,10 @@ def small_config() -> ViTConfig:
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """Write `<run>/<stage>/checkpoints/step-*` and return its folder."""
 
-    def make(stage="stage1_pretrain", index=0, step=5, seed=0, finished=True, config=SMALL, run="run") -> Path:
-        folder = tmp_path / run / stage / "checkpoints" / checkpoint_name(step)
+    def make(*stages, step=5, planned=5, seed=0, config=SMALL, run="run") -> Path:
+        stages = stages or ("stage1_pretrain",)
+        folder = tmp_path / run / stages[-1] / "checkpoints" / checkpoint_name(step)
         state = {"student": network(config, seed + 100), "teacher": network(config, seed)}
-        return save_training_state(folder, state, meta_of(config, step, stage, index, finished))
+        return save_training_state(folder, state, meta_of(config, step, list(stages), planned))
 
     return make

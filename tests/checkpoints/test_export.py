@@ -58,10 +58,10 @@ def test_export__config_and_card_say_where_it_comes_from(make_checkpoint, tmp_pa
 
 
 def test_export__a_run_gives_its_last_finished_stage(make_checkpoint, tmp_path):
-    make_checkpoint("b_first", 0, seed=1)
-    make_checkpoint("a_second", 1, seed=2)
-    make_checkpoint("a_second", 1, seed=3, step=9)
-    unfinished = make_checkpoint("c_third", 2, seed=4, finished=False)
+    make_checkpoint("b_first", seed=1)
+    make_checkpoint("b_first", "a_second", seed=2, planned=9)
+    make_checkpoint("b_first", "a_second", seed=3, step=9, planned=9)
+    unfinished = make_checkpoint("b_first", "a_second", "c_third", seed=4, planned=6)
     run = tmp_path / "run"
     expected = read_tensors(run / "a_second/checkpoints/step-000000009", "teacher.backbone.")
     found = load_file(export_model(run, tmp_path / "m") / "model.safetensors")
@@ -70,12 +70,17 @@ def test_export__a_run_gives_its_last_finished_stage(make_checkpoint, tmp_path):
     assert torch.equal(by_stage["cls_token"], read_tensors(unfinished, "teacher.backbone.")["cls_token"])
     by_folder = load_file(export_model(unfinished.parent, tmp_path / "o", role="student") / "model.safetensors")
     assert torch.equal(by_folder["cls_token"], read_tensors(unfinished, "student.backbone.")["cls_token"])
+    assert [(stage.name, stage.steps) for stage in meddino.load(tmp_path / "n").lineage.stages] == [
+        ("b_first", 5),
+        ("a_second", 5),
+        ("c_third", 5),
+    ]
     with pytest.raises(CheckpointError, match=r"no checkpoint of stage 'x'; .*a_second, b_first, c_third"):
         export_model(run, tmp_path / "p", stage="x")
 
 
 def test_export__only_unfinished_stages(make_checkpoint, tmp_path):
-    make_checkpoint(finished=False)
+    make_checkpoint(planned=6)
     with pytest.raises(CheckpointError, match=r"no finished stage yet.*--stage"):
         export_model(tmp_path / "run", tmp_path / "m")
     assert not (tmp_path / "m").exists()

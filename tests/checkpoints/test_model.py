@@ -38,7 +38,7 @@ def test_load__random_of_the_same_architecture_and_contract(model_folder):
 
 
 def test_load__nothing_there(tmp_path):
-    with pytest.raises(CheckpointError, match="no weights at.*nothing is downloaded"):
+    with pytest.raises(CheckpointError, match=r"no weights at.*nothing is downloaded"):
         meddino.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="is empty"):
         meddino.load(tmp_path)

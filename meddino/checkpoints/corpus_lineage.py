@@ -1,0 +1,23 @@
+"""What a corpus adds to the lineage of the weights trained on it."""
+
+from collections import Counter
+from typing import Any
+
+from meddino.checkpoints.model_folder import DataRecord
+from meddino.data.corpus import Corpus
+
+
+def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
+    """Return `corpus_hash`, `data` (data sets with licences and accepted volumes) and `audited_against`, as JSON.
+
+    Args:
+        corpus: The trainer puts this into its checkpoints' `lineage`.
+    """
+    columns = corpus.volumes.select(["dataset", "licence", "status"]).to_pylist()
+    counts = Counter((row["dataset"], row["licence"]) for row in columns if row["status"] == "accepted")
+    records = [DataRecord(dataset=name, licence=licence, volumes=count) for (name, licence), count in sorted(counts.items())]
+    return {
+        "corpus_hash": corpus.content_hash,
+        "data": [record.model_dump(mode="json") for record in records],
+        "audited_against": [str(name) for name in corpus.info.get("audited_against", [])],
+    }
