@@ -48,7 +48,7 @@ def run_command(
         0 done, 2 wrong input (one line on stderr), 75 stopped early and wants to be run again. Other faults raise,
         which shows their traceback and exits 1.
     """
-    arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
         handle(arguments)
@@ -71,3 +71,15 @@ def run_command(
         )
         return EXIT_WRONG_INPUT
     return EXIT_DONE
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; `key=value` may stand anywhere, which argparse does not see after an option."""
+    arguments, left = parser.parse_known_args(argv)
+    takes_overrides = hasattr(arguments, "overrides")
+    strange = [text for text in left if not takes_overrides or text.startswith("-") or "=" not in text]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if left:
+        arguments.overrides = [*arguments.overrides, *left]
+    return arguments

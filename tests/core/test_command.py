@@ -36,3 +36,20 @@ def test_run_command__a_fault_of_ours_shows_its_traceback():
 
 def test_command_parser__help_ends_with_the_example():
     assert command_parser("meddino-x", "Tests.", "meddino-x --now").format_help().endswith("meddino-x --now\n")
+
+
+def test_run_command__overrides_stand_anywhere():
+    parser = command_parser("meddino-x", "Do.", "meddino-x a=1 --out b")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--out")
+    seen = []
+    assert run_command(parser, ["a=1", "--out", "b", "c=2", "d.e=[3]"], lambda arguments: seen.append(arguments.overrides)) == 0
+    assert seen == [["a=1", "c=2", "d.e=[3]"]]
+
+
+def test_run_command__unknown_option_is_still_refused():
+    parser = command_parser("meddino-x", "Do.", "meddino-x")
+    parser.add_argument("overrides", nargs="*")
+    with pytest.raises(SystemExit) as caught:
+        run_command(parser, ["--what=1"], lambda arguments: None)
+    assert caught.value.code == 2

@@ -77,3 +77,9 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
         return Corpus(write_corpus(tmp_path / name, slices, spacing_mm))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_corpus_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one corpus of 24 slices, for tests that only read it."""
+    return write_corpus(tmp_path_factory.mktemp("tiny") / "corpus", [disc_slice(i, 96, 80) for i in range(24)])
