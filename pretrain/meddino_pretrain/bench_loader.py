@@ -1,7 +1,10 @@
 """`meddino-pretrain bench loader`: how many slices a second one core decodes, crops and normalises."""
 
+import argparse
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,8 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from meddino.core.command import command_parser, run_command
+from meddino.core.config import check_config
 from meddino.core.device import find_machine
 from meddino.data.contract import InputContract
+from meddino.data.corpus import Corpus
 from meddino.data.sample import decode_slice, encode_slice
 from meddino_pretrain.augment import AugmentConfig
 from meddino_pretrain.batches import to_model_input
@@ -126,6 +132,42 @@ def bench_loader(
         "crops_of_a_slice": GLOBAL_CROPS * (1 if raw.gram_hu is None else 2) + crops.num_local,
         "device": str(machine.device),
     }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `meddino-pretrain bench loader`: print one JSON line and return the exit code."""
+    parser = command_parser(
+        "meddino-pretrain bench loader",
+        "Measure how many slices a second one core decodes, crops and normalises. Prints one JSON line.",
+        "meddino-pretrain bench loader --corpus corpus --global-size 224 --local-size 96 --locals 8",
+    )
+    parser.add_argument("--corpus", type=Path, help="folder written by meddino-curate; without it, slices made up in memory")
+    parser.add_argument("--slice-size", type=int, default=512, help="side of the slices made up [px]")
+    parser.add_argument("--global-size", type=int, default=224, help="side of the global crops [px]")
+    parser.add_argument("--local-size", type=int, default=96, help="side of the local crops [px]")
+    parser.add_argument("--locals", type=int, default=8, help="local crops of a slice")
+    parser.add_argument("--gram", action="store_true", help="also the Gram teacher's crops, twice the global ones")
+    parser.add_argument("--patch-size", type=int, default=16, help="side of a patch [px]")
+    parser.add_argument("--batch", type=int, default=16, help="slices in a batch")
+    parser.add_argument("--steps", type=int, default=4, help="batches measured; the fastest counts")
+    parser.add_argument("--workers", type=int, default=0, help="processes of the loader")
+    return run_command(parser, argv, _bench)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    source = Corpus(arguments.corpus) if arguments.corpus else SyntheticSlices(side_px=arguments.slice_size)
+    gram = 2 * arguments.global_size if arguments.gram else None
+    plain = {"global_px": arguments.global_size, "local_px": arguments.local_size, "gram_px": gram}
+    crops = check_config(CropsConfig, {"sizes": [plain], "num_local": arguments.locals}, where="from the options")
+    result = bench_loader(
+        source,
+        crops,
+        patch_size=arguments.patch_size,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        workers=arguments.workers,
+    )
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _fastest(work: Callable[[int], object], steps: int) -> float:

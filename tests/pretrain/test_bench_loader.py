@@ -2,7 +2,7 @@
 
 import json
 
-from meddino_pretrain.bench_loader import SyntheticSlices, bench_loader
+from meddino_pretrain.bench_loader import SyntheticSlices, bench_loader, main
 from meddino_pretrain.crops import CropsConfig, CropSizes
 
 
@@ -19,3 +19,17 @@ def test_bench_loader__reads_a_corpus(make_corpus):
     crops = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16),), num_local=2)
     result = bench_loader(make_corpus(count=6), crops, patch_size=8, batch=2, steps=2, workers=1)
     assert (result["rows"], result["cols"], result["workers"]) == (96, 80, 1)
+
+
+def test_main__prints_one_json_line(capsys):
+    options = ["--slice-size", "64", "--global-size", "32", "--local-size", "16", "--locals", "2", "--gram", "--batch", "2"]
+    assert main([*options, "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and json.loads(out)["crops_of_a_slice"] == 6
+
+
+def test_main__wrong_sizes_and_a_missing_corpus_are_one_line(capsys, tmp_path):
+    assert main(["--global-size", "100", "--local-size", "96"]) == 2
+    assert main(["--corpus", str(tmp_path / "none")]) == 2
+    errors = capsys.readouterr().err.strip().split("\n")
+    assert len(errors) == 2 and "crops.sizes.0.global_px=100" in errors[0] and "no such folder" in errors[1]

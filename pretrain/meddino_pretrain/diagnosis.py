@@ -1,0 +1,227 @@
+"""What the numbers of a run mean, in words: rules over metrics.jsonl. No rule knows a label."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from meddino.core.config import StrictConfig
+
+Record = Mapping[str, Any]
+
+
+class DiagnosisConfig(StrictConfig):
+    """When a rule speaks. All limits are ours, from planted cases and small runs."""
+
+    window_steps: Annotated[int, Field(ge=2, description="records that a rule looks at together; ours: 50")] = 50
+    patience_steps: Annotated[int, Field(ge=1, description="steps before standing still is reported; ours: 1000")] = 1000
+    log_prototypes_share: Annotated[
+        float, Field(gt=0, le=1, description="DINO loss / ln K from which heads count as not learning; ours: 0.995")
+    ] = 0.995
+    min_rank: Annotated[float, Field(ge=1, description="RankMe below which CLS or patch tokens collapsed; ours: 2")] = 2.0
+    min_nearest_distance: Annotated[
+        float, Field(ge=0, description="mean distance to the nearest CLS token below which features collapsed; ours: 0.01")
+    ] = 0.01
+    loss_growth: Annotated[
+        float,
+        Field(gt=0, description="rise of the loss over its best window that counts as diverging [share of it]; ours: 0.2"),
+    ] = 0.2
+    gradient_growth: Annotated[
+        float, Field(gt=1, description="growth of the gradient norm over its median so far that counts as diverging; ours: 10")
+    ] = 10.0
+    max_data_wait: Annotated[
+        float,
+        Field(gt=0, le=1, description="share of the time waiting for data above which the loader is the limit; ours: 0.2"),
+    ] = 0.2
+    min_neighbours_kept: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of nearest slices kept below which features drifted; ours: 0.4"),
+    ] = 0.4
+    max_patch_drift: Annotated[
+        float, Field(gt=0, description="change of patch similarities since the start above which features drifted; ours: 0.3")
+    ] = 0.3
+    max_consistency_loss: Annotated[
+        float, Field(gt=0, description="fall of patch consistency from its best that is reported [0-1]; ours: 0.01")
+    ] = 0.01
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule found.
+
+    Attributes:
+        name: The rule: collapsed, heads_not_learning, diverging, loader_bound, drifted or patches_degraded.
+        grave: True if the run will come to nothing as it is; False if it is worth knowing.
+        step: The newest step it rests on.
+        words: What is seen, with numbers, and what to do.
+    """
+
+    name: str
+    grave: bool
+    step: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the rules look at.
+
+    Attributes:
+        records: One a step, as in metrics.jsonl, in order.
+        config: Limits.
+        prototypes: Outputs K of the DINO head.
+        from_released_weights: True if the backbone began with features worth keeping.
+    """
+
+    records: Sequence[Record]
+    config: DiagnosisConfig
+    prototypes: int
+    from_released_weights: bool
+
+    @property
+    def window(self) -> Sequence[Record]:
+        """The newest records."""
+        return self.records[-self.config.window_steps :]
+
+    def values(self, name: str, records: Sequence[Record] | None = None) -> list[float]:
+        """Return a number's values where it was measured and is finite."""
+        found = (record.get(name) for record in (self.records if records is None else records))
+        return [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def verdicts(
+    records: Sequence[Record], config: DiagnosisConfig, *, prototypes: int, from_released_weights: bool
+) -> list[Verdict]:
+    """Apply every rule to a stage's records so far.
+
+    Args:
+        records: One a step, as in metrics.jsonl, in order.
+        config: Limits.
+        prototypes: Outputs K of the DINO head.
+        from_released_weights: True if the stage began with features worth keeping; only then is drift an alarm.
+
+    Returns:
+        What was found, the grave first; empty if nothing is wrong.
+    """
+    if not records:
+        return []
+    run = Run(records, config, prototypes, from_released_weights)
+    found = [(rule(run), grave, name) for name, grave, rule in RULES]
+    step = int(records[-1]["step"])
+    return [Verdict(name, grave, step, words) for words, grave, name in found if words is not None]
+
+
+def _collapsed(run: Run) -> str | None:
+    # Fresh weights give every slice nearly the same CLS token: too little is a collapse where it was more, or after a while.
+    late = int(run.records[-1]["step"]) >= run.config.patience_steps
+    limits = run.config
+    watched = (
+        ("cls_rankme", limits.min_rank, "effective rank of the CLS tokens"),
+        ("patch_rankme", limits.min_rank, "effective rank of the patch tokens"),
+        ("nearest_distance", limits.min_nearest_distance, "distance of a CLS token to its nearest"),
+    )
+    signs = []
+    for name, limit, what in watched:
+        values = run.values(f"health/{name}")
+        if values and values[-1] < limit and (late or max(values) >= 2 * limit):
+            signs.append(f"the {what} is {values[-1]:.3g} (limit {limit:g}, it was up to {max(values):.3g})")
+    if not signs:
+        return None
+    return (
+        f"The features have collapsed: {'; '.join(signs)}. Go back to an earlier checkpoint with a lower learning rate or a "
+        "longer warm-up, and look at KoLeo's weight and the teacher temperature"
+    )
+
+
+def _heads_not_learning(run: Run) -> str | None:
+    step = int(run.records[-1]["step"])
+    losses = run.values("dino_global", run.window)
+    if step < run.config.patience_steps or not losses:
+        return None
+    mean, chance = statistics.fmean(losses), math.log(run.prototypes)
+    if mean < run.config.log_prototypes_share * chance:
+        return None
+    ranks = run.values("health/cls_rankme")
+    beside = f" Effective rank of the CLS tokens: {ranks[0]:.1f} at first, {ranks[-1]:.1f} now." if ranks else ""
+    return (
+        f"The heads do not learn: after {step} steps the DINO loss is {mean:.3f}, and ln K = {chance:.3f} is what a head gives "
+        f"that knows nothing. Features may improve all the same, so judge by them.{beside} If they stand still too: a higher "
+        "learning rate, fewer prototypes or a larger batch"
+    )
+
+
+def _diverging(run: Run) -> str | None:
+    size = run.config.window_steps
+    losses = run.values("loss")
+    skipped = sum(bool(record.get("skipped")) for record in run.window)
+    signs = []
+    if skipped * 5 >= len(run.window) and skipped > 1:
+        signs.append(f"{skipped} of the last {len(run.window)} steps were skipped, their loss or gradient not being finite")
+    if len(losses) >= 3 * size:
+        medians = [statistics.median(losses[i : i + size]) for i in range(0, len(losses) - size + 1, size)]
+        best, now = min(medians), statistics.median(losses[-size:])
+        if now - best > run.config.loss_growth * abs(best):
+            signs.append(f"the loss rose from {best:.3f} at its best to {now:.3f}")
+    for name in sorted({key for record in run.window for key in record if key.startswith("grad_norm/")}):
+        norms = run.values(name)
+        if len(norms) >= 3 * size:
+            before, now = statistics.median(norms[:-size]), statistics.median(norms[-size:])
+            if before > 0 and now > run.config.gradient_growth * before:
+                signs.append(f"the gradient norm of {name.removeprefix('grad_norm/')} grew from {before:.3g} to {now:.3g}")
+    if not signs:
+        return None
+    return f"The run is diverging: {'; '.join(signs)}. Lower the learning rate, or lengthen its warm-up"
+
+
+def _loader_bound(run: Run) -> str | None:
+    timing = [record["timing"] for record in run.window if isinstance(record.get("timing"), Mapping)]
+    waited, total = (sum(float(entry.get(name) or 0) for entry in timing) for name in ("data_wait_s", "step_s"))
+    if len(timing) < 2 or total <= 0 or waited <= run.config.max_data_wait * total:
+        return None
+    return (
+        f"The loader is the limit: {waited / total:.0%} of the last {len(timing)} steps went by waiting for data. "
+        "Raise loader.workers, or put the corpus on a faster disk"
+    )
+
+
+def _drifted(run: Run) -> str | None:
+    kept, drift = run.values("health/neighbours_kept"), run.values("health/patch_drift")
+    if not run.from_released_weights or not kept or not drift:
+        return None
+    signs = []
+    if kept[-1] < run.config.min_neighbours_kept:
+        signs.append(f"only {kept[-1]:.0%} of each slice's nearest slices are those of the start")
+    if drift[-1] > run.config.max_patch_drift:
+        signs.append(f"similarities between patches have changed by {drift[-1]:.2f} on average")
+    if not signs:
+        return None
+    return (
+        f"The features have drifted from the weights the run began with: {'; '.join(signs)}. If those were good, begin again "
+        "with a longer warm-up of the heads on a frozen backbone and a lower backbone learning rate"
+    )
+
+
+def _patches_degraded(run: Run) -> str | None:
+    scores = run.values("health/patch_consistency")
+    if len(scores) < 2 or max(scores) - scores[-1] <= run.config.max_consistency_loss:
+        return None
+    best = max(range(len(scores)), key=scores.__getitem__)
+    steps = [int(record["step"]) for record in run.records if record.get("health/patch_consistency") is not None]
+    return (
+        f"Patch features get worse: consistency was {scores[best]:.3f} at step {steps[best]} and is {scores[-1]:.3f} now. "
+        "That is what Gram anchoring mends: anchor to a teacher from about that step"
+    )
+
+
+# The grave ones first: that is how they are shown.
+RULES: tuple[tuple[str, bool, Callable[[Run], str | None]], ...] = (
+    ("collapsed", True, _collapsed),
+    ("diverging", True, _diverging),
+    ("drifted", True, _drifted),
+    ("heads_not_learning", False, _heads_not_learning),
+    ("patches_degraded", False, _patches_degraded),
+    ("loader_bound", False, _loader_bound),
+)
