@@ -80,7 +80,7 @@ def _from_folder(path: Path, section: str | None) -> FoundWeights:
         source = read_source(path if is_model_folder(path) else find_checkpoint(path).folder, role=role)
         parent = ParentRecord(name=path.resolve().name, sha256=None, licence=source.lineage.licence)
         return FoundWeights(
-            {name: tensor.float() for name, tensor in source.tensors.items()},
+            {name: tensor.float() for name, tensor in to_official(source.tensors, "official").items()},
             "official",
             source.architecture.vit_config(),
             parent,

@@ -156,7 +156,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, kind: str) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as stream:  # opened here: by its name alone torch would take it for another format
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|global|function|class)\s+`?([\w]+(?:\.[\w]+)+)", str(error))
         if name is None:

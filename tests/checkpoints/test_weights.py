@@ -1,0 +1,243 @@
+"""Weights into a model: from every door, completely, or every gap named."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+import meddino
+from meddino.checkpoints.coverage import GapsConfig
+from meddino.checkpoints.export import export_model
+from meddino.checkpoints.find_weights import find_weights
+from meddino.checkpoints.infer_architecture import architecture_from_transformers, backbone_name
+from meddino.checkpoints.safetensors_storage import read_tensors
+from meddino.checkpoints.weights import load_backbone_weights, resample_patch_weights
+from meddino.core.errors import CheckpointError
+from meddino.layers.projection_head import ProjectionHead
+from meddino.models.registry import BACKBONES, backbone_config
+from meddino.models.vision_transformer import VisionTransformer, ViTConfig
+
+CONFIG = ViTConfig(embed_dim=64, depth=2, num_heads=4, norm_eps=1e-5, rope_rescale=2.0)
+
+
+def lively(config: ViTConfig, seed: int = 0) -> VisionTransformer:
+    model = VisionTransformer(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def same(one: VisionTransformer, other: VisionTransformer) -> bool:
+    images = torch.randn(1, one.config.in_chans, 32, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return bool((one(images).patch_tokens - other(images).patch_tokens).abs().max() <= 2e-5)
+
+
+def loaded(source, config: ViTConfig = CONFIG, **gaps) -> VisionTransformer:
+    model = VisionTransformer(config).eval()
+    load_backbone_weights(source, config, GapsConfig(**gaps)).load_into(model)
+    return model
+
+
+def trainer_file(path, model: VisionTransformer, prefix: str = "") -> None:
+    head = ProjectionHead(64, 12, hidden_dim=8, bottleneck_dim=4)
+    teacher = {f"backbone.{name}": value for name, value in model.state_dict().items()}
+    teacher |= {f"{kind}.{name}": value for kind in ("dino_head", "ibot_head") for name, value in head.state_dict().items()}
+    torch.save({"teacher": {prefix + name: value for name, value in teacher.items()}, "iteration": 5}, path)
+
+
+def test_load__official_file_and_plain_safetensors(tmp_path):
+    model = lively(CONFIG)
+    torch.save(model.state_dict(), tmp_path / "dinov3.pth")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    for name in ("dinov3.pth", "plain.safetensors"):
+        weights = load_backbone_weights(tmp_path / name, CONFIG)
+        assert weights.coverage.is_complete and weights.coverage.layout == "official"
+        assert weights.parent.licence == "DINOv3 License" and len(weights.parent.sha256 or "") == 64
+        assert same(loaded(tmp_path / name), model)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_load__trainer_file_with_heads(tmp_path, prefix):
+    model = lively(CONFIG)
+    trainer_file(tmp_path / "teacher.pth", model, prefix)
+    weights = load_backbone_weights(tmp_path / "teacher.pth", CONFIG)
+    assert same(loaded(tmp_path / "teacher.pth"), model)
+    assert weights.coverage.other_parts == {"dino_head": 7, "ibot_head": 7}
+    assert weights.heads["ibot_head"]["last_layer.weight"].shape == (12, 4)
+    text = weights.coverage.text()
+    assert "section 'teacher'" in text and "not backbone" in text and (not prefix or f"prefix '{prefix}'" in text)
+
+
+def test_load__bias_mask_and_bf16_periods_as_official_files_have_them(tmp_path):
+    model = lively(CONFIG)
+    state = model.state_dict()
+    assert state["blocks.0.attn.qkv.bias"][64:128].any()  # masked, so without effect
+    state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16()
+    torch.save(state, tmp_path / "w.pth")
+    assert same(loaded(tmp_path / "w.pth"), model)
+
+
+def test_load__our_export_and_our_checkpoint(make_checkpoint, small_config, tmp_path):
+    checkpoint = make_checkpoint()
+    model = VisionTransformer(small_config).eval()
+    model.load_state_dict(read_tensors(checkpoint, "teacher.backbone."))
+    out = export_model(checkpoint, tmp_path / "model", dtype="bf16")
+    assert same(loaded(checkpoint, small_config), model)
+    assert same(loaded(checkpoint.parents[2], small_config), model)
+    weights = load_backbone_weights(out, small_config)
+    assert weights.parent.licence == "DINOv3 License" and weights.tensors["cls_token"].dtype == torch.float32
+    student = load_backbone_weights(checkpoint, small_config, section="student")
+    assert not torch.equal(student.tensors["cls_token"], model.cls_token)
+    assert meddino.load(checkpoint).contract.hu_min == -900
+    assert same(meddino.load(checkpoint.parents[2]).backbone, model)
+
+
+def test_fit__gaps_fail_unless_named(tmp_path):
+    state = lively(CONFIG).state_dict()
+    del state["mask_token"], state["blocks.1.norm1.bias"]
+    state |= {"extra.weight": torch.zeros(2), "cls_token": torch.zeros(1, 1, 32)}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as caught:
+        loaded(tmp_path / "w.pth")
+    for text in (
+        "nothing was loaded",
+        "missing         2: mask_token [1, 64]; blocks.1.norm1.bias [64]",
+        "unexpected      1: extra.weight [2]",
+        "wrong shape     1: cls_token [1, 1, 32] instead of [1, 1, 64]",
+    ):
+        assert text in str(caught.value), str(caught.value)
+    state["cls_token"] = torch.zeros(1, 1, 64)
+    torch.save(state, tmp_path / "w.pth")
+    model = VisionTransformer(CONFIG)
+    before = model.blocks[1].norm1.bias.clone()
+    gaps = GapsConfig(missing=("mask_token", "blocks.*.norm1.bias"), unexpected=("extra.*",))
+    weights = load_backbone_weights(tmp_path / "w.pth", CONFIG, gaps)
+    weights.load_into(model)
+    assert weights.coverage.fresh == ["mask_token", "blocks.1.norm1.bias"]
+    assert torch.equal(model.blocks[1].norm1.bias, before)
+
+
+def test_fit__input_channels_by_summation(tmp_path):
+    model = lively(CONFIG)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    one_channel = CONFIG.model_copy(update={"in_chans": 1})
+    with pytest.raises(CheckpointError, match=r"wrong shape.*patch_embed\.proj\.weight"):
+        loaded(tmp_path / "w.pth", one_channel)
+    small = loaded(tmp_path / "w.pth", one_channel, sum_input_channels=True)
+    grey = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        assert (small(grey).patch_tokens - model(grey.repeat(1, 3, 1, 1)).patch_tokens).abs().max() < 2e-5
+
+
+def test_fit__patch_size_by_resampling(tmp_path):
+    torch.save(lively(CONFIG).state_dict(), tmp_path / "w.pth")
+    finer = CONFIG.model_copy(update={"patch_size": 8})
+    with pytest.raises(CheckpointError, match="wrong shape"):
+        loaded(tmp_path / "w.pth", finer)
+    weights = load_backbone_weights(tmp_path / "w.pth", finer, GapsConfig(resample_patches=True))
+    assert weights.coverage.adapted == {"patch_embed.proj.weight": "resampled from 16 to 8 px"}
+
+
+@pytest.mark.parametrize("size", [10, 16])
+def test_resample__a_resized_patch_keeps_its_embedding(size):
+    # FlexiViT's defining property, exact when the new patch is the larger one.
+    weight, patch = torch.randn(5, 2, 8, 8), torch.randn(3, 2, 8, 8)
+    larger = functional.interpolate(patch, (size, size), mode="bicubic", align_corners=False)
+    expected = functional.conv2d(patch, weight)
+    assert torch.allclose(functional.conv2d(larger, resample_patch_weights(weight, size)), expected, atol=1e-4)
+
+
+def test_fit__qkv_bias(tmp_path):
+    without = CONFIG.model_copy(update={"qkv_bias": False})
+    model = lively(without)
+    torch.save(model.state_dict(), tmp_path / "without.pth")
+    with pytest.raises(CheckpointError, match=r"missing +2: blocks\.0\.attn\.qkv\.bias"):
+        loaded(tmp_path / "without.pth")
+    assert same(loaded(tmp_path / "without.pth", qkv_bias="zeros"), model)
+    torch.save(lively(CONFIG).state_dict(), tmp_path / "with.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected +2"):
+        loaded(tmp_path / "with.pth", without)
+    loaded(tmp_path / "with.pth", without, qkv_bias="drop")
+
+
+def test_fit__a_free_keys_bias_is_not_lost_silently(tmp_path):
+    torch.save(lively(CONFIG.model_copy(update={"mask_k_bias": False})).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="keys' bias is not zero"):
+        loaded(tmp_path / "w.pth")
+
+
+def test_fit__registers(tmp_path):
+    fewer, more = (CONFIG.model_copy(update={"num_registers": count}) for count in (2, 6))
+    model = lively(CONFIG)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    for config in (fewer, more):
+        with pytest.raises(CheckpointError, match="wrong shape"):
+            loaded(tmp_path / "w.pth", config)
+    assert torch.equal(loaded(tmp_path / "w.pth", fewer, registers="cut").storage_tokens, model.storage_tokens[:, :2])
+    grown = loaded(tmp_path / "w.pth", more, registers="fresh").storage_tokens
+    assert torch.equal(grown[:, :4], model.storage_tokens) and grown[:, 4:].any()
+    none = lively(CONFIG.model_copy(update={"num_registers": 0}))
+    torch.save(none.state_dict(), tmp_path / "none.pth")
+    loaded(tmp_path / "none.pth", registers="fresh")
+    with pytest.raises(CheckpointError, match=r"missing +1: storage_tokens"):
+        loaded(tmp_path / "none.pth")
+    loaded(tmp_path / "w.pth", none.config, registers="cut")
+
+
+def test_fit__another_rope_base_is_named(tmp_path):
+    torch.save(lively(CONFIG.model_copy(update={"rope_base": 50.0})).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match="rope_base 50 instead of 100"):
+        loaded(tmp_path / "w.pth")
+
+
+def test_find__not_finite_and_other_models_are_named(tmp_path):
+    state = lively(CONFIG).state_dict()
+    state["blocks.0.mlp.fc1.weight"][0, 0] = float("inf")
+    torch.save(state, tmp_path / "inf.pth")
+    with pytest.raises(CheckpointError, match=r"NaN or infinity \(blocks.0.mlp.fc1.weight\).*fp16"):
+        find_weights(tmp_path / "inf.pth")
+    others = {
+        "dinov2": {"pos_embed": torch.zeros(1, 5, 768), "blocks.0.ls1.gamma": torch.zeros(768)},
+        "ResNet": {"layer1.0.conv1.weight": torch.zeros(1)},
+        "position embeddings, no DINOv3": {"pos_embed": torch.zeros(1, 5, 768), "blocks.0.attn.qkv.weight": torch.zeros(1)},
+        "first names: a": {"a": torch.zeros(1)},
+    }
+    for message, tensors in others.items():
+        torch.save(tensors, tmp_path / "other.pth")
+        with pytest.raises(CheckpointError, match=f"(?i){message}"):
+            find_weights(tmp_path / "other.pth")
+
+
+def test_find__half_a_backbone(tmp_path):
+    state = lively(CONFIG).state_dict()
+    del state["blocks.0.mlp.fc1.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"no complete DINOv3 backbone.*fc1"):
+        find_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["vits16", "vits16plus", "vitnano8"])
+def test_infer__the_architecture_comes_back_from_the_tensors(tmp_path, name):
+    with torch.random.fork_rng():
+        state = VisionTransformer(backbone_config(name, norm_eps=1e-5)).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    found = find_weights(tmp_path / "w.safetensors").config
+    assert backbone_name(found) == name
+    assert found == BACKBONES[name].model_copy(update={"norm_eps": 1e-5})
+
+
+def test_infer__heads_need_periods_or_a_released_size(tmp_path):
+    state = {name: value for name, value in lively(CONFIG).state_dict().items() if "periods" not in name}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="number of attention heads is not in the file"):
+        find_weights(tmp_path / "w.safetensors")
+
+
+def test_infer__transformers_configs_of_other_models():
+    with pytest.raises(CheckpointError, match="model_type 'vit', not 'dinov3_vit'"):
+        architecture_from_transformers({"model_type": "vit"}, "config.json")
+    with pytest.raises(CheckpointError, match="has no 'hidden_size'"):
+        architecture_from_transformers({"model_type": "dinov3_vit"}, "config.json")
