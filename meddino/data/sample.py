@@ -16,6 +16,7 @@ from meddino.core.files import canonical_json
 Codec = Literal["blosc2", "png16"]
 SUFFIXES: dict[Codec, str] = {"blosc2": "hu.b2", "png16": "hu.png"}
 MAX_SLICE_PIXELS = 16384 * 16384
+_MAX_BLOCK_PIXELS = 4096 * 4096
 _PNG_OFFSET = 32768  # PNG has no signed 16 bits
 
 
@@ -75,10 +76,14 @@ def encode_slice(hu: NDArray[np.int16], codec: Codec = "blosc2", level: int = 5)
         stream = io.BytesIO()
         Image.fromarray((contiguous.astype(np.int32) + _PNG_OFFSET).astype(np.uint16)).save(stream, "PNG", compress_level=level)
         return stream.getvalue()
-    # One block a frame and one thread: the same bytes everywhere, and decoding a slice is one call.
+    # One block a frame: left to itself, Blosc2 cuts blocks by the processor's cache, so another machine would write other
+    # bytes (and larger ones, which decode slower). One thread: decoding a slice is one call.
+    rows, cols = contiguous.shape
+    blocks = (max(1, min(rows, _MAX_BLOCK_PIXELS // max(1, cols))), min(cols, _MAX_BLOCK_PIXELS))
     array = blosc2.asarray(
         contiguous,
         chunks=contiguous.shape,
+        blocks=blocks,
         cparams={"codec": blosc2.Codec.ZSTD, "clevel": level, "filters": [blosc2.Filter.BITSHUFFLE], "nthreads": 1},
     )
     return bytes(array.to_cframe())
