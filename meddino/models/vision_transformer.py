@@ -253,7 +253,7 @@ class VisionTransformer(nn.Module):
                 if mask.shape != patches.shape[:2]:
                     raise ValueError(f"mask of group {number} is {list(mask.shape)}; its patches are {list(patches.shape[:2])}")
                 patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
-            batch = len(images)
+            batch = images.shape[0]  # not len(): torch.export would take the number for a constant
             prefix = [self.cls_token.expand(batch, -1, -1)]
             if self.config.num_registers:
                 prefix.append(self.storage_tokens.expand(batch, -1, -1))
