@@ -5,6 +5,8 @@ command go on from where it was.
 """
 
 import argparse
+import os
+import secrets
 import shlex
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from rich.table import Table
 
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import MedDINOError
-from meddino.core.files import write_json
+from meddino.core.files import write_json, write_text
 from meddino.core.logging import console
 
 PHANTOM_SALT = "meddino-demo"  # the cohort is public and nobody's: a public salt gives the same bytes everywhere
@@ -63,13 +65,13 @@ class Plan:
         out, seed = self.out, str(self.seed)
         phantom = ("meddino-curate", "phantom", "--out", str(out / "phantom"), "--seed", seed)
         curate = ("meddino-curate", "build", str(self.volumes), "--out", str(out / "corpus"), "--config", "demo")
-        salt = (f"privacy.salt_file={out / 'salt'}",) if self.is_phantom else ()
+        salt = f"privacy.salt_file={salt_file(self.is_phantom, out)}"
         recipe = "demo" if self.is_phantom else "demo_real"
         pretrain = ("meddino-pretrain", recipe, "--corpus", str(out / "corpus"), "--out", str(out / "run"), f"seed={seed}")
         segment = ("meddino-eval", "segment", "--config", recipe, "--data", str(self.dataset))
         return [
             *([Step("phantom", "make the phantom cohort", phantom)] if self.is_phantom else []),
-            Step("curate", "curate volumes into a corpus", curate + salt),
+            Step("curate", "curate volumes into a corpus", (*curate, salt)),
             Step("pretrain", "pretrain in three stages", pretrain),
             Step("export", "export the teacher", ("meddino-export", str(out / "run"), "--out", str(out / "model"))),
             Step(
@@ -83,6 +85,24 @@ class Plan:
                 (*segment, "--model", f"random:{out / 'model'}", "--out", str(out / "results/random")),
             ),
         ]
+
+
+def salt_file(is_phantom: bool, out: Path) -> Path:
+    """Return the file with what salts the ids of patients and volumes.
+
+    Real data get one salt a user, outside of everything the demo writes: two runs then give the same bytes, and nobody
+    else can turn an id back into a name.
+    """
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return out / "phantom.salt" if is_phantom else config_home / "meddino" / "demo.salt"
+
+
+def write_salt(path: Path, is_phantom: bool) -> None:
+    """Make the salt where there is none yet; a private one is drawn at random and readable by its owner only."""
+    if path.exists():
+        return
+    write_text(path, (PHANTOM_SALT if is_phantom else secrets.token_hex(32)) + "\n")
+    path.chmod(0o600)
 
 
 def make_plan(data: Path | None, out: Path, seed: int) -> Plan:
@@ -124,8 +144,7 @@ def run_steps(plan: Plan) -> dict[str, float]:
         MedDINOError: A command failed; the message ends with the last lines of its log.
     """
     (plan.out / "logs").mkdir(parents=True, exist_ok=True)
-    if plan.is_phantom:
-        (plan.out / "salt").write_text(PHANTOM_SALT + "\n")
+    write_salt(salt_file(plan.is_phantom, plan.out), plan.is_phantom)
     seconds: dict[str, float] = {}
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         for number, step in enumerate(plan.steps(), start=1):
