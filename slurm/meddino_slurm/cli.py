@@ -1,6 +1,7 @@
 """`meddino-submit`: the other commands on SLURM."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,9 +69,7 @@ def ask_command(command: str, arguments: Sequence[str]) -> None:
     elif command == "cancel":
         status.write_text(f"cancelled {', '.join(status.cancel(out))}\n")
     else:
-        path = status.log_file(out, found.rank, found.job)
-        for text in status.follow(path, out) if found.follow else [path.read_text(errors="replace")]:
-            status.write_text(text)
+        status.show_log(out, found.rank, found.job, found.follow)
 
 
 def handle(arguments: argparse.Namespace) -> None:
@@ -86,3 +85,7 @@ def handle(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `meddino-submit`."""
     return run_command(parser(), argv, handle)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from meddino.core.config import StrictConfig
 
@@ -35,12 +35,16 @@ def time_limit_min(text: str) -> int:
     return math.ceil(seconds / 60)
 
 
-def _checked_time(text: str) -> str:
-    time_limit_min(text)
-    return text
+def _checked_time(value: object) -> object:
+    if not isinstance(value, str):  # pydantic turns a ValueError into its message, a TypeError into a crash
+        raise ValueError(  # noqa: TRY004
+            "a time limit has to stand in quotes: without them YAML reads 12:30:00 as the number 45000"
+        )
+    time_limit_min(value)
+    return value
 
 
-TimeLimit = Annotated[str, AfterValidator(_checked_time)]
+TimeLimit = Annotated[str, BeforeValidator(_checked_time)]
 
 
 class ResourcesConfig(StrictConfig):

@@ -161,24 +161,26 @@ def all_attempts(out: Path) -> list[Json]:
     return sorted(found, key=lambda attempt: attempt["started"])
 
 
-def progress(out: Path) -> str:
+def progress(out: Path, command: str) -> str:
     """Return a text that changes whenever a command has got further for good.
 
-    For a pretraining run: the highest checkpoint of every stage. For anything else: how much has been written.
+    For pretraining that is the highest checkpoint of every stage and nothing else: a run that only ever writes metrics and
+    then dies gets nowhere. For other commands it is how much has been written.
     """
-    steps: dict[str, int] = {}
-    for folder in out.glob("*/checkpoints/step-*"):
-        if match := re.fullmatch(r"step-(\d+)", folder.name):
-            stage = folder.parents[1].name
-            steps[stage] = max(steps.get(stage, -1), int(match[1]))
-    if steps:
-        return ", ".join(f"{stage} at step {step}" for stage, step in sorted(steps.items()))
+    if command == "pretrain":
+        steps: dict[str, int] = {}
+        for folder in out.glob("*/checkpoints/step-*"):
+            if match := re.fullmatch(r"step-(\d+)", folder.name):
+                stage = folder.parents[1].name
+                steps[stage] = max(steps.get(stage, -1), int(match[1]))
+        return ", ".join(f"{stage} at step {step}" for stage, step in sorted(steps.items())) or "no checkpoint yet"
     sizes = []
     for path in out.rglob("*"):
         with suppress(FileNotFoundError):  # a file that was renamed while we looked
-            if path.is_file() and not path.name.endswith((".partial", ".log")):
+            # run.json is partly ours.
+            if path.is_file() and path.name != "run.json" and not path.name.endswith((".partial", ".log")):
                 sizes.append(path.stat().st_size)
-    return f"{len(sizes)} files, {sum(sizes)} bytes" if sizes else "nothing yet"
+    return f"{len(sizes)} files, {sum(sizes)} bytes" if sizes else "nothing written yet"
 
 
 def note_in_run(work: Work) -> None:

@@ -44,9 +44,13 @@ def check_slurm() -> None:
             "there is no SLURM on this machine (no sbatch in PATH); run this on a login node of the cluster, or here with "
             "--executor local (in the background) or --executor debug (in the foreground)"
         )
-    run = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
-    if run.returncode:
-        raise MedDINOError(f"SLURM does not answer: {_first_line(run.stderr)}; try again, or use --executor local")
+    try:
+        run = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
+        why = _first_line(run.stderr) if run.returncode else ""
+    except subprocess.TimeoutExpired:
+        why = f"sinfo said nothing for {COMMAND_TIMEOUT_S} s"
+    if why:
+        raise MedDINOError(f"SLURM does not answer: {why}; try again, or use --executor local")
 
 
 def check_partition(name: str | None) -> None:

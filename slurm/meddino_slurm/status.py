@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from meddino_slurm import slurm
 from meddino_slurm.record import Json, all_attempts, mark_cancelled, progress, submissions
 from meddino_slurm.work import job_folder
 
-FOLLOW_POLL_S = 0.5
+FOLLOW_POLL_S = 1.0
+LOOK_S = 3.0  # SLURM is not asked at every glance at a file
 # What the supervisor's last word means once SLURM no longer tells.
 STATE_OF_DECISION = {"done": "COMPLETED", "failed": "FAILED", "again": "LOST", "running": "LOST"}
 
@@ -56,7 +58,7 @@ def rows(out: Path) -> list[Row]:
 
 def summary(out: Path) -> str:
     """Return one line: how far the run folder is."""
-    return f"{out}: {progress(out)}; logs in {job_folder(out)}"
+    return f"{out}: {progress(out, _jobs(out)[-1]['kind'])}; logs in {job_folder(out)}"
 
 
 def table(out: Path) -> str:
@@ -92,6 +94,22 @@ def log_file(out: Path, rank: str = "0", job_id: str | None = None) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
+def show_log(out: Path, rank: str, job_id: str | None, following: bool) -> None:
+    """Print a log, and with `following` go on until no job of the run folder is active.
+
+    Raises:
+        MedDINOError: There is no log (yet; one that is followed is waited for while a job may still write it).
+    """
+    while following and any(row.state in slurm.ACTIVE for row in rows(out)):
+        with suppress(MedDINOError):
+            log_file(out, rank, job_id)
+            break
+        time.sleep(FOLLOW_POLL_S)
+    path = log_file(out, rank, job_id)
+    for text in follow(path, out) if following else [path.read_text(errors="replace")]:
+        write_text(text)
+
+
 def follow(path: Path, out: Path) -> Iterator[str]:
     """Yield what a log holds and then what is added, until no job of the run folder is active."""
     with path.open(errors="replace") as stream:
@@ -100,8 +118,7 @@ def follow(path: Path, out: Path) -> Iterator[str]:
             if text := stream.read():
                 yield text
                 continue
-            # SLURM is not asked at every glance at the file.
-            if time.monotonic() - looked_at > 5:
+            if time.monotonic() - looked_at > LOOK_S:
                 if not any(row.state in slurm.ACTIVE for row in rows(out)):
                     if text := stream.read():
                         yield text

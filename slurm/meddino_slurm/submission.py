@@ -133,6 +133,7 @@ def submit(
         {
             "id": job_id,
             "name": name,
+            "kind": works[0].command,
             "executor": executor,
             "submitted": now_text(),
             "submitted_from": str(Path.cwd()),

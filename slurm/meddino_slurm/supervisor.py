@@ -100,7 +100,7 @@ class Supervise:
     def _attempt(self, job_id: str, record: Record, signals: Signals) -> Verdict:
         work = self.work
         # A requeue by SLURM itself, after a machine failed, comes through here and nowhere else.
-        before = progress(work.out)
+        before = progress(work.out, work.command)
         tried = record.without_progress(job_id, before)
         if tried >= work.attempts_without_progress:
             verdict = _given_up(tried, before)
@@ -111,7 +111,7 @@ class Supervise:
         note_in_run(work)
         log.info("%s: attempt %d on %s, %s", work.key, tried + 1, ", ".join(nodes), before)
         verdict = self._run(job_id, nodes[0], signals)
-        after = progress(work.out)
+        after = progress(work.out, work.command)
         tried = record.without_progress(job_id, after)
         if verdict.decision == "again" and tried >= work.attempts_without_progress:
             given_up = _given_up(tried, after)
