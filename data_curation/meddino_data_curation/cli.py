@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
+from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
 
 _logger = get_logger(__name__)
@@ -15,8 +16,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("meddino-curate", "Turn CT volumes into a corpus to pretrain on.", _EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _add_build(commands)
     _add_phantom(commands)
+    _add_readers(commands)
     return run_command(parser, argv, lambda arguments: arguments.handle(arguments))
+
+
+def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("build", help="read volumes, write a corpus; the same command again goes on")
+    parser.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help="folders or files; overrides of config keys")
+    parser.add_argument("--out", type=Path, required=True, help="the corpus; <out>.private gets salt and source map")
+    parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
+    parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
+    parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
+    parser.set_defaults(handle=_build)
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.arguments import curation_config
+    from meddino_data_curation.build import Part, build
+
+    config = curation_config(arguments.inputs, arguments.config, arguments.name)
+    build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
 
 
 def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,3 +53,43 @@ def _phantom(arguments: argparse.Namespace) -> None:
 
     write_cohort(arguments.out, CohortSizes.scaled(arguments.patients), arguments.seed)
     _logger.info("wrote the phantom cohort to %s", arguments.out)
+
+
+def _add_readers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    for name, about, handle in (
+        ("verify", "recompute every checksum of a corpus", _verify),
+        ("show", "print what a corpus holds", _show),
+        ("sample", "draw some slices onto a contact sheet", _sample),
+    ):
+        parser = commands.add_parser(name, help=about)
+        parser.add_argument("corpus", type=Path, help="folder written by `meddino-curate build`")
+        parser.set_defaults(handle=handle)
+        if name == "sample":
+            parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+            parser.add_argument("--count", type=int, default=40, help="slices")
+            parser.add_argument("--seed", type=int, default=0, help="which slices")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.verify import verify
+
+    problems = verify(arguments.corpus)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise ShardError(f"{arguments.corpus}: {len(problems)} problems")
+    print("every checksum is right")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from meddino_data_curation.show import show
+
+    show(arguments.corpus, Console())
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.show import write_contact_sheet
+
+    write_contact_sheet(arguments.corpus, arguments.out, arguments.count, arguments.seed)

@@ -1,0 +1,172 @@
+"""What a curation can be told. Every field says its unit and where its default comes from."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from meddino.core.config import StrictConfig
+from meddino.data.sample import Codec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class SourceConfig(StrictConfig):
+    """One set of volumes."""
+
+    name: Annotated[str, Field(description="stands in manifests and reports: never a patient's name")]
+    path: Annotated[Path, Field(description="a folder, or one file")]
+    licence: Annotated[str, Field(description="SPDX name or words; recorded, and checked against licences.allow")] = "unknown"
+    citation: Annotated[str, Field(description="shown in the report")] = ""
+    preference: Annotated[int, Field(description="of duplicates, the one from the set with the lowest number is kept")] = 0
+    patient_pattern: Annotated[
+        str,
+        Field(description="regex on a file's path inside the source; its first group is the patient; empty: the file's name"),
+    ] = ""
+    include: Annotated[str, Field(description="glob on the path inside the source; only files that match are read")] = "**/*"
+
+    @field_validator("name")
+    @classmethod
+    def _is_plain(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("use up to 64 letters, digits, dots, dashes and underscores")
+        return name
+
+    @field_validator("patient_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error})") from error
+        if pattern and groups < 1:
+            raise ValueError("needs one group in parentheses")
+        return pattern
+
+
+class HounsfieldConfig(StrictConfig):
+    """Is it CT in Hounsfield units?"""
+
+    check: Annotated[bool, Field(description="false takes every image as it is; ours")] = True
+    repair_stored_values: Annotated[
+        bool, Field(description="subtract 1024 where air lies at 0 and water at 1024 (rescale was lost); ours")
+    ] = True
+
+
+class OrientationConfig(StrictConfig):
+    """How volumes are turned to Superior, Posterior, Left."""
+
+    max_tilt_deg: Annotated[
+        float, Field(ge=0, lt=45, description="[degree] up to here axes are only permuted and flipped, beyond resampled; ours")
+    ] = 35.0
+
+
+class SlicesConfig(StrictConfig):
+    """Which slices are kept. The paper's own rules are published nowhere: these are ours."""
+
+    min_per_volume: Annotated[int, Field(ge=1, description="[slices] volumes with fewer are refused")] = 1
+    min_body_fraction: Annotated[
+        float, Field(ge=0, le=1, description="share of pixels inside the body; less is a blank slice")
+    ] = 0.02
+    min_contrast_hu: Annotated[float, Field(ge=0, description="[HU] 99th minus 1st percentile; less is a constant slice")] = (
+        50.0
+    )
+    max_padding_fraction: Annotated[
+        float, Field(gt=0, le=1, description="share of whole rows or columns without data; more is a truncated slice")
+    ] = 0.5
+    z_stride_mm: Annotated[float, Field(ge=0, description="[mm] least distance between kept slices; 0 keeps all")] = 0.0
+    min_size_px: Annotated[int, Field(ge=1, description="[px] shorter side; smaller slices are refused")] = 40
+    max_size_px: Annotated[int, Field(ge=1, le=16384, description="[px] longer side; larger slices are refused")] = 2048
+    max_aspect: Annotated[float, Field(ge=1, description="longer over shorter side in mm; more is refused")] = 4.0
+    max_pixel_aspect: Annotated[float, Field(ge=1, description="longer over shorter pixel side; more is refused")] = 3.0
+    remove_table: Annotated[bool, Field(description="set everything outside the body to air (-1000 HU)")] = False
+
+
+class InplaneConfig(StrictConfig):
+    """Resampling inside the slice. The paper resamples to 0.45 mm, then to 256 px: preset `ct3m_paper`."""
+
+    spacing_mm: Annotated[float | None, Field(gt=0, description="[mm] both directions; null keeps the scanner's")] = None
+    size_px: Annotated[int | None, Field(ge=16, le=4096, description="[px] square, after spacing_mm; null keeps the size")] = (
+        None
+    )
+
+
+class DuplicatesConfig(StrictConfig):
+    """Volumes that come more than once."""
+
+    exact: Annotated[bool, Field(description="find volumes with the same voxels, whatever their files look like")] = True
+    near: Annotated[bool, Field(description="find resampled, cropped, flipped, noised, windowed copies and other kernels")] = (
+        True
+    )
+
+
+class ShardsConfig(StrictConfig):
+    """How the corpus lies on disk."""
+
+    codec: Annotated[
+        Codec, Field(description="blosc2 (zstd + bitshuffle) or png16; DESIGN.md: Blosc2 decodes 9-13 times faster")
+    ] = "blosc2"
+    level: Annotated[int, Field(ge=1, le=9, description="compression level; 5: measured optimum of size and speed")] = 5
+    size_mib: Annotated[float, Field(gt=0, description="[MiB] a shard is closed once it is this large; volumes stay whole")] = (
+        256.0
+    )
+
+
+class PrivacyConfig(StrictConfig):
+    """What ties ids to patients lies outside the corpus."""
+
+    salt_file: Annotated[
+        Path | None,
+        Field(description="text that salts the ids; null: <corpus>.private/salt, made at random where it is missing"),
+    ] = None
+
+
+class LimitsConfig(StrictConfig):
+    """What a file may ask of the machine. All ours."""
+
+    max_volume_voxels: Annotated[int, Field(ge=1, description="[voxels] larger volumes are refused before memory is taken")] = (
+        1_500_000_000
+    )
+    max_axis_px: Annotated[int, Field(ge=1, description="[px] a longer axis is refused before memory is taken")] = 16384
+    max_rejected_fraction: Annotated[
+        float, Field(ge=0, le=1, description="share of refused volumes at which a run stops; 1 never stops")
+    ] = 0.8
+    rejected_fraction_after: Annotated[int, Field(ge=1, description="[volumes] the share is first looked at after so many")] = (
+        50
+    )
+
+
+class LicencesConfig(StrictConfig):
+    """Licences that need a decision."""
+
+    allow: Annotated[
+        tuple[str, ...], Field(description="licences that forbid commercial use or are unclear and may be used all the same")
+    ] = ()
+
+
+class CurationConfig(StrictConfig):
+    """A whole curation."""
+
+    sources: Annotated[
+        tuple[SourceConfig, ...], Field(description="sets of volumes; those named on the command line come first")
+    ] = ()
+    workers: Annotated[int | None, Field(ge=1, description="processes; null: one for each core this process may use")] = None
+    hounsfield: HounsfieldConfig = HounsfieldConfig()
+    orientation: OrientationConfig = OrientationConfig()
+    slices: SlicesConfig = SlicesConfig()
+    inplane: InplaneConfig = InplaneConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    shards: ShardsConfig = ShardsConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    limits: LimitsConfig = LimitsConfig()
+    licences: LicencesConfig = LicencesConfig()
+
+    def public(self) -> dict[str, object]:
+        """Return the config as it may stand in a corpus: without paths and without what only the machine decides."""
+        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True})
+        for source in values["sources"]:
+            source.pop("path")
+            source.pop("patient_pattern")  # a pattern may quote a name
+            source.pop("include")
+        return values

@@ -1,0 +1,200 @@
+"""What a DICOM file says about itself, read without its pixels. Names and dates never leave this module unhashed."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
+
+_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "PatientID", "PatientName", "PatientBirthDate",
+    "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber", "AcquisitionNumber", "TemporalPositionIdentifier",
+    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "GantryDetectorTilt", "Rows",
+    "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
+    "BurnedInAnnotation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+    "DimensionOrganizationType",
+]  # fmt: skip
+_REFORMATTED = {"MPR", "REFORMATTED", "CSA MPR", "PROJECTION IMAGE", "MIP", "MAX_IP", "MIN_IP", "MINIP", "VOLREN", "VRT", "SSD"}
+_SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Where one slice lies: LPS millimetres, x y z.
+
+    Attributes:
+        position_mm: Centre of the first pixel.
+        along_rows: Unit vector in which the column number grows.
+        along_cols: Unit vector in which the row number grows.
+        spacing_mm: Between rows, between columns.
+        thickness_mm: As the header says; 0 if it does not.
+    """
+
+    position_mm: tuple[float, float, float]
+    along_rows: tuple[float, float, float]
+    along_cols: tuple[float, float, float]
+    spacing_mm: tuple[float, float]
+    thickness_mm: float
+
+
+@dataclass(frozen=True)
+class DicomHeader:
+    """One file of a series.
+
+    Attributes:
+        path: The file.
+        inside: Its path inside the source.
+        stamp: Differs when the file has changed.
+        patient: Hash of the patient's id, name and birth date as written; tells patients apart, names nobody.
+        patient_id: As written; only ever hashed with the salt.
+        study_uid: As written; only ever hashed with the salt.
+        series_uid: As written; only ever hashed with the salt.
+        instance_uid: As written; compared only.
+        refusal: Why this is no slice of a CT volume, or "".
+        number: InstanceNumber, or 0.
+        pass_number: Tells several passes over the same positions apart (acquisition and temporal position).
+        rows: Pixels.
+        cols: Pixels.
+        planes: One for a plain file, one a frame for a multi-frame file.
+        tilt_deg: Gantry tilt as the header says.
+    """
+
+    path: Path
+    inside: str
+    stamp: str
+    patient: str
+    patient_id: str
+    study_uid: str
+    series_uid: str
+    instance_uid: str
+    refusal: str
+    number: int
+    pass_number: tuple[int, int]
+    rows: int
+    cols: int
+    planes: tuple[Plane, ...]
+    tilt_deg: float
+
+
+def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
+    """Read one file's header.
+
+    Returns:
+        None if the file is no DICOM.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+        return _header(dataset, path, inside, stamp) if "SOPClassUID" in dataset else None
+    except (InvalidDicomError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError):
+        return None  # pydicom raises each of these for bytes that only look like DICOM at first
+
+
+def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader:
+    who = "\x1f".join(str(dataset.get(name, "")) for name in ("PatientID", "PatientName", "PatientBirthDate"))
+    refusal = _refusal(dataset)
+    planes: tuple[Plane, ...] = ()
+    if not refusal:
+        try:
+            planes = _planes(dataset)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+            refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
+    return DicomHeader(
+        path=path,
+        inside=inside,
+        stamp=stamp,
+        patient=hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
+        patient_id=str(dataset.get("PatientID", "") or ""),
+        study_uid=str(dataset.get("StudyInstanceUID", "") or ""),
+        series_uid=str(dataset.get("SeriesInstanceUID", "") or ""),
+        instance_uid=str(dataset.get("SOPInstanceUID", "") or ""),
+        refusal=refusal,
+        number=_integer(dataset, "InstanceNumber"),
+        pass_number=(_integer(dataset, "AcquisitionNumber"), _integer(dataset, "TemporalPositionIdentifier")),
+        rows=_integer(dataset, "Rows"),
+        cols=_integer(dataset, "Columns"),
+        planes=planes,
+        tilt_deg=float(dataset.get("GantryDetectorTilt", 0) or 0),
+    )
+
+
+def _refusal(dataset: Any) -> str:
+    """Return why a file is no slice of a CT volume; only words of ours and coded values, never header text."""
+    kind, modality = dataset.SOPClassUID, str(dataset.get("Modality", ""))
+    image_type = {str(part).upper() for part in (dataset.get("ImageType") or [])}
+    kind_name = kind.name if kind.name != str(kind) else "an unknown kind of object"
+    modality_name = modality if modality.isalpha() and len(modality) <= 4 else "not CT"
+    reasons = (
+        ("Secondary Capture" in kind_name, "DICOM: secondary capture (may have text burned into the picture)"),
+        (kind not in (CTImageStorage, EnhancedCTImageStorage), f"DICOM: not a CT image but {kind_name}"),
+        (modality not in ("CT", ""), f"DICOM: modality is {modality_name}"),
+        (bool(image_type & _SCOUTS), "DICOM: localiser or scout"),
+        (bool(image_type & _REFORMATTED), "DICOM: derived (reformatted, projected or rendered)"),
+        (str(dataset.get("BurnedInAnnotation", "NO")).upper() == "YES", "DICOM: text is burned into the picture"),
+        (_integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
+        (_integer(dataset, "Rows") < 1 or _integer(dataset, "Columns") < 1, "DICOM: no pixels"),
+    )
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _planes(dataset: Any) -> tuple[Plane, ...]:
+    if dataset.SOPClassUID != EnhancedCTImageStorage:
+        return (
+            _plane(
+                dataset.ImagePositionPatient,
+                dataset.ImageOrientationPatient,
+                dataset.PixelSpacing,
+                dataset.get("SliceThickness"),
+            ),
+        )
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    planes = []
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        position = _group(frame, shared, "PlanePositionSequence")
+        orientation = _group(frame, shared, "PlaneOrientationSequence")
+        measures = _group(frame, shared, "PixelMeasuresSequence")
+        planes.append(
+            _plane(
+                position.ImagePositionPatient,
+                orientation.ImageOrientationPatient,
+                measures.PixelSpacing,
+                measures.get("SliceThickness"),
+            )
+        )
+    return tuple(planes)
+
+
+def _group(frame: Any, shared: Any, name: str) -> Any:
+    return (frame if name in frame else shared)[name][0]
+
+
+def _plane(position: Any, orientation: Any, spacing: Any, thickness: Any) -> Plane:
+    x, y, z = (float(value) for value in position)
+    directions = [float(value) for value in orientation]
+    first, second = np.asarray(directions[:3]), np.asarray(directions[3:6])
+    rows_mm, cols_mm = (float(value) for value in spacing)
+    finite = np.isfinite([x, y, z, *directions, rows_mm, cols_mm]).all()
+    if not finite or min(rows_mm, cols_mm) <= 0 or min(np.linalg.norm(first), np.linalg.norm(second)) < 0.5:
+        raise ValueError("not a plane")
+    first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
+    if abs(float(first @ second)) > 0.05:
+        raise ValueError("rows and columns are not at right angles")
+    return Plane((x, y, z), _triple(first), _triple(second), (rows_mm, cols_mm), float(thickness or 0))
+
+
+def _triple(vector: Any) -> tuple[float, float, float]:
+    return float(vector[0]), float(vector[1]), float(vector[2])
+
+
+def _integer(dataset: Any, name: str, default: int = 0) -> int:
+    value = dataset.get(name)
+    try:
+        return int(value) if value not in (None, "") else default
+    except (TypeError, ValueError):
+        return default

@@ -1,0 +1,91 @@
+"""The pixels of a DICOM stack, file by file through SimpleITK's GDCM, in Hounsfield units."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from meddino.core.errors import VolumeError
+from meddino.data.geometry import Geometry
+from meddino_data_curation.config import LimitsConfig
+from meddino_data_curation.dicom_series import DicomCandidate, StackedSlice
+from meddino_data_curation.volume import Volume
+
+_MAX_UNREADABLE_FRACTION = 0.5
+_UNEVEN_FRACTION = 0.05
+_INT16 = np.iinfo(np.int16)
+
+
+def read_dicom_volume(candidate: DicomCandidate, limits: LimitsConfig) -> Volume:
+    """Read a stack of slices.
+
+    Slices that cannot be read are left out and counted in the notes; so are gaps. Positions stay true.
+
+    Raises:
+        VolumeError: Too large, or more than half of the slices cannot be read.
+    """
+    count = len(candidate.stack)
+    voxels = count * candidate.rows * candidate.cols
+    if voxels > limits.max_volume_voxels or max(candidate.rows, candidate.cols, count) > limits.max_axis_px:
+        raise VolumeError(f"{voxels} voxels; limits.max_volume_voxels is {limits.max_volume_voxels}")
+    hu = np.empty((count, candidate.rows, candidate.cols), dtype=np.int16)
+    kept: list[StackedSlice] = []
+    for index, stacked, pixels in _decoded(candidate):
+        if pixels is None:
+            continue
+        if pixels.shape != hu.shape[1:]:
+            raise VolumeError(f"DICOM: slice {index} has {list(pixels.shape)} pixels, its header says {list(hu.shape[1:])}")
+        hu[len(kept)] = np.clip(np.rint(pixels), _INT16.min, _INT16.max) if pixels.dtype.kind == "f" else _clipped(pixels)
+        kept.append(stacked)
+    lost = count - len(kept)
+    if lost > _MAX_UNREADABLE_FRACTION * count:
+        raise VolumeError(f"DICOM: {lost} of {count} slices cannot be read (truncated, damaged or an unknown compression)")
+    notes = (f"{lost} slices cannot be read",) if lost else ()
+    return _volume(hu[: len(kept)], kept, candidate.notes + notes)
+
+
+def _clipped(pixels: NDArray[Any]) -> NDArray[Any]:
+    return pixels if pixels.dtype in (np.int16, np.int8, np.uint8) else np.asarray(np.clip(pixels, _INT16.min, _INT16.max))
+
+
+def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
+    opened, block = -1, None
+    for index, stacked in enumerate(candidate.stack):
+        if stacked.file != opened:  # a multi-frame file is read once
+            opened, block = stacked.file, _read_file(candidate.files[stacked.file])
+        yield index, stacked, block[stacked.frame] if block is not None and stacked.frame < len(block) else None
+
+
+def _read_file(path: Path) -> NDArray[Any] | None:
+    """Return [frames, rows, cols] with rescale slope and intercept applied, or None."""
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    try:
+        pixels: NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+    except RuntimeError:
+        return None
+    return pixels if pixels.ndim == 3 else pixels[None]
+
+
+def _volume(hu: NDArray[np.int16], stack: list[StackedSlice], notes: tuple[str, ...]) -> Volume:
+    first = stack[0].plane
+    rows, cols = np.asarray(first.along_rows), np.asarray(first.along_cols)
+    normal = np.cross(rows, cols)
+    places = np.array([float(np.dot(normal, np.subtract(item.plane.position_mm, first.position_mm))) for item in stack])
+    steps = np.diff(places)
+    step = float(np.median(steps)) if len(steps) else (first.thickness_mm or 1.0)
+    uneven = len(steps) > 0 and bool(np.abs(steps - step).max() > max(_UNEVEN_FRACTION * step, 0.02))
+    if uneven:
+        missing = int(np.maximum(np.rint(steps / step) - 1, 0).sum())
+        notes += (f"{missing} slices are missing" if missing else "slice distance is uneven",)
+    geometry = Geometry(
+        shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
+        spacing_mm=(step, *first.spacing_mm),
+        origin_mm=first.position_mm,
+        axes=np.array([normal, cols, rows]),
+    )
+    return Volume(hu, geometry, tuple(places.tolist()) if uneven else None, notes)

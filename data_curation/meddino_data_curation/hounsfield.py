@@ -1,0 +1,115 @@
+"""Is it CT in Hounsfield units? Told from the histogram; refused, or repaired where it is certain."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino.core.errors import VolumeError
+from meddino_data_curation.config import HounsfieldConfig
+
+STORED_VALUE_OFFSET = 1024
+_LOOK_AT = 400_000  # voxels: shares are then known to 0.1 %
+_MAX_LABELS = 160
+
+
+@dataclass(frozen=True)
+class HounsfieldVerdict:
+    """What a volume's numbers are.
+
+    Attributes:
+        offset: Added to every voxel to get HU.
+        note: What was repaired, or "".
+    """
+
+    offset: int
+    note: str
+
+
+def recognise_hounsfield(voxels: NDArray[Any], config: HounsfieldConfig) -> HounsfieldVerdict:
+    """Tell whether voxels are Hounsfield units.
+
+    Args:
+        voxels: [Z, Y, X], any real type.
+        config: Whether to look at all, and what to repair.
+
+    Raises:
+        VolumeError: NaN or infinite voxels, or it looks like something else; the message says what.
+    """
+    if voxels.dtype.kind not in "iuf":
+        raise VolumeError(f"voxels are {voxels.dtype}; HU are numbers")
+    if voxels.dtype.kind == "f":
+        _refuse_unfinite(voxels)
+    if not config.check:
+        return HounsfieldVerdict(0, "")
+    sample = _sample(voxels)
+    problem = _not_an_image(sample)
+    if problem:
+        raise VolumeError(problem)
+    if _looks_like_hounsfield(sample):
+        return HounsfieldVerdict(0, "")
+    if _looks_like_hounsfield(sample - STORED_VALUE_OFFSET) and sample.min() >= 0:
+        if config.repair_stored_values:
+            return HounsfieldVerdict(-STORED_VALUE_OFFSET, f"stored values: {STORED_VALUE_OFFSET} subtracted")
+        raise VolumeError(
+            "stored values without rescale: air lies at 0 and water at 1024 (hounsfield.repair_stored_values=true)"
+        )
+    raise VolumeError(_what_else(sample))
+
+
+def _refuse_unfinite(voxels: NDArray[Any]) -> None:
+    bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
+    if bad:
+        raise VolumeError(f"{bad} voxels are NaN or infinite")
+
+
+def _sample(voxels: NDArray[Any]) -> NDArray[np.float64]:
+    """Return voxels spread evenly over the volume, the same ones every time."""
+    step = max(1, round((voxels.size / _LOOK_AT) ** (1 / 3)))
+    z_step = step if voxels.shape[0] >= 4 * step else 1
+    return np.asarray(voxels[::z_step, ::step, ::step], dtype=np.float64).ravel()
+
+
+def _not_an_image(sample: NDArray[np.float64]) -> str:
+    low, high = float(sample.min()), float(sample.max())
+    if low == high:
+        return f"every voxel is {low:g}"
+    whole = bool((sample == np.rint(sample)).all())
+    if whole and low >= 0 and high <= 255 and len(np.unique(sample)) <= _MAX_LABELS and high < 250:
+        return f"looks like a label map: {len(np.unique(sample))} whole numbers from {low:g} to {high:g}"
+    if low >= -1.5 and high <= 1.5:
+        return f"scaled to {low:.3g}..{high:.3g}: HU are lost"
+    if low >= 0 and high <= 255:
+        return f"scaled to {low:.3g}..{high:.3g} (8-bit picture): HU are lost"
+    return ""
+
+
+def _looks_like_hounsfield(sample: NDArray[np.float64]) -> bool:
+    """Soft tissue and fat where they belong, and either air at -1000 or almost nothing between air and fat."""
+    inside = sample[sample > -300]
+    if len(inside) < 0.01 * len(sample):
+        return False
+    tissue = float(np.mean((inside > -200) & (inside < 250)))
+    core = inside[(inside > -200) & (inside < 300)]
+    if tissue < 0.5 or len(core) < 100:
+        return False
+    middle = float(np.median(core))
+    if not -130 < middle < 140:
+        return False
+    negative = float(np.mean(sample < -20))
+    air = float(np.mean((sample < -700) & (sample > -4096)))
+    dense = float(np.mean(sample > 3500))
+    return dense < 0.02 and (air > 0.005 or (negative > 0.01 and float(sample.min()) < -60 and float(sample.max()) > 80))
+
+
+def _what_else(sample: NDArray[np.float64]) -> str:
+    low, high = float(sample.min()), float(sample.max())
+    spread = f"values from {low:.4g} to {high:.4g}, median {float(np.median(sample)):.4g}"
+    if low >= 0 and high > 5000:
+        return f"not in HU: no negative values, a long tail ({spread}); looks like PET or unscaled data"
+    if low >= 0:
+        return f"not in HU: no air at -1000 ({spread}); looks like MRI or unscaled data"
+    if high - low < 50:
+        return f"not in HU: normalised ({spread})"
+    return f"not in HU: air, fat and soft tissue are not where CT has them ({spread})"

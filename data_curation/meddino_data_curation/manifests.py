@@ -1,0 +1,122 @@
+"""slices.parquet, volumes.parquet and corpus.json."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import meddino
+from meddino.core.files import atomic_write, sha256_file, write_json
+from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
+from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.shards import PlannedShard
+from meddino_data_curation.work_folder import WorkFolder
+
+_ROWS_PER_GROUP = 65536
+
+VOLUMES_WRITTEN = pa.schema(
+    [*VOLUMES_SCHEMA, pa.field("study_key", pa.string()), pa.field("tilt_deg", pa.float64()), pa.field("notes", pa.string())]
+)
+
+
+def write_slices(path: Path, work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> int:
+    """Write slices.parquet in the order of the shards, a few volumes in memory at a time.
+
+    Returns:
+        The number of slices.
+    """
+    total = 0
+    with atomic_write(path) as stream, pq.ParquetWriter(stream, SLICES_SCHEMA, compression="zstd") as writer:
+        for table in _slice_tables(work, plan, codec):
+            writer.write_table(table)
+            total += table.num_rows
+    return total
+
+
+def _slice_tables(work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> Iterator[pa.Table]:
+    columns: dict[str, list[Any]] = {name: [] for name in SLICES_SCHEMA.names}
+    for shard in plan:
+        for volume_id, start in shard.offsets().items():
+            record = work.read_record(volume_id)
+            assert record is not None  # it was read a moment ago to plan the shards
+            count = len(record.slices["key"])
+            for name in SLICES_SCHEMA.names:
+                match name:
+                    case "volume_id" | "shard" | "codec":
+                        value = {"volume_id": volume_id, "shard": shard.name, "codec": codec}[name]
+                        columns[name] += [value] * count
+                    case "offset":
+                        columns[name] += [start + offset for offset in record.slices["offset"]]
+                    case _:
+                        columns[name] += record.slices[name]
+        if len(columns["key"]) >= _ROWS_PER_GROUP:
+            yield pa.table(columns, schema=SLICES_SCHEMA)
+            columns = {name: [] for name in SLICES_SCHEMA.names}
+    yield pa.table(columns, schema=SLICES_SCHEMA)
+
+
+def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write volumes.parquet, sorted by id."""
+    ordered = sorted(rows, key=lambda row: str(row["volume_id"]))
+    table = pa.table({name: [row[name] for row in ordered] for name in VOLUMES_WRITTEN.names}, schema=VOLUMES_WRITTEN)
+    with atomic_write(path) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+def write_corpus_json(
+    corpus: Path,
+    config: CurationConfig,
+    rows: Sequence[Mapping[str, Any]],
+    shards: Mapping[str, Mapping[str, Any]],
+    num_slices: int,
+    salt_fingerprint: str,
+) -> dict[str, Any]:
+    """Write corpus.json, the last file: with it the corpus is finished.
+
+    Returns:
+        Its content.
+    """
+    status = Counter(str(row["status"]) for row in rows)
+    info = {
+        "format": "meddino-corpus",
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": meddino.__version__,
+        "content_hash": corpus_hash({name: str(note["sha256"]) for name, note in shards.items()}),
+        "config": config.public(),
+        "codec": config.shards.codec,
+        "salt_fingerprint": salt_fingerprint,
+        "totals": {
+            "volumes": len(rows),
+            "accepted": status["accepted"],
+            "rejected": status["rejected"],
+            "duplicate": status["duplicate"],
+            "slices": num_slices,
+            "shard_bytes": sum(int(note["bytes"]) for note in shards.values()),
+        },
+        "shards": {
+            name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
+            for name, note in shards.items()
+        },
+        "manifests": {name: sha256_file(corpus / name) for name in ("slices.parquet", "volumes.parquet")},
+        "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
+        "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],
+    }
+    write_json(corpus / "corpus.json", info)
+    return info
+
+
+def _source_totals(name: str, licence: str, citation: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    own = [row for row in rows if row["dataset"] == name]
+    status = Counter(str(row["status"]) for row in own)
+    return {
+        "name": name,
+        "licence": licence,
+        "citation": citation,
+        "accepted": status["accepted"],
+        "rejected": status["rejected"],
+        "duplicate": status["duplicate"],
+        "slices": sum(int(row["num_slices_kept"]) for row in own if row["status"] == "accepted"),
+    }

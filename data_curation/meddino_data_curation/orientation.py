@@ -1,0 +1,104 @@
+"""Turning volumes to the corpus's orientation: array axes to Superior, Posterior, Left, z from the feet up."""
+
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from meddino.data.geometry import Geometry, geometry_to_xyz
+from meddino_data_curation.volume import Volume
+
+AXIAL_LPS: NDArray[np.float64] = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+_OUTSIDE_HU = -1024
+
+
+def to_axial_lps(volume: Volume, max_tilt_deg: float) -> tuple[Volume, float]:
+    """Turn a volume to axial slices.
+
+    Axes are permuted and flipped to the nearest ones, which changes no voxel. A volume whose axes then still lie further off
+    than `max_tilt_deg` is resampled onto an upright grid with its own spacing (linear; outside -1024 HU).
+
+    Args:
+        volume: As read.
+        max_tilt_deg: Largest angle that is only recorded.
+
+    Returns:
+        The volume, and the largest angle in degrees between its axes and the patient's before any resampling.
+    """
+    order, signs = _nearest_axes(volume.geometry.axes)
+    turned = _permuted(volume, order, signs)
+    cosines = np.clip(np.einsum("ij,ij->i", turned.geometry.axes, AXIAL_LPS), -1, 1)
+    tilt_deg = float(np.degrees(np.arccos(cosines)).max())
+    if tilt_deg <= max_tilt_deg:
+        return turned, tilt_deg
+    return _resampled(turned), tilt_deg
+
+
+def _nearest_axes(axes: NDArray[np.float64]) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Return which stored axis becomes axis 0, 1, 2 (the best match over all three) and whether it is flipped."""
+    likeness = axes @ AXIAL_LPS.T  # [stored axis, wanted axis]
+    order = max(permutations(range(3)), key=lambda picks: sum(abs(likeness[stored, want]) for want, stored in enumerate(picks)))
+    signs = np.array([1.0 if likeness[stored, want] >= 0 else -1.0 for want, stored in enumerate(order)])
+    return order, signs
+
+
+def _permuted(volume: Volume, order: tuple[int, ...], signs: NDArray[np.float64]) -> Volume:
+    old = volume.geometry
+    voxels = np.transpose(volume.voxels, order)
+    axes = old.axes[list(order)]
+    spacing = [old.spacing_mm[stored] for stored in order]
+    origin = np.asarray(old.origin_mm, dtype=np.float64)
+    for axis in range(3):
+        if signs[axis] < 0:
+            voxels = np.flip(voxels, axis)
+            origin = origin + axes[axis] * spacing[axis] * (voxels.shape[axis] - 1)
+    places = volume.places_mm
+    notes = volume.notes
+    if places is not None and order[0] != 0:
+        places, notes = None, (*notes, "uneven slice distance lies inside the new slices")
+    elif places is not None and signs[0] < 0:
+        places = tuple(places[-1] - place for place in reversed(places))
+    geometry = Geometry(
+        shape=(voxels.shape[0], voxels.shape[1], voxels.shape[2]),
+        spacing_mm=(spacing[0], spacing[1], spacing[2]),
+        origin_mm=(float(origin[0]), float(origin[1]), float(origin[2])),
+        axes=axes * signs[:, None],
+    )
+    return replace(volume, voxels=voxels, geometry=geometry, places_mm=places, notes=notes)
+
+
+def _resampled(volume: Volume) -> Volume:
+    old = volume.geometry
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels))
+    spacing, origin, direction = geometry_to_xyz(old)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    corners = old._corners_mm()
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    z_mm, y_mm, x_mm = old.spacing_mm
+    steps = np.array([x_mm, y_mm, z_mm])
+    size = np.maximum(np.floor((high - low) / steps).astype(int) + 1, 1)
+    upright = sitk.Resample(
+        image,
+        [int(value) for value in size],
+        sitk.Transform(),
+        sitk.sitkLinear,
+        [float(value) for value in low],
+        [float(value) for value in steps],
+        [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
+        _OUTSIDE_HU,
+        image.GetPixelID(),
+    )
+    voxels = sitk.GetArrayFromImage(upright)
+    geometry = Geometry(
+        (voxels.shape[0], voxels.shape[1], voxels.shape[2]),
+        old.spacing_mm,
+        (float(low[0]), float(low[1]), float(low[2])),
+        AXIAL_LPS,
+    )
+    return replace(
+        volume, voxels=voxels, geometry=geometry, places_mm=None, notes=(*volume.notes, "oblique: resampled upright")
+    )

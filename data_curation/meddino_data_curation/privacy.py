@@ -1,0 +1,100 @@
+"""What ties ids to patients: a salt and a source map, both outside the corpus and readable by their owner only."""
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from meddino.core.errors import ConfigError
+from meddino.core.files import atomic_write, canonical_json, write_text
+
+ID_BYTES = 10  # 80 bits: a clash among a million volumes has a chance of 4e-13
+_MIN_SALT_CHARACTERS = 8
+
+
+def private_folder(out: Path) -> Path:
+    """Return the folder beside a corpus that holds what must not leave the house with it."""
+    return out.with_name(f"{out.name}.private")
+
+
+class Salt:
+    """Makes ids that cannot be turned back into names without the salt."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def key(self, kind: str, *parts: str) -> str:
+        """Return a salted hash as hex.
+
+        Args:
+            kind: "volume", "patient", "series", ...: equal names of different kinds give different ids.
+            parts: What is hashed.
+        """
+        text = "\x1f".join([kind, *parts]).encode("utf-8", "surrogateescape")
+        return hmac.new(self._secret, text, hashlib.sha256).digest()[:ID_BYTES].hex()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells salts apart without giving them away."""
+        return self.key("salt")
+
+
+def load_salt(file: Path | None, out: Path) -> Salt:
+    """Read the salt, or make one at random where none is asked for and none exists.
+
+    Args:
+        file: `privacy.salt_file`; None is `<corpus>.private/salt`.
+        out: The corpus.
+
+    Raises:
+        ConfigError: The file is missing, too short, or lies inside the corpus.
+    """
+    if file is None:
+        path = private_folder(out) / "salt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.chmod(0o700)
+            _create_once(path, secrets.token_hex(32))
+    else:
+        path = file
+    if path.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"privacy.salt_file {path} lies inside the corpus {out}; it must not travel with it")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"privacy.salt_file {path} cannot be read ({type(error).__name__})") from error
+    if len(text) < _MIN_SALT_CHARACTERS:
+        raise ConfigError(f"privacy.salt_file {path} holds {len(text)} characters; at least {_MIN_SALT_CHARACTERS} are needed")
+    return Salt(text.encode())
+
+
+def _create_once(path: Path, text: str) -> None:
+    """Write a file that several jobs may want to make at the same moment; the first one wins."""
+    own = path.with_name(f"{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    write_text(own, text + "\n")
+    own.chmod(0o600)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
+
+
+def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, str]]) -> None:
+    """Write which volume came from where, for the owner's eyes.
+
+    Args:
+        folder: From `private_folder`.
+        name: File name without ending.
+        entries: (volume_id, name of the source, path inside it or description), in any order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    with atomic_write(folder / f"{name}.jsonl") as stream:
+        for volume_id, source, place in sorted(entries):
+            line = canonical_json({"volume_id": volume_id, "source": source, "place": place})
+            stream.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    (folder / f"{name}.jsonl").chmod(0o600)

@@ -1,0 +1,122 @@
+"""NIfTI, NRRD and MetaImage through SimpleITK, checked before memory is taken."""
+
+import gzip
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from meddino.core.errors import VolumeError
+from meddino.data.geometry import geometry_from_xyz
+from meddino_data_curation.candidates import has_dicom_magic, volume_suffix
+from meddino_data_curation.config import LimitsConfig
+from meddino_data_curation.volume import Volume
+
+_IMAGE_IO = {"nifti": "NiftiImageIO", "nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
+_FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "dicom": "DICOM"}
+_DEFLATE_MAX_RATIO = 1032  # of zlib: a smaller file cannot hold what its header promises
+_PIXEL_BYTES = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
+
+# A shear that rounding brought into the matrix would otherwise refuse the file; what it does is checked in nifti_header.
+os.environ.setdefault("ITK_NIFTI_SFORM_PERMISSIVE", "1")
+
+
+def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
+    """Read one volume.
+
+    Args:
+        path: The file.
+        format: "nifti", "nrrd" or "metaimage", from its name.
+        limits: What it may ask of the machine.
+
+    Raises:
+        VolumeError: It is damaged, of another format, too large, or has the wrong number of axes. The message names no path.
+    """
+    found = sniff_format(path)
+    if found != format:
+        holds = f"holds {_FORMAT_NAMES[found]}" if found else "is none"
+        raise VolumeError(f"file is named as {_FORMAT_NAMES[format]} and {holds}")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO(_IMAGE_IO[format])
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise VolumeError(f"{_FORMAT_NAMES[format]} header cannot be read{_known_cause(error)}") from error
+    size = reader.GetSize()
+    _check_size(size, reader, path, limits)
+    if len(size) == 4:
+        reader.SetExtractSize([*size[:3], 0])  # one time point: a volume with a useless fourth axis
+    try:
+        image = reader.Execute()
+    except (RuntimeError, MemoryError) as error:
+        raise VolumeError(f"voxels cannot be read: file is truncated or damaged{_known_cause(error)}") from error
+    if image.GetDimension() == 2:
+        image = sitk.JoinSeries(image)
+    voxels = sitk.GetArrayViewFromImage(image)
+    geometry = geometry_from_xyz(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
+    if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
+        raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
+    return Volume(voxels, geometry, owner=image)
+
+
+def sniff_format(path: Path) -> str | None:
+    """Return the format that a file's first bytes show, or None.
+
+    Raises:
+        VolumeError: It cannot be opened.
+    """
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(600)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(path, "rb") as packed:
+                head = packed.read(600)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise VolumeError("gzip data is truncated or damaged") from error
+    except OSError as error:
+        raise VolumeError(f"file cannot be read: {(error.strerror or 'input/output error').lower()}") from error
+    if head[:4] in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c") and head[344:347] in (b"n+1", b"ni1"):
+        return "nifti"
+    if head[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:6] in (b"n+", b"ni"):
+        return "nifti"
+    if head[:4] == b"NRRD":
+        return "nrrd"
+    if b"ObjectType" in head[:100] or b"NDims" in head[:300]:
+        return "metaimage"
+    return "dicom" if has_dicom_magic(path) else None
+
+
+def _check_size(size: tuple[int, ...], reader: sitk.ImageFileReader, path: Path, limits: LimitsConfig) -> None:
+    if len(size) not in (2, 3, 4):
+        raise VolumeError(f"image has {len(size)} axes; a volume has 3")
+    if min(size) < 1:
+        raise VolumeError(f"an axis has no voxels: size {list(size)}")
+    if len(size) == 4 and size[3] > 1:
+        raise VolumeError(f"image has {size[3]} time points or channels; a volume has 1")
+    if reader.GetNumberOfComponents() != 1:
+        raise VolumeError(f"voxels have {reader.GetNumberOfComponents()} components; HU have 1")
+    if max(size) > limits.max_axis_px:
+        raise VolumeError(f"an axis of {max(size)} voxels; limits.max_axis_px is {limits.max_axis_px}")
+    voxels = int(np.prod([int(value) for value in size], dtype=object))
+    if voxels > limits.max_volume_voxels:
+        raise VolumeError(f"{voxels} voxels; limits.max_volume_voxels is {limits.max_volume_voxels}")
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    promised = voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1)
+    suffix = volume_suffix(path.name)
+    if suffix in (".nhdr", ".mhd"):
+        return  # the voxels lie in another file
+    if promised > path.stat().st_size * _DEFLATE_MAX_RATIO:
+        raise VolumeError(f"header promises {promised} bytes, which a file of {path.stat().st_size} bytes cannot hold")
+
+
+def _known_cause(error: BaseException) -> str:
+    """Return the cause in words of ours: ITK's messages quote paths."""
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text:
+        return " (not enough memory)"
+    if "orthonormal" in text:
+        return " (axes are not at right angles)"
+    return ""

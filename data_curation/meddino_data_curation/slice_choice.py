@@ -1,0 +1,129 @@
+"""Which slices are worth keeping: those that show a body, are whole, and are not nearly the same as the one before."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from meddino_data_curation.config import SlicesConfig
+
+AIR_HU = -1000
+_BODY_ABOVE_HU = -350
+_MASK_PX = 160  # longer side of the grid the body is looked for on
+
+
+@dataclass(frozen=True)
+class SliceStatistics:
+    """What is measured on every slice.
+
+    Attributes:
+        hu_p01: 1st percentile [HU].
+        hu_p50: Median [HU].
+        hu_p99: 99th percentile [HU].
+        body_fraction: Share of pixels inside the body, its air included.
+        padding_fraction: Share of rows or columns (whichever is larger) that hold one value only.
+    """
+
+    hu_p01: int
+    hu_p50: int
+    hu_p99: int
+    body_fraction: float
+    padding_fraction: float
+
+
+def body_mask(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """Return where the body is in one slice: the largest dense piece with what it encloses, and pieces of a tenth its size.
+
+    Args:
+        hu: int16 [rows, cols].
+
+    Returns:
+        bool [rows, cols], found on a coarser grid.
+    """
+    step = max(1, -(-max(hu.shape) // _MASK_PX))
+    coarse = hu[::step, ::step] > _BODY_ABOVE_HU
+    opened = ndimage.binary_opening(coarse, iterations=1) if min(coarse.shape) >= 32 else coarse
+    pieces, count = ndimage.label(opened)
+    if count == 0:
+        mask = np.zeros_like(coarse)
+    else:
+        sizes = np.bincount(pieces.ravel())[1:]
+        mask = ndimage.binary_fill_holes(np.isin(pieces, 1 + np.flatnonzero(sizes >= 0.1 * sizes.max())))
+    fine: NDArray[np.bool_] = np.repeat(np.repeat(mask, step, axis=0), step, axis=1)[: hu.shape[0], : hu.shape[1]]
+    return fine
+
+
+def slice_statistics(hu: NDArray[np.int16]) -> tuple[SliceStatistics, NDArray[np.bool_]]:
+    """Measure one slice.
+
+    Returns:
+        The numbers, and the body mask.
+    """
+    mask = body_mask(hu)
+    step = max(1, max(hu.shape) // 256)
+    low, middle, high = np.percentile(hu[::step, ::step], (1, 50, 99), method="nearest")
+    flat_rows = (hu[:, 1:] == hu[:, :1]).all(axis=1)
+    flat_cols = (hu[1:, :] == hu[:1, :]).all(axis=0)
+    # Rows of clean air lie around many bodies; only what has no counterpart of noise at all is missing data.
+    padding = max(_one_sided(flat_rows), _one_sided(flat_cols))
+    return SliceStatistics(int(low), int(middle), int(high), float(mask.mean()), padding), mask
+
+
+def _one_sided(flat: NDArray[np.bool_]) -> float:
+    """Return the longest run of flat lines that touches an edge, beyond what the opposite edge has too."""
+    filled = np.flatnonzero(~flat)
+    if len(filled) == 0:
+        return 1.0
+    before, after = int(filled[0]), int(len(flat) - 1 - filled[-1])
+    return abs(before - after) / len(flat)
+
+
+def refusal(statistics: SliceStatistics, config: SlicesConfig) -> str:
+    """Return why a slice is left out, or ""."""
+    if statistics.hu_p99 - statistics.hu_p01 < config.min_contrast_hu:
+        return "constant"
+    if statistics.body_fraction < config.min_body_fraction:
+        return "blank"
+    if statistics.padding_fraction > config.max_padding_fraction:
+        return "truncated"
+    return ""
+
+
+def size_refusal(shape: tuple[int, int], spacing_mm: tuple[float, float], config: SlicesConfig) -> str:
+    """Return why slices of this size are refused, or "".
+
+    Args:
+        shape: Rows, columns.
+        spacing_mm: Between rows, between columns.
+        config: The limits.
+    """
+    rows, cols = shape
+    y_mm, x_mm = spacing_mm
+    if min(rows, cols) < config.min_size_px:
+        return f"slices of {rows} x {cols} px; slices.min_size_px is {config.min_size_px}"
+    if max(rows, cols) > config.max_size_px:
+        return f"slices of {rows} x {cols} px; slices.max_size_px is {config.max_size_px}"
+    pixel_aspect = max(y_mm, x_mm) / min(y_mm, x_mm)
+    if pixel_aspect > config.max_pixel_aspect:
+        return f"pixels of {y_mm:.3g} x {x_mm:.3g} mm; slices.max_pixel_aspect is {config.max_pixel_aspect:g}"
+    aspect = max(rows * y_mm, cols * x_mm) / min(rows * y_mm, cols * x_mm)
+    if aspect > config.max_aspect:
+        return f"slices of {rows * y_mm:.0f} x {cols * x_mm:.0f} mm; slices.max_aspect is {config.max_aspect:g}"
+    return ""
+
+
+def strided(places_mm: list[float], stride_mm: float) -> set[int]:
+    """Return which slices to keep so that kept ones lie at least a distance apart.
+
+    Args:
+        places_mm: Position of each slice, rising.
+        stride_mm: Least distance; 0 keeps all.
+    """
+    kept: set[int] = set()
+    last = -np.inf
+    for index, place in enumerate(places_mm):
+        if place - last >= stride_mm - 1e-3:
+            kept.add(index)
+            last = place
+    return kept

@@ -1,0 +1,54 @@
+"""`meddino-curate verify`: is every byte of a corpus still what was written?"""
+
+from pathlib import Path
+
+from meddino.core.files import sha256_file
+from meddino.data.corpus import Corpus, corpus_hash
+from meddino_data_curation.progress import progress
+
+
+def verify(root: Path) -> list[str]:
+    """Recompute every checksum of a corpus.
+
+    Args:
+        root: The corpus.
+
+    Returns:
+        What is wrong, one line each; empty if nothing is.
+
+    Raises:
+        ShardError: It is no corpus, or an unfinished one.
+    """
+    corpus = Corpus(root)
+    problems = []
+    for name, digest in corpus.info["manifests"].items():
+        if sha256_file(root / name) != digest:
+            problems.append(f"{name}: checksum differs")
+    hashes = {}
+    shards = corpus.info["shards"]
+    with progress("checking shards", len(shards)) as advance:
+        for name, note in shards.items():
+            path = root / "shards" / name
+            hashes[name] = sha256_file(path) if path.is_file() else ""
+            if hashes[name] != note["sha256"]:
+                problems.append(f"shards/{name}: checksum differs" if hashes[name] else f"shards/{name}: missing")
+            advance()
+    strange = sorted(path.name for path in (root / "shards").iterdir() if path.name not in shards)
+    problems += [f"shards/{name}: is not in corpus.json" for name in strange]
+    if not problems and corpus_hash(hashes) != corpus.content_hash:
+        problems.append("corpus.json: content_hash differs from that of its shards")
+    damaged = {problem.split(":")[0].removeprefix("shards/") for problem in problems if problem.startswith("shards/")}
+    for index in range(len(corpus)):
+        if corpus.slices.column("shard")[index].as_py() in damaged & set(hashes):
+            problems += _slice_problem(corpus, index)
+    return problems
+
+
+def _slice_problem(corpus: Corpus, index: int) -> list[str]:
+    from meddino.core.errors import ShardError
+
+    try:
+        corpus.read(index)
+    except ShardError as error:
+        return [f"slice {corpus.key(index)}: {str(error).split(': ', 1)[-1]}"]
+    return []

@@ -1,0 +1,227 @@
+"""One volume from its files to a piece of a shard: read, check, turn, choose slices, encode. Runs in a worker process."""
+
+import base64
+import hashlib
+import io
+import zlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meddino.core.errors import VolumeError
+from meddino.core.files import atomic_write
+from meddino.data.sample import SUFFIXES, SliceInfo, encode_slice
+from meddino_data_curation.candidates import Candidate
+from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.dicom_reader import read_dicom_volume
+from meddino_data_curation.dicom_series import DicomCandidate
+from meddino_data_curation.hounsfield import recognise_hounsfield
+from meddino_data_curation.inplane import resample_slice
+from meddino_data_curation.orientation import to_axial_lps
+from meddino_data_curation.readers import read_volume_file
+from meddino_data_curation.slice_choice import AIR_HU, refusal, size_refusal, slice_statistics, strided
+from meddino_data_curation.tar_members import write_member
+from meddino_data_curation.volume import Volume
+from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
+
+HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
+_THUMBNAIL_PX = 112
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class VolumeJob:
+    """What a worker needs to know of one volume.
+
+    Attributes:
+        candidate: The files.
+        job: Hash of everything that decides the result.
+        dataset: Name of its source.
+        licence: Of its source.
+    """
+
+    candidate: Candidate
+    job: str
+    dataset: str
+    licence: str
+
+
+def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> str:
+    """Do one volume and leave its record in the work folder.
+
+    Returns:
+        The volume's status: "accepted" or "rejected".
+
+    Raises:
+        OSError: The work folder cannot be written (a full disk); nothing is recorded then.
+    """
+    row = _empty_row(job)
+    try:
+        if job.candidate.problem:
+            raise VolumeError(job.candidate.problem)
+        record = _Curation(job, config, work, row).run()
+    except VolumeError as error:
+        row.update(status="rejected", reason=str(error), num_slices_kept=0)
+        work.piece(row["volume_id"]).unlink(missing_ok=True)
+        record = VolumeRecord(job.job, row)
+    work.write_record(record)
+    return str(record.row["status"])
+
+
+def record_crash(job: VolumeJob, work: WorkFolder) -> None:
+    """Record a volume whose reading ended the process."""
+    row = _empty_row(job)
+    row.update(status="rejected", reason="reading it ended the process (not enough memory, or a fault in a decoder)")
+    work.piece(row["volume_id"]).unlink(missing_ok=True)
+    work.write_record(VolumeRecord(job.job, row))
+
+
+def _empty_row(job: VolumeJob) -> dict[str, Any]:
+    candidate = job.candidate
+    return {
+        "volume_id": candidate.volume_id,
+        "dataset": job.dataset,
+        "status": "accepted",
+        "reason": None,
+        "duplicate_of": None,
+        "duplicate_kind": None,
+        "patient_key": candidate.patient_key,
+        "study_key": candidate.study_key,
+        "series_key": candidate.series_key,
+        "content_hash": None,
+        "shape": None,
+        "spacing_mm": None,
+        "num_slices_kept": 0,
+        "licence": job.licence,
+        "format": candidate.format,
+        "tilt_deg": None,
+        "notes": "; ".join(candidate.notes) or None,
+    }
+
+
+class _Curation:
+    """The steps of one volume; holds the volume once and one slice at a time."""
+
+    def __init__(self, job: VolumeJob, config: CurationConfig, work: WorkFolder, row: dict[str, Any]) -> None:
+        self.job, self.config, self.work, self.row = job, config, work, row
+        self.offset = 0
+        self.left_out: Counter[str] = Counter()
+        self.slices: dict[str, list[Any]] = {}
+        self.histogram = np.zeros(len(HISTOGRAM_EDGES_HU) - 1, dtype=np.int64)
+        self.middle: NDArray[np.int16] | None = None
+
+    def run(self) -> VolumeRecord:
+        """Read, write the piece, return the record."""
+        volume = self._read()
+        shape, spacing = volume.geometry.shape, volume.geometry.spacing_mm
+        self.row.update(shape=list(shape), spacing_mm=list(spacing), notes="; ".join(volume.notes) or None)
+        problem = size_refusal(shape[1:], spacing[1:], self.config.slices)
+        if problem:
+            raise VolumeError(problem)
+        if shape[0] < self.config.slices.min_per_volume:
+            raise VolumeError(f"{shape[0]} slices; slices.min_per_volume is {self.config.slices.min_per_volume}")
+        path = self.work.piece(self.row["volume_id"])
+        with atomic_write(path) as stream:
+            self._write_slices(volume, stream)
+            length = stream.tell()
+        kept = len(self.slices.get("key", ()))
+        if kept < self.config.slices.min_per_volume:
+            counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+            raise VolumeError(
+                f"{kept} of {shape[0]} slices are of use ({counts}); at least {self.config.slices.min_per_volume} wanted"
+            )
+        self.row["num_slices_kept"] = kept
+        return VolumeRecord(
+            self.job.job, self.row, self.slices, length, None, _thumbnail(self.middle, spacing), self.histogram.tolist()
+        )
+
+    def _read(self) -> Volume:
+        candidate, config = self.job.candidate, self.config
+        if isinstance(candidate, DicomCandidate):
+            volume = read_dicom_volume(candidate, config.limits)
+        else:
+            volume = read_volume_file(candidate.files[0], candidate.format, config.limits)
+        verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
+        self.offset = verdict.offset
+        if verdict.note:
+            volume = replace(volume, notes=(*volume.notes, verdict.note))
+        volume, tilt_deg = to_axial_lps(volume, config.orientation.max_tilt_deg)
+        self.row["tilt_deg"] = round(tilt_deg, 3)
+        return volume
+
+    def _write_slices(self, volume: Volume, stream: IO[bytes]) -> None:
+        count = volume.geometry.shape[0]
+        places = list(volume.places_mm) if volume.places_mm else [volume.geometry.spacing_mm[0] * z for z in range(count)]
+        wanted = strided(places, self.config.slices.z_stride_mm)
+        content = hashlib.blake2b(repr(volume.geometry.shape).encode(), digest_size=16)
+        for z in range(count):
+            hu = to_int16(volume.voxels[z], self.offset)
+            content.update(hu.data)
+            if z == count // 2:
+                self.middle = hu
+            if z not in wanted:
+                self.left_out["closer than z_stride_mm"] += 1
+                continue
+            self._write_slice(hu, z, places[z], volume, stream)
+        self.row["content_hash"] = content.hexdigest()
+
+    def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: Volume, stream: IO[bytes]) -> None:
+        statistics, mask = slice_statistics(hu)
+        problem = refusal(statistics, self.config.slices)
+        if problem:
+            self.left_out[problem] += 1
+            return
+        if self.config.slices.remove_table:
+            hu = np.where(mask, hu, np.int16(AIR_HU))
+        step = max(1, max(hu.shape) // 128)
+        self.histogram += np.histogram(hu[::step, ::step], HISTOGRAM_EDGES_HU)[0]
+        thickness, *inplane = volume.geometry.spacing_mm
+        hu, spacing = resample_slice(hu, (inplane[0], inplane[1]), self.config.inplane)
+        shards = self.config.shards
+        data = encode_slice(hu, shards.codec, shards.level)
+        volume_id = self.row["volume_id"]
+        key = f"{volume_id}-{z:05d}"
+        info = SliceInfo(volume_id, z, round(z_mm, 4), _rounded(spacing), round(thickness, 4), self.job.dataset, shards.codec)
+        offset = write_member(stream, f"{key}.{SUFFIXES[shards.codec]}", data)
+        write_member(stream, f"{key}.json", info.to_json())
+        values = {
+            "key": key, "z_index": z, "z_mm": info.z_mm, "offset": offset, "length": len(data), "crc32": zlib.crc32(data),
+            "rows": hu.shape[0], "cols": hu.shape[1], "spacing_mm": list(info.spacing_mm), "hu_p01": statistics.hu_p01,
+            "hu_p50": statistics.hu_p50, "hu_p99": statistics.hu_p99, "body_fraction": round(statistics.body_fraction, 4),
+        }  # fmt: skip
+        for name, value in values.items():
+            self.slices.setdefault(name, []).append(value)
+
+
+def to_int16(plane: NDArray[Any], offset: int) -> NDArray[np.int16]:
+    """Return one slice as contiguous int16 HU: rounded to the nearest, clipped to what int16 holds.
+
+    Args:
+        plane: [rows, cols], any real type.
+        offset: Added before rounding.
+    """
+    if plane.dtype == np.int16 and offset == 0:
+        return np.ascontiguousarray(plane)
+    wide = plane.astype(np.float64) + offset
+    return np.clip(np.rint(wide), _INT16.min, _INT16.max).astype(np.int16)
+
+
+def _rounded(spacing: tuple[float, float]) -> tuple[float, float]:
+    return round(spacing[0], 6), round(spacing[1], 6)
+
+
+def _thumbnail(hu: NDArray[np.int16] | None, spacing_mm: tuple[float, float, float]) -> str:
+    """Return the middle slice as a small PNG: one axial slice, in which no face can be recognised."""
+    if hu is None:
+        return ""
+    grey = np.clip((hu.astype(np.float32) + 160) * (255 / 400), 0, 255).astype(np.uint8)
+    height, width = hu.shape[0] * spacing_mm[1], hu.shape[1] * spacing_mm[2]
+    scale = _THUMBNAIL_PX / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    stream = io.BytesIO()
+    Image.fromarray(grey).resize(size, Image.Resampling.BOX).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()

@@ -1,0 +1,102 @@
+"""Volumes over processes. A process that dies takes nothing with it but the volume it was reading."""
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.volume_job import VolumeJob, curate_volume, record_crash
+from meddino_data_curation.work_folder import WorkFolder
+
+_PR_SET_PDEATHSIG = 1
+_QUEUED_PER_WORKER = 3
+
+
+def cores() -> int:
+    """Return the cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_volumes(
+    jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, workers: int, on_done: Callable[[str], None]
+) -> None:
+    """Do all volumes; what becomes of them does not depend on the number of workers.
+
+    Args:
+        jobs: In the order in which they are begun.
+        config: The curation.
+        corpus: Its work folder gets the results.
+        workers: Processes; 1 works in this one.
+        on_done: Is told each volume's status. What it raises stops the run.
+
+    Raises:
+        OSError: A full disk.
+    """
+    if workers == 1:
+        _limit_threads()
+        for job in jobs:
+            on_done(curate_volume(job, config, WorkFolder(corpus)))
+        return
+    remaining = list(jobs)
+    while remaining:
+        interrupted, remaining = _run_pool(remaining, config, corpus, workers, on_done)
+        # A process died. Each volume that was then under way is tried alone, so that the guilty one is known.
+        for job in interrupted:
+            if _run_pool([job], config, corpus, 1, on_done)[0]:
+                record_crash(job, WorkFolder(corpus))
+                on_done("rejected")
+
+
+def _run_pool(
+    jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, workers: int, on_done: Callable[[str], None]
+) -> tuple[list[VolumeJob], list[VolumeJob]]:
+    """Run jobs in one pool; if a process dies, return the jobs that were under way and those not yet begun."""
+    waiting: Iterator[VolumeJob] = iter(jobs)
+    running: dict[Future[str], VolumeJob] = {}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["meddino_data_curation.volume_job"])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (config, corpus))
+    try:
+        while True:
+            while len(running) < _QUEUED_PER_WORKER * workers and (job := next(waiting, None)) is not None:
+                future = pool.submit(_work, job)
+                running[future] = job
+            if not running:
+                return [], []
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                status = future.result()
+                del running[future]
+                on_done(status)
+    except BrokenProcessPool:
+        return list(running.values()), list(waiting)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_told: dict[str, Any] = {}  # what a worker process is told once, at its start
+
+
+def _start_worker(config: CurationConfig, corpus: Path) -> None:
+    _told.update(config=config, work=WorkFolder(corpus))
+    # A worker must not outlive a killed parent: it would go on writing beside the next run.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.getLogger().setLevel(logging.WARNING)
+    _limit_threads()
+
+
+def _limit_threads() -> None:
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _work(job: VolumeJob) -> str:
+    return curate_volume(job, _told["config"], _told["work"])
