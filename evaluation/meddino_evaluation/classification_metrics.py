@@ -56,13 +56,15 @@ def average_precision(positive: NDArray[Any], scores: NDArray[np.float64]) -> fl
     return float(np.sum(np.diff(np.r_[0.0, recall]) * precision))
 
 
-def quadratic_kappa(truth: Truth, predicted: Truth, classes: int) -> float:
-    """Return Cohen's kappa with quadratic weights; NaN where both sides hold one single class."""
-    table = _confusion(truth, predicted, classes)
+def quadratic_kappa(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return Cohen's kappa with quadratic weights of confusion tables [..., C, C]; NaN where both sides hold one single class."""
+    classes = table.shape[-1]
     distance = np.subtract.outer(np.arange(classes), np.arange(classes)).astype(np.float64) ** 2
-    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-    denominator = float((distance * expected).sum())
-    return math.nan if denominator == 0 else 1.0 - float((distance * table).sum()) / denominator
+    rows, columns, total = table.sum(-1), table.sum(-2), table.sum((-1, -2))
+    expected = (distance * rows[..., :, None] * columns[..., None, :]).sum((-1, -2)) / total
+    observed = (distance * table).sum((-1, -2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(expected > 0, 1.0 - observed / expected, np.nan))
 
 
 def expected_calibration_error(correct: NDArray[np.float64], confidence: NDArray[np.float64], bins: int = 15) -> float:
@@ -167,8 +169,8 @@ def _metric_of_decisions(name: str, truth: Truth, probabilities: Probabilities) 
     if name == "ece":
         return expected_calibration_error((predicted == truth).astype(np.float64), probabilities.max(1))
     if name == "kappa":
-        return quadratic_kappa(truth, predicted, probabilities.shape[1])
-    return _from_confusion(name, _confusion(truth, predicted, probabilities.shape[1]))
+        return float(quadratic_kappa(_confusion(truth, predicted, probabilities.shape[1])))
+    return float(from_confusion(name, _confusion(truth, predicted, probabilities.shape[1])))
 
 
 def _binary_metric(name: str, positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
@@ -196,22 +198,26 @@ def _confusion(truth: Truth, predicted: NDArray[np.integer[Any]], classes: int) 
     return np.bincount(truth * classes + predicted, minlength=classes * classes).reshape(classes, classes).astype(np.float64)
 
 
-def _from_confusion(name: str, table: NDArray[np.float64]) -> float:
-    right, support, predicted = np.diag(table), table.sum(1), table.sum(0)
+def from_confusion(name: str, table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return accuracy, balanced accuracy, precision, recall or F1 (weighted by class size) of confusion tables.
+
+    Args:
+        name: Of the metric.
+        table: [..., true class, predicted class], counts.
+    """
+    right, support, predicted = np.einsum("...ii->...i", table), table.sum(-1), table.sum(-2)
+    total = table.sum((-1, -2))
     if name == "accuracy":
-        return float(right.sum() / table.sum())
-    recall = np.divide(right, support, out=np.zeros_like(right), where=support > 0)
+        return np.asarray(right.sum(-1) / total)
+    recall = _ratio(right, support)
     if name == "balanced_accuracy":
-        return float(recall[support > 0].mean())
-    weights = support / support.sum()
-    if name == "recall":
-        return float((weights * recall).sum())
-    precision = np.divide(right, predicted, out=np.zeros_like(right), where=predicted > 0)
-    if name == "precision":
-        return float((weights * precision).sum())
-    both = support + predicted
-    f1 = np.divide(2 * right, both, out=np.zeros_like(right), where=both > 0)
-    return float((weights * f1).sum())
+        return np.asarray(recall.sum(-1) / (support > 0).sum(-1))
+    each = {"recall": recall, "precision": _ratio(right, predicted), "f1": _ratio(2 * right, support + predicted)}[name]
+    return np.asarray((support * each).sum(-1) / total)
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0)
 
 
 def _macro(values: Sequence[float]) -> float:

@@ -111,7 +111,7 @@ def bootstrap_interval(
     everything = np.arange(rows)
     estimate = float(statistic(everything))
     drawn = np.array([statistic(sample) for sample in _resamples(members, resamples, seed)])
-    low, high, defined = _percentiles(drawn, level, len(members))
+    low, high, defined = percentile_ends(drawn, level, len(members))
     return Interval(estimate, low, high, level, defined)
 
 
@@ -146,7 +146,7 @@ def bootstrap_mean(
     sums = np.array([array[rows].sum() for rows in members])
     sizes = np.array([len(rows) for rows in members], dtype=np.float64)
     draws = numpy_rng(seed, "bootstrap").integers(0, len(members), size=(resamples, len(members)))
-    low, high, defined = _percentiles(sums[draws].sum(1) / sizes[draws].sum(1), level, len(members))
+    low, high, defined = percentile_ends(sums[draws].sum(1) / sizes[draws].sum(1), level, len(members))
     return Interval(float(array.mean()), low, high, level, defined)
 
 
@@ -179,7 +179,7 @@ def paired_bootstrap(
     everything = np.arange(rows)
     difference = float(statistic_a(everything)) - float(statistic_b(everything))
     drawn = np.array([statistic_a(sample) - statistic_b(sample) for sample in _resamples(members, resamples, seed)])
-    low, high, defined = _percentiles(drawn, level, len(members))
+    low, high, defined = percentile_ends(drawn, level, len(members))
     if not defined or math.isnan(difference):
         return PairedResult(difference, math.nan, math.nan, math.nan)
     at_most, at_least = int((drawn <= 0).sum()), int((drawn >= 0).sum())
@@ -296,6 +296,40 @@ def mean_and_std(values: ArrayLike) -> tuple[float, float]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
 
 
+def percentile_ends(drawn: NDArray[np.float64], level: float, independent: int) -> tuple[float, float, int]:
+    """Return the ends of an interval from resampled statistics, and how many of them were defined.
+
+    Args:
+        drawn: One value a resample; NaN where undefined.
+        level: Confidence level.
+        independent: How many patients were drawn from; see `bootstrap_interval` for the widening it gives.
+    """
+    defined = drawn[~np.isnan(drawn)]
+    if len(defined) < FEWEST_DEFINED * len(drawn) or not len(defined) or independent < 2:
+        return math.nan, math.nan, len(defined)
+    tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, independent - 1) * math.sqrt(independent / (independent - 1))))
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high), len(defined)
+
+
+def resample_weights(groups: Sequence[Hashable], resamples: int, seed: int = 0) -> NDArray[np.int64]:
+    """Return how often each row occurs in each resample of patients [resamples, rows]: the draws of `bootstrap_interval`.
+
+    Args:
+        groups: The patient of each row.
+        resamples: How many.
+        seed: Equal seeds draw equal resamples.
+    """
+    members = _members(len(groups), groups)
+    draws = numpy_rng(seed, "bootstrap").integers(0, len(members), size=(resamples, len(members)))
+    patients = np.zeros((resamples, len(members)), dtype=np.int64)
+    np.add.at(patients, (np.arange(resamples)[:, None], draws), 1)
+    owner = np.empty(len(groups), dtype=np.int64)
+    for number, rows in enumerate(members):
+        owner[rows] = number
+    return patients[:, owner]
+
+
 def _members(rows: int, groups: Sequence[Hashable] | NDArray[np.generic] | None) -> list[NDArray[np.int64]]:
     if rows < 1:
         raise ValueError("no rows to draw from")
@@ -314,13 +348,3 @@ def _resamples(members: list[NDArray[np.int64]], resamples: int, seed: int) -> l
     if all(len(rows) == 1 for rows in members):
         return list(np.concatenate(members)[draws])
     return [np.concatenate([members[number] for number in draw]) for draw in draws]
-
-
-def _percentiles(drawn: NDArray[np.float64], level: float, independent: int) -> tuple[float, float, int]:
-    """Return the ends of the interval and how many resamples were defined; see `bootstrap_interval` for the widening."""
-    defined = drawn[~np.isnan(drawn)]
-    if len(defined) < FEWEST_DEFINED * len(drawn) or not len(defined) or independent < 2:
-        return math.nan, math.nan, len(defined)
-    tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, independent - 1) * math.sqrt(independent / (independent - 1))))
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return float(low), float(high), len(defined)
