@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from meddino_pretrain.loader import SliceSource
 
 # The second view: mirrored, a narrower window, a gamma curve, the noise of a thinner dose, half the resolution.
 _WINDOW_HU, _GAMMA, _NOISE_HU, _ZOOM = (-360.0, 440.0), 1.25, 20.0, 0.5
+_AIR_HU = -950
 logger = get_logger(__name__)
 
 
@@ -30,12 +31,14 @@ class FixedSlices:
         second_view: [n, C, H, W] model input, mirrored left to right, other window and gamma, noisier and coarser. Being
             mirrored, what a model knows of a patch by its position alone does not help to find it again.
         grey: [n, H, W] the first view for people.
+        body: [n, H, W] True where the first view is denser than air: elsewhere one patch is as good as another.
         keys: The slices' keys.
     """
 
     first_view: Float[Tensor, "n c h w"]
     second_view: Float[Tensor, "n c h w"]
     grey: UInt8[Tensor, "n h w"]
+    body: Bool[Tensor, "n h w"]
     keys: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -78,6 +81,7 @@ def fixed_slices(corpus: SliceSource, contract: InputContract, count: int, size_
         apply_intensity(hu_first, plain, contract),
         apply_intensity(hu_second, other, contract),
         to_uint8_window(hu_first),
+        hu_first > _AIR_HU,
         tuple(keys),
     )
 

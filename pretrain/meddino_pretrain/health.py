@@ -87,7 +87,8 @@ class HealthProbe:
                 other, *_ = teacher.look(mirrored, _EVERY_PATCH)
             cls_use.add(cls_logits)
             patch_use.add(patch_logits)
-            scores.append(patch_consistency(patch_map(output), patch_map(other)).cpu())
+            body = self.fixed.body[start : start + CHUNK]
+            scores.append(patch_consistency(patch_map(output), patch_map(other), body).cpu())
             cls_parts.append(output.cls_token.float().cpu())
             patch_parts.append(output.patch_tokens.float().cpu())
         cls_tokens, patch_tokens = torch.cat(cls_parts), torch.cat(patch_parts)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from meddino.core.device import Machine
@@ -14,7 +14,9 @@ from meddino_pretrain.fixed_slices import FixedSlices
 CHUNK = 4  # slices in one forward pass: small enough for any machine that can train
 
 
-def patch_consistency(first: Float[Tensor, "n d h w"], second_mirrored: Float[Tensor, "n d h w"]) -> Float[Tensor, " n"]:
+def patch_consistency(
+    first: Float[Tensor, "n d h w"], second_mirrored: Float[Tensor, "n d h w"], body: Bool[Tensor, "n y x"] | None = None
+) -> Float[Tensor, " n"]:
     """Score how surely a patch is found again in another view of its slice.
 
     For each patch of the first view: the share of the second view's other patches that are less similar to it (cosine)
@@ -24,20 +26,26 @@ def patch_consistency(first: Float[Tensor, "n d h w"], second_mirrored: Float[Te
     Args:
         first: Patch map of the first view.
         second_mirrored: Patch map of the mirrored second view; turned back here.
+        body: Where the first view shows the body, at any resolution. Only patches that are at least half body count, for
+            air cannot be told from air; None, or a slice without two such patches: all count.
 
     Returns:
         One score a slice, the mean over its patches.
     """
     one = F.normalize(first.float().flatten(2).transpose(1, 2), dim=-1)
     other = F.normalize(second_mirrored.float().flip(-1).flatten(2).transpose(1, 2), dim=-1)
+    kept = torch.ones(one.shape[:2], dtype=torch.bool, device=one.device)
+    if body is not None:
+        kept = F.adaptive_avg_pool2d(body.float(), (first.shape[-2], first.shape[-1])).flatten(1).to(one.device) >= 0.5
+        kept[kept.sum(1) < 2] = True
     scores = []
-    for a, b in zip(one, other, strict=True):  # a slice at a time: patches x patches is the largest thing here
-        similarity = a @ b.T
+    for a, b, chosen in zip(one, other, kept, strict=True):  # a slice at a time: patches x patches is the largest thing here
+        similarity = a[chosen] @ b[chosen].T
         own = similarity.diagonal().unsqueeze(1)
         # Rounding must not decide between patches that are equal: a collapsed model would win or lose by luck.
         below = (similarity < own - 1e-6).float() + 0.5 * ((similarity - own).abs() <= 1e-6).float()
-        others = max(1, len(a) - 1)
-        scores.append(((below.sum(1) - 0.5) / others).mean() if len(a) > 1 else own.new_tensor(0.5))
+        others = len(similarity) - 1
+        scores.append(((below.sum(1) - 0.5) / others).mean() if others else own.new_tensor(0.5))
     return torch.stack(scores)
 
 
@@ -63,5 +71,5 @@ def snapshot_scores(see: Callable[[Tensor], ViTOutput], fixed: FixedSlices, mach
             with machine.autocast():
                 output = see(view[start : start + CHUNK].to(machine.device))
             views.append(patch_map(output))
-        scores.append(patch_consistency(*views).cpu())
+        scores.append(patch_consistency(views[0], views[1], fixed.body[start : start + CHUNK]).cpu())
     return torch.cat(scores)

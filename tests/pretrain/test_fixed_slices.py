@@ -93,6 +93,21 @@ def test_patch_consistency__bounds():
     assert patch_consistency(torch.ones(1, 4, 1, 1), torch.ones(1, 4, 1, 1)).item() == 0.5
 
 
+def test_patch_consistency__air_does_not_count():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(2, 5, 3, 4))
+    first[0, :, :, 2:] = 1.0  # air: the same everywhere
+    second = first + 0.7 * rng.normal(size=first.shape)
+    body = torch.zeros(2, 12, 16, dtype=torch.bool)
+    body[0, :, :8] = True  # the second slice shows no body at all: all of it counts
+    scores = patch_consistency(torch.from_numpy(first), torch.from_numpy(second[..., ::-1].copy()), body)
+    expected = [
+        slow_consistency(first[0][..., :2], second[0][..., :2][..., ::-1]),
+        slow_consistency(first[1], second[1][..., ::-1]),
+    ]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-6)
+
+
 def test_snapshot_scores__one_score_a_slice(make_corpus):
     fixed = fixed_slices(make_corpus(count=8), CONTRACT, 6, 32)
     backbone = build_backbone("vitnano8").eval()
