@@ -1,6 +1,11 @@
 """Shared fixtures: the real data and the recorded numbers beside the checkout, where they exist."""
 
 import os
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,3 +38,29 @@ def shared_data() -> Path:
 def shared_reference() -> Path:
     """../shared/reference: numbers recorded from the published implementation."""
     return _shared("reference")
+
+
+@pytest.fixture
+def run_ranks() -> Callable[..., list[str]]:
+    """A function that runs code in `count` processes that talk over gloo, and returns what each printed."""
+
+    def run(code: str, count: int = 2, timeout_s: float = 120) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(code)],
+                env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        results = [process.communicate(timeout=timeout_s) for process in processes]
+        assert all(process.returncode == 0 for process in processes), "\n".join(errors for _, errors in results)
+        return [output for output, _ in results]
+
+    return run

@@ -27,6 +27,7 @@ from meddino_pretrain.sample_order import BatchShare
 from meddino_pretrain.schedules import Schedules
 from meddino_pretrain.signals import StopRequest
 from meddino_pretrain.trainer import Trainer
+from meddino_pretrain.watch import Watch
 
 
 def build_networks(config: PretrainConfig) -> tuple[DINOv3Network, DINOv3Network]:
@@ -69,7 +70,7 @@ def build_objective(
     called: torch.nn.Module = student
     if parallel == "fsdp2":
         shard(student, list(student.backbone.blocks), ["global_cls"])
-        shard(teacher, list(teacher.backbone.blocks), ["target_logits"])
+        shard(teacher, list(teacher.backbone.blocks), ["target_logits", "look"])
         if gram_teacher is not None:
             shard(gram_teacher, list(gram_teacher.blocks), [])
     elif parallel == "ddp":
@@ -123,6 +124,7 @@ def build_trainer(
     checkpoints: StageCheckpoints,
     metrics: MetricsWriter | None,
     progress: StepProgress,
+    watch: Watch,
     stop: StopRequest,
     machine: Machine,
 ) -> Trainer:
@@ -135,6 +137,7 @@ def build_trainer(
         checkpoints=checkpoints,
         metrics=metrics,
         progress=progress,
+        watch=watch,
         stop=stop,
         machine=machine,
         clip_grad_norm=config.optimizer.clip_grad_norm,

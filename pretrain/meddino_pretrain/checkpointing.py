@@ -59,14 +59,11 @@ class StageCheckpoints:
         self._state = state
         self._teacher_backbone = teacher_backbone
 
-    def resume(self) -> int:
-        """Load the newest valid checkpoint, if there is one, and return the steps done."""
-        found = latest_checkpoint(self.folder / CHECKPOINTS)
-        if found is not None:
-            counters: dict[str, Any] = {"bad_in_a_row": 0}
-            load_training_state(found.folder, {**self._state, "counters": counters}, verify=False)
-            self.step, self.bad_in_a_row = found.step, int(counters["bad_in_a_row"])
-        return self.step
+    def resume(self, found: Checkpoint) -> None:
+        """Load a checkpoint that was found valid."""
+        counters: dict[str, Any] = {"bad_in_a_row": 0}
+        load_training_state(found.folder, {**self._state, "counters": counters}, verify=False)
+        self.step, self.bad_in_a_row = found.step, int(counters["bad_in_a_row"])
 
     def after_step(self, step: int, metrics: MetricsWriter | None, now: bool) -> None:
         """Save what is due after a step.

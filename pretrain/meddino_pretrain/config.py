@@ -4,12 +4,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from meddino.checkpoints.coverage import GapsConfig
 from meddino.core.config import StrictConfig
 from meddino.core.device import Precision
 from meddino.data.contract import InputContract
 from meddino.distributed.parallel import Parallel
 from meddino_pretrain.augment import AugmentConfig
 from meddino_pretrain.crops import CropsConfig
+from meddino_pretrain.diagnosis import DiagnosisConfig
+from meddino_pretrain.gram_choice import GramChoiceConfig
+from meddino_pretrain.health import HealthConfig
 from meddino_pretrain.loader import LoaderConfig
 from meddino_pretrain.masks import MaskingConfig
 from meddino_pretrain.objectives.dinov3 import DINOv3Config
@@ -83,13 +87,44 @@ class SavingConfig(StrictConfig):
     keep_last: Annotated[int, Field(ge=1, description="newest checkpoints of a stage that stay")]
     keep_every_steps: Annotated[int, Field(ge=0, description="checkpoints at multiples of this stay besides; 0: none")]
     tensorboard: Annotated[bool, Field(description="also write TensorBoard events")]
+    wandb_project: Annotated[
+        str | None, Field(description="also log to this Weights & Biases project (pip install 'meddino[wandb]')")
+    ]
+
+
+class InitConfig(StrictConfig):
+    """What the first stage starts from."""
+
+    weights: Annotated[
+        str,
+        Field(
+            description="scratch; or a file or folder: DINOv3's official file, a MedDINOv3 or DINOv3 trainer's file, "
+            "a transformers folder, timm:<name>@<file>, our export or run; required: must be given"
+        ),
+    ]
+    section: Annotated[
+        str | None, Field(description="network taken from a trainer's file: teacher or student; null: teacher if it has one")
+    ]
+    heads: Annotated[
+        Literal["if_there", "fresh"], Field(description="whether heads in the file are taken; MedDINOv3's has them")
+    ]
+    gaps: GapsConfig
 
 
 class GramTeacherConfig(StrictConfig):
     """Which earlier teacher anchors the patch features."""
 
     stage: Annotated[str, Field(description="stage whose EMA teacher was kept; paper: stage1_pretrain")]
-    step: Annotated[int, Field(ge=1, description="step of that stage after which it was kept; paper: 20k-40k of 100k")]
+    step: Annotated[
+        int | Literal["auto"],
+        Field(
+            description="step of that stage after which it was kept, paper: 20k-40k of 100k; auto: the best patches, measured"
+        ),
+    ]
+    choice: GramChoiceConfig
+    light_multiplier: Annotated[
+        float, Field(gt=0, le=1, description="on losses.gram_weight where step is auto and choice says light; ours: 0.25")
+    ]
 
 
 class StageConfig(StrictConfig):
@@ -107,6 +142,9 @@ class StageConfig(StrictConfig):
     crops: CropsConfig
     masking: MaskingConfig
     augment: AugmentConfig
+    snapshot_steps: Annotated[
+        tuple[int, ...], Field(description="steps after which the EMA teacher's backbone is kept, for gram_teacher.step = auto")
+    ]
     gram_teacher: Annotated[GramTeacherConfig | None, Field(description="null where losses.gram_weight is 0")]
 
     @model_validator(mode="after")
@@ -122,10 +160,7 @@ class PretrainConfig(StrictConfig):
     """The whole recipe."""
 
     seed: Annotated[int, Field(ge=0, description="of everything random")]
-    init: Annotated[
-        str,
-        Field(description="scratch, or weights for the first stage's backbone: an official file, a HF or timm file, an export"),
-    ]
+    init: InitConfig
     machine: MachineConfig
     input_contract: InputContract
     backbone: BackboneConfig
@@ -133,6 +168,8 @@ class PretrainConfig(StrictConfig):
     optimizer: OptimizerConfig
     loader: LoaderConfig
     saving: SavingConfig
+    health: HealthConfig
+    diagnosis: DiagnosisConfig
     stages: Annotated[dict[str, StageConfig], Field(min_length=1, description="by name; the order follows from starts_from")]
 
     @model_validator(mode="after")
@@ -146,14 +183,19 @@ class PretrainConfig(StrictConfig):
                 continue
             if gram.stage not in earlier:
                 raise ValueError(f"stages.{name}.gram_teacher.stage '{gram.stage}' is no stage before it; before it: {earlier}")
-            if gram.step > self.stages[gram.stage].steps:
-                raise ValueError(
-                    f"stages.{name}.gram_teacher.step {gram.step} is beyond the {self.stages[gram.stage].steps} steps "
-                    f"of {gram.stage}"
-                )
+            steps = self.stages[gram.stage].steps
+            if gram.step != "auto" and gram.step > steps:
+                raise ValueError(f"stages.{name}.gram_teacher.step {gram.step} is beyond the {steps} steps of {gram.stage}")
         return self
 
-    def snapshot_steps(self, stage: str) -> frozenset[int]:
-        """Return the steps of a stage after which its EMA teacher is kept as a Gram teacher for later stages."""
-        grams = (later.gram_teacher for later in self.stages.values())
-        return frozenset(gram.step for gram in grams if gram is not None and gram.stage == stage)
+    def snapshots(self, stage: str) -> frozenset[int]:
+        """Return the steps of a stage after which its EMA teacher's backbone is kept for later stages' Gram anchoring.
+
+        Where a later stage chooses by measurement, the stage's end is among them: quality can only have fallen by then.
+        """
+        steps = set(self.stages[stage].snapshot_steps)
+        for later in self.stages.values():
+            if later.gram_teacher is not None and later.gram_teacher.stage == stage:
+                wanted = later.gram_teacher.step
+                steps.add(self.stages[stage].steps if wanted == "auto" else wanted)
+        return frozenset(steps)

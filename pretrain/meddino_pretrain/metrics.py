@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meddino.core.errors import CheckpointError
+from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import write_text
 
 # Times differ between two runs with the same seed; they stand apart so that what is left can be compared byte by byte.
@@ -36,13 +36,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends one JSON object a step and mirrors its numbers to TensorBoard."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool, wandb_project: str | None = None) -> None:
         """Open the files of one stage.
 
         Args:
             folder: The stage's folder.
             step: Steps done so far; later records, from before a kill, are cut away.
             tensorboard: Also write TensorBoard events.
+            wandb_project: Also log to this Weights & Biases project.
+
+        Raises:
+            ConfigError: Weights & Biases is asked for and not installed.
         """
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,15 +58,19 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, folder)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step's record: "step", numbers, and "timing" with what the clock said."""
         self._stream.write(_line(record))
         self._stream.flush()
+        flat = {**record, **record.get(TIMING, {})}
+        numbers = {name: value for name, value in flat.items() if isinstance(value, int | float) and name != "step"}
         if self._board is not None:
-            for name, value in {**record, **record.get(TIMING, {})}.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
 
     def sync(self) -> None:
         """Make everything so far durable; called before a checkpoint counts as saved."""
@@ -74,6 +82,17 @@ class MetricsWriter:
         self._stream.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("saving.wandb_project is set and wandb is not installed: pip install 'meddino[wandb]'") from error
+    name = f"{folder.parent.name}-{folder.name}"
+    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -2,12 +2,14 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meddino.checkpoints.corpus_lineage import corpus_lineage
+from meddino.checkpoints.model_folder import ParentRecord
 from meddino.checkpoints.training_state import on_main
 from meddino.core.config import differences, load_config, to_yaml
 from meddino.core.errors import ConfigError, MedDINOError
@@ -33,11 +35,13 @@ class RunFolder:
         folder: Where it lies.
         config: Its recipe.
         corpus_hash: Names the corpus it learns from.
+        corpus_lineage: Its data sets and licences, for the lineage of the weights.
     """
 
     folder: Path
     config: PretrainConfig
     corpus_hash: str
+    corpus_lineage: dict[str, Any]
 
     def stage_folder(self, name: str) -> Path:
         """Return a stage's folder."""
@@ -54,33 +58,44 @@ class RunFolder:
             "config": self.config.model_dump(mode="json"),
         }
 
-    def record_origin(self, stage: str, words: str, weights: Path | None, gram_teacher: Path | None) -> None:
+    def record_origin(self, stage: str, origin: dict[str, Any]) -> None:
         """Write into run.json what a stage started from."""
+        on_main(lambda: self._update(lambda info: info["stages"].update({stage: origin})))
 
-        def write() -> None:
-            info = _read_info(self.folder)
-            info["stages"][stage] = {
-                "starts_from": words,
-                "weights": _inside(weights, self.folder),
-                "gram_teacher": _inside(gram_teacher, self.folder),
-                "steps": self.config.stages[stage].steps,
-            }
-            write_json(self.folder / "run.json", info)
+    def record_parent(self, parent: ParentRecord) -> None:
+        """Write into run.json which released weights the run started from."""
+        on_main(lambda: self._update(lambda info: info.update(parent=parent.model_dump(mode="json"))))
 
-        on_main(write)
+    def gram_action(self, stage: str) -> str:
+        """Return what the choice of a Gram teacher decided for a stage: run, light or skip."""
+        choice = self._info()["stages"].get(stage, {}).get("gram_choice")
+        return "run" if choice is None else str(choice["action"])
+
+    def standing_for(self, stage: str) -> str:
+        """Return the stage itself, or the one before it if it was left out."""
+        before = self.config.stages[stage].starts_from
+        return self.standing_for(before) if before is not None and self.gram_action(stage) == "skip" else stage
+
+    def _info(self) -> dict[str, Any]:
+        return on_main(lambda: _read_info(self.folder))
+
+    def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        info = _read_info(self.folder)
+        change(info)
+        write_json(self.folder / "run.json", info)
 
     def _lineage(self, stage: str) -> dict[str, Any]:
         chain: list[str] = []
         name: str | None = stage
         while name is not None:
-            chain.insert(0, name)
+            if self.gram_action(name) != "skip":
+                chain.insert(0, name)
             name = self.config.stages[name].starts_from
-        stages = [{"stage": each, "steps": self.config.stages[each].steps} for each in chain]
         sizes = sorted({size.global_px for each in chain for size in self.config.stages[each].crops.sizes})
         return {
-            "corpus_hash": self.corpus_hash,
-            "stages": stages,
-            "parent": self.config.init,
+            **self.corpus_lineage,
+            "stages": [{"stage": each, "steps": self.config.stages[each].steps} for each in chain],
+            "parent": self._info().get("parent"),
             "resolutions_px_seen": sizes,
         }
 
@@ -99,7 +114,7 @@ def open_run(folder: Path, config: PretrainConfig, corpus: Corpus) -> Iterator[R
         lock = (folder / ".lock").open("w")
     try:
         on_main(lambda: _begin(folder, config, corpus, lock))
-        yield RunFolder(folder, config, corpus.content_hash)
+        yield RunFolder(folder, config, corpus.content_hash, corpus_lineage(corpus))
     finally:
         if lock is not None:
             lock.close()
@@ -123,7 +138,7 @@ def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> N
     write_text(folder / "config.yaml", to_yaml(config))
     if not (folder / "run.json").is_file():
         # Last: what has a run.json also has a config.yaml.
-        info = {"format": RUN_FORMAT, "version": RUN_VERSION, "corpus_hash": corpus.content_hash, "stages": {}}
+        info = {"format": RUN_FORMAT, "version": RUN_VERSION, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
         write_json(folder / "run.json", info)
 
 
@@ -149,7 +164,3 @@ def _read_info(folder: Path) -> dict[str, Any]:
         return {**info, "stages": dict(info["stages"]), "corpus_hash": str(info["corpus_hash"])}
     except (ValueError, KeyError, TypeError) as error:
         raise MedDINOError(f"{path} is damaged ({error}); choose another --out") from error
-
-
-def _inside(path: Path | None, folder: Path) -> str | None:
-    return None if path is None else str(path.relative_to(folder))

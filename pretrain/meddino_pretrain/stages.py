@@ -1,19 +1,18 @@
-"""The stage graph of a run: what each stage starts from, and running one after the other."""
+"""The stage graph of a run: one stage after the other, each from where it stands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from meddino.checkpoints.flat_state import OptimizerState
-from meddino.checkpoints.training_state import load_training_state
 from meddino.core.device import Machine, find_machine, use_cpu_threads
-from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import barrier, is_main
 from meddino.distributed.process_group import start_distributed
+from meddino.models.registry import backbone_config
 from meddino_pretrain.build import (
     build_networks,
     build_objective,
@@ -21,31 +20,21 @@ from meddino_pretrain.build import (
     build_stage_optimizer,
     build_trainer,
 )
-from meddino_pretrain.checkpointing import StageCheckpoints, last_checkpoint, snapshot_folder
-from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.checkpointing import StageCheckpoints, last_checkpoint
+from meddino_pretrain.config import PretrainConfig, StageConfig
+from meddino_pretrain.fixed_slices import FixedSlices, fixed_slices
+from meddino_pretrain.health import HealthProbe
 from meddino_pretrain.metrics import MetricsWriter
 from meddino_pretrain.objectives.dinov3 import DINOv3Objective
+from meddino_pretrain.origins import Origin, find_origin, load_origin, read_init, take_init
 from meddino_pretrain.progress import show_progress
 from meddino_pretrain.report import write_report
 from meddino_pretrain.run_folder import RunFolder, open_run
 from meddino_pretrain.signals import StopRequest, stop_on_signals
+from meddino_pretrain.watch import Watch
 
+HEALTH_REFERENCE = "health_reference.safetensors"
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a stage starts from.
-
-    Attributes:
-        weights: Checkpoint folder of the stage before, or None for fresh weights (or those of `init`).
-        gram_teacher: Snapshot folder of the Gram teacher, or None.
-        words: One line for people.
-    """
-
-    weights: Path | None
-    gram_teacher: Path | None
-    words: str
 
 
 def run_pretraining(config: PretrainConfig, corpus_folder: Path, out: Path, stages: Sequence[str] = ()) -> None:
@@ -64,28 +53,36 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path, out: Path, stag
     unknown = [name for name in stages if name not in config.stages]
     if unknown:
         raise ConfigError(f"no stage '{unknown[0]}' in this recipe; its stages: {', '.join(config.stages)}")
+    backbone = backbone_config(config.backbone.name, **config.backbone.changes)
+    for stage in config.stages.values():
+        stage.crops.check_patch_size(backbone.patch_size)
     with start_distributed() as place, stop_on_signals() as stop:
         machine = find_machine(config.machine.device, config.machine.precision, place.local_rank)
         if not machine.is_accelerator:
             use_cpu_threads()
         corpus = Corpus(corpus_folder)
         with open_run(out, config, corpus) as run:
+            # The same size in every stage, so that looks can be compared along the whole run.
+            first_size = next(iter(config.stages.values())).crops.sizes[0].global_px
+            fixed = fixed_slices(corpus, config.input_contract, config.health.slices, first_size)
             for name in stages or config.stages:
-                run_stage(run, name, corpus, machine, stop)
-                if is_main():
-                    write_report(run.folder, config)
+                run_stage(run, name, corpus, fixed, machine, stop)
+            if is_main():
+                write_report(run.folder, config)
 
 
-def run_stage(run: RunFolder, name: str, corpus: Corpus, machine: Machine, stop: StopRequest) -> None:
-    """Run one stage to its end; returns at once if it is there already."""
-    config, stage, folder = run.config, run.config.stages[name], run.stage_folder(name)
-    done = last_checkpoint(folder)
-    if done is not None and done.step == stage.steps:
-        logger.info("%s: done (%d steps)", name, stage.steps)
+def run_stage(run: RunFolder, name: str, corpus: Corpus, fixed: FixedSlices, machine: Machine, stop: StopRequest) -> None:
+    """Run one stage to its end; returns at once if it is there already, or is to be left out."""
+    config, folder, seed = run.config, run.stage_folder(name), derive_seed(run.config.seed, "stage", name)
+    begun = last_checkpoint(folder)
+    if begun is not None and begun.step == config.stages[name].steps:
+        logger.info("%s: done (%d steps)", name, begun.step)
         return
-    seed = derive_seed(config.seed, "stage", name)
-    student, teacher = build_networks(config)
-    objective = build_objective(config, stage, seed, machine, student, teacher)
+    origin = None if begun is not None else _begin(run, name, corpus, machine)
+    stage = _as_chosen(run, name)
+    if stage is None:
+        return
+    objective = _build_objective(run, stage, seed, machine, origin)
     optimizer = build_stage_optimizer(config.optimizer, objective)
     checkpoints = StageCheckpoints(
         folder,
@@ -94,55 +91,67 @@ def run_stage(run: RunFolder, name: str, corpus: Corpus, machine: Machine, stop:
         meta=run.checkpoint_meta(name, objective.student.backbone.config),
         saving=config.saving,
         steps=stage.steps,
-        snapshot_steps=config.snapshot_steps(name),
+        snapshot_steps=config.snapshots(name),
     )
-    if checkpoints.resume() == 0:
-        origin = find_origin(run, name)
-        logger.info("%s starts from %s", name, origin.words)
-        run.record_origin(name, origin.words, origin.weights, origin.gram_teacher)
-        _start_from(origin, objective)
-    else:
-        logger.info("%s goes on after step %d of %d", name, checkpoints.step, stage.steps)
+    if begun is not None:
+        checkpoints.resume(begun)
+        logger.info("%s goes on after step %d of %d", name, begun.step, stage.steps)
     _check_room(folder, objective)
+    watch = Watch(
+        run.folder,
+        name,
+        config,
+        HealthProbe(fixed, config.health, machine, run.folder / HEALTH_REFERENCE),
+        objective.teacher,
+    )
+    if begun is None:
+        watch.begin(stage.schedule.teacher_temperature_start)
     loader = build_stage_loader(config, stage, seed, corpus, machine, checkpoints.step)
-    metrics = MetricsWriter(folder, checkpoints.step, config.saving.tensorboard) if is_main() else None
+    saving = config.saving
+    metrics = MetricsWriter(folder, checkpoints.step, saving.tensorboard, saving.wandb_project) if is_main() else None
     try:
         with show_progress(name, checkpoints.step, stage.steps, stage.global_batch) as progress:
-            build_trainer(config, stage, objective, optimizer, loader, checkpoints, metrics, progress, stop, machine).fit()
+            build_trainer(
+                config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, stop, machine
+            ).fit()
     finally:
         if metrics is not None:
             metrics.close()
     barrier()
 
 
-def find_origin(run: RunFolder, name: str) -> Origin:
-    """Decide what a stage starts from: the graph's own decision, from what lies in the run folder.
-
-    Raises:
-        CheckpointError: The stage before is not finished, or its snapshot for the Gram teacher is missing.
-    """
-    stage = run.config.stages[name]
-    weights, gram, words = None, None, f"init = {run.config.init}"
-    if stage.starts_from is not None:
-        before = last_checkpoint(run.stage_folder(stage.starts_from))
-        wanted = run.config.stages[stage.starts_from].steps
-        if before is None or before.step != wanted:
-            raise CheckpointError(
-                f"{name} starts from the end of {stage.starts_from}, which stands at step {before.step if before else 0} of "
-                f"{wanted}; run that stage first"
-            )
-        weights, words = before.folder, f"student, teacher and heads of {stage.starts_from} after step {before.step}"
-    if stage.gram_teacher is not None:
-        gram = snapshot_folder(run.stage_folder(stage.gram_teacher.stage), stage.gram_teacher.step)
-        words += f"; Gram teacher: EMA teacher of {stage.gram_teacher.stage} after step {stage.gram_teacher.step}"
-    return Origin(weights, gram, words)
+def _begin(run: RunFolder, name: str, corpus: Corpus, machine: Machine) -> Origin:
+    backbone = backbone_config(run.config.backbone.name, **run.config.backbone.changes)
+    origin = find_origin(run, name, backbone, corpus, machine)
+    logger.info("%s starts from %s", name, origin.words)
+    run.record_origin(name, origin.record(run.folder, run.config.stages[name].steps))
+    return origin
 
 
-def _start_from(origin: Origin, objective: DINOv3Objective) -> None:
-    if origin.weights is not None:
-        load_training_state(origin.weights, {"student": objective.student, "teacher": objective.teacher})
-    if origin.gram_teacher is not None and objective.gram_teacher is not None:
-        load_training_state(origin.gram_teacher, {"backbone": objective.gram_teacher})
+def _as_chosen(run: RunFolder, name: str) -> StageConfig | None:
+    """Return a stage's config after the choice of its Gram teacher; None if the stage is left out."""
+    stage, action = run.config.stages[name], run.gram_action(name)
+    if action == "skip":
+        logger.info("%s is left out: patch quality did not fall", name)
+        return None
+    if action == "light" and stage.gram_teacher is not None:
+        weight = stage.losses.gram_weight * stage.gram_teacher.light_multiplier
+        return stage.model_copy(update={"losses": stage.losses.model_copy(update={"gram_weight": weight})})
+    return stage
+
+
+def _build_objective(run: RunFolder, stage: StageConfig, seed: int, machine: Machine, origin: Origin | None) -> DINOv3Objective:
+    """Build the networks with the weights the stage starts from; a stage that goes on gets its own from the checkpoint."""
+    student, teacher = build_networks(run.config)
+    if origin is not None and stage.starts_from is None:
+        weights = read_init(run.config.init, student.backbone.config)
+        if weights is not None:
+            take_init(weights, run.config.init.heads, {"student": student, "teacher": teacher})
+            run.record_parent(weights.parent)
+    objective = build_objective(run.config, stage, seed, machine, student, teacher)
+    if origin is not None:
+        load_origin(origin, objective)
+    return objective
 
 
 def _check_room(folder: Path, objective: DINOv3Objective) -> None:

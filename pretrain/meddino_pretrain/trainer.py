@@ -19,6 +19,7 @@ from meddino_pretrain.optimizer import clip_by_module, set_rates
 from meddino_pretrain.progress import StepProgress
 from meddino_pretrain.schedules import Schedules
 from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.watch import Watch
 
 logger = get_logger(__name__)
 
@@ -36,6 +37,7 @@ class Trainer:
         checkpoints: StageCheckpoints,
         metrics: MetricsWriter | None,
         progress: StepProgress,
+        watch: Watch,
         stop: StopRequest,
         machine: Machine,
         clip_grad_norm: float,
@@ -51,13 +53,14 @@ class Trainer:
             checkpoints: Knows the step stood at; saves.
             metrics: Where records go; None in all processes but the first.
             progress: What people see.
+            watch: Looks at the teacher now and then.
             stop: Whether a signal came.
             machine: Where it runs.
             clip_grad_norm: Largest gradient norm of a module.
             max_bad_steps: Skipped steps in a row after which the run stops.
         """
         self.objective, self.optimizer, self.schedules, self.steps = objective, optimizer, schedules, steps
-        self.checkpoints, self.metrics, self.progress, self.stop = checkpoints, metrics, progress, stop
+        self.checkpoints, self.metrics, self.progress, self.watch, self.stop = checkpoints, metrics, progress, watch, stop
         self.machine, self.clip_grad_norm, self.max_bad_steps = machine, clip_grad_norm, max_bad_steps
         self.step = checkpoints.step
 
@@ -117,12 +120,19 @@ class Trainer:
             keys = all_gather_strings([key for batch in batches for key in batch.keys])
             record["keys"] = keys
             logger.warning("step %d skipped: loss or gradient not finite (samples %s)", self.step, ", ".join(keys))
+        looked = self.watch.numbers(self.step, record["teacher_temperature"])
         wait_s = sum(batch.data_wait_s for batch in batches)
-        timing = {"step_s": step_s + wait_s, "data_wait_s": wait_s, "peak_memory_mib": self.machine.peak_memory_mib()}
-        full = {"step": self.step, **record, "timing": timing}
+        timing = {
+            "step_s": step_s + wait_s,
+            "data_wait_s": wait_s,
+            "images_per_s": self.progress.images_per_step / (step_s + wait_s),
+            "peak_memory_mib": self.machine.peak_memory_mib(),
+        }
+        full = {"step": self.step, **record, **looked, "timing": timing}
         if self.metrics is not None:
             self.metrics.write(full)
         self.progress.advance(full)
+        self.watch.after_record(self.step, bool(looked))
 
     def stop_if_diverged(self, record: Mapping[str, Any]) -> None:
         """Raise after too many skipped steps in a row."""

@@ -1,6 +1,6 @@
 """Backbone and two heads: what student and teacher both are, and what each computes from a batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from meddino.losses.gram import Negatives, gram_loss
 from meddino.losses.ibot import ibot_term
 from meddino.losses.koleo import koleo_loss
 from meddino.losses.sinkhorn import SinkhornTargets
-from meddino.models.vision_transformer import VisionTransformer
+from meddino.models.vision_transformer import VisionTransformer, ViTOutput
 from meddino_pretrain.batches import Batch
 from meddino_pretrain.crops import GLOBAL_CROPS
 
@@ -126,9 +126,19 @@ class DINOv3Network(nn.Module):
         return self.dino_head(seen.cls_token).float(), self.ibot_head(masked).float()
 
     @torch.no_grad()
+    def look(
+        self, images: Float[Tensor, "n c h w"], every: int
+    ) -> tuple[ViTOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
+        """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
+        seen: ViTOutput = self.backbone(images)
+        patches = seen.patch_tokens[:, ::every].flatten(0, 1)
+        return seen, self.dino_head(seen.cls_token).float(), self.ibot_head(patches).float()
+
+    @torch.no_grad()
     def global_cls(self, batch: Batch, draws: ForwardDraws) -> Float[Tensor, "gb d"]:
         """Return the student's CLS tokens of the masked global crops as `forward` will compute them."""
-        cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, draws=draws).cls_token
+        alone = replace(draws, groups=draws.groups[:1])
+        cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, draws=alone).cls_token
         return cls_token.float()
 
     @staticmethod

@@ -1,0 +1,36 @@
+"""What the launcher's environment says."""
+
+import pytest
+
+from meddino.core.errors import ConfigError
+from meddino.distributed.process_group import Distributed, first_host, read_environment
+
+
+def test_read_environment__alone():
+    assert read_environment({}) == Distributed(0, 1, 0)
+
+
+def test_read_environment__torchrun():
+    assert read_environment({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Distributed(3, 4, 1)
+
+
+def test_read_environment__srun_step():
+    assert read_environment({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}) == Distributed(5, 8, 1)
+
+
+def test_read_environment__a_batch_script_is_alone():
+    assert read_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}) == Distributed()
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x", "WORLD_SIZE": "4"}])
+def test_read_environment__nonsense_is_named(environment):
+    with pytest.raises(ConfigError, match="RANK="):
+        read_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[003-005,9],login", "gpu003"), ("a[1-2]b,c", "a1b"), ("gpu-07", "gpu-07")],
+)
+def test_first_host__of_a_node_list(nodes, host):
+    assert first_host(nodes) == host

@@ -1,0 +1,93 @@
+"""The stage graph: what starts from what, one stage at a time, and the choice of the Gram teacher."""
+
+import json
+import logging
+
+import pytest
+import torch
+from meddino_pretrain.checkpointing import snapshot_folder
+from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.stages import run_pretraining
+
+from meddino.checkpoints.safetensors_storage import read_tensors
+from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.core.config import load_config
+from meddino.core.errors import CheckpointError, ConfigError
+
+QUICK = ["stages.stage1_pretrain.steps=3", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"]
+
+
+@pytest.fixture
+def tiny(request):
+    def load(*overrides: str) -> PretrainConfig:
+        return load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], [*QUICK, *overrides])
+
+    return load
+
+
+def weights(run, stage, prefix="teacher."):
+    return read_tensors(latest_checkpoint(run / stage / "checkpoints").folder, prefix)
+
+
+def test_stages__hand_over_student_teacher_heads_and_gram_teacher(tiny, make_corpus_once, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run = tmp_path / "run"
+    momentum = "stages.stage2_gram.schedule.ema_momentum"
+    # A stage that cannot move what it was given.
+    still = tiny("stages.stage2_gram.schedule.lr=1e-12", f"{momentum}=1.0", f"{momentum}_end=1.0")
+    run_pretraining(still, make_corpus_once, run, ["stage1_pretrain", "stage2_gram"])
+    for prefix in ("teacher.", "student."):
+        before, after = weights(run, "stage1_pretrain", prefix), weights(run, "stage2_gram", prefix)
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor, atol=1e-9, rtol=0, msg=name)
+    snapshot = read_tensors(snapshot_folder(run / "stage1_pretrain", 3), "backbone.")
+    gram = weights(run, "stage2_gram", "gram_teacher.")
+    assert snapshot.keys() == gram.keys()
+    assert all(torch.equal(snapshot[name], gram[name]) for name in gram)
+    info = json.loads((run / "run.json").read_text())["stages"]["stage2_gram"]
+    assert info["weights"] == "stage1_pretrain/checkpoints/step-000000003"
+    assert info["gram_teacher"] == "stage1_pretrain/snapshots/step-000000003"
+    assert "stage2_gram starts from student, teacher and heads of stage1_pretrain after step 3" in caplog.text
+
+
+def test_stages__a_stage_before_its_predecessor_is_refused(tiny, make_corpus_once, tmp_path):
+    with pytest.raises(
+        CheckpointError, match="stage2_gram starts from the end of stage1_pretrain, which stands at step 0 of 3"
+    ):
+        run_pretraining(tiny(), make_corpus_once, tmp_path / "run", ["stage2_gram"])
+
+
+def test_stages__unknown_stage_is_refused(tiny, make_corpus_once, tmp_path):
+    with pytest.raises(ConfigError, match=r"no stage 'stage4'.*stage3_highres"):
+        run_pretraining(tiny(), make_corpus_once, tmp_path / "run", ["stage4"])
+
+
+def test_stages__gram_teacher_by_measurement_may_leave_the_stage_out(tiny, make_corpus_once, tmp_path):
+    run = tmp_path / "run"
+    auto = [
+        "stages.stage1_pretrain.snapshot_steps=[1,2]",
+        "stages.stage2_gram.gram_teacher.step=auto",
+        "stages.stage2_gram.gram_teacher.choice.if_not_degraded=skip",
+        "stages.stage2_gram.gram_teacher.choice.min_loss=0.9",  # no fall is that deep
+        "stages.stage2_gram.gram_teacher.choice.slices=4",
+    ]
+    run_pretraining(tiny(*auto), make_corpus_once, run)
+    info = json.loads((run / "run.json").read_text())["stages"]
+    choice = info["stage2_gram"]["gram_choice"]
+    assert choice["action"] == "skip" and sorted(choice["curve"]) == ["1", "2", "3"]
+    assert latest_checkpoint(run / "stage2_gram" / "checkpoints") is None
+    assert info["stage3_highres"]["weights"] == "stage1_pretrain/checkpoints/step-000000003"
+    lineage = latest_checkpoint(run / "stage3_highres" / "checkpoints").meta["lineage"]
+    assert [stage["stage"] for stage in lineage["stages"]] == ["stage1_pretrain", "stage3_highres"]
+    assert "patch consistency did not fall" in (run / "report.html").read_text()
+
+
+def test_stages__health_verdicts_and_pictures_reach_the_report(tiny, make_corpus_once, tmp_path):
+    run = tmp_path / "run"
+    look = ["health.every_steps=2", "health.slices=4", "diagnosis.patience_steps=1", "diagnosis.log_prototypes_share=0.01"]
+    run_pretraining(tiny(*look), make_corpus_once, run, ["stage1_pretrain"])
+    records = [json.loads(line) for line in (run / "stage1_pretrain" / "metrics.jsonl").read_text().splitlines()]
+    assert ["health/patch_drift" in record for record in records] == [False, True, True]
+    html = (run / "report.html").read_text()
+    assert "heads not learning" in html and "teacher after step 0" in html and "teacher after step 3" in html
