@@ -21,14 +21,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a training checkpoint or an exported model"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="folder to make")
-    parser.add_argument("--to", default="safetensors", metavar="FORMATS", help="comma-separated: safetensors")
+    parser.add_argument("--to", default="safetensors", metavar="FORMATS", help="comma-separated: safetensors, timm, hf, onnx")
     parser.add_argument("--stage", help="of a run: export this stage's last checkpoint (default: the last finished stage)")
     parser.add_argument("--network", choices=["teacher", "student"], default="teacher", help="which network of the trainer")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the weights")
     parser.add_argument("--heads", action="store_true", help="also write the DINO and iBOT heads")
+    parser.add_argument("--onnx-layers", type=_numbers, default=(), metavar="N,N", help="ONNX: also patch maps of these blocks")
     parser.add_argument("--metrics", type=Path, metavar="JSON", help="file with figures for config.json and the card")
     parser.add_argument("--corpus", type=Path, help="compare on slices of this corpus instead of made ones")
     return run_command(parser, argv, _export)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -42,6 +47,7 @@ def _export(arguments: argparse.Namespace) -> None:
         role=arguments.network,
         dtype=arguments.dtype,
         heads=arguments.heads,
+        onnx_layers=arguments.onnx_layers,
         metrics=_read_metrics(arguments.metrics),
         corpus=arguments.corpus,
     )

@@ -1,6 +1,5 @@
 """From a run or a training checkpoint to a folder that can be shared, compared with its source before it is called done."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,12 @@ import torch
 from torch import Tensor
 
 from meddino.checkpoints.check_slices import check_slices
+from meddino.checkpoints.comparison import largest_difference, outputs
+from meddino.checkpoints.export_onnx import export_onnx
 from meddino.checkpoints.export_source import ExportSource, Role, read_source
+from meddino.checkpoints.export_timm import export_timm
+from meddino.checkpoints.export_transformers import export_transformers
+from meddino.checkpoints.foreign_options import ForeignOptions
 from meddino.checkpoints.model import Model, assemble, load
 from meddino.checkpoints.model_card import model_card
 from meddino.checkpoints.model_folder import (
@@ -30,13 +34,15 @@ from meddino.core.logging import get_logger
 ExportDtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADS_FILE = "heads.safetensors"
-# Another library orders its additions differently; the same code does not.
-TOLERANCE_OTHER_LIBRARY = 2e-5
 
 _log = get_logger(__name__)
 
-# Format -> function(folder, model, slices): writes its files beside ours, loads them with their library and compares.
-FORMATS: dict[str, Callable[[Path, Model, Sequence[Tensor]], None]] = {}
+# Writes its files into a folder, loads them with their library and compares.
+FORMATS: dict[str, Callable[[Path, Model, ForeignOptions], None]] = {
+    "timm": export_timm,
+    "hf": export_transformers,
+    "onnx": export_onnx,
+}
 
 
 def export_model(
@@ -48,6 +54,7 @@ def export_model(
     role: Role = "teacher",
     dtype: ExportDtype = "fp32",
     heads: bool = False,
+    onnx_layers: Sequence[int] = (),
     metrics: Mapping[str, Any] | None = None,
     corpus: Path | None = None,
 ) -> Path:
@@ -61,6 +68,7 @@ def export_model(
         role: "teacher" or "student".
         dtype: Of the weights in our own file.
         heads: Also write the DINO and iBOT heads.
+        onnx_layers: Blocks whose patch maps the ONNX model gives besides, from 0.
         metrics: Figures for config.json and the card.
         corpus: Compare on slices of this corpus instead of made ones.
 
@@ -80,7 +88,7 @@ def export_model(
         raise CheckpointError(f"{source} holds no heads to export; leave --heads away")
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in found.tensors.values())
     check_free_space(out.parent, (1 + len(formats)) * size + (16 << 20), "the export")
-    command = _command(formats, stage, role, dtype, heads)
+    command = _command(formats, stage, role, dtype, heads, onnx_layers)
     with atomic_directory(out) as partial:
         write_weights(partial / WEIGHTS_FILE, found.tensors)
         if heads:
@@ -92,34 +100,13 @@ def export_model(
         expected = assemble(config, found.tensors, where=str(source))
         slices = check_slices(expected.patch_size, corpus)
         _check_own(partial, expected, slices)
+        options = ForeignOptions(slices, DTYPES[dtype], tuple(onnx_layers))
         for name in formats:
             if name != "safetensors":
-                FORMATS[name](partial, expected, slices)
+                (partial / name).mkdir()
+                FORMATS[name](partial / name, expected, options)
     _log.info("exported %s (%s parameters) to %s", config.architecture.name, f"{config.weights.parameters:,}", out)
     return out
-
-
-def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return the largest absolute difference over pairs of tensors; NaN anywhere gives infinity.
-
-    Raises:
-        CheckpointError: If shapes differ.
-    """
-    largest = 0.0
-    for one, other in zip(expected, found, strict=True):
-        if one.shape != other.shape:
-            raise CheckpointError(f"outputs of different shapes: {list(one.shape)} and {list(other.shape)}")
-        difference = (one.double() - other.double()).abs().max().item() if one.numel() else 0.0
-        largest = max(largest, float("inf") if math.isnan(difference) else difference)
-    return largest
-
-
-def outputs(model: Model, hu: Tensor) -> list[Tensor]:
-    """Return what exports are compared on: CLS, registers, patch tokens, and the maps of four blocks."""
-    images = model.preprocess(hu)
-    with torch.no_grad():
-        features = model.forward_features(images)
-        return [features.cls_token, features.register_tokens, features.patch_tokens, *model.get_intermediate_layers(images)]
 
 
 def _check_own(folder: Path, expected: Model, slices: Sequence[Tensor]) -> None:
@@ -170,12 +157,15 @@ def _config(source: ExportSource, sha256: str, metrics: dict[str, Any], command:
     )
 
 
-def _command(formats: Sequence[str], stage: str | None, role: Role, dtype: ExportDtype, heads: bool) -> str:
+def _command(
+    formats: Sequence[str], stage: str | None, role: Role, dtype: ExportDtype, heads: bool, layers: Sequence[int]
+) -> str:
     # Without paths: they say nothing to a reader elsewhere, and equal models shall give equal bytes.
     words = ["meddino-export RUN_OR_CHECKPOINT --out MODEL --to", ",".join(formats)]
     words += ["--stage", stage] if stage else []
     words += ["--network", role] if role != "teacher" else []
     words += ["--dtype", dtype] if dtype != "fp32" else []
+    words += ["--onnx-layers", ",".join(map(str, layers))] if layers else []
     return " ".join([*words, *(["--heads"] if heads else [])])
 
 

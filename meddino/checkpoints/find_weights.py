@@ -48,13 +48,19 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
 
     Args:
         source: An official DINOv3 file, a DINOv3 or MedDINOv3 trainer's file, a timm or transformers state dict, plain
-            safetensors; a transformers folder; our exports, training checkpoints and runs; or `timm:<name>@<file>`.
+            safetensors; a transformers folder; our exports, training checkpoints and runs; `timm:<name>` for pretrained weights that
+            timm has downloaded earlier, or `timm:<name>@<file>`.
         section: Of a trainer's file: which network.
 
     Raises:
         CheckpointError: It cannot be read, or is of another kind of model.
     """
-    path = Path(str(source).partition("@")[2] if str(source).startswith(TIMM_PREFIX) else source)
+    text = str(source)
+    if text.startswith(TIMM_PREFIX):
+        name, _, file = text.removeprefix(TIMM_PREFIX).partition("@")
+        path = Path(file) if file else _cached_timm_file(name)
+    else:
+        path = Path(source)
     if not path.exists():
         raise CheckpointError(f"no weights at {path}; nothing is downloaded: give a file or folder on this machine")
     if path.is_dir():
@@ -98,6 +104,24 @@ def _from_folder(path: Path, section: str | None) -> FoundWeights:
     return _named(
         file.tensors, str(path), ParentRecord(name=path.resolve().name, licence=DINOV3_LICENCE), file.notes, section, vit
     )
+
+
+def _cached_timm_file(name: str) -> Path:
+    """Return the file that timm's own download of a model's pretrained weights left on this machine."""
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.partition('.')[0]}*")[:5]) or "see timm.list_models('*dinov3*')"
+        raise CheckpointError(f"timm has no model '{name}'; near it: {near}")
+    repository = timm.get_pretrained_cfg(name).hf_hub_id
+    found = try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    if not isinstance(found, str):
+        raise CheckpointError(
+            f"the pretrained weights of timm's '{name}' are not on this machine, and nothing is downloaded; download "
+            f"{repository or 'them'} where you may, then give {TIMM_PREFIX}{name}@FILE"
+        )
+    return Path(found)
 
 
 def _transformers_config(path: Path) -> ViTConfig:

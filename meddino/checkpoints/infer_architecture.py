@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from meddino.core.config import check_config
@@ -150,7 +151,8 @@ def _feed_forward(tensors: Mapping[str, Tensor], dim: int) -> dict[str, Any]:
 def _ratio(dim: int, hidden: int) -> float:
     """Return a ratio under which SwiGLU gets this hidden width (two thirds of it, rounded up to a multiple)."""
     for ratio in (round(1.5 * hidden / dim, 6), (1.5 * hidden + 1) / dim, (1.5 * hidden - 0.5) / dim):
-        feed_forward = build_feed_forward("swiglu", dim, ratio)
+        with torch.device("meta"):
+            feed_forward = build_feed_forward("swiglu", dim, ratio)
         assert isinstance(feed_forward, SwiGLU)
         if feed_forward.w1.out_features == hidden:
             return ratio

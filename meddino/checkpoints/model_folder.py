@@ -109,6 +109,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; equal tensors give equal bytes."""
     # One metadata key only: several would be written in a changing order.
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read; these are for sharing
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:

@@ -241,3 +241,22 @@ def test_infer__transformers_configs_of_other_models():
         architecture_from_transformers({"model_type": "vit"}, "config.json")
     with pytest.raises(CheckpointError, match="has no 'hidden_size'"):
         architecture_from_transformers({"model_type": "dinov3_vit"}, "config.json")
+
+
+def test_find__timm_names_read_the_local_cache_only(tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    with pytest.raises(CheckpointError, match="timm has no model 'vit_none'"):
+        find_weights("timm:vit_none")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: None)
+    with pytest.raises(CheckpointError, match="not on this machine, and nothing is downloaded"):
+        find_weights("timm:vit_small_patch16_dinov3")
+    model = timm.create_model("vit_small_patch16_dinov3").eval()
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repository, file: str(tmp_path / "timm.safetensors"))
+    for source in ("timm:vit_small_patch16_dinov3", f"timm:vit_small_patch16_dinov3@{tmp_path / 'timm.safetensors'}"):
+        found = meddino.load(source)
+        assert found.config.architecture.name == "vits16" and found.lineage.licence == "DINOv3 License"
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model.forward_features(images)[:, 5:]
+        assert (found.forward_features(images).patch_tokens - expected).abs().max() <= 2e-5
