@@ -48,8 +48,8 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
 
     Args:
         source: An official DINOv3 file, a DINOv3 or MedDINOv3 trainer's file, a timm or transformers state dict, plain
-            safetensors; a transformers folder; our exports, training checkpoints and runs; `timm:<name>` for pretrained weights that
-            timm has downloaded earlier, or `timm:<name>@<file>`.
+            safetensors; a transformers folder; our exports, training checkpoints and runs; `timm:<name>` for pretrained
+            weights that timm has downloaded earlier, or `timm:<name>@<file>`.
         section: Of a trainer's file: which network.
 
     Raises:
@@ -57,8 +57,8 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
     """
     text = str(source)
     if text.startswith(TIMM_PREFIX):
-        name, _, file = text.removeprefix(TIMM_PREFIX).partition("@")
-        path = Path(file) if file else _cached_timm_file(name)
+        name, _, place = text.removeprefix(TIMM_PREFIX).partition("@")
+        path = Path(place) if place else _cached_timm_file(name)
     else:
         path = Path(source)
     if not path.exists():
