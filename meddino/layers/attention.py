@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meddino.layers.linear import KeyMaskedLinear
+from meddino.layers.linear import KeyMaskedLinear, Linear
 from meddino.layers.packing import CropGroup, join_groups, split_groups
 from meddino.layers.rotary_embedding import rotate
 
@@ -28,8 +28,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         masked = qkv_bias and mask_k_bias
-        self.qkv = KeyMaskedLinear(dim, 3 * dim) if masked else nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = KeyMaskedLinear(dim, 3 * dim) if masked else Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "tokens dim"], groups: Sequence[CropGroup]) -> Float[Tensor, "tokens dim"]:
         """Attend within each crop; both projections run once over all tokens."""

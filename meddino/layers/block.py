@@ -7,11 +7,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.layers.attention import SelfAttention
+from meddino.layers.feed_forward import Mlp
+from meddino.layers.lean_branches import attention_branch, is_lean, mlp_branch
 from meddino.layers.packing import CropGroup, KeptSamples
 
 
 class LayerScale(nn.Module):
-    """One learned factor a channel (Touvron et al. 2021); `TransformerBlock` multiplies with it."""
+    """One learned factor a channel (Touvron et al. 2021), which `TransformerBlock` multiplies with."""
 
     def __init__(self, dim: int, initial: float) -> None:
         super().__init__()
@@ -58,31 +60,32 @@ class TransformerBlock(nn.Module):
             groups: How they are packed.
             kept: Samples that attention and perceptron are computed for; None computes all.
         """
+        x = _add_residual(x, self._attend, groups, kept[0] if kept else None)
+        return _add_residual(x, self._transform, groups, kept[1] if kept else None)
 
-        def attend(tokens: Tensor, present: Sequence[CropGroup]) -> Tensor:
-            output: Tensor = self.attn(self.norm1(tokens), present)
-            return output
+    def _attend(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
+        gamma = None if self.ls1 is None else self.ls1.gamma
+        if is_lean(tokens, self.norm1, self.attn):
+            return attention_branch(tokens, self.norm1, self.attn, gamma, groups)
+        residual: Tensor = self.attn(self.norm1(tokens), groups)
+        return residual if gamma is None else residual * gamma
 
-        def transform(tokens: Tensor, _present: Sequence[CropGroup]) -> Tensor:
-            output: Tensor = self.mlp(self.norm2(tokens))
-            return output
-
-        x = _add_residual(x, attend, self.ls1, groups, kept[0] if kept else None)
-        return _add_residual(x, transform, self.ls2, groups, kept[1] if kept else None)
+    def _transform(self, tokens: Tensor, _groups: Sequence[CropGroup]) -> Tensor:
+        gamma = None if self.ls2 is None else self.ls2.gamma
+        if isinstance(self.mlp, Mlp) and is_lean(tokens, self.norm2, self.mlp):
+            return mlp_branch(tokens, self.norm2, self.mlp, gamma)
+        residual: Tensor = self.mlp(self.norm2(tokens))
+        return residual if gamma is None else residual * gamma
 
 
 def _add_residual(
     x: Float[Tensor, "tokens dim"],
     branch: Callable[[Tensor, Sequence[CropGroup]], Tensor],
-    scale: LayerScale | None,
     groups: Sequence[CropGroup],
     kept: KeptSamples | None,
 ) -> Float[Tensor, "tokens dim"]:
     if kept is None:
-        residual = branch(x, groups)
-        return x + residual if scale is None else torch.addcmul(x, residual, scale.gamma.to(residual.dtype))
+        return x + branch(x, groups)
     rows = kept.rows(groups)
     residual = branch(x.index_select(0, rows), kept.subset(groups)) * kept.row_scales(groups, x)
-    if scale is not None:
-        residual = residual * scale.gamma
     return x.index_add(0, rows, residual.to(x.dtype))

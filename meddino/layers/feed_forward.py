@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from meddino.core.errors import ConfigError
+from meddino.layers.linear import Linear
 
 # Hidden widths of the gated kind are rounded up to a multiple of this.
 SWIGLU_MULTIPLES = {"swiglu": 8, "swiglu32": 32, "swiglu64": 64, "swiglu128": 128}
@@ -15,8 +16,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         """Transform every token by itself."""
@@ -39,9 +40,9 @@ class SwiGLU(nn.Module):
         super().__init__()
         width = int(hidden_dim * 2 / 3)
         width += -width % multiple
-        self.w1 = nn.Linear(dim, width)
-        self.w2 = nn.Linear(dim, width)
-        self.w3 = nn.Linear(width, dim)
+        self.w1 = Linear(dim, width)
+        self.w2 = Linear(dim, width)
+        self.w3 = Linear(width, dim)
 
     def forward(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
         """Transform every token by itself."""

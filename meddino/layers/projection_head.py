@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meddino.layers.linear import Linear
+
 
 class ProjectionHead(nn.Module):
     """A perceptron to a bottleneck of unit length, then one bias-free linear layer to the prototypes.
@@ -26,12 +28,12 @@ class ProjectionHead(nn.Module):
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         modules: list[nn.Module] = []
         for index in range(layers):
-            modules.append(nn.Linear(widths[index], widths[index + 1]))
+            modules.append(Linear(widths[index], widths[index + 1]))
             if index < layers - 1:
                 modules.append(nn.GELU())
         # A one-layer head is a bare linear in official files ("mlp.weight"), not "mlp.0.weight".
         self.mlp = nn.Sequential(*modules) if layers > 1 else modules[0]
-        self.last_layer = nn.Linear(bottleneck_dim, prototypes, bias=False)
+        self.last_layer = Linear(bottleneck_dim, prototypes, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

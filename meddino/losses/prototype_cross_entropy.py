@@ -8,11 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 
 # Rows of one matrix product: fewer would read the prototypes' weight too often, more would hold more logits than needed.
 PRODUCT_ROWS = {"cpu": 128}
 PRODUCT_ROWS_ACCELERATOR = 2048
+# Prototypes of one product that is added to a gradient: what does not fit is a second copy of that gradient.
+PRODUCT_PROTOTYPES = 8192
 
 
 def prototype_cross_entropy(
@@ -99,31 +102,35 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         step = PRODUCT_ROWS.get(bottleneck.device.type, PRODUCT_ROWS_ACCELERATOR)
         for start in range(0, len(bottleneck), step):
             rows = slice(start, min(start + step, len(bottleneck)))
-            logits = torch.mm(scaled[rows], prototypes.t()).float()
+            logits = product(scaled[rows], prototypes).float()
             by_row[rows] = comparison.replace_by_gradient(logits, start)
             if grad_bottleneck is not None:
-                grad_bottleneck[rows] = torch.mm(logits.to(prototypes.dtype), prototypes)
+                grad_bottleneck[rows] = product(logits.to(prototypes.dtype), prototypes.t())
                 grad_prototypes = _add_product(grad_prototypes, logits, scaled[rows])
         if grad_bottleneck is not None:
             if grad_prototypes is None:
                 grad_prototypes = torch.zeros_like(prototypes)
-            ctx.save_for_backward(grad_bottleneck.div_(temperature), grad_prototypes)
+            ctx.gradients = (grad_bottleneck.div_(temperature), grad_prototypes)
         ctx.mark_non_differentiable(by_row)
         return by_row.sum(), by_row
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_bottleneck, grad_prototypes = ctx.saved_tensors
+        # Taken out of the context and scaled in place: a second copy of the prototypes' gradient is never needed.
+        grad_bottleneck, grad_prototypes = ctx.gradients
+        ctx.gradients = None
         factor = grads[0]
-        return grad_bottleneck * factor, grad_prototypes * factor, None, None, None, None
+        return grad_bottleneck.mul_(factor), grad_prototypes.mul_(factor), None, None, None, None
 
 
 def _add_product(total: Tensor | None, gradient: Tensor, features: Tensor) -> Tensor:
     """Return total + gradient^T features in float32; the first product starts the total."""
-    features = features.float() if gradient.dtype == torch.float32 and features.device.type == "cpu" else features
+    dtype = torch.float32 if features.device.type == "cpu" else features.dtype
+    gradient, features = gradient.to(dtype), features.to(dtype)
     if total is None:
-        return torch.mm(gradient.to(features.dtype).t(), features).float()
-    if features.dtype == torch.float32:
-        return total.addmm_(gradient.t(), features)
-    return total.add_(torch.mm(gradient.to(features.dtype).t(), features))
+        return product(gradient.t(), features.t()).float()
+    for start in range(0, len(total), PRODUCT_PROTOTYPES):
+        part = slice(start, start + PRODUCT_PROTOTYPES)
+        total[part].add_(product(gradient[:, part].t(), features.t()))
+    return total

@@ -1,0 +1,279 @@
+"""A block's two branches as one autograd function each, for float32 on a CPU.
+
+Autograd keeps the result of every operation that the next one's gradient needs: 8,100 numbers for each token of a
+384-wide block. Here the LayerNorms and the GELU are computed again in the backward pass (passes over memory, no matrix
+products), LayerScale is folded into the last projection, queries and keys are rotated in place, and attention writes
+into one packed tensor: 3,840 numbers, and no copies between crops. The formulas are those of `block`, `attention` and
+`feed_forward`, which tests compare with these, gradients included.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from meddino.layers.attention import SelfAttention
+from meddino.layers.feed_forward import Mlp
+from meddino.layers.linear import KeyMaskedLinear, Linear, product, takes_own_kernels
+from meddino.layers.packing import CropGroup, split_groups
+
+
+def is_lean(x: Tensor, norm: nn.Module, branch: nn.Module) -> bool:
+    """Tell whether a branch can be run by this module.
+
+    False wherever somebody put another layer into the branch (LoRA, for example) or hangs on it with a hook: both expect
+    the modules to be called.
+    """
+    layers: list[tuple[nn.Module, type[nn.Module]]] = [(norm, nn.LayerNorm)]
+    if isinstance(branch, SelfAttention):
+        layers += [(branch, SelfAttention), (branch.proj, Linear)]
+        layers.append((branch.qkv, KeyMaskedLinear if isinstance(branch.qkv, KeyMaskedLinear) else Linear))
+    elif isinstance(branch, Mlp):
+        layers += [(branch, Mlp), (branch.fc1, Linear), (branch.fc2, Linear)]
+    else:
+        return False
+    if any(type(layer) is not kind or _has_hooks(layer) for layer, kind in layers):
+        return False
+    return takes_own_kernels(x, *branch.parameters(), *norm.parameters())
+
+
+def mlp_branch(
+    x: Float[Tensor, "tokens dim"], norm: nn.LayerNorm, mlp: Mlp, gamma: Tensor | None
+) -> Float[Tensor, "tokens dim"]:
+    """Return gamma * mlp(norm(x)).
+
+    Args:
+        x: Packed tokens.
+        norm: LayerNorm before the perceptron.
+        mlp: Linear, GELU, linear.
+        gamma: LayerScale; None for none.
+    """
+    output: Tensor = _MlpBranch.apply(
+        x, norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, gamma, norm.eps
+    )
+    return output
+
+
+def attention_branch(
+    x: Float[Tensor, "tokens dim"],
+    norm: nn.LayerNorm,
+    attention: SelfAttention,
+    gamma: Tensor | None,
+    groups: Sequence[CropGroup],
+) -> Float[Tensor, "tokens dim"]:
+    """Return gamma * attention(norm(x)) within each crop.
+
+    Args:
+        x: Packed tokens.
+        norm: LayerNorm before the attention.
+        attention: Its projections.
+        gamma: LayerScale; None for none.
+        groups: How the tokens are packed.
+    """
+    qkv = attention.qkv
+    bias = qkv.masked_bias() if isinstance(qkv, KeyMaskedLinear) else qkv.bias
+    output: Tensor = _AttentionBranch.apply(
+        x,
+        norm.weight,
+        norm.bias,
+        qkv.weight,
+        bias,
+        attention.proj.weight,
+        attention.proj.bias,
+        gamma,
+        norm.eps,
+        attention.num_heads,
+        tuple(groups),
+    )
+    return output
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+class _Norm:
+    """LayerNorm that keeps its input and two numbers a token, and is computed again for the gradient."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        normed, mean, inverse_std = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return normed, mean, inverse_std
+
+    @staticmethod
+    def backward(
+        grad: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor, weight: Tensor, bias: Tensor, wanted: list[bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, inverse_std, weight, bias, wanted
+        )
+        return grad_x, grad_weight, grad_bias
+
+
+def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a projection's weight and bias with LayerScale folded in."""
+    return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
+
+
+def _scaled_gradients(
+    grad: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients of weight, bias and gamma of `gamma * (inputs weight^T + bias)`; the output is not needed."""
+    by_weight, by_bias = product(grad.t(), inputs.t()), grad.sum(0)
+    if gamma is None:
+        return by_weight, by_bias, None
+    by_gamma = torch.linalg.vecdot(by_weight, weight) + by_bias * bias
+    return by_weight.mul_(gamma[:, None]), by_bias * gamma, by_gamma
+
+
+class _MlpBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        gamma: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        normed, mean, inverse_std = _Norm.forward(x, norm_weight, norm_bias, eps)
+        hidden = product(normed, fc1_weight, fc1_bias)
+        ctx.eps = eps
+        ctx.save_for_backward(
+            x, mean, inverse_std, hidden, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma
+        )
+        weight, bias = _scaled(fc2_weight, fc2_bias, gamma)
+        return product(functional.gelu(hidden), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse_std, hidden, norm_weight, norm_bias, fc1_weight, _, fc2_weight, fc2_bias, gamma = ctx.saved_tensors
+        grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
+        by_fc2: tuple[Tensor | None, ...] = (None, None, None)
+        if any(wanted[5:8]):
+            by_fc2 = _scaled_gradients(grad, functional.gelu(hidden), fc2_weight, fc2_bias, gamma)
+        grad_hidden = product(grad, _scaled(fc2_weight, fc2_bias, gamma)[0].t())
+        grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden)
+        by_fc1_weight = None
+        if wanted[3]:
+            by_fc1_weight = product(grad_hidden.t(), _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0].t())
+        by_fc1_bias = grad_hidden.sum(0) if wanted[4] else None
+        grad_normed = product(grad_hidden, fc1_weight.t())
+        by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))
+        return *by_norm, by_fc1_weight, by_fc1_bias, *by_fc2, None
+
+
+class _AttentionBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        proj_weight: Tensor,
+        proj_bias: Tensor,
+        gamma: Tensor | None,
+        eps: float,
+        num_heads: int,
+        groups: tuple[CropGroup, ...],
+    ) -> Tensor:
+        normed, mean, inverse_std = _Norm.forward(x, norm_weight, norm_bias, eps)
+        qkv = product(normed, qkv_weight, qkv_bias)
+        del normed
+        attended = torch.empty_like(x)
+        log_sums = []
+        for part, output, group in _attention_parts(qkv, attended, num_heads, groups):
+            if group.batch == 0:
+                log_sums.append(x.new_empty(0))
+                continue
+            rotate_in_place(part, group, backwards=False)
+            query, key, value = (tensor.transpose(1, 2) for tensor in part.unbind(2))
+            result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
+            output.copy_(result.transpose(1, 2))
+            log_sums.append(log_sum)
+        ctx.eps, ctx.num_heads, ctx.groups = eps, num_heads, groups
+        weights = (norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, gamma)
+        ctx.save_for_backward(x, mean, inverse_std, qkv, attended, *weights, *log_sums)
+        return product(attended, *_scaled(proj_weight, proj_bias, gamma))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse_std, qkv, attended, *weights_and_sums = ctx.saved_tensors
+        norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, gamma = weights_and_sums[:6]
+        log_sums = weights_and_sums[6:]
+        grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
+        by_proj: tuple[Tensor | None, ...] = (None, None, None)
+        if any(wanted[5:8]):
+            by_proj = _scaled_gradients(grad, attended, proj_weight, proj_bias, gamma)
+        grad_attended = product(grad, _scaled(proj_weight, proj_bias, gamma)[0].t())
+        grad_qkv = _attention_gradient(grad_attended, qkv, attended, log_sums, ctx.num_heads, ctx.groups)
+        by_qkv_weight = None
+        if wanted[3]:
+            by_qkv_weight = product(grad_qkv.t(), _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0].t())
+        by_qkv_bias = grad_qkv.sum(0) if wanted[4] else None
+        grad_normed = product(grad_qkv, qkv_weight.t())
+        by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))
+        return *by_norm, by_qkv_weight, by_qkv_bias, *by_proj, None, None, None
+
+
+def _attention_parts(
+    qkv: Tensor, attended: Tensor, num_heads: int, groups: Sequence[CropGroup]
+) -> list[tuple[Tensor, Tensor, CropGroup]]:
+    """Return for each group the views [batch, tokens, 3, heads, head_dim] and [batch, tokens, heads, head_dim]."""
+    inputs = split_groups(qkv.view(len(qkv), 3, num_heads, -1), groups)
+    outputs = split_groups(attended.view(len(attended), num_heads, -1), groups)
+    return list(zip(inputs, outputs, groups, strict=True))
+
+
+def _attention_gradient(
+    grad_attended: Tensor,
+    qkv: Tensor,
+    attended: Tensor,
+    log_sums: Sequence[Tensor],
+    num_heads: int,
+    groups: Sequence[CropGroup],
+) -> Tensor:
+    grad_qkv = torch.empty_like(qkv)
+    parts = _attention_parts(qkv, attended, num_heads, groups)
+    grad_parts = _attention_parts(grad_qkv, grad_attended, num_heads, groups)
+    for (part, output, group), (grad_part, grad_output, _), log_sum in zip(parts, grad_parts, log_sums, strict=True):
+        if group.batch == 0:
+            continue
+        query, key, value = (tensor.transpose(1, 2) for tensor in part.unbind(2))
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_output.transpose(1, 2), query, key, value, output.transpose(1, 2), log_sum, 0.0, False
+        )
+        for place, gradient in enumerate(found):
+            grad_part[:, :, place].copy_(gradient.transpose(1, 2))
+        rotate_in_place(grad_part, group, backwards=True)
+    return grad_qkv
+
+
+def rotate_in_place(part: Float[Tensor, "batch tokens 3 heads dim"], group: CropGroup, backwards: bool) -> None:
+    """Rotate queries and keys by their positions, or gradients back by them; values stay."""
+    sin, cos = group.table.sin, group.table.cos
+    half = sin.shape[-1] // 2
+    angles_sin, angles_cos = (values[:, None, None, :half] for values in (sin, cos))
+    both = part[:, :, :2]
+    if sin.dtype != part.dtype:
+        both = both.to(sin.dtype)
+    first, second = both[..., :half], both[..., half:]
+    if backwards:
+        angles_sin = -angles_sin
+    # Each product is rounded by itself, as in the formula: with a table in bfloat16 that is what is to be matched.
+    turned_first = first * angles_cos - second * angles_sin
+    turned_second = second * angles_cos + first * angles_sin
+    part[:, :, :2, :, :half] = turned_first
+    part[:, :, :2, :, half:] = turned_second
