@@ -29,14 +29,14 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
     parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
     parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
-    parser.set_defaults(handle=_build)
+    parser.set_defaults(handle=_build, overrides=[])  # gets the key=value words that stand behind options
 
 
 def _build(arguments: argparse.Namespace) -> None:
     from meddino_data_curation.arguments import curation_config
     from meddino_data_curation.build import Part, build
 
-    config = curation_config(arguments.inputs, arguments.config, arguments.name)
+    config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name)
     build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
 
 

@@ -43,7 +43,7 @@ def body_mask(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
     """
     step = max(1, -(-max(hu.shape) // _MASK_PX))
     coarse = hu[::step, ::step] > _BODY_ABOVE_HU
-    opened = ndimage.binary_opening(coarse, iterations=1) if min(coarse.shape) >= 32 else coarse
+    opened = ndimage.binary_opening(coarse, iterations=1) if min(coarse.shape) >= 96 else coarse
     pieces, count = ndimage.label(opened)
     if count == 0:
         mask = np.zeros_like(coarse)

@@ -1,10 +1,10 @@
 """Volumes over processes. A process that dies takes nothing with it but the volume it was reading."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,7 +15,6 @@ from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.volume_job import VolumeJob, curate_volume, record_crash
 from meddino_data_curation.work_folder import WorkFolder
 
-_PR_SET_PDEATHSIG = 1
 _QUEUED_PER_WORKER = 3
 
 
@@ -85,11 +84,18 @@ _told: dict[str, Any] = {}  # what a worker process is told once, at its start
 
 def _start_worker(config: CurationConfig, corpus: Path) -> None:
     _told.update(config=config, work=WorkFolder(corpus))
-    # A worker must not outlive a killed parent: it would go on writing beside the next run.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger().setLevel(logging.WARNING)
     _limit_threads()
+
+
+def _die_with_parent() -> None:
+    """End this process when the one that started it is gone: it would go on writing beside the next run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _limit_threads() -> None:
