@@ -15,7 +15,7 @@ from meddino_evaluation.classification_metrics import (
     from_confusion,
     quadratic_kappa,
 )
-from meddino_evaluation.statistics import Interval, percentile_ends, resample_weights
+from meddino_evaluation.statistics import Interval, PairedResult, paired_result, percentile_ends, resample_weights
 
 Weights = NDArray[np.int64]
 Drawn = NDArray[np.float64]
@@ -163,3 +163,36 @@ def _nanmean(values: Drawn) -> Drawn:
 
 def _mean(values: Sequence[float]) -> float:
     return float(_nanmean(np.array(values)[:, None])[0])
+
+
+def paired_metric(
+    kind: TaskKind,
+    runs_a: Sequence[tuple[Sequence[Hashable], Truth, Probabilities]],
+    runs_b: Sequence[tuple[Sequence[Hashable], Truth, Probabilities]],
+    name: str,
+    *,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> PairedResult:
+    """Compare a metric of two models on the same cases by the paired bootstrap over patients; see `metric_intervals`.
+
+    Args:
+        kind: Kind of task.
+        runs_a: Of the first model.
+        runs_b: Of the second: the same runs with the same cases in the same order.
+        name: Metric.
+        resamples: How many.
+        level: Confidence level.
+        seed: Equal seeds draw equal resamples.
+    """
+    patients = [patient for groups, _, _ in runs_a for patient in groups]
+    weights = resample_weights(patients, resamples, seed)
+    ends = np.cumsum([len(groups) for groups, _, _ in runs_a])
+    drawn, estimates = [], []
+    for runs in (runs_a, runs_b):
+        own = [weights[:, end - len(groups) : end] for (groups, _, _), end in zip(runs, ends, strict=True)]
+        parts = [resampled_metric(name, kind, truth, p, part) for (_, truth, p), part in zip(runs, own, strict=True)]
+        drawn.append(_nanmean(np.stack(parts)))
+        estimates.append(_mean([classification_metric(name, kind, truth, p) for _, truth, p in runs]))
+    return paired_result(estimates[0] - estimates[1], drawn[0] - drawn[1], level, len(set(patients)))

@@ -57,7 +57,7 @@ def average_precision(positive: NDArray[Any], scores: NDArray[np.float64]) -> fl
 
 
 def quadratic_kappa(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return Cohen's kappa with quadratic weights of confusion tables [..., C, C]; NaN where both sides hold one single class."""
+    """Return Cohen's kappa, quadratic weights, of confusion tables [..., C, C]; NaN where both sides hold one single class."""
     classes = table.shape[-1]
     distance = np.subtract.outer(np.arange(classes), np.arange(classes)).astype(np.float64) ** 2
     rows, columns, total = table.sum(-1), table.sum(-2), table.sum((-1, -2))

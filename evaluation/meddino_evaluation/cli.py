@@ -9,6 +9,15 @@ from meddino.core.command import command_parser, run_command
 
 COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
+    "knn": ("meddino_evaluation.representation.commands", "nearest neighbours on frozen features"),
+    "linear": ("meddino_evaluation.representation.commands", "logistic regression, linear and MLP heads on frozen features"),
+    "few-shot": ("meddino_evaluation.representation.commands", "the same on few patients a class, several draws"),
+    "finetune": ("meddino_evaluation.representation.commands", "train the backbone: end to end, partly, LoRA, BitFit"),
+    "retrieve": ("meddino_evaluation.representation.commands", "find cases of the same class among other patients"),
+    "study": ("meddino_evaluation.representation.study_command", "many backbones, protocols and data sets as one job list"),
+    "datasets": ("meddino_evaluation.representation.datasets_command", "shipped definitions of labelled data sets"),
+    "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "nnU-Net plans with a model's input contract, for MedDINOTrainer"),
+    "visualize": ("meddino_evaluation.representation.visualize_command", "PCA, similarity maps and t-SNE of features"),
 }
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 

@@ -179,12 +179,23 @@ def paired_bootstrap(
     everything = np.arange(rows)
     difference = float(statistic_a(everything)) - float(statistic_b(everything))
     drawn = np.array([statistic_a(sample) - statistic_b(sample) for sample in _resamples(members, resamples, seed)])
-    low, high, defined = percentile_ends(drawn, level, len(members))
+    return paired_result(difference, drawn, level, len(members))
+
+
+def paired_result(difference: float, drawn: NDArray[np.float64], level: float, independent: int) -> PairedResult:
+    """Return interval and p value of a difference from its resamples; see `paired_bootstrap`.
+
+    Args:
+        difference: The estimate.
+        drawn: One difference a resample; NaN where undefined.
+        level: Confidence level.
+        independent: How many patients were drawn from.
+    """
+    low, high, defined = percentile_ends(drawn, level, independent)
     if not defined or math.isnan(difference):
         return PairedResult(difference, math.nan, math.nan, math.nan)
     at_most, at_least = int((drawn <= 0).sum()), int((drawn >= 0).sum())
-    p_value = min(1.0, 2 * (min(at_most, at_least) + 1) / (defined + 1))
-    return PairedResult(difference, low, high, p_value)
+    return PairedResult(difference, low, high, min(1.0, 2 * (min(at_most, at_least) + 1) / (defined + 1)))
 
 
 def paired_bootstrap_means(

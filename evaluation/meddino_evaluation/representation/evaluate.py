@@ -107,7 +107,12 @@ def evaluate(
     content = {
         "format": "meddino-representation",
         "version": FORMAT_VERSION,
-        "model": {"name": backbone.name, "hash": extractor.model_hash, "embed_dim": backbone.embed_dim},
+        "model": {
+            "name": backbone.name,
+            "hash": extractor.model_hash,
+            "embed_dim": backbone.embed_dim,
+            "parameters": _parameters(backbone),
+        },
         "data": {
             "name": dataset.config.name,
             "task": dataset.kind,
@@ -243,6 +248,10 @@ def _tested(plan: Plan, learned: Learned, seconds: float, test: Part, split: Spl
         len(draw.places) if draw else len(lesson.train.cases),
         seconds,
     )
+
+
+def _parameters(backbone: Backbone) -> int:
+    return sum(parameter.numel() for parameter in backbone.parameters())
 
 
 def _version() -> str:
