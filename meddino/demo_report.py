@@ -64,7 +64,12 @@ def read_summary(out: Path, seconds: Mapping[str, float]) -> Summary:
         name: (float(result["test"]["dice"]["mean"]), float(result["test"]["dice"]["std"])) for name, result in results.items()
     }
     seeds = len(results["exported"]["test"]["dice"]["by_seed"])
-    return Summary(statuses, kept, int(corpus.info["totals"]["slices_refused"]), losses, dice, seeds, seconds)
+    return Summary(statuses, kept, _slices_refused(corpus), losses, dice, seeds, seconds)
+
+
+def _slices_refused(corpus: Corpus) -> int:
+    rows = corpus.volumes.select(["status", "shape", "num_slices_kept"]).to_pylist()
+    return sum(row["shape"][0] - row["num_slices_kept"] for row in rows if row["status"] == "accepted")
 
 
 def read_losses(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -32,5 +32,5 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("matplotlib", "PIL", "fvcore", "torch", "urllib3"):
+    for noisy in ("matplotlib", "PIL", "fvcore", "torch", "urllib3", "numexpr"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

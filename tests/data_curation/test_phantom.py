@@ -90,3 +90,13 @@ def test_phantom__wrong_out_or_count_is_refused(tmp_path, capsys):
     assert (tmp_path / "mine.txt").read_text() == "keep me"
     with pytest.raises(ConfigError, match="at least 1"):
         CohortSizes.scaled(0)
+
+
+def test_write_cohort__a_finished_one_is_left_as_it_is(tmp_path):
+    sizes = CohortSizes(ct=1, train=1, test=1)
+    write_cohort(tmp_path, sizes, seed=0)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    write_cohort(tmp_path, sizes, seed=0)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    write_cohort(tmp_path, sizes, seed=1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} != before

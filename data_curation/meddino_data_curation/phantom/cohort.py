@@ -1,13 +1,15 @@
 """The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
 
+import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+import meddino
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_directory, write_json
 from meddino.data.geometry import Geometry, geometry_to_xyz
@@ -52,7 +54,8 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
     """Write the cohort; equal arguments give equal bytes.
 
     Args:
-        out: Folder that gets `ct/` and `segmentation/`; a cohort that stands there is replaced.
+        out: Folder that gets `ct/`, `segmentation/` and `cohort.json`. A finished cohort of the same arguments is left
+            as it is, another one is replaced.
         sizes: How many patients.
         seed: Seed of the whole cohort.
 
@@ -64,6 +67,11 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
     strange = sorted(entry.name for entry in out.iterdir() if entry.name not in _OWN) if out.is_dir() else []
     if strange:
         raise ConfigError(f"--out {out} holds other things ('{strange[0]}'); name a new or empty folder")
+    description = {"seed": seed, "sizes": asdict(sizes), "tool_version": meddino.__version__}
+    note = out / "cohort.json"
+    if note.is_file() and json.loads(note.read_text(encoding="utf-8")) == description:
+        return
+    note.unlink(missing_ok=True)
     with atomic_directory(out / "ct") as folder:
         for number in range(sizes.ct):
             scan = scan_patient(seed, "ct", number)
@@ -76,9 +84,10 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
         _write_nnunet(folder / DATASET_NAME, sizes, seed)
     for leftover in out.glob("*.old"):
         shutil.rmtree(leftover)
+    write_json(note, description)
 
 
-_OWN = ("ct", "segmentation")
+_OWN = ("ct", "segmentation", "cohort.json")
 
 
 def _write_nnunet(folder: Path, sizes: CohortSizes, seed: int) -> None:
