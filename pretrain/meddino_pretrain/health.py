@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class HealthConfig(StrictConfig):
     slices: Annotated[int, Field(ge=2, description="fixed slices looked at; ours: 32")] = 32
 
 
+@runtime_checkable
 class Looks(Protocol):
     """A backbone with heads that can be looked at; the teacher of an objective."""
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class LoaderConfig(StrictConfig):
     ] = 10
 
 
+@runtime_checkable
 class SliceSource(Protocol):
     """What the loader needs of a corpus; `meddino.data.corpus.Corpus` is one."""
 

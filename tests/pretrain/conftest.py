@@ -10,10 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jaxtyping import install_import_hook
 
 from meddino.core.files import sha256_file, write_json
 from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, Corpus, corpus_hash
 from meddino.data.sample import SliceInfo, encode_slice
+
+# Shapes and types are checked here where tensors come into being; the trainer's own modules are not tensor functions.
+CHECKED = "augment batches crops fixed_slices gram_choice health health_pictures loader masks patch_quality sample_order"
+install_import_hook([f"meddino_pretrain.{module}" for module in CHECKED.split()], "beartype.beartype")
 
 
 def disc_slice(number: int, rows: int, cols: int) -> np.ndarray:
