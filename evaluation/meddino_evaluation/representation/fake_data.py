@@ -75,10 +75,8 @@ def _nih(root: Path, patients: int, seed: int) -> None:
         first = number % len(findings)
         for visit in range(1 + number % 2):
             name = f"{number + 1:08d}_{visit:03d}.png"
-            label = findings[first] if first % 5 else "|".join({findings[first], findings[max(1, first)]} - {"No Finding"})
-            rows.append(
-                {"Image Index": name, "Finding Labels": label or "No Finding", "Follow-up #": visit, "Patient ID": number + 1}
-            )
+            label = findings[first] if first % 5 or first == 0 else f"{findings[first]}|{findings[1]}"
+            rows.append({"Image Index": name, "Finding Labels": label, "Follow-up #": visit, "Patient ID": number + 1})
             _save(root / f"images_{1 + number % 2:03d}" / "images" / name, _picture(first, seed, number, visit))
             lists["test_list.txt" if (number // len(findings)) % 4 == 3 else "train_val_list.txt"].append(name)
     _write_csv(root / "Data_Entry_2017.csv", rows)

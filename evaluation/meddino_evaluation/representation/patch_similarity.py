@@ -158,7 +158,7 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         html.Section("Similarity to the chosen patch", body),
         html.Section("Principal components", html.figure(colours, "first three components of the patch tokens")),
     ]
-    lead = f"{rows} x {columns} patches of {patches.patch_px} px; click on one. Largest difference to the exact map: {difference:.4f}"
+    lead = f"{rows} x {columns} patches of {patches.patch_px} px; click on one. Off the exact map by at most {difference:.4f}"
     return html.page(title, lead, sections)
 
 

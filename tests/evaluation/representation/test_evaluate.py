@@ -1,0 +1,187 @@
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from meddino_evaluation.classification_metrics import METRICS, classification_metric
+from meddino_evaluation.representation import evaluate as evaluate_module
+from meddino_evaluation.representation import features, finetune
+from meddino_evaluation.representation.datasets import LabelledSet
+from meddino_evaluation.representation.evaluate import SealedTest, evaluate
+from meddino_evaluation.representation.evaluation_config import FewShotConfig, SplitConfig
+from meddino_evaluation.representation.few_shot import few_shot_draws
+from meddino_evaluation.representation.report import write_report
+from meddino_evaluation.representation.results import Table, metric_text, read_per_case
+
+from meddino.core.errors import ConfigError
+
+FROZEN = ("knn", "logistic", "linear", "mlp", "attention")
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Records which image is read and when something has been learned."""
+    log = []
+    for module in (features, finetune):
+        read = module.read_slices
+        monkeypatch.setattr(
+            module, "read_slices", lambda source, modality, read=read: log.append(source) or read(source, modality)
+        )
+    learn = evaluate_module.learn
+
+    def learned(protocol, lesson):
+        result = learn(protocol, lesson)
+        log.append(f"learned {protocol}")
+        return result
+
+    monkeypatch.setattr(evaluate_module, "learn", learned)
+    return log
+
+
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_evaluate__the_test_is_read_once_after_everything_is_learned(fake_set, backbone, quick, tmp_path, spy, few_shot):
+    dataset = fake_set("ct_contrast")
+    config = quick(protocols=(*FROZEN, "bitfit"), split=SplitConfig(repeats=1))
+    evaluate(backbone, dataset, config, tmp_path, few_shot=few_shot)
+    split = json.loads((tmp_path / "splits" / "split-0.json").read_text())
+    sources = {case.id: case.source for case in dataset.cases}
+    last_lesson = max(place for place, entry in enumerate(spy) if entry.startswith("learned"))
+    for name in split["test"]:
+        places = [place for place, entry in enumerate(spy) if entry == sources[name]]
+        assert min(places) > last_lesson
+    # Protocols on frozen features read it for its features; those that train the backbone read it once more for theirs.
+    assert sum(entry == sources[split["test"][0]] for entry in spy) == (1 if few_shot else 2)
+
+
+def test_sealed_test__a_second_look_is_a_fault():
+    sealed = SealedTest([], lambda cases: "part")
+    assert sealed.open() == "part"
+    with pytest.raises(RuntimeError, match="second time"):
+        sealed.open()
+
+
+def test_evaluate__choices_do_not_depend_on_the_test(fake_set, backbone, quick, tmp_path):
+    dataset = fake_set("ct_contrast")
+    config = quick(protocols=FROZEN, split=SplitConfig(repeats=1))
+    first = evaluate(backbone, dataset, config, tmp_path / "a")
+    split = json.loads((tmp_path / "a" / "splits" / "split-0.json").read_text())
+    (tmp_path / "s.json").write_text(json.dumps(split))
+    turned = tuple(replace(case, label=1 - case.label) if case.id in split["test"] else case for case in dataset.cases)
+    other = LabelledSet(dataset.config, dataset.root, turned, True)
+    second = evaluate(
+        backbone, other, quick(protocols=FROZEN, split=SplitConfig(repeats=1, file=tmp_path / "s.json")), tmp_path / "b"
+    )
+    for a, b in zip(first["results"], second["results"], strict=True):
+        assert a["chosen"] == b["chosen"]
+    assert first["data"]["hash"] != second["data"]["hash"]
+
+
+@pytest.mark.parametrize("name", ["ct_contrast", "ct_plane", "nih_chestxray14", "aptos2019", "glioma_grading"])
+def test_evaluate__every_kind_of_task_and_every_number_from_the_csv(fake_set, backbone, quick, tmp_path, name):
+    dataset = fake_set(name)
+    content = evaluate(backbone, dataset, quick(), tmp_path)
+    runs = read_per_case(tmp_path / "per_case.csv", dataset.config.classes, dataset.kind)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == content
+    for entry in content["results"]:
+        own = [run for run in runs if run.protocol == entry["protocol"]]
+        assert len(own) == entry["runs"] == 2
+        for metric in METRICS[dataset.kind]:
+            values = [classification_metric(metric, dataset.kind, run.truth, run.probabilities) for run in own]
+            recorded = [math.nan if value is None else value for value in entry["metrics"][metric]["runs"]]
+            np.testing.assert_allclose(values, recorded, atol=1e-12)
+    assert content["model"]["hash"] == backbone.hash()
+    assert {"hash", "patients", "licence"} <= set(content["data"])
+    table = write_report(content, tmp_path)
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert len(table.rows) == 2
+
+
+def test_evaluate__equal_seeds_give_equal_files(fake_set, backbone, quick, tmp_path):
+    dataset = fake_set("ct_contrast")
+    for out in ("a", "b"):
+        evaluate(backbone, dataset, quick(protocols=("knn", "linear", "bitfit")), tmp_path / out)
+    assert (tmp_path / "a" / "per_case.csv").read_bytes() == (tmp_path / "b" / "per_case.csv").read_bytes()
+
+
+def test_evaluate__pretraining_overlap_is_refused_or_said(fake_set, backbone, quick, tmp_path, monkeypatch):
+    dataset = fake_set("ct_contrast")
+    table = {}
+    check = evaluate_module.check_contents
+
+    def planted(one, split, hashes, corpus):
+        table.update(hashes)
+        return check(one, split, hashes, frozenset(hashes[split.test[0]]))
+
+    monkeypatch.setattr(evaluate_module, "check_contents", planted)
+    with pytest.raises(ConfigError, match=r"were seen \(without labels\) in pretraining"):
+        evaluate(backbone, dataset, quick(protocols=("knn",)), tmp_path / "a")
+    allowed = quick(protocols=("knn",), split=SplitConfig(repeats=1, allow_pretraining_overlap=True))
+    content = evaluate(backbone, dataset, allowed, tmp_path / "b")
+    assert any("seen (without labels) in pretraining" in note for note in content["notes"])
+
+
+def test_few_shot__draws_are_by_patient_nested_and_seeded(fake_set):
+    cases = fake_set("ct_contrast", 20).cases
+    config = FewShotConfig(patients_per_class=(1, 2, 4, 8, 16, 64), draws=3, fractions=(0.25, 1.0))
+    draws = few_shot_draws(cases, "binary", 2, config, 5)
+    by_setting = {}
+    for draw in draws:
+        by_setting.setdefault(draw.setting, []).append(draw)
+        patients = {cases[place].patient for place in draw.places}
+        everything = {place for place, case in enumerate(cases) if case.patient in patients}
+        assert set(draw.places) == everything  # all cases of a chosen patient
+        if draw.setting.startswith("shots"):
+            wanted = min(int(draw.setting.split("=")[1]), 20)
+            labels = {patient: case.label for case in cases for patient in [case.patient] if patient in patients}
+            assert [list(labels.values()).count(label) for label in (0, 1)] == [wanted, wanted]
+    assert set(by_setting) == {
+        "shots=1",
+        "shots=2",
+        "shots=4",
+        "shots=8",
+        "shots=16",
+        "shots=64",
+        "fraction=0.25",
+        "fraction=1",
+    }
+    assert set(by_setting["shots=2"][0].places) < set(by_setting["shots=4"][0].places)
+    assert (
+        by_setting["shots=1"][0].places != by_setting["shots=1"][1].places
+        or by_setting["shots=1"][1] != by_setting["shots=1"][2]
+    )
+    assert few_shot_draws(cases, "binary", 2, config, 5) == draws
+
+
+@pytest.mark.parametrize("protocol", ["linear", "bitfit"])
+def test_few_shot__no_weights_leak_between_draws(fake_set, backbone, quick, tmp_path, protocol):
+    dataset = fake_set("ct_contrast")
+    many = quick(
+        few_shot=FewShotConfig(patients_per_class=(1, 2), draws=2, protocols=(protocol,)), split=SplitConfig(repeats=1)
+    )
+    only = quick(few_shot=FewShotConfig(patients_per_class=(2,), draws=1, protocols=(protocol,)), split=SplitConfig(repeats=1))
+    for out, config in (("many", many), ("only", only)):
+        evaluate(backbone, dataset, config, tmp_path / out, few_shot=True)
+    runs = {out: read_per_case(tmp_path / out / "per_case.csv", dataset.config.classes, "binary") for out in ("many", "only")}
+    alone = runs["only"][0]
+    after_others = next(run for run in runs["many"] if run.setting == "shots=2" and run.draw == 0)
+    np.testing.assert_array_equal(alone.probabilities, after_others.probabilities)
+    assert len(runs["many"]) == 4
+
+
+def test_evaluate__selection_metric_must_exist(fake_set, backbone, quick, tmp_path):
+    from meddino_evaluation.representation.evaluation_config import StatisticsConfig
+
+    config = quick(statistics=StatisticsConfig(selection="dice", resamples=20))
+    with pytest.raises(ConfigError, match="'dice' is no metric of a binary task"):
+        evaluate(backbone, fake_set("ct_contrast"), config, tmp_path)
+
+
+def test_table__formats():
+    table = Table(("a_b", "c"), (("1 & 2", "0.5 ± 0.1"), ("x|y", "–")))
+    assert table.csv().splitlines()[1] == "1 & 2,0.5 ± 0.1"
+    assert table.markdown().splitlines()[3] == "| x\\|y | – |"
+    assert r"1 \& 2 & 0.5 $\pm$ 0.1 \\" in table.latex()
+    assert r"a\_b & c \\" in table.latex()
+    assert metric_text({"mean": 0.5, "std": None, "low": 0.4, "high": 0.6}) == "0.500 [0.400, 0.600]"
+    assert metric_text({"mean": None, "std": None, "low": None, "high": None}) == "–"
