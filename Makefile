@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit reference clean help
+.PHONY: demo test lint unit reference clean help slurm-up slurm-down test-slurm
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,17 @@ unit: $(VENV)/installed-dev ## the test suite without what takes minutes
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)
+
+slurm-up: ## a real SLURM of two nodes on this machine (Debian or Ubuntu, root)
+	slurm/test_cluster/up.sh
+
+slurm-down: ## stop it
+	slurm/test_cluster/down.sh
+
+test-slurm: $(VENV)/installed-dev ## the tests on that SLURM; brings it up and down
+	slurm/test_cluster/up.sh
+	status=0; OMP_NUM_THREADS=1 timeout 2400 $(BIN)/python -m pytest -q -m slurm tests/slurm $(PYTEST_FLAGS) || status=$$?; \
+		slurm/test_cluster/down.sh; exit $$status
 
 reference: $(VENV)/installed-dev ## compare with recorded numbers: make reference RECORDS=DIR
 	$(BIN)/python -m tests.reference $(RECORDS)

@@ -68,7 +68,8 @@ def plan_parts(site: SiteConfig, arguments: Sequence[str], parts: int) -> list[P
     works = [make_work(site, "curate", arguments, part=f"{part}/{parts}") for part in range(1, parts + 1)]
     open_ = tuple(work for work in works if not has_ended_well(work))
     out = works[0].out
-    merge = replace(make_work(site, "curate", ("merge", "--out", str(out))), key="curate-merge")
+    # Without --part the same line does what no part has done, which is nothing but putting the parts together.
+    merge = replace(make_work(site, "curate", arguments), key="curate-merge")
     merging = Planned(f"merge {out.name}", (merge,), waits=bool(open_))
     return [Planned(f"curate {out.name}", open_), merging] if open_ else [merging]
 

@@ -116,7 +116,7 @@ def test_dry_run__curation_array_and_its_merge(no_slurm, site, tmp_path):
     assert "#SBATCH --array=0-7%4" in text
     lines = srun_lines(text)
     assert [line.split("--part ")[1] for line in lines[:8]] == [f"{part}/8" for part in range(1, 9)]
-    assert "meddino-curate merge" in lines[8]
+    assert lines[8].endswith(f"meddino-curate build scans --out {tmp_path / 'c'}")
     assert "#SBATCH --dependency='afterok:<curate c>'" in text
     assert "#SBATCH --kill-on-invalid-dep=yes" in text
 

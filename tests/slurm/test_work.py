@@ -54,7 +54,8 @@ def test_plan_parts__one_job_a_part_then_a_merge(tmp_path):
     array, merge = plan_parts(profile(), ["build", "scans", "--out", str(tmp_path / "corpus")], 3)
     assert [work.argv[-2:] for work in array.works] == [("--part", "1/3"), ("--part", "2/3"), ("--part", "3/3")]
     assert merge.waits
-    assert "merge" in merge.works[0].argv
+    assert merge.works[0].arguments == ("build", "scans", "--out", str(tmp_path / "corpus"))
+    assert merge.works[0].key == "curate-merge"
 
 
 def test_plan_parts__again_only_what_has_not_ended_well(tmp_path):
