@@ -21,17 +21,18 @@ def choose_parallel(asked: Parallel) -> Parallel:
     return "ddp" if asked in ("auto", "none") else asked
 
 
-def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = ()) -> None:
+def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = (), trained: bool = False) -> None:
     """Cut a module's parameters over all processes, in place (FSDP2).
 
     Args:
         root: The module; its own `forward` and `methods` gather what they need.
         parts: Modules inside that are gathered one at a time, e.g. the blocks of a transformer.
         methods: Names of methods of `root` that are called like `forward`.
+        trained: The root's own parameters stay gathered until the backward pass; else they are given up after forward.
     """
     for part in parts:
         fully_shard(part)
-    fully_shard(root)
+    fully_shard(root, reshard_after_forward=not trained)
     for method in methods:
         register_fsdp_forward_method(root, method)
 

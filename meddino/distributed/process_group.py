@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from meddino.core.errors import ConfigError
+from meddino.core.errors import ConfigError, StoppedEarly
 
 DEFAULT_PORT = 29500
 
@@ -65,6 +65,7 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
 
     Raises:
         ConfigError: The launcher's environment makes no sense.
+        StoppedEarly: Another process is gone.
     """
     place = read_environment(os.environ)
     if place.world_size == 1:
@@ -80,8 +81,32 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
     )
     try:
         yield place
+    except RuntimeError as error:
+        if not _peer_is_gone(error):
+            raise
+        raise StoppedEarly(
+            f"process {place.rank} of {place.world_size} stops: another one ended without a word, or was not heard of for "
+            f"{timeout_s:.0f} s ({str(error).splitlines()[0][:200]}). Its own output says why; what was saved is whole: "
+            "run the same command again"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _peer_is_gone(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    # What gloo, NCCL and the store say when the other end of a connection is gone. There is no error type for it.
+    return any(
+        sign in words
+        for sign in (
+            "connection closed",
+            "connection reset",
+            "broken pipe",
+            "socket closed",
+            "timed out",
+            "remote process exited",
+        )
+    )
 
 
 def first_host(node_list: str) -> str:

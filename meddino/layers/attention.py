@@ -26,14 +26,15 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, mask_k_bias: bool) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
         masked = qkv_bias and mask_k_bias
         self.qkv = KeyMaskedLinear(dim, 3 * dim) if masked else Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Float[Tensor, "tokens dim"], groups: Sequence[CropGroup]) -> Float[Tensor, "tokens dim"]:
         """Attend within each crop; both projections run once over all tokens."""
-        projected: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [tokens, 3, heads, head_dim]
+        # The head's width is named: it could not be inferred where drop path leaves no token.
+        projected: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
         if len(groups) > 1 and uses_xformers(x.device):
             attended = _attend_block_diagonal(projected, groups)
         else:

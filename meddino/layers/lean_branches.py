@@ -145,27 +145,25 @@ class _MlpBranch(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         normed, mean, inverse_std = _Norm.forward(x, norm_weight, norm_bias, eps)
-        hidden = product(normed, fc1_weight, fc1_bias)
         ctx.eps = eps
-        ctx.save_for_backward(
-            x, mean, inverse_std, hidden, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma
-        )
-        weight, bias = _scaled(fc2_weight, fc2_bias, gamma)
-        return product(functional.gelu(hidden), weight, bias)
+        ctx.save_for_backward(x, mean, inverse_std, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
+        hidden = product(normed, fc1_weight, fc1_bias, gelu=True)
+        return product(hidden, *_scaled(fc2_weight, fc2_bias, gamma))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, inverse_std, hidden, norm_weight, norm_bias, fc1_weight, _, fc2_weight, fc2_bias, gamma = ctx.saved_tensors
+        x, mean, inverse_std, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma = ctx.saved_tensors
         grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
+        normed = _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0]
+        hidden = product(normed, fc1_weight, fc1_bias)
         by_fc2: tuple[Tensor | None, ...] = (None, None, None)
         if any(wanted[5:8]):
             by_fc2 = _scaled_gradients(grad, functional.gelu(hidden), fc2_weight, fc2_bias, gamma)
         grad_hidden = product(grad, _scaled(fc2_weight, fc2_bias, gamma)[0].t())
-        grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden)
-        by_fc1_weight = None
-        if wanted[3]:
-            by_fc1_weight = product(grad_hidden.t(), _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0].t())
+        torch.ops.aten.gelu_backward(grad_hidden, hidden, grad_input=grad_hidden)
+        del hidden
+        by_fc1_weight = product(grad_hidden.t(), normed.t()) if wanted[3] else None
         by_fc1_bias = grad_hidden.sum(0) if wanted[4] else None
         grad_normed = product(grad_hidden, fc1_weight.t())
         by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))
@@ -232,8 +230,9 @@ def _attention_parts(
     qkv: Tensor, attended: Tensor, num_heads: int, groups: Sequence[CropGroup]
 ) -> list[tuple[Tensor, Tensor, CropGroup]]:
     """Return for each group the views [batch, tokens, 3, heads, head_dim] and [batch, tokens, heads, head_dim]."""
-    inputs = split_groups(qkv.view(len(qkv), 3, num_heads, -1), groups)
-    outputs = split_groups(attended.view(len(attended), num_heads, -1), groups)
+    width = attended.shape[1] // num_heads  # named, for it cannot be inferred where drop path leaves no token
+    inputs = split_groups(qkv.view(len(qkv), 3, num_heads, width), groups)
+    outputs = split_groups(attended.view(len(attended), num_heads, width), groups)
     return list(zip(inputs, outputs, groups, strict=True))
 
 

@@ -69,7 +69,7 @@ def build_objective(
     parallel = choose_parallel(config.machine.parallel)
     called: torch.nn.Module = student
     if parallel == "fsdp2":
-        shard(student, list(student.backbone.blocks), ["global_cls"])
+        shard(student, list(student.backbone.blocks), ["global_cls"], trained=True)
         shard(teacher, list(teacher.backbone.blocks), ["target_logits", "look"])
         if gram_teacher is not None:
             shard(gram_teacher, list(gram_teacher.blocks), [])
