@@ -9,6 +9,8 @@ from meddino.core.command import command_parser, run_command
 
 COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
+    "predict": ("meddino_evaluation.segmentation.predict_command", "segment new volumes with what segment has trained"),
+    "score": ("meddino_evaluation.metrics.score_command", "measure any folder of label maps against references"),
     "knn": ("meddino_evaluation.representation.commands", "nearest neighbours on frozen features"),
     "linear": ("meddino_evaluation.representation.commands", "logistic regression, linear and MLP heads on frozen features"),
     "few-shot": ("meddino_evaluation.representation.commands", "the same on few patients a class, several draws"),
@@ -16,7 +18,7 @@ COMMANDS = {
     "retrieve": ("meddino_evaluation.representation.commands", "find cases of the same class among other patients"),
     "study": ("meddino_evaluation.representation.study_command", "many backbones, protocols and data sets as one job list"),
     "datasets": ("meddino_evaluation.representation.datasets_command", "shipped definitions of labelled data sets"),
-    "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "nnU-Net plans with a model's input contract, for MedDINOTrainer"),
+    "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "plans with which nnU-Net fine-tunes a model"),
     "visualize": ("meddino_evaluation.representation.visualize_command", "PCA, similarity maps and t-SNE of features"),
 }
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
@@ -31,10 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "meddino-eval segment --model model/ --data Dataset900_Phantom --out results/ --config demo",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    called = next((word for word in words if word in COMMANDS), None)  # the first: `study compare` is no `compare`
     for name, (module, help_line) in COMMANDS.items():
         own = subparsers.add_parser(name, help=help_line, description=help_line, formatter_class=parser.formatter_class)
         # Only the module of the command that is called is imported: --help stays fast.
-        if name in words:
+        if name == called:
             importlib.import_module(module).add_arguments(own)
     return run_command(parser, words, _handle)
 

@@ -160,9 +160,15 @@ def prepare_volume(
 
 
 def content_hash(images: NDArray[Any]) -> str:
-    """Name a volume by its voxels: SHA-256 of the first channel as int16 [Z, Y, X] in LPS order, and its shape."""
-    voxels = np.clip(np.rint(images[:, 0]), -32768, 32767).astype("<i2")
-    return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
+    """Name a volume by its voxels, exactly as `meddino-curate` does in volumes.parquet, whatever the file's format.
+
+    Args:
+        images: [Z, C, Y, X] in LPS order; the first channel counts.
+    """
+    digest = hashlib.blake2b(repr((len(images), *images.shape[2:])).encode(), digest_size=16)
+    for slice_ in images:
+        digest.update(np.clip(np.rint(slice_[0]), -32768, 32767).astype("<i2").tobytes())
+    return digest.hexdigest()
 
 
 def _as_intensities(images: NDArray[Any], name: str) -> NDArray[Any]:

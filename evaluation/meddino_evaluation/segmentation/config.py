@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from meddino.core.config import StrictConfig
 from meddino.core.device import Precision
 
+EncoderMode = Literal["frozen", "finetune", "lora", "bitfit", "partial"]
+HeadName = Literal["primus", "linear", "unet", "dino_unet", "whole_unet", "whole_transunet", "whole_segformer"]
+
 
 class DataConfig(StrictConfig):
     """How volumes become slices."""
@@ -70,19 +73,30 @@ class LabelsConfig(StrictConfig):
 class EncoderConfig(StrictConfig):
     """What of the model is read and what of it learns."""
 
-    mode: Literal["frozen", "finetune"] = "frozen"
-    """Which of its weights learn."""
+    mode: EncoderMode = "frozen"
+    """What of it learns: nothing, everything, low-rank additions (lora), biases (bitfit), or the last blocks (partial)."""
     taps: int = Field(4, ge=1, le=24)
     """Blocks whose patch tokens the head reads, evenly spaced; 4 (2, 5, 8, 11 of 12) [P]; 1 is the single-scale baseline."""
     random_seed: int = 0
     """Seed of the weights of random:<name>."""
+    drop_path: float = Field(0.2, ge=0, lt=1)
+    """Drop path in fine-tuning of our vision transformers; 0.2 [P]."""
+    partial_blocks: int = Field(2, ge=1)
+    """Last blocks that learn with mode=partial."""
+    lora_rank: int = Field(48, ge=1)
+    """Rank of LoRA's additions to qkv, fc1 and fc2; 48 (DINOv2ForRadiology)."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """Scale of LoRA's additions; 16 (DINOv2ForRadiology)."""
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout before LoRA's additions; 0.1 (DINOv2ForRadiology)."""
 
 
 class HeadConfig(StrictConfig):
     """What turns tokens into classes."""
 
-    name: Literal["primus", "linear"] = "primus"
-    """"primus": the paper's decoder [P]; "linear": a 1x1 convolution on the tokens, the lightest head."""
+    name: HeadName = "primus"
+    """primus: the paper's decoder [P]; linear: a 1x1 convolution; unet: over the tapped blocks; dino_unet: with an image stem;
+    whole_unet, whole_transunet, whole_segformer: networks of their own, with --model none."""
 
 
 class TrainingConfig(StrictConfig):
@@ -99,7 +113,11 @@ class TrainingConfig(StrictConfig):
     lr_head: float = Field(3e-4, gt=0)
     """Learning rate of the head; 3e-4 [P]."""
     lr_encoder: float = Field(3e-5, gt=0)
-    """Learning rate of what learns in the encoder; 3e-5 after CT pretraining, 1e-4 from DINOv3, 3e-4 from scratch [P]."""
+    """Learning rate of the encoder's own weights; 3e-5 after CT pretraining, 1e-4 from DINOv3, 3e-4 from scratch [P]."""
+    lr_adapter: float = Field(1e-3, gt=0)
+    """Learning rate of LoRA's matrices and of biases with mode=bitfit, which move little at the encoder's."""
+    lr_head_grid: tuple[float, ...] = ()
+    """Learning rates of the head that are tried with the first seed; the best by validation Dice is used. Empty: lr_head."""
     weight_decay: float = Field(5e-2, ge=0)
     """AdamW's; 5e-2 [P]."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -108,6 +126,10 @@ class TrainingConfig(StrictConfig):
     """Largest norm of all gradients together; 12 [P]."""
     foreground_oversampling: float = Field(0.33, ge=0, le=1)
     """Share of a batch's crops, from its end, that are drawn to hold a label; 0.33 [N]."""
+    sampling: Literal["nnunet", "balanced"] = "nnunet"
+    """Crops drawn to hold a label: nnunet draws a labelled slice, then a label in it; balanced a label, then a slice."""
+    augmentation: Literal["none", "nnunet"] = "none"
+    """nnunet: rotation, scaling, mirroring, noise, blur, brightness, contrast, low resolution, gamma, as nnU-Net's [N]."""
     dice_weight: float = Field(1.0, ge=0)
     """Weight of the soft Dice loss; 1 [N]."""
     ce_weight: float = Field(1.0, ge=0)
@@ -116,6 +138,10 @@ class TrainingConfig(StrictConfig):
     """Weights that are tested: the last, or those with the best validation Dice."""
     val_every_steps: int = Field(5_000, gt=0)
     """Steps between validations, where selection=best_val."""
+    patience: int = Field(0, ge=0)
+    """Stop after so many validations without a better one, where selection=best_val; 0: never."""
+    save_every_steps: int = Field(0, ge=0)
+    """Steps between saves from which the same command goes on after a kill; 0: only finished trainings are kept."""
     log_every_steps: int = Field(50, gt=0)
     """Steps between lines of train.jsonl."""
 
@@ -131,6 +157,8 @@ class InferenceConfig(StrictConfig):
     """Average over mirrored windows (4 forwards instead of 1); true [N]."""
     batch_size: int = Field(8, gt=0)
     """Slices and windows at once; halved by itself where memory runs out."""
+    largest_component: Literal["never", "if_val_better", "always"] = "never"
+    """Keep only the largest component of each label; if_val_better: of the labels whose validation Dice it raises [N]."""
 
 
 class MetricsConfig(StrictConfig):
@@ -166,4 +194,12 @@ class SegmentConfig(StrictConfig):
     def _check_selection(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds) or len(set(self.splits.run_folds)) != len(self.splits.run_folds):
             raise ValueError("seeds and splits.run_folds must not repeat")
+        selects = self.training.selection == "best_val"
+        for key, wants in (
+            ("training.lr_head_grid", len(self.training.lr_head_grid) > 0),
+            ("training.patience", self.training.patience > 0),
+            ("inference.largest_component=if_val_better", self.inference.largest_component == "if_val_better"),
+        ):
+            if wants and not selects:
+                raise ValueError(f"{key} needs validation cases: set training.selection=best_val")
         return self

@@ -1,37 +1,74 @@
-"""MODEL of the command line: an export, a weights file, or random weights of a known or an exported architecture."""
+"""MODEL of the command line: whatever `load_backbone` knows, a bare weights file, or `none` for networks of their own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import meddino
-from meddino.core.errors import CheckpointError, ConfigError
-from meddino.models.registry import BACKBONES
-from meddino_evaluation.segmentation.network import EncoderSource, state_hash
+from jaxtyping import Float
+from torch import Tensor, nn
 
-RANDOM = "random:"
+from meddino.checkpoints.model import load as load_model
+from meddino.checkpoints.model_folder import read_config
+from meddino.core.errors import CheckpointError, ConfigError
+from meddino.data.contract import InputContract
+from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone, Tokens
+from meddino_evaluation.backbones.contract import ImageContract
+from meddino_evaluation.backbones.load import RANDOM, load_backbone
+from meddino_evaluation.segmentation.network import EncoderSource
+
+NONE = "none"
+
+
+class NoBackbone(Backbone):
+    """Stands where a network of its own (U-Net, SegFormer, ...) reads nothing but the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name, self.embed_dim, self.patch_size = NONE, 0, 1
+        self.contract = ImageContract((), (), 1, 1, InputContract(channels=1))
+
+    def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
+        """There are none."""
+        raise ConfigError("model none has no tokens")
+
+    def patch_maps(self, images: Float[Tensor, "batch channels h w"], count: int = 4) -> list[Tensor]:
+        """Return no map."""
+        return []
+
+    def stages(self) -> Sequence[nn.Module]:
+        """Return no stage."""
+        return []
 
 
 def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
     """Load what MODEL means.
 
     Args:
-        model: Folder of an export; a weights file; `random:<backbone>`; or `random:<export folder>`, which has the
-            architecture and the input contract of that export and fresh weights.
+        model: Folder of an export; a weights file; `random:<backbone>`; `random:<export folder>`, which has the
+            architecture and the input contract of that export and fresh weights; whatever else `load_backbone` knows; or
+            `none`.
         random_seed: Seed of fresh weights.
 
     Raises:
         ConfigError: Nothing of that name exists.
         CheckpointError: It exists and is damaged or of another kind.
     """
-    if not model.startswith(RANDOM) and not Path(model).exists():
-        raise ConfigError(
-            f"--model {model}: no such folder or file; give an export folder, a weights file or random:<name> "
-            f"(<name>: {', '.join(BACKBONES)}, or an export folder)"
-        )
-    loaded = meddino.load(model, seed=random_seed)
-    backbone, contract = loaded.backbone, loaded.contract
-    if backbone.config.in_chans != contract.channels:
+    if model == NONE:
+        backbone: Backbone = NoBackbone()
+    elif Path(model).is_file():
+        backbone = MedDINOBackbone(model, load_model(model)).eval().requires_grad_(False)
+    else:
+        backbone = load_backbone(model, random_seed)
+    lineage = {}
+    if Path(model).is_dir() and isinstance(backbone, MedDINOBackbone):
+        lineage = read_config(Path(model)).lineage.model_dump(mode="json")
+    if isinstance(backbone, MedDINOBackbone) and backbone.vit.config.in_chans != backbone.contract.channels:
         raise CheckpointError(
-            f"model {model}: its patch embedding takes {backbone.config.in_chans} channels, its input contract says "
-            f"{contract.channels}"
+            f"model {model}: its patch embedding takes {backbone.vit.config.in_chans} channels, its input contract says "
+            f"{backbone.contract.channels}"
         )
-    return EncoderSource(model, backbone.eval(), contract, state_hash(backbone), loaded.lineage.model_dump(mode="json"))
+    return EncoderSource(model, backbone, backbone.contract, backbone.hash(), lineage)
+
+
+def is_random(model: str) -> bool:
+    """Tell whether a model has fresh weights."""
+    return model.startswith(RANDOM) or model == NONE

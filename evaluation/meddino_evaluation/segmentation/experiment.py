@@ -1,6 +1,5 @@
 """What all phases of a segmentation run share: data, encoder, machine, splits, and how cases are prepared."""
 
-import copy
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,15 +9,15 @@ import meddino
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
-from meddino.models.registry import tapped_blocks
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import foreground_contract, median_plane_spacing
 from meddino_evaluation.data.nnunet_raw import read_nnunet_raw
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, few_cases, make_folds, read_folds
+from meddino_evaluation.segmentation.build import HeadRequest, build_network, head_request
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.encoders import load_encoder
-from meddino_evaluation.segmentation.heads import build_head
+from meddino_evaluation.segmentation.leakage import LeakageCheck
 from meddino_evaluation.segmentation.network import EncoderSource, SegmentationNetwork
 from meddino_evaluation.segmentation.sliding_window import SlidingWindow
 
@@ -33,6 +32,7 @@ class Experiment:
         source: The model.
         machine: Device and arithmetic.
         splits: Folds that are run.
+        leakage: Knows the volumes the model was pretrained on, where they are known.
     """
 
     config: SegmentConfig
@@ -40,12 +40,20 @@ class Experiment:
     source: EncoderSource
     machine: Machine
     splits: tuple[Split, ...]
+    leakage: LeakageCheck
     _prepared: dict[tuple[str, GridRule], PreparedCase] = field(default_factory=dict, repr=False)
+    _request: HeadRequest | None = field(default=None, repr=False)
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Image channels that are read."""
         return (0,) if self.config.data.channels == "first" else tuple(range(len(self.dataset.channel_names)))
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the model input."""
+        entering = len(self.channels) * (2 * self.config.data.neighbour_slices + 1)
+        return entering if entering > 1 else self.source.contract.channels
 
     @property
     def identity(self) -> str:
@@ -55,7 +63,7 @@ class Experiment:
             "config": self.config.model_dump(mode="json", exclude={"seeds", "metrics", "inference"}),
             "model": self.source.model_hash,
             "data": self.dataset.data_hash([self.dataset.case(name) for name in names]),
-            "contract": self.source.contract.model_dump(mode="json"),
+            "contract": repr(self.source.contract),
             "version": meddino.__version__,
         }
         return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
@@ -77,6 +85,10 @@ class Experiment:
             self._prepared[key] = prepare_case(self.dataset, self.dataset.case(name), self.channels, rule)
         return self._prepared[key]
 
+    def check_leakage(self, case: PreparedCase) -> None:
+        """Note a test case that the model has seen in pretraining."""
+        self.leakage.look(case.name, case.content_hash)
+
     def forget(self) -> None:
         """Let go of the prepared cases."""
         self._prepared.clear()
@@ -91,29 +103,31 @@ class Experiment:
         if self.config.data.intensity == "contract":
             return self.source
         rule = self.grid_rule(split)
-        contract = foreground_contract([self.prepare(name, rule) for name in split.train], self.source.contract.channels)
-        return replace(self.source, contract=contract)
+        found = foreground_contract([self.prepare(name, rule) for name in split.train], self.source.contract.channels)
+        return replace(self.source, contract=replace(self.source.contract, hu=found))
 
     def network(self, source: EncoderSource, seed: int) -> SegmentationNetwork:
         """Build the network of a seed, on the machine; a learning encoder is a copy of its own."""
-        config, backbone = self.config, source.backbone
-        blocks = tapped_blocks(backbone.depth, config.encoder.taps)
-        trains = config.encoder.mode != "frozen"
-        head = build_head(
-            config.head.name, len(blocks), backbone.embed_dim, backbone.patch_size, self.dataset.labels.num_outputs, seed
-        )
-        own = copy.deepcopy(backbone) if trains else backbone
-        return SegmentationNetwork(own, blocks, head, source.contract, trains).to(self.machine.device)
+        config = self.config
+        if self._request is None:
+            self._request = head_request(
+                source.backbone, config.encoder, self.input_channels, config.training.crop_px, self.dataset.labels.num_outputs
+            )
+        network = build_network(source, config.encoder, config.head.name, self._request, seed)
+        return network.to(self.machine.device)
 
     def window(self) -> SlidingWindow:
         """Return the sliding window of the config."""
-        inference = self.config.inference
-        return SlidingWindow(
-            self.config.training.crop_px, inference.step, inference.gaussian, inference.mirror, inference.batch_size
-        )
+        return sliding_window(self.config)
 
 
-def open_experiment(config: SegmentConfig, model: str, data: Path) -> Experiment:
+def sliding_window(config: SegmentConfig) -> SlidingWindow:
+    """Return the sliding window of a config."""
+    inference = config.inference
+    return SlidingWindow(config.training.crop_px, inference.step, inference.gaussian, inference.mirror, inference.batch_size)
+
+
+def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path | None = None) -> Experiment:
     """Read and check everything before anything long starts.
 
     Raises:
@@ -125,7 +139,8 @@ def open_experiment(config: SegmentConfig, model: str, data: Path) -> Experiment
     source = load_encoder(model, config.encoder.random_seed)
     check_fit(config, source, dataset)
     check_grids(dataset)
-    experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset))
+    leakage = LeakageCheck(source.lineage, corpus)
+    experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset), leakage)
     source.backbone.to(machine.device)
     return experiment
 
@@ -136,13 +151,14 @@ def check_fit(config: SegmentConfig, source: EncoderSource, dataset: LabelledDat
     Raises:
         ConfigError: Says which and what is possible.
     """
-    patch, depth = source.backbone.patch_size, source.backbone.depth
-    if config.training.crop_px % patch:
+    source.contract.check_size(config.training.crop_px, f"model {source.name} (training.crop_px)")
+    blocks = len(source.backbone.stages())
+    if config.encoder.taps > blocks > 0:
+        raise ConfigError(f"encoder.taps is {config.encoder.taps}; this model has {blocks} blocks")
+    if config.encoder.mode != "frozen" and not blocks:
         raise ConfigError(
-            f"training.crop_px is {config.training.crop_px}; this model needs a multiple of its patch size {patch}"
+            f"encoder.mode={config.encoder.mode}: --model none has nothing that could learn; use encoder.mode=frozen"
         )
-    if config.encoder.taps > depth:
-        raise ConfigError(f"encoder.taps is {config.encoder.taps}; this model has {depth} blocks")
     channels = 1 if config.data.channels == "first" else len(dataset.channel_names)
     entering = channels * (2 * config.data.neighbour_slices + 1)
     if entering not in (1, source.contract.channels):

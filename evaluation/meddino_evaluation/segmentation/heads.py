@@ -1,15 +1,13 @@
-"""Heads: from the encoder's patch tokens (and the image, where a head wants it) to one logit map a class."""
+"""The light heads: from the encoder's patch tokens to one logit map a class."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from meddino.core.seeds import derive_seed
 
 
 class PrimusStage(nn.Module):
@@ -40,29 +38,30 @@ class PrimusStage(nn.Module):
 
 
 class PrimusHead(nn.Module):
-    """The paper's decoder: as many stages as halve the patch size to one pixel, then a 1x1 convolution.
+    """The paper's decoder: as many stages as halve the stride of the tokens to one pixel, then a 1x1 convolution.
 
     Args:
-        taps: Tapped blocks.
-        embed_dim: Channels of each.
-        patch_size: Side of a patch, pixels.
+        shapes: (channels, stride) of each map.
         num_outputs: Logit maps.
 
     Source: MedDINOv3 (arXiv 2509.02379), after Primus (arXiv 2503.01835). At 4 x 768 channels, patch 16 and 16 classes
     25.1 M parameters. At a patch size that is no power of 2 the last map is resized to the image.
     """
 
-    def __init__(self, taps: int, embed_dim: int, patch_size: int, num_outputs: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], num_outputs: int) -> None:
         super().__init__()
-        widths = [max(8, taps * embed_dim // 2**stage) for stage in range(round(math.log2(patch_size)) + 1)]
+        total = sum(channels for channels, _ in shapes)
+        steps = round(math.log2(common_stride(shapes)))
+        widths = [max(8, total // 2**stage) if stage else total for stage in range(steps + 1)]
+        self.stride = common_stride(shapes)
         self.stages = nn.ModuleList(PrimusStage(wide, narrow) for wide, narrow in itertools.pairwise(widths))
         self.classify = nn.Conv2d(widths[-1], num_outputs, kernel_size=1)
 
     def forward(
-        self, tokens: Float[Tensor, "batch taps dim rows cols"], images: Float[Tensor, "batch channels height width"]
+        self, maps: Sequence[Tensor], images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch outputs height width"]:
         """Return logits at the image's size."""
-        x = tokens.flatten(1, 2).permute(0, 2, 3, 1)
+        x = concatenated(maps, images, self.stride).permute(0, 2, 3, 1)
         for stage in self.stages:
             x = stage(x)
         weight = self.classify.weight.flatten(1)
@@ -74,34 +73,34 @@ class LinearHead(nn.Module):
     """A 1x1 convolution on the patch tokens, its logits resized to the image (bilinear).
 
     Args:
-        taps: Tapped blocks.
-        embed_dim: Channels of each.
-        patch_size: Not used; every head is built alike.
+        shapes: (channels, stride) of each map.
         num_outputs: Logit maps.
     """
 
-    def __init__(self, taps: int, embed_dim: int, patch_size: int, num_outputs: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int]], num_outputs: int) -> None:
         super().__init__()
-        del patch_size
-        self.classify = nn.Conv2d(taps * embed_dim, num_outputs, kernel_size=1)
+        self.stride = common_stride(shapes)
+        self.classify = nn.Conv2d(sum(channels for channels, _ in shapes), num_outputs, kernel_size=1)
 
     def forward(
-        self, tokens: Float[Tensor, "batch taps dim rows cols"], images: Float[Tensor, "batch channels height width"]
+        self, maps: Sequence[Tensor], images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch outputs height width"]:
         """Return logits at the image's size."""
-        return to_size(self.classify(tokens.flatten(1, 2)), images)
+        return to_size(self.classify(concatenated(maps, images, self.stride)), images)
 
 
-HEADS: dict[str, Callable[[int, int, int, int], nn.Module]] = {"primus": PrimusHead, "linear": LinearHead}
+def common_stride(shapes: Sequence[tuple[int, int]]) -> int:
+    """Return the stride at which maps are concatenated: that of a vision transformer's; at most 16 of a pyramid's."""
+    return max((stride for _, stride in shapes if stride <= 16), default=min(stride for _, stride in shapes))
 
 
-def build_head(name: str, taps: int, embed_dim: int, patch_size: int, num_outputs: int, seed: int) -> nn.Module:
-    """Build a head with weights of its own seed, whatever the global generator has been used for."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "head"))
-        head = HEADS[name](taps, embed_dim, patch_size, num_outputs)
-        he_initialise(head)
-    return head
+def concatenated(maps: Sequence[Tensor], images: Tensor, stride: int) -> Tensor:
+    """Return the maps side by side, those of a pyramid resized to one grid (bilinear)."""
+    size = (images.shape[-2] // stride, images.shape[-1] // stride)
+    same = [
+        one if one.shape[-2:] == size else F.interpolate(one, size=size, mode="bilinear", align_corners=False) for one in maps
+    ]
+    return torch.cat(same, dim=1)
 
 
 def he_initialise(module: nn.Module) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meddino.core.device import Machine
-from meddino.data.contract import InputContract
+from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase
-from meddino_evaluation.segmentation.network import model_input, pad_value
-from meddino_evaluation.segmentation.sliding_window import SlidingWindow
+from meddino_evaluation.segmentation.network import model_input
+from meddino_evaluation.segmentation.sliding_window import SlidingWindow, pad_amounts
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -22,7 +22,7 @@ def predict_case(
     case: PreparedCase,
     forward: Forward,
     num_heads: int,
-    contract: InputContract,
+    contract: ImageContract,
     labels: LabelScheme,
     window: SlidingWindow,
     neighbours: int,
@@ -46,13 +46,17 @@ def predict_case(
         the volume: only label values are kept.
     """
     rows, cols = case.source_plane
+    (top, bottom), (left, right) = (pad_amounts(size, window.window_px) for size in case.plane)
+    around = (left, right, top, bottom)
+    inside = (..., slice(top, top + case.plane[0]), slice(left, left + case.plane[1]))
     volumes = [np.zeros((case.num_slices, rows, cols), dtype=np.int32) for _ in range(num_heads)]
     start = 0
     while start < case.num_slices:
         places = range(start, min(start + window.batch_size, case.num_slices))
-        intensities = torch.stack([case.image(z, neighbours) for z in places])
+        # Air around a slice that is smaller than a window, in intensities: what models make of it differs by channel.
+        intensities = F.pad(torch.stack([case.image(z, neighbours) for z in places]), around, value=contract.window_hu[0])
         inputs = model_input(intensities, contract).to(machine.device)
-        logits = window(inputs, forward, pad_value(contract))
+        logits = window(inputs, forward, 0.0)[inside]
         if logits.shape[-2:] != (rows, cols):
             logits = F.interpolate(logits, size=(rows, cols), mode="bilinear", align_corners=False)
         for volume, own in zip(volumes, logits.chunk(num_heads, dim=1), strict=True):

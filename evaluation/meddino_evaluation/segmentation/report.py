@@ -28,7 +28,7 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
         f"{config.training.steps} steps, seeds {seeds}; {test['cases']} test cases."
     )
     sections = [
-        Section("Test", join(_summary(test), text(_note(config.metrics.tolerance_mm), "note"))),
+        Section("Test", join(_leakage(metrics["leakage"]), _summary(test), text(_note(config.metrics.tolerance_mm), "note"))),
         Section("By label", _by(test["by_label"], "label")),
         *([Section("By site", _by(test["by_site"], "site"))] if "by_site" in test else []),
         Section("Best, median and worst case", _pictures(rows, out, config.seeds[0])),
@@ -36,6 +36,15 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
         Section("Settings", key_values(_settings(metrics))),
     ]
     return page(f"Segmentation: {experiment.dataset.name}", lead, sections)
+
+
+def _leakage(leakage: dict[str, Any]) -> Markup:
+    seen = leakage["test_cases_in_pretraining"]
+    if seen:
+        return text(f"The model has seen these test volumes in pretraining: {', '.join(seen)}.", "warning")
+    if leakage["checked"]:
+        return text("None of the test volumes is in the corpus that the model was pretrained on.")
+    return text("Whether the model has seen the test volumes in pretraining was not checked: give --corpus.", "note")
 
 
 def _note(tolerance_mm: float) -> str:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meddino.core.errors import ConfigError
-from meddino.core.seeds import numpy_rng
+from meddino.core.seeds import derive_seed, numpy_rng
 from meddino_evaluation.data.labels import IGNORED
 from meddino_evaluation.data.prepare import PreparedCase
+from meddino_evaluation.segmentation.augmentation import augment
 from meddino_evaluation.segmentation.config import LabelsConfig, TrainingConfig
 from meddino_evaluation.segmentation.sliding_window import pad_amounts, window_starts
 
@@ -99,7 +100,7 @@ class CropSampler:
         slices: Slices that may be used.
         config: Batch size, crop side, oversampling.
         neighbours: Neighbouring slices on either side.
-        air: Intensity outside a slice.
+        window: Intensities between which the model looks; the lower end stands outside a slice.
         seed: Of the run.
 
     Source: nnU-Net's oversampling: the last share of a batch is cut about a pixel of a label drawn evenly among those in
@@ -112,12 +113,16 @@ class CropSampler:
         slices: Sequence[SliceRef],
         config: TrainingConfig,
         neighbours: int,
-        air: float,
+        window: tuple[float, float],
         seed: int,
     ) -> None:
         self.cases, self.slices, self.config = cases, list(slices), config
-        self.neighbours, self.air, self.seed = neighbours, air, seed
+        self.neighbours, self.window, self.seed = neighbours, window, seed
         self.with_label = [ref for ref in self.slices if cases[ref.case].present[ref.z]]
+        self.values = sorted({value for ref in self.with_label for value in cases[ref.case].present[ref.z]})
+        self.by_value = {
+            value: [ref for ref in self.with_label if value in cases[ref.case].present[ref.z]] for value in self.values
+        }
         if not self.with_label:
             raise ConfigError(
                 f"none of the {len(self.slices)} training slices holds a label; give more (labels.train_slices) or other cases"
@@ -132,6 +137,8 @@ class CropSampler:
             rng = numpy_rng(self.seed, "crop", step, place)
             crop = self._draw(rng, place >= size - forced)
             image, label = self.cut(crop)
+            if self.config.augmentation == "nnunet":
+                image, label = augment(image, label, self.window, derive_seed(self.seed, "augment", step, place))
             crops.append(crop)
             images.append(image)
             labels.append(label)
@@ -142,16 +149,21 @@ class CropSampler:
         case, side = self.cases[crop.case], self.config.crop_px
         rows, cols = case.plane
         (top, bottom), (left, right) = pad_amounts(rows, side), pad_amounts(cols, side)
-        image = F.pad(case.image(crop.z, self.neighbours), (left, right, top, bottom), value=self.air)
+        image = F.pad(case.image(crop.z, self.neighbours), (left, right, top, bottom), value=self.window[0])
         label = np.pad(case.label(crop.z), ((top, bottom), (left, right)), constant_values=IGNORED)
         place = (slice(crop.y, crop.y + side), slice(crop.x, crop.x + side))
         return image[(..., *place)], label[place]
 
     def _draw(self, rng: np.random.Generator, with_label: bool) -> Crop:
-        refs = self.with_label if with_label else self.slices
+        value: int | None = None
+        if with_label and self.config.sampling == "balanced":
+            value = self.values[int(rng.integers(len(self.values)))]
+            refs = self.by_value[value]
+        else:
+            refs = self.with_label if with_label else self.slices
         ref = refs[int(rng.integers(len(refs)))]
         case, side = self.cases[ref.case], self.config.crop_px
-        target = self._label_pixel(case, ref.z, rng) if with_label else None
+        target = self._label_pixel(case, ref.z, value, rng) if with_label else None
         corner = []
         for axis, size in enumerate(case.plane):
             padded = max(size, side)
@@ -167,9 +179,10 @@ class CropSampler:
                 corner.append(int(rng.integers(padded - side + 1)))
         return Crop(ref.case, ref.z, corner[0], corner[1])
 
-    def _label_pixel(self, case: PreparedCase, z: int, rng: np.random.Generator) -> tuple[int, int]:
-        values = sorted(case.present[z])
-        value = values[int(rng.integers(len(values)))]
+    def _label_pixel(self, case: PreparedCase, z: int, value: int | None, rng: np.random.Generator) -> tuple[int, int]:
+        if value is None:
+            values = sorted(case.present[z])
+            value = values[int(rng.integers(len(values)))]
         rows, cols = np.nonzero(case.label(z) == value)
         pick = int(rng.integers(len(rows)))
         return int(rows[pick]), int(cols[pick])

@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", required=True, type=Path, help="data set in nnU-Net's raw layout")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; the same command again goes on there")
+    parser.add_argument("--corpus", type=Path, help="corpus the model was pretrained on: test volumes in it are marked")
     parser.add_argument(
         "--config", default="segment", help="YAML file or shipped name (segment: the paper's setting; demo: minutes)"
     )
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.run import segment
 
     config = load_config(SegmentConfig, [arguments.config], arguments.overrides, kind="evaluation")
-    metrics = segment(config, arguments.model, arguments.data, arguments.out)
+    metrics = segment(config, arguments.model, arguments.data, arguments.out, arguments.corpus)
     sys.stdout.write(summary_line(metrics) + f"\nreport: {arguments.out / 'report.html'}\n")
 
 

@@ -32,8 +32,8 @@ class StepRecord:
     grad_norm: float
 
 
-class TokenCache:
-    """Tokens of crops a frozen encoder has seen. A crop that comes again costs nothing.
+class MapCache:
+    """Maps of crops a frozen encoder has seen. A crop that comes again costs nothing.
 
     Args:
         network: Its encoder must be frozen.
@@ -42,19 +42,19 @@ class TokenCache:
 
     def __init__(self, network: SegmentationNetwork, machine: Machine) -> None:
         self.network, self.machine = network, machine
-        self._tokens: dict[tuple[object, ...], Tensor] = {}
+        self._maps: dict[tuple[object, ...], list[Tensor]] = {}
 
-    def tokens(self, inputs: Tensor, keys: tuple[tuple[object, ...], ...]) -> Tensor:
-        """Return the tokens of model inputs [B, ...], computed only for keys that are new.
+    def maps(self, inputs: Tensor, keys: tuple[tuple[object, ...], ...]) -> list[Tensor]:
+        """Return the maps of model inputs [B, ...], computed only for keys that are new.
 
         Every crop is encoded by itself: in a larger batch rounding could differ, and then the result of a run would hang
         on what was computed before it.
         """
         for number, key in enumerate(keys):
-            if key not in self._tokens:
+            if key not in self._maps:
                 with torch.no_grad(), self.machine.autocast():
-                    self._tokens[key] = self.network.tokens(inputs[number : number + 1])[0].float()
-        return torch.stack([self._tokens[key] for key in keys])
+                    self._maps[key] = [one[0].float() for one in self.network.maps(inputs[number : number + 1])]
+        return [torch.stack(level) for level in zip(*(self._maps[key] for key in keys), strict=True)]
 
 
 class Trainer:
@@ -66,7 +66,7 @@ class Trainer:
         labels: Meaning of the label values.
         config: Steps, learning rates, losses.
         machine: Device and arithmetic.
-        cache: Tokens by crop where the encoder is frozen and crops lie on a grid; None computes them each time.
+        cache: Maps by crop where the encoder is frozen and crops lie on a grid; None computes them each time.
         seed: Of what is random in a learning encoder (drop path, coordinate augmentation).
     """
 
@@ -77,21 +77,25 @@ class Trainer:
         labels: LabelScheme,
         config: TrainingConfig,
         machine: Machine,
-        cache: TokenCache | None = None,
+        cache: MapCache | None = None,
         seed: int = 0,
     ) -> None:
         self.network, self.sampler, self.labels = network, sampler, labels
         self.config, self.machine, self.cache, self.seed = config, machine, cache, seed
         self.optimizer = build_optimizer(network, config)
 
-    def fit(self, on_step: Callable[[StepRecord], None]) -> None:
+    def fit(self, on_step: Callable[[StepRecord], bool], start: int = 0) -> None:
         """Train for `config.steps` steps.
+
+        Args:
+            on_step: Called after each step; False ends the training.
+            start: Steps that an earlier, killed training has done.
 
         Raises:
             MedDINOError: The loss is no number.
         """
         self.network.train()
-        for step in range(self.config.steps):
+        for step in range(start, self.config.steps):
             batch = self.sampler.batch(step)
             torch.manual_seed(derive_seed(self.seed, "step", step))
             factor = 1 - step / self.config.steps  # linear decay to zero, no warm-up
@@ -100,7 +104,7 @@ class Trainer:
             loss = self._loss(batch)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            norm = nn.utils.clip_grad_norm_(self._learning(), self.config.clip_norm)
+            norm = nn.utils.clip_grad_norm_(self.learning(), self.config.clip_norm)
             value = float(loss.detach())
             if not math.isfinite(value) or not math.isfinite(float(norm)):
                 raise MedDINOError(
@@ -108,7 +112,8 @@ class Trainer:
                     "try a smaller training.lr_head or training.lr_encoder, or precision=fp32"
                 )
             self.optimizer.step()
-            on_step(StepRecord(step, value, self.optimizer.param_groups[0]["lr"], float(norm)))
+            if not on_step(StepRecord(step, value, self.optimizer.param_groups[0]["lr"], float(norm))):
+                break
 
     def _loss(self, batch: CropBatch) -> Tensor:
         device = self.machine.device
@@ -118,13 +123,14 @@ class Trainer:
                 logits = self.network(inputs)
             else:
                 keys = tuple(self._key(crop) for crop in batch.crops)
-                logits = self.network.head(self.cache.tokens(inputs, keys), inputs)
+                logits = self.network.head(self.cache.maps(inputs, keys), inputs)
         return segmentation_loss(logits, batch.labels, self.labels, self.config)
 
     def _key(self, crop: Crop) -> tuple[object, ...]:
         return (self.sampler.cases[crop.case].name, crop.z, crop.y, crop.x)
 
-    def _learning(self) -> list[nn.Parameter]:
+    def learning(self) -> list[nn.Parameter]:
+        """Return what learns, in a fixed order."""
         return [parameter for parameter in self.network.parameters() if parameter.requires_grad]
 
 
@@ -143,7 +149,8 @@ def segmentation_loss(logits: Tensor, values: NDArray[np.int32], labels: LabelSc
 def build_optimizer(network: SegmentationNetwork, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW over what learns; head and encoder have learning rates of their own."""
     groups = []
-    for module, lr in ((network.head, config.lr_head), (network.backbone, config.lr_encoder)):
+    lr_encoder = config.lr_adapter if network.mode in ("lora", "bitfit") else config.lr_encoder
+    for module, lr in ((network.head, config.lr_head), (network.backbone, lr_encoder)):
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         if learning:
             groups.append({"params": learning, "lr": lr, "peak_lr": lr})

@@ -1,19 +1,25 @@
+import pytest
 import torch
-from meddino_evaluation.segmentation.heads import PrimusHead, PrimusStage, build_head
+from meddino_evaluation.segmentation.build import HEADS, HeadRequest, build_head
+from meddino_evaluation.segmentation.heads import PrimusHead, PrimusStage
 from torch import nn
+
+from meddino.core.errors import ConfigError
+
+REQUEST = HeadRequest([(8, 8)] * 2, 3, 32, 3)
 
 
 def test_primus__has_25_1_million_parameters_at_16_classes():
-    head = PrimusHead(taps=4, embed_dim=768, patch_size=16, num_outputs=16)
+    head = PrimusHead([(768, 16)] * 4, 16)
     assert round(sum(p.numel() for p in head.parameters()) / 1e6, 1) == 25.1
     widths = [(stage.up.in_channels, stage.up.out_channels) for stage in head.stages]
     assert widths == [(3072, 1536), (1536, 768), (768, 384), (384, 192)]
 
 
 def test_primus__three_stages_at_patch_8():
-    head = PrimusHead(taps=4, embed_dim=32, patch_size=8, num_outputs=3)
+    head = PrimusHead([(32, 8)] * 4, 3)
     assert len(head.stages) == 3
-    assert head(torch.randn(2, 4, 32, 3, 5), torch.randn(2, 3, 24, 40)).shape == (2, 3, 24, 40)
+    assert head([torch.randn(2, 32, 3, 5)] * 4, torch.randn(2, 3, 24, 40)).shape == (2, 3, 24, 40)
 
 
 def test_primus_stage__equals_the_modules_it_is_named_after():
@@ -27,7 +33,7 @@ def test_primus_stage__equals_the_modules_it_is_named_after():
 
 
 def test_primus__he_initialised():
-    head = build_head("primus", 4, 64, 16, 5, seed=0)
+    head = build_head("primus", HeadRequest([(64, 16)] * 4, 3, 32, 5), seed=0)
     weight = head.stages[0].up.weight
     fan = weight[0].numel()  # of a transposed convolution: outputs x kernel
     assert abs(float(weight.detach().std()) / (2 / (1 + 1e-4) / fan) ** 0.5 - 1) < 0.02
@@ -36,15 +42,47 @@ def test_primus__he_initialised():
 
 def test_build_head__depends_on_its_seed_only():
     torch.manual_seed(1)
-    first = build_head("linear", 2, 8, 8, 3, seed=5)
+    first = build_head("linear", REQUEST, seed=5)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = build_head("linear", 2, 8, 8, 3, seed=5)
+    second = build_head("linear", REQUEST, seed=5)
     assert torch.equal(first.classify.weight, second.classify.weight)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(first.classify.weight, build_head("linear", 2, 8, 8, 3, seed=6).classify.weight)
+    assert not torch.equal(first.classify.weight, build_head("linear", REQUEST, seed=6).classify.weight)
 
 
 def test_primus__patch_14_is_resized_to_the_image():
-    head = PrimusHead(taps=1, embed_dim=16, patch_size=14, num_outputs=2)
-    assert head(torch.randn(1, 1, 16, 2, 3), torch.randn(1, 3, 28, 42)).shape == (1, 2, 28, 42)
+    head = PrimusHead([(16, 14)], 2)
+    assert head([torch.randn(1, 16, 2, 3)], torch.randn(1, 3, 28, 42)).shape == (1, 2, 28, 42)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head__logits_at_the_image_size_and_a_gradient_everywhere(name):
+    for needed in {"whole_transunet": ["einops"], "whole_segformer": ["transformers"]}.get(name, []):
+        pytest.importorskip(needed)
+    request = HeadRequest([(16, 8)] * 4, 3, 64, 4)
+    head = build_head(name, request, seed=0)
+    images = torch.randn(2, 3, 64, 64)
+    logits = head([torch.randn(2, 16, 8, 8) for _ in range(4)], images)
+    assert logits.shape == (2, 4, 64, 64)
+    logits.square().mean().backward()
+    # MONAI's transformer holds norms for a cross-attention that is not used here.
+    silent = [
+        parameter_name
+        for parameter_name, parameter in head.named_parameters()
+        if parameter.grad is None and "cross_attn" not in parameter_name
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize("name", ["primus", "linear", "unet", "dino_unet"])
+def test_heads__take_the_pyramid_of_a_convolutional_network(name):
+    shapes = [(8, 4), (16, 8), (32, 16), (64, 32)]
+    head = build_head(name, HeadRequest(shapes, 3, 64, 4), seed=0)
+    maps = [torch.randn(1, channels, 64 // stride, 64 // stride) for channels, stride in shapes]
+    assert head(maps, torch.randn(1, 3, 64, 64)).shape == (1, 4, 64, 64)
+
+
+def test_head_on_no_model__is_refused():
+    with pytest.raises(ConfigError, match=r"--model none has none; see head\.name=whole_"):
+        build_head("primus", HeadRequest([], 1, 64, 4), seed=0)

@@ -5,13 +5,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.cli import main
 from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.segmentation import run as run_module
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
-from meddino_evaluation.segmentation.network import state_hash
+from meddino_evaluation.segmentation.fitting import Fitting
 from meddino_evaluation.segmentation.run import segment
+from meddino_evaluation.segmentation.samples import CropSampler
+from meddino_evaluation.segmentation.trained import load_network, weights_path
 from meddino_evaluation.segmentation.training import Trainer
 
 from meddino.core.config import load_config
@@ -58,7 +61,7 @@ def test_segment__again_trains_nothing_and_a_changed_setting_trains_anew(make_da
     first = segment(tiny_config(), MODEL, data, out)
     trained = []
     original = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self, on_step: (trained.append(1), original(self, on_step))[1])
+    monkeypatch.setattr(Trainer, "fit", lambda self, *arguments: (trained.append(1), original(self, *arguments))[1])
     assert segment(tiny_config(), MODEL, data, out)["test"] == first["test"]
     assert not trained
     segment(tiny_config(training={"lr_head": 0.02}), MODEL, data, out)
@@ -81,7 +84,7 @@ def test_test_cases__are_read_once_and_only_after_all_training(make_dataset, tin
         "read_label",
         lambda self, case, grid: (events.append(f"label {case.name}"), label(self, case, grid))[1],
     )
-    monkeypatch.setattr(Trainer, "fit", lambda self, on_step: (fit(self, on_step), events.append("trained"))[0])
+    monkeypatch.setattr(Trainer, "fit", lambda self, *arguments: (fit(self, *arguments), events.append("trained"))[0])
     config = tiny_config(training={"selection": "best_val", "val_every_steps": 2}, splits={"val_fraction": 0.4})
     segment(config, MODEL, make_dataset(cases=6), tmp_path / "out")
     parts = json.loads((tmp_path / "out/splits.json").read_text())[0]
@@ -109,14 +112,15 @@ def test_finetune__the_encoder_moves_and_the_source_does_not(make_dataset, tiny_
     before = state_hash(experiment.source.backbone)
     run_module.train_all(experiment, tmp_path)
     assert state_hash(experiment.source.backbone) == before
-    network = run_module.load_network(experiment, experiment.source, experiment.splits[0], 0, tmp_path)
+    network = experiment.network(experiment.source, 0)
+    load_network(network, weights_path(tmp_path, 0, 0))
     assert state_hash(network.backbone) != before
 
 
 def test_frozen_that_moved__is_a_fault(make_dataset, tiny_config, tmp_path, monkeypatch):
-    def drifts(self, on_step):
+    def drifts(self, on_step, start):
         with torch.no_grad():
-            self.network.backbone.norm.weight += 1
+            self.network.backbone.vit.norm.weight += 1
 
     monkeypatch.setattr(Trainer, "fit", drifts)
     experiment = open_experiment(tiny_config(), MODEL, make_dataset())
@@ -127,7 +131,7 @@ def test_frozen_that_moved__is_a_fault(make_dataset, tiny_config, tmp_path, monk
 def test_cached_tokens__give_the_same_weights_as_computing_them_each_step(make_dataset, tiny_config, tmp_path, monkeypatch):
     data, config = make_dataset(), tiny_config(seeds=[0], training={"batch_size": 1})
     segment(config, MODEL, data, tmp_path / "cached")
-    monkeypatch.setattr(run_module, "TokenCache", lambda network, machine: None)
+    monkeypatch.setattr(Fitting, "_maps_of", lambda self, network: None)
     segment(config, MODEL, data, tmp_path / "plain")
     first, second = ((tmp_path / name / "weights/fold-0_seed-0.safetensors").read_bytes() for name in ("cached", "plain"))
     assert first == second
@@ -150,13 +154,13 @@ def test_random_of_an_export__has_its_architecture_and_contract(tmp_path):
     loaded = load_encoder("random:vitnano8", random_seed=1)
     again, other = load_encoder("random:vitnano8", random_seed=1), load_encoder("random:vitnano8", random_seed=2)
     assert loaded.model_hash == again.model_hash != other.model_hash
-    assert loaded.contract == meddino.load("random:vitnano8").contract
+    assert loaded.contract.hu == meddino.load("random:vitnano8").contract
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"training": {"crop_px": 36}}, "multiple of its patch size 8"),
+        ({"training": {"crop_px": 36}}, "multiples of 8: use 32 or 40"),
         ({"encoder": {"taps": 9}}, "this model has 4 blocks"),
         ({"data": {"neighbour_slices": 2}}, "takes 1 .repeated. or 3"),
         ({"splits": {"folds": 9}}, "4 patients allow 2 to 4 folds"),
@@ -196,7 +200,7 @@ def test_missing_label__is_named(make_dataset, tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nowhere/"], "no such folder or file"),
+        (["--model", "nowhere/"], "no model 'nowhere/'"),
         (["--model", "random:vitnono8"], "did you mean 'vitnano8'"),
         (["--data", "nowhere"], "no such folder"),
         (["training.stepz=3"], "unknown key 'training.stepz'; did you mean 'steps'"),
@@ -227,3 +231,132 @@ def test_shipped_configs__are_complete(name):
     for section, fields in json.loads(config.model_dump_json()).items():
         if isinstance(fields, dict):
             assert fields.keys() == written[section].keys(), section
+
+
+@pytest.mark.parametrize("mode", ["lora", "bitfit", "partial", "finetune"])
+def test_modes__what_learns_moves_and_the_rest_is_held(make_dataset, tiny_config, tmp_path, mode):
+    config = tiny_config(encoder={"mode": mode, "lora_rank": 2, "partial_blocks": 1}, seeds=[0], training={"steps": 2})
+    metrics = segment(config, MODEL, make_dataset(), tmp_path / mode)  # HeldAndLearned raises otherwise
+    assert metrics["test"]["cases"] == 2
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / mode / "weights/fold-0_seed-0.safetensors", "pt") as file:
+        names = [name for name in file.keys() if name.startswith("backbone.")]  # noqa: SIM118 (no mapping)
+    parameters = [name for name in names if "periods" not in name and "bias_mask" not in name]
+    assert parameters
+    if mode == "lora":
+        assert all("lora_" in name for name in parameters)
+    if mode == "bitfit":
+        assert all(name.endswith("bias") for name in parameters)
+    if mode == "partial":
+        assert not any(".blocks.0." in name for name in parameters)
+
+
+@pytest.mark.parametrize("head", ["whole_unet", "whole_segformer"])
+def test_model_none__networks_of_their_own(make_dataset, tiny_config, tmp_path, head):
+    pytest.importorskip("transformers", reason="whole_segformer is transformers' own")
+    config = tiny_config(head={"name": head}, training={"steps": 1}, seeds=[0])
+    assert segment(config, "none", make_dataset(), tmp_path / head)["test"]["cases"] == 2
+
+
+def test_killed_training__goes_on_and_ends_in_the_same_bytes(make_dataset, tiny_config, tmp_path, monkeypatch):
+    data = make_dataset(cases=6)
+    config = tiny_config(
+        encoder={"mode": "finetune"},
+        training={"steps": 8, "save_every_steps": 2, "selection": "best_val", "val_every_steps": 3},
+        splits={"val_fraction": 0.3},
+        seeds=[0],
+    )
+    segment(config, MODEL, data, tmp_path / "whole")
+    batch = CropSampler.batch
+
+    def dies(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    monkeypatch.setattr(CropSampler, "batch", dies)
+    with pytest.raises(KeyboardInterrupt):
+        segment(config, MODEL, data, tmp_path / "killed")
+    monkeypatch.setattr(CropSampler, "batch", batch)
+    segment(config, MODEL, data, tmp_path / "killed")
+    for name in ("weights/fold-0_seed-0.safetensors", "cases.csv"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert not list((tmp_path / "killed/weights").glob("*.progress*"))
+
+
+def test_lr_grid__the_best_on_validation_is_used(make_dataset, tiny_config, tmp_path):
+    grid = {"selection": "best_val", "val_every_steps": 10, "steps": 20, "lr_head_grid": [1e-9, 0.05]}
+    config = tiny_config(training=grid, splits={"val_fraction": 0.4}, seeds=[0])
+    segment(config, MODEL, make_dataset(cases=6), tmp_path / "out")
+    chosen = json.loads((tmp_path / "out/logs/fold-0_lr.json").read_text())
+    assert chosen["chosen"] == 0.05
+    assert chosen["val_dice"]["0.05"] > chosen["val_dice"]["1e-09"]
+
+
+def test_patience__stops_early(make_dataset, tiny_config, tmp_path):
+    stop = {"selection": "best_val", "val_every_steps": 1, "steps": 50, "patience": 2, "lr_head": 1e-12}
+    segment(tiny_config(training=stop, splits={"val_fraction": 0.4}, seeds=[0]), MODEL, make_dataset(cases=6), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/logs/fold-0_seed-0.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in lines) == 2
+
+
+@pytest.mark.parametrize("change", [{"lr_head_grid": [0.1]}, {"patience": 3}])
+def test_selection_without_validation__is_refused(tiny_config, change):
+    with pytest.raises(ConfigError, match=r"needs validation cases: set training\.selection=best_val"):
+        tiny_config(training=change)
+
+
+def test_augmentation__is_a_function_of_the_seed_and_keeps_labels_on_their_pixels(make_dataset, tiny_config, tmp_path):
+    from meddino_evaluation.segmentation.augmentation import augment
+
+    label = np.zeros((64, 64), dtype=np.int32)
+    label[20:40, 24:44] = 2
+    image = torch.from_numpy(np.where(label == 2, 400.0, -200.0)).float()[None]
+    changed = 0
+    for seed in range(30):
+        found, moved = augment(image, label, (-1000.0, 1000.0), seed)
+        again, moved_again = augment(image, label, (-1000.0, 1000.0), seed)
+        assert torch.equal(found, again)
+        assert np.array_equal(moved, moved_again)
+        assert set(np.unique(moved)) <= {-1, 0, 2}
+        bright = (found[0] > 100).numpy()
+        inside = moved == 2
+        if inside.any() and bright.any():
+            assert 2 * (bright & inside).sum() / (bright.sum() + inside.sum()) > 0.8
+        changed += not torch.equal(found, image)
+    assert changed > 20
+
+
+def test_leakage__test_volumes_of_the_corpus_are_named(make_dataset, tiny_config, tmp_path, monkeypatch):
+    from meddino_data_curation import cli as curate
+
+    data = make_dataset()
+    options = [
+        "slices.min_per_volume=1",
+        "slices.min_size_px=8",
+        "slices.min_body_fraction=0",
+        "privacy.salt_file=" + str(tmp_path / "salt"),
+    ]
+    (tmp_path / "salt").write_text("tests only\n")
+    assert curate.main(["build", str(data / "imagesTr"), "--out", str(tmp_path / "corpus"), *options]) == 0
+    out = tmp_path / "out"
+    metrics = segment(tiny_config(seeds=[0]), MODEL, data, out, corpus=tmp_path / "corpus")
+    test = json.loads((out / "splits.json").read_text())[0]["test"]
+    assert metrics["leakage"] == {"checked": True, "test_cases_in_pretraining": test}
+    assert "has seen these test volumes in pretraining" in (out / "report.html").read_text()
+
+
+def test_largest_component__only_of_labels_it_helps():
+    from meddino_evaluation.data.labels import LabelScheme
+    from meddino_evaluation.segmentation.postprocess import keep_largest, labels_it_helps
+
+    scheme = LabelScheme(("a", "b"), ((1,), (2,)))
+    labels = np.zeros((3, 6, 6), dtype=np.int32)
+    labels[:, :3, :3], labels[0, 5, 5], labels[2, 5, 0:2], labels[0, 5, 3] = 1, 1, 2, 2
+    cleaned = keep_largest(labels, scheme, ["a"])
+    assert cleaned[0, 5, 5] == 0
+    assert (cleaned == 2).sum() == 3
+    assert (keep_largest(labels, scheme, ["a", "b"]) == 2).sum() == 2
+    nan = float("nan")
+    assert labels_it_helps([{"a": 0.5, "b": 0.5}, {"a": nan, "b": 0.5}], [{"a": 0.6, "b": 0.6}, {"a": nan, "b": 0.3}]) == ("a",)

@@ -1,0 +1,86 @@
+"""Rows of cases.csv: written, and summarised over labels, cases, seeds and patients."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from meddino.core.files import atomic_write
+from meddino_evaluation.metrics.label_metrics import case_means, mean_over_cases
+from meddino_evaluation.statistics import bootstrap_mean, mean_and_std
+
+AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm")
+
+
+def write_cases(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows as CSV; an undefined number is an empty cell."""
+    with atomic_write(path, "w") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(columns), lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _cell(row[key]) for key in columns})
+
+
+def summarise(rows: Sequence[dict[str, Any]], resamples: int) -> dict[str, Any]:
+    """Summarise rows of several seeds.
+
+    Args:
+        rows: Columns of cases.csv.
+        resamples: For the bootstrap over patients.
+
+    Returns:
+        For each metric the mean over seeds of (labels of a case, then cases), its standard deviation over seeds, an
+        interval over patients of the seeds' average, the same by label and by site; null where nothing is defined.
+    """
+    seeds = sorted({row["seed"] for row in rows})
+    summary: dict[str, Any] = {"cases": len({row["case"] for row in rows}), "seeds": seeds}
+    for metric in AVERAGED:
+        by_seed = [mean_over_cases([row for row in rows if row["seed"] == seed], metric)[0] for seed in seeds]
+        summary[metric] = {**_spread(by_seed), "by_seed": [_number(value) for value in by_seed]}
+        summary[metric]["interval_95"] = patient_interval(rows, metric, resamples)
+    for key in ("label", "site"):
+        names = list(dict.fromkeys(row[key] for row in rows))
+        if key == "site" and names == [""]:
+            continue
+        summary[f"by_{key}"] = {name: _of_part([row for row in rows if row[key] == name], seeds) for name in names}
+    return summary
+
+
+def patient_interval(rows: Sequence[dict[str, Any]], metric: str, resamples: int) -> list[float | None]:
+    """Return the 95 % bootstrap interval, over patients, of the mean over cases; seeds are averaged within a case first."""
+    patient = {row["case"]: row["patient"] for row in rows}
+    by_case: dict[str, list[float]] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        for case, value in case_means([row for row in rows if row["seed"] == seed], metric).items():
+            by_case.setdefault(case, []).append(value)
+    if not by_case:
+        return [None, None]
+    values = [sum(found) / len(found) for found in by_case.values()]
+    interval = bootstrap_mean(values, groups=[patient[case] for case in by_case], resamples=resamples)
+    return [_number(interval.low), _number(interval.high)]
+
+
+def _of_part(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    part: dict[str, Any] = {"cases": len({row["case"] for row in rows if math.isfinite(row["dice"])})}
+    for metric in AVERAGED:
+        part[metric] = _spread([mean_over_cases([row for row in rows if row["seed"] == seed], metric)[0] for seed in seeds])
+    return part
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    defined = [value for value in values if math.isfinite(value)]
+    if not defined:
+        return {"mean": None, "std": None}
+    mean, std = mean_and_std(defined)
+    return {"mean": _number(mean), "std": _number(std)}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return value

@@ -1,0 +1,56 @@
+"""Test volumes that a model has seen in pretraining: found by the content of their voxels, named, and marked in every table."""
+
+from pathlib import Path
+from typing import Any
+
+from meddino.core.errors import ConfigError
+from meddino.core.logging import get_logger
+from meddino.data.corpus import Corpus
+
+logger = get_logger(__name__)
+
+
+class LeakageCheck:
+    """Compares test volumes with those of the pretraining corpus.
+
+    Args:
+        lineage: Of the export; {} for weights that say nothing of their data.
+        corpus: The corpus itself, whose volumes.parquet lists the content hashes; None if it is not at hand.
+
+    Attributes:
+        known: Whether the pretraining volumes are known.
+        overlap: Names of the test cases that are among them.
+
+    Raises:
+        ConfigError: The corpus is not the one that the lineage names.
+    """
+
+    def __init__(self, lineage: dict[str, Any], corpus: Path | None) -> None:
+        self.overlap: list[str] = []
+        self._hashes: frozenset[str] | None = None
+        if corpus is None:
+            return
+        opened = Corpus(corpus)
+        named = lineage.get("corpus_hash")
+        if named is not None and named != opened.content_hash:
+            raise ConfigError(
+                f"--corpus {corpus} has the content hash {opened.content_hash[:16]}..., but the model was pretrained on "
+                f"{str(named)[:16]}...; give that corpus"
+            )
+        found = opened.volumes.column("content_hash").to_pylist()
+        self._hashes = frozenset(str(value) for value in found if value)
+
+    @property
+    def known(self) -> bool:
+        """Whether the pretraining volumes are known."""
+        return self._hashes is not None
+
+    def look(self, case: str, content_hash: str) -> None:
+        """Note a case if its voxels are in the corpus."""
+        if self._hashes is not None and content_hash in self._hashes and case not in self.overlap:
+            self.overlap.append(case)
+            logger.warning("case %s is in the corpus that the model was pretrained on", case)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what metrics.json says about it."""
+        return {"checked": self.known, "test_cases_in_pretraining": sorted(self.overlap)}
