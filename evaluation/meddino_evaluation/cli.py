@@ -11,6 +11,8 @@ COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
     "predict": ("meddino_evaluation.segmentation.predict_command", "segment new volumes with what segment has trained"),
     "score": ("meddino_evaluation.metrics.score_command", "measure any folder of label maps against references"),
+    "compare": ("meddino_evaluation.segmentation.compare_command", "several encoders x what learns, with tests and one table"),
+    "speed": ("meddino_evaluation.segmentation.speed_command", "inference and metrics against MONAI's, one JSON line each"),
     "knn": ("meddino_evaluation.representation.commands", "nearest neighbours on frozen features"),
     "linear": ("meddino_evaluation.representation.commands", "logistic regression, linear and MLP heads on frozen features"),
     "few-shot": ("meddino_evaluation.representation.commands", "the same on few patients a class, several draws"),
