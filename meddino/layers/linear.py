@@ -58,12 +58,16 @@ def linear(
     return output.view(*x.shape[:-1], weight.shape[0])
 
 
-def product(left: Float[Tensor, "n k"], right: Float[Tensor, "m k"], bias: Tensor | None = None) -> Float[Tensor, "n m"]:
-    """Return left right^T + bias without a gradient. Either factor may be a transposed view."""
+def product(
+    left: Float[Tensor, "n k"], right: Float[Tensor, "m k"], bias: Float[Tensor, " m"] | None = None, *, gelu: bool = False
+) -> Float[Tensor, "n m"]:
+    """Return left right^T + bias, or the GELU of it, without a gradient. Either factor may be a transposed view."""
     if left.device.type == "cpu" and left.dtype == right.dtype == torch.float32 and left.numel() and _has_onednn_product():
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
+        after, algorithm = ("gelu", "none") if gelu else ("none", "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, after, [], algorithm)
         return result
-    return torch.mm(left, right.t()) if bias is None else torch.addmm(bias, left, right.t())
+    result = torch.mm(left, right.t()) if bias is None else torch.addmm(bias, left, right.t())
+    return functional.gelu(result) if gelu else result
 
 
 def takes_own_kernels(*tensors: Tensor) -> bool:

@@ -184,7 +184,7 @@ class _Step:
         )
         self.values = StepValues(1e-4, 0.04, 0.994, 0.07, 1.0, 1.0)
         self.objective = DINOv3Objective(student, teacher, gram_teacher, config, machine, BatchShare(size.batch), seed=0)
-        self.optimizer = build_optimizer(self.objective.trained, parameter_rules(self.objective.trained))
+        self.optimizer = build_optimizer(self.objective.trained, parameter_rules(self.objective.trained), fused=True)
         set_rates(self.optimizer, self.values.lr, self.values.weight_decay)
         self.batch = random_batch(size, backbone.patch_size, backbone.config.in_chans, machine)
         self.step = 0

@@ -17,8 +17,7 @@ def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> N
     # FSDP2 cuts student and teacher alike, so each process averages its own part.
     sources = [_own_part(parameter) for parameter in student.parameters()]
     targets = [_own_part(parameter) for parameter in teacher.parameters()]
-    torch._foreach_mul_(targets, momentum)
-    torch._foreach_add_(targets, sources, alpha=1.0 - momentum)
+    torch._foreach_lerp_(targets, sources, 1.0 - momentum)  # one pass over memory, not two
 
 
 def _own_part(parameter: Tensor) -> Tensor:
