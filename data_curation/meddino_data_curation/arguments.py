@@ -12,7 +12,9 @@ DEFAULT_CONFIG = "default"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
-def curation_config(inputs: Sequence[str], configs: Sequence[str], names: Sequence[str]) -> CurationConfig:
+def curation_config(
+    inputs: Sequence[str], configs: Sequence[str], names: Sequence[str], exclude: Sequence[str] = ()
+) -> CurationConfig:
     """Merge config files, overrides and the sources named on the command line.
 
     Args:
@@ -20,6 +22,7 @@ def curation_config(inputs: Sequence[str], configs: Sequence[str], names: Sequen
         configs: Paths or shipped names; none is the default.
         names: What the sources are called, in their order; the rest become source-1, source-2, ... A folder's own name
             is not used: it may be a patient's.
+        exclude: Held-out data, beside what the config names.
 
     Raises:
         ConfigError: A value is wrong, or there are more names than sources.
@@ -35,4 +38,6 @@ def curation_config(inputs: Sequence[str], configs: Sequence[str], names: Sequen
     twice = {name for name in (source["name"] for source in sources) if [item["name"] for item in sources].count(name) > 1}
     if twice:
         raise ConfigError(f"two sources are called '{min(twice)}'; give each its own name")
-    return check_config(CurationConfig, {**config.model_dump(mode="json"), "sources": sources}, where="sources")
+    values = config.model_dump(mode="json")
+    held_out = [*values["exclude"], *exclude]
+    return check_config(CurationConfig, {**values, "sources": sources, "exclude": held_out}, where="sources")

@@ -12,15 +12,14 @@ import meddino
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
-from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.config import CurationConfig, needs_decision
 from meddino_data_curation.discovery import Discovery, discover
-from meddino_data_curation.duplicates import exact_duplicates
-from meddino_data_curation.manifests import write_corpus_json, write_slices, write_volumes
+from meddino_data_curation.exclusions import apply_lists, read_exclusions
+from meddino_data_curation.finish import finish
 from meddino_data_curation.privacy import Salt, load_salt, private_folder, write_source_map
 from meddino_data_curation.progress import progress
-from meddino_data_curation.shards import drop_stale_shards, plan_shards, write_shards
 from meddino_data_curation.volume_job import VolumeJob
-from meddino_data_curation.work_folder import VolumeRecord, WorkFolder, job_hash
+from meddino_data_curation.work_folder import WorkFolder, job_hash
 from meddino_data_curation.worker_pool import cores, run_volumes
 
 _logger = get_logger(__name__)
@@ -69,9 +68,12 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
     """
     _check_out(corpus)
     salt = load_salt(config.privacy.salt_file, corpus)
+    exclusions = read_exclusions(config.exclude)
+    _check_licences(config)
     found = discover(config.sources, salt)
     _check_found(found, config)
-    inputs = _inputs_hash(found, config)
+    found.candidates = apply_lists(found.candidates, exclusions, config, salt)
+    inputs = _inputs_hash(found, config, exclusions.stamp + salt.fingerprint)
     if _is_finished(corpus, inputs):
         return
     work = WorkFolder(corpus)
@@ -80,44 +82,27 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
             work.sweep()
         jobs = _jobs(found, config, salt, part or Part())
         _write_source_map(found, config, corpus, part)
+        write_json(private_folder(corpus) / "build.json", config.model_dump(mode="json"))
         _run(jobs, config, corpus, work)
         if part is not None:
             name = f"{part.index}-of-{part.count}"
             write_json(work.root / "parts" / f"{name}.json", {"index": part.index, "count": part.count, "inputs": inputs})
             _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
             return
-        finish(jobs, config, corpus, work, salt, inputs)
-
-
-def finish(jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, work: WorkFolder, salt: Salt, inputs: str) -> None:
-    """Put the finished volumes together to a corpus."""
-    records = _records(jobs, work)
-    rows = [record.row for record in records]
-    _mark_duplicates(rows, config)
-    kept = [record for record in records if record.row["status"] == "accepted"]
-    if not kept:
-        raise VolumeError(f"none of {len(rows)} volumes could be used: {_reasons(rows)}")
-    plan = plan_shards(kept, int(config.shards.size_mib * 2**20))
-    placed = drop_stale_shards(corpus, work, plan)
-    lost = {record.row["volume_id"] for record in kept if record.row["volume_id"] not in placed and not work.has_piece(record)}
-    _run_all([job for job in jobs if job.candidate.volume_id in lost], config, corpus, work)
-    shards = write_shards(corpus, work, plan)
-    num_slices = write_slices(corpus / "slices.parquet", work, plan, config.shards.codec)
-    write_volumes(corpus / "volumes.parquet", rows)
-    info = write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint)
-    write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs, "content_hash": info["content_hash"]})
-    work.remove()
+        info = finish(jobs, config, exclusions.data, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
+        write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs, "content_hash": info["content_hash"]})
+        work.remove()
     totals = info["totals"]
     _logger.info(
         "%s: %d slices of %d volumes kept, %d refused, %d duplicates",
-        corpus, num_slices, totals["accepted"], totals["rejected"], totals["duplicate"],
+        corpus, totals["slices"], totals["accepted"], totals["rejected"], totals["duplicate"],
     )  # fmt: skip
 
 
 def _check_out(corpus: Path) -> None:
     if corpus.exists() and not corpus.is_dir():
         raise ConfigError(f"--out {corpus} is a file; name a new or empty folder")
-    own = {"shards", "slices.parquet", "volumes.parquet", "corpus.json", "report.html", ".work"}
+    own = {"shards", "slices.parquet", "volumes.parquet", "fingerprints.parquet", "corpus.json", "report.html", ".work"}
     strange = sorted(entry.name for entry in corpus.iterdir() if entry.name not in own) if corpus.is_dir() else []
     if [name for name in strange if not name.endswith(".partial")]:
         raise ConfigError(f"--out {corpus} holds other things ('{strange[0]}'); name a new or empty folder")
@@ -132,9 +117,18 @@ def _check_found(found: Discovery, config: CurationConfig) -> None:
         raise ConfigError(f"no CT volume under {where}: {seen} files, none of them DICOM, NIfTI, NRRD, MHA or MHD")
 
 
-def _inputs_hash(found: Discovery, config: CurationConfig) -> str:
-    text = canonical_json([[candidate.volume_id, candidate.stamp] for candidate in found.candidates])
-    return hashlib.sha256((_config_text(config) + text).encode("utf-8", "surrogateescape")).hexdigest()
+def _check_licences(config: CurationConfig) -> None:
+    undecided = {source.licence for source in config.sources if needs_decision(source.licence)} - set(config.licences.allow)
+    if undecided:
+        raise ConfigError(
+            f"licences that forbid commercial use or are unclear: {'; '.join(sorted(undecided))}; "
+            "name those you may use in licences.allow"
+        )
+
+
+def _inputs_hash(found: Discovery, config: CurationConfig, others: str) -> str:
+    text = canonical_json([[item.volume_id, item.stamp, item.problem] for item in found.candidates])
+    return hashlib.sha256((_config_text(config) + others + text).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _config_text(config: CurationConfig) -> str:
@@ -160,7 +154,7 @@ def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part) -> l
     for candidate in found.candidates:
         if part.holds(candidate.volume_id):
             source = config.sources[candidate.source]
-            job = job_hash(salt.fingerprint, text, candidate.volume_id, candidate.stamp)
+            job = job_hash(salt.fingerprint, text, candidate.volume_id, candidate.stamp, candidate.problem)
             jobs.append(VolumeJob(candidate, job, source.name, source.licence))
     return jobs
 
@@ -208,31 +202,6 @@ def _watch(config: CurationConfig, status: Counter[str], advance: Callable[[], N
 
 def _size(job: VolumeJob) -> int:
     return sum(path.stat().st_size for path in job.candidate.files if path.exists())
-
-
-def _records(jobs: Sequence[VolumeJob], work: WorkFolder) -> list[VolumeRecord]:
-    """Read what stays in memory of every record: not its slices, thumbnail and histogram."""
-    records = []
-    for job in jobs:
-        record = work.read_record(job.candidate.volume_id)
-        if record is None:
-            raise ConfigError(f"the work folder {work.root} was changed while it was in use; run the same command again")
-        record.slices, record.thumbnail, record.histogram = {}, "", []
-        records.append(record)
-    return records
-
-
-def _mark_duplicates(rows: Sequence[dict[str, Any]], config: CurationConfig) -> None:
-    preference = {source.name: source.preference for source in config.sources}
-    found = exact_duplicates(rows, preference) if config.duplicates.exact else {}
-    for row in rows:
-        if duplicate := found.get(row["volume_id"]):
-            row.update(status="duplicate", duplicate_of=duplicate.of, duplicate_kind=duplicate.kind, num_slices_kept=0)
-
-
-def _reasons(rows: Sequence[dict[str, Any]]) -> str:
-    counts = Counter(str(row["reason"]) for row in rows if row["status"] == "rejected")
-    return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(4))
 
 
 def _write_source_map(found: Discovery, config: CurationConfig, corpus: Path, part: Part | None) -> None:

@@ -144,6 +144,27 @@ def has_dicom_magic(path: Path) -> bool:
         return stream.read(_DICOM_MAGIC_AT + 4)[_DICOM_MAGIC_AT:] == b"DICM"
 
 
+def patient_keys(salt: Salt, source: str, patient: str) -> tuple[str, str]:
+    """Return a patient's key among all sources, and inside one.
+
+    Ids such as LIDC-IDRI-0314 mean the same patient wherever they turn up; "1", "case_07" or "anonymous" do not.
+    """
+    return salt.key("patient", patient), salt.key("patient", source, patient)
+
+
+def patient_key(salt: Salt, source: str, patient: str, is_id: bool) -> str:
+    """Return the key of a patient.
+
+    Args:
+        salt: Of the corpus.
+        source: Name of the source.
+        patient: As written.
+        is_id: False for what was only guessed from a file's name.
+    """
+    everywhere, here = patient_keys(salt, source, patient)
+    return everywhere if is_id and len(patient) >= 8 and any(sign.isdigit() for sign in patient) else here
+
+
 def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str) -> Candidate:
     """Return the candidate of one volume file."""
     suffix = volume_suffix(found.path.name)
@@ -156,7 +177,7 @@ def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, s
         format=format,
         files=(found.path,),
         place=found.inside,
-        patient_key=salt.key("patient", source.name, patient),
+        patient_key=patient_key(salt, source.name, patient, is_id=match is not None),
         series_key=salt.key("series", source.name, found.inside),
         stamp=found.stamp,
         problem=found.problem,

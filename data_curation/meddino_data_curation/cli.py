@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("meddino-curate", "Turn CT volumes into a corpus to pretrain on.", _EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_build(commands)
+    _add_merge_and_audit(commands)
     _add_phantom(commands)
     _add_readers(commands)
     return run_command(parser, argv, lambda arguments: arguments.handle(arguments))
@@ -28,6 +29,7 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", type=Path, required=True, help="the corpus; <out>.private gets salt and source map")
     parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
     parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
+    parser.add_argument("--exclude", action="append", default=[], help="held-out volumes, or a list of ids; may be repeated")
     parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
     parser.set_defaults(handle=_build, overrides=[])  # gets the key=value words that stand behind options
 
@@ -36,8 +38,39 @@ def _build(arguments: argparse.Namespace) -> None:
     from meddino_data_curation.arguments import curation_config
     from meddino_data_curation.build import Part, build
 
-    config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name)
+    config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name, arguments.exclude)
     build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
+
+
+def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("merge", help="join the parts of a job array to one corpus")
+    parser.add_argument("parts", nargs="+", type=Path, help="what `build --part i/n` wrote to; one folder if they shared it")
+    parser.add_argument("--out", type=Path, help="the corpus; the first part if not given")
+    parser.set_defaults(handle=_merge)
+    parser = commands.add_parser("audit", help="name every overlap of a corpus with data that must stay unseen")
+    parser.add_argument("corpus", type=Path, help="folder written by `meddino-curate build`")
+    parser.add_argument("--against", nargs="+", type=Path, required=True, help="folders of volumes, or other corpora")
+    parser.add_argument("--name", action="append", default=[], help="what each is called in the record, in their order")
+    parser.add_argument("--salt-file", type=Path, help="the corpus's salt; <corpus>.private/salt if not given")
+    parser.set_defaults(handle=_audit)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.merge import merge
+
+    merge(arguments.parts, arguments.out or arguments.parts[0])
+
+
+def _audit(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.audit import audit
+
+    results = audit(arguments.corpus, arguments.against, arguments.name, arguments.salt_file)
+    for result in results:
+        for line in result.lines:
+            print(f"{result.name}: {line}")
+        print(f"{result.name}: {result.entry['overlaps']} overlaps with {result.entry['volumes']} volumes")
+    if any(result.lines for result in results):
+        raise ShardError(f"{arguments.corpus} overlaps with data that must stay unseen; build it again with --exclude")
 
 
 def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -145,11 +145,23 @@ class LicencesConfig(StrictConfig):
     ] = ()
 
 
+_RESTRICTED = re.compile(r"(^|[^a-z])(nc|non-?commercial|on request|unclear|not stated|none stated)([^a-z]|$)", re.IGNORECASE)
+
+
+def needs_decision(licence: str) -> bool:
+    """Tell whether a licence forbids commercial use or is unclear, so that somebody has to allow it by name."""
+    return bool(_RESTRICTED.search(licence))
+
+
 class CurationConfig(StrictConfig):
     """A whole curation."""
 
     sources: Annotated[
         tuple[SourceConfig, ...], Field(description="sets of volumes; those named on the command line come first")
+    ] = ()
+    exclude: Annotated[
+        tuple[Path, ...],
+        Field(description="held-out data: folders of volumes, corpora, or text files with an id or path a line"),
     ] = ()
     workers: Annotated[int | None, Field(ge=1, description="processes; null: one for each core this process may use")] = None
     hounsfield: HounsfieldConfig = HounsfieldConfig()
@@ -164,7 +176,7 @@ class CurationConfig(StrictConfig):
 
     def public(self) -> dict[str, object]:
         """Return the config as it may stand in a corpus: without paths and without what only the machine decides."""
-        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True})
+        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True, "exclude": True})
         for source in values["sources"]:
             source.pop("path")
             source.pop("patient_pattern")  # a pattern may quote a name

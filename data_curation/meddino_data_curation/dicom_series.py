@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meddino_data_curation.candidates import Candidate
+from meddino_data_curation.candidates import Candidate, patient_key
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.dicom_headers import DicomHeader, Plane
 from meddino_data_curation.privacy import Salt
@@ -97,7 +97,7 @@ class _SeriesMaker:
             "format": "dicom",
             "files": tuple(header.path for header in headers),
             "place": f"series {self.uid} ({part}), {len(headers)} files, first: {first.inside}",
-            "patient_key": self.salt.key("patient", self.source.name, patient),
+            "patient_key": patient_key(self.salt, self.source.name, patient, bool(first.patient_id)),
             "series_key": self.salt.key("series", self.uid),
             "study_key": self.salt.key("study", first.study_uid) if first.study_uid else None,
             "stamp": stamps,

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -12,10 +13,12 @@ import meddino
 from meddino.core.files import atomic_write, sha256_file, write_json
 from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
 from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.fingerprint import Fingerprint
 from meddino_data_curation.shards import PlannedShard
 from meddino_data_curation.work_folder import WorkFolder
 
 _ROWS_PER_GROUP = 65536
+MANIFESTS = ("slices.parquet", "volumes.parquet", "fingerprints.parquet")
 
 VOLUMES_WRITTEN = pa.schema(
     [*VOLUMES_SCHEMA, pa.field("study_key", pa.string()), pa.field("tilt_deg", pa.float64()), pa.field("notes", pa.string())]
@@ -66,6 +69,37 @@ def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         pq.write_table(table, stream, compression="zstd")
 
 
+FINGERPRINTS_SCHEMA = pa.schema(
+    [
+        pa.field("volume_id", pa.string(), nullable=False),
+        pa.field("places_mm", pa.list_(pa.float64()), nullable=False),
+        pa.field("vectors", pa.binary(), nullable=False),  # int8 [len(places_mm), 255]
+    ]
+)
+
+
+def write_fingerprints(path: Path, prints: Mapping[str, Fingerprint]) -> None:
+    """Write fingerprints.parquet, with which audits find near duplicates without reading a slice."""
+    columns: dict[str, list[Any]] = {"volume_id": sorted(prints), "places_mm": [], "vectors": []}
+    for volume_id in columns["volume_id"]:
+        columns["places_mm"].append(prints[volume_id].places_mm.tolist())
+        columns["vectors"].append(prints[volume_id].vectors.tobytes())
+    with atomic_write(path) as stream:
+        pq.write_table(pa.table(columns, schema=FINGERPRINTS_SCHEMA), stream, compression="zstd")
+
+
+def read_fingerprints(path: Path) -> dict[str, Fingerprint]:
+    """Read fingerprints.parquet; nothing where there is none (near duplicates were switched off)."""
+    if not path.is_file():
+        return {}
+    return {
+        row["volume_id"]: Fingerprint(
+            np.asarray(row["places_mm"]), np.frombuffer(row["vectors"], dtype=np.int8).reshape(len(row["places_mm"]), -1)
+        )
+        for row in pq.read_table(path).to_pylist()
+    }
+
+
 def write_corpus_json(
     corpus: Path,
     config: CurationConfig,
@@ -73,6 +107,7 @@ def write_corpus_json(
     shards: Mapping[str, Mapping[str, Any]],
     num_slices: int,
     salt_fingerprint: str,
+    audits: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write corpus.json, the last file: with it the corpus is finished.
 
@@ -100,7 +135,8 @@ def write_corpus_json(
             name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
             for name, note in shards.items()
         },
-        "manifests": {name: sha256_file(corpus / name) for name in ("slices.parquet", "volumes.parquet")},
+        "manifests": {name: sha256_file(corpus / name) for name in MANIFESTS if (corpus / name).is_file()},
+        "audit": list(audits),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
         "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],
     }

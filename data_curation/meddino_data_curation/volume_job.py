@@ -5,6 +5,7 @@ import hashlib
 import io
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.dicom_reader import read_dicom_volume
 from meddino_data_curation.dicom_series import DicomCandidate
+from meddino_data_curation.fingerprint import Fingerprint, chosen_slices, slice_vector
 from meddino_data_curation.hounsfield import recognise_hounsfield
 from meddino_data_curation.inplane import resample_slice
 from meddino_data_curation.orientation import to_axial_lps
@@ -42,12 +44,14 @@ class VolumeJob:
         job: Hash of everything that decides the result.
         dataset: Name of its source.
         licence: Of its source.
+        is_survey: True if only content and fingerprint are wanted, no slices.
     """
 
     candidate: Candidate
     job: str
     dataset: str
     licence: str
+    is_survey: bool = False
 
 
 def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> str:
@@ -113,12 +117,17 @@ class _Curation:
         self.slices: dict[str, list[Any]] = {}
         self.histogram = np.zeros(len(HISTOGRAM_EDGES_HU) - 1, dtype=np.int64)
         self.middle: NDArray[np.int16] | None = None
+        self.looks: list[tuple[float, NDArray[np.int8]]] = []
 
     def run(self) -> VolumeRecord:
         """Read, write the piece, return the record."""
         volume = self._read()
         shape, spacing = volume.geometry.shape, volume.geometry.spacing_mm
         self.row.update(shape=list(shape), spacing_mm=list(spacing), notes="; ".join(volume.notes) or None)
+        if self.job.is_survey:
+            for _ in self._look(volume):
+                pass
+            return VolumeRecord(self.job.job, self.row, fingerprint=self._fingerprint())
         problem = size_refusal(shape[1:], spacing[1:], self.config.slices)
         if problem:
             raise VolumeError(problem)
@@ -136,7 +145,13 @@ class _Curation:
             )
         self.row["num_slices_kept"] = kept
         return VolumeRecord(
-            self.job.job, self.row, self.slices, length, None, _thumbnail(self.middle, spacing), self.histogram.tolist()
+            self.job.job,
+            self.row,
+            self.slices,
+            length,
+            self._fingerprint(),
+            _thumbnail(self.middle, spacing),
+            self.histogram.tolist(),
         )
 
     def _read(self) -> Volume:
@@ -157,17 +172,33 @@ class _Curation:
         count = volume.geometry.shape[0]
         places = list(volume.places_mm) if volume.places_mm else [volume.geometry.spacing_mm[0] * z for z in range(count)]
         wanted = strided(places, self.config.slices.z_stride_mm)
+        for z, hu in self._look(volume):
+            if z not in wanted:
+                self.left_out["closer than z_stride_mm"] += 1
+                continue
+            self._write_slice(hu, z, places[z], volume, stream)
+
+    def _look(self, volume: Volume) -> Iterator[tuple[int, NDArray[np.int16]]]:
+        """Go through all slices in HU, on the way hashing them and noting what they look like."""
+        count = volume.geometry.shape[0]
+        _, y_mm, x_mm = volume.geometry.spacing_mm
+        looked_at = set(chosen_slices(count).tolist()) if self.config.duplicates.near else set()
         content = hashlib.blake2b(repr(volume.geometry.shape).encode(), digest_size=16)
         for z in range(count):
             hu = to_int16(volume.voxels[z], self.offset)
             content.update(hu.data)
             if z == count // 2:
                 self.middle = hu
-            if z not in wanted:
-                self.left_out["closer than z_stride_mm"] += 1
-                continue
-            self._write_slice(hu, z, places[z], volume, stream)
+            if z in looked_at and (vector := slice_vector(hu, (y_mm, x_mm))) is not None:
+                self.looks.append((volume.places_mm[z] if volume.places_mm else volume.geometry.spacing_mm[0] * z, vector))
+            yield z, hu
         self.row["content_hash"] = content.hexdigest()
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        if not self.looks:
+            return None
+        places, vectors = zip(*self.looks, strict=True)
+        return Fingerprint(np.array(places), np.stack(vectors)).to_json()
 
     def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: Volume, stream: IO[bytes]) -> None:
         statistics, mask = slice_statistics(hu)
