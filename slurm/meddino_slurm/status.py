@@ -182,7 +182,9 @@ def _row(job: Json, job_id: str, key: str, state: str | None, attempts: list[Jso
     if state is None and job["executor"] != "slurm":
         state = "RUNNING" if _local_is_alive(job_id) else None
     if state is None:
-        state = "CANCELLED" if job.get("cancelled") else STATE_OF_DECISION.get(last["decision"], "LOST")
+        # SLURM keeps no trace of an element of an array that was cancelled while it waited.
+        never_started = not own and len(job["keys"]) > 1
+        state = "CANCELLED" if job.get("cancelled") or never_started else STATE_OF_DECISION.get(last["decision"], "LOST")
     note = last["reason"]
     if state == "PENDING":
         why = slurm.pending_reason(job_id)

@@ -1,10 +1,11 @@
 """Handing jobs to submitit: parameters, arrays, dependencies; or only showing what would be handed over."""
 
+import contextlib
+import io
 import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,21 @@ def _submit_to_slurm(folder: Path, works: Sequence[Work], parameters: dict[str, 
 
     executor = submitit.SlurmExecutor(folder=folder / "submitit")
     executor.update_parameters(**parameters)
+    told = io.StringIO()  # submitit repeats sbatch's words on stderr, and then has them in its error once more
     try:
-        if len(works) == 1:
-            return str(executor.submit(Supervise(works[0], "slurm")).job_id)
-        with executor.batch():
-            jobs = [executor.submit(Supervise(work, "slurm")) for work in works]
+        with contextlib.redirect_stderr(told):
+            return _submit_works(executor, works)
     except submitit.core.utils.FailedJobError as error:
-        reason = [line.strip() for line in str(error).splitlines() if "sbatch: error:" in line]
-        raise MedDINOError(f"SLURM refuses the job: {'; '.join(reason) or error}".replace("sbatch: error: ", "")) from error
+        words = "sbatch: error: "
+        reasons = dict.fromkeys(line.partition(words)[2].strip() for line in str(error).splitlines() if words in line)
+        raise MedDINOError(f"SLURM refuses the job: {'; '.join(reasons) or error}") from error
+
+
+def _submit_works(executor: Any, works: Sequence[Work]) -> str:
+    if len(works) == 1:
+        return str(executor.submit(Supervise(works[0], "slurm")).job_id)
+    with executor.batch():
+        jobs = [executor.submit(Supervise(work, "slurm")) for work in works]
     return str(jobs[0].job_id).split("_")[0]
 
 
@@ -247,7 +255,7 @@ def environment_shown(work: Work, executor: Executor) -> Iterator[tuple[str, str
         yield ("MASTER_PORT", "<a port that is free on it>")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _streams_to(path: Path) -> Iterator[None]:
     """Give child processes a file for stdout and stderr: one that outlives this command must not hold its pipes open."""
     saved = os.dup(1), os.dup(2)
