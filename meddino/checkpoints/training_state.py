@@ -33,7 +33,7 @@ from meddino.checkpoints.safetensors_storage import DTYPES, SafetensorsReader, S
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_directory, canonical_json, check_free_space, is_disk_full, sha256_file, write_json
 from meddino.core.logging import get_logger
-from meddino.distributed.collectives import broadcast_object, is_main, world_size
+from meddino.distributed.collectives import broadcast_object, current_group, is_main, world_size
 
 META_FILE = "meta.json"
 FORMAT = "meddino-training-state"
@@ -238,7 +238,7 @@ def _write(partial: Path, tensors: dict[str, Tensor], values: dict[str, Any], me
     writer = SafetensorsWriter(partial, values)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to (save|load) in a single process")
-        save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1)
+        save(dict(tensors), storage_writer=writer, no_dist=world_size() == 1, process_group=current_group())
     if is_main():
         index = partial / "index.json"
         files = {**writer.files, index.name: {"bytes": index.stat().st_size, "sha256": sha256_file(index)}}

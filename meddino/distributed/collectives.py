@@ -1,5 +1,8 @@
 """What processes tell each other. In a single process every function is the identity, so callers never ask."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -8,6 +11,28 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
+_thread = threading.local()
+
+
+@contextmanager
+def using_group(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Let this thread's collectives go through a process group of their own for as long as the block lasts.
+
+    Args:
+        group: Of all processes; None for the default one. Threads that talk at the same time need different groups.
+    """
+    before = current_group()
+    _thread.group = group
+    try:
+        yield
+    finally:
+        _thread.group = before
+
+
+def current_group() -> dist.ProcessGroup | None:
+    """Return the process group of this thread's collectives; None for the default one."""
+    group: dist.ProcessGroup | None = getattr(_thread, "group", None)
+    return group
 
 
 def rank() -> int:
@@ -57,7 +82,7 @@ def all_gather_rows(values: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *res
     if world_size() == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world_size())]
-    dist.all_gather(parts, values.contiguous())
+    dist.all_gather(parts, values.contiguous(), group=current_group())
     return torch.cat(parts)
 
 
@@ -65,7 +90,7 @@ def broadcast_object(value: ObjectT | None, source: int = 0) -> ObjectT:
     """Return the object that process `source` holds. Only for plain data of our own (it is pickled on the way)."""
     box: list[Any] = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box, src=source, group=current_group())
     result: ObjectT = box[0]
     return result
 
@@ -75,7 +100,7 @@ def all_gather_strings(texts: list[str]) -> list[str]:
     if world_size() == 1:
         return texts
     gathered: list[list[str]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(gathered, texts)
+    dist.all_gather_object(gathered, texts, group=current_group())
     return [text for part in gathered for text in part]
 
 
@@ -96,7 +121,7 @@ def _all_reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     if world_size() == 1:
         return values
     reduced = values.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(reduced, op=operation)
+    dist.all_reduce(reduced, op=operation, group=current_group())
     return reduced
 
 

@@ -1,6 +1,6 @@
 """When a stage saves, what it saves, and where it goes on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from meddino.checkpoints.training_state import (
     save_training_state,
 )
 from meddino.core.logging import get_logger
-from meddino.distributed.collectives import barrier, is_main
+from meddino.distributed.collectives import is_main
+from meddino_pretrain.background_save import BackgroundSaver, FrozenState
 from meddino_pretrain.config import SavingConfig
 from meddino_pretrain.metrics import MetricsWriter
 
@@ -58,6 +59,7 @@ class StageCheckpoints:
         self.step = self.bad_in_a_row = 0
         self._state = state
         self._teacher_backbone = teacher_backbone
+        self._saver, self._frozen = BackgroundSaver(), FrozenState()
 
     def resume(self, found: Checkpoint) -> None:
         """Load a checkpoint that was found valid."""
@@ -66,7 +68,7 @@ class StageCheckpoints:
         self.step, self.bad_in_a_row = found.step, int(counters["bad_in_a_row"])
 
     def after_step(self, step: int, metrics: MetricsWriter | None, now: bool) -> None:
-        """Save what is due after a step.
+        """Save what is due after a step, in the background.
 
         Args:
             step: Steps done.
@@ -74,17 +76,27 @@ class StageCheckpoints:
             now: Save even if it is not due.
         """
         self.step = step
+        writes: list[tuple[Path, dict[str, Any]]] = []
         if step in self.snapshot_steps:
-            save_training_state(self.snapshot(step), {"backbone": self._teacher_backbone}, {**self.meta, "step": step})
-        if not (now or step == self.steps or step % self.saving.every_steps == 0):
-            return
-        if metrics is not None:
-            metrics.sync()
-        state = {**self._state, "counters": {"bad_in_a_row": self.bad_in_a_row}}
-        save_training_state(self.folder / CHECKPOINTS / checkpoint_name(step), state, {**self.meta, "step": step})
-        if is_main():
+            writes.append((self.snapshot(step), self._frozen.copy({"backbone": self._teacher_backbone})))
+        due = now or step == self.steps or step % self.saving.every_steps == 0
+        if due:
+            if metrics is not None:
+                metrics.sync()
+            state = {**self._state, "counters": {"bad_in_a_row": self.bad_in_a_row}}
+            writes.append((self.folder / CHECKPOINTS / checkpoint_name(step), self._frozen.copy(state)))
+        if writes:
+            self._saver.start(lambda: self._write(writes, {**self.meta, "step": step}, prune=due))
+
+    def finish(self) -> None:
+        """Wait until everything is on disk, and raise what went wrong on the way."""
+        self._saver.wait()
+
+    def _write(self, writes: Sequence[tuple[Path, dict[str, Any]]], meta: Mapping[str, Any], prune: bool) -> None:
+        for folder, state in writes:
+            save_training_state(folder, state, meta)
+        if prune and is_main():
             prune_checkpoints(self.folder / CHECKPOINTS, self.saving.keep_last, self.saving.keep_every_steps)
-        barrier()
 
     def snapshot(self, step: int) -> Path:
         """Return the folder of a snapshot."""

@@ -80,7 +80,9 @@ class Trainer:
             stop = self.stop.agreed()
             self.checkpoints.after_step(self.step, self.metrics, now=stop)
             if stop and self.step < self.schedules.steps:
+                self.checkpoints.finish()
                 raise StoppedEarly(f"stopped by a signal after step {self.step}, all is saved; run the same command again")
+        self.checkpoints.finish()
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Take one optimizer step and return what is to be known of it.

@@ -1,111 +1,143 @@
-"""A corpus that is not what it should be ends `meddino-pretrain` with one line and exit code 2, nothing half-written."""
+"""Wrong input: one clear line, exit code 2, and nothing that a rerun would trust."""
 
 import json
+import re
 import shutil
+from collections import namedtuple
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from meddino_pretrain.cli import main
-from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.run_folder import open_run
 
-from meddino.core.config import load_config
-from meddino.data.corpus import Corpus
+from meddino.core.files import write_json
+
+TINY = str(Path(__file__).with_name("tiny.yaml"))
+ONE_STEP = [
+    "stages.stage1_pretrain.steps=1",
+    "stages.stage2_gram.gram_teacher.step=1",
+    "stages.stage3_highres.gram_teacher.step=1",
+]
+
+
+def refused(capsys, *arguments: str) -> str:
+    """Run the command, expect exit code 2 and exactly one line on stderr that is no log record."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meddino-pretrain: error:")]
+    assert len(lines) == 1
+    return lines[0]
 
 
 @pytest.fixture
-def corpus(make_corpus) -> Path:
-    return make_corpus(count=8).root
-
-
-@pytest.fixture
-def refused(request, tmp_path, capsys):
-    """Return a function that trains on a corpus, sees it refused, and returns the one line."""
-
-    def run(corpus: Path, *overrides: str, out: Path = tmp_path / "run") -> str:
-        recipe = str(request.path.with_name("tiny.yaml"))
-        assert main([recipe, "--corpus", str(corpus), "--out", str(out), *overrides]) == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert len(lines) == 1
-        return lines[0]
-
+def begun(make_corpus_once, tmp_path):
+    run = tmp_path / "run"
+    assert main([TINY, "--corpus", str(make_corpus_once), "--out", str(run), "--stage", "stage1_pretrain", *ONE_STEP]) == 0
     return run
 
 
-def change_info(corpus: Path, **changes) -> None:
-    path = corpus / "corpus.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def test_pretrain__missing_corpus(capsys, tmp_path):
+    line = refused(capsys, TINY, "--corpus", tmp_path / "none", "--out", tmp_path / "run")
+    assert "no such folder" in line and not (tmp_path / "run").exists()
 
 
-def test_bad_input__no_corpus(refused, tmp_path):
-    assert "no such folder" in refused(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    assert "is no finished corpus: corpus.json is missing" in refused(tmp_path / "empty")
-    assert not (tmp_path / "run").exists()
+def test_pretrain__a_folder_that_is_no_corpus(capsys, tmp_path):
+    line = refused(capsys, TINY, "--corpus", tmp_path, "--out", tmp_path / "run")
+    assert "corpus.json is missing" in line and not (tmp_path / "run").exists()
 
 
-def test_bad_input__a_corpus_of_another_version(refused, corpus, tmp_path):
-    change_info(corpus, schema_version=99)
-    assert "schema version 99 found, this program reads version 1" in refused(corpus)
-    assert not (tmp_path / "run").exists()
+def test_pretrain__corpus_of_another_version(capsys, make_corpus_once, tmp_path):
+    corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
+    write_json(corpus / "corpus.json", {**json.loads((corpus / "corpus.json").read_text()), "schema_version": 99})
+    assert "schema version 99" in refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"schema_version": 1'])
-def test_bad_input__a_damaged_corpus_json(refused, corpus, content):
-    (corpus / "corpus.json").write_text(content)
-    assert str(corpus / "corpus.json") in refused(corpus)
+def test_pretrain__missing_shard(capsys, make_corpus_once, tmp_path):
+    corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
+    next((corpus / "shards").iterdir()).unlink()
+    assert "lacks 1 of 2 shards" in refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run")
 
 
-def test_bad_input__a_missing_shard(refused, corpus, tmp_path):
-    (corpus / "shards" / "tiny-000001.tar").unlink()
-    assert "lacks 1 of 2 shards, e.g. shards/tiny-000001.tar" in refused(corpus)
-    assert not (tmp_path / "run").exists()
+def test_pretrain__changed_corpus_under_a_run(capsys, begun, make_corpus_once, tmp_path):
+    corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
+    write_json(corpus / "corpus.json", {**json.loads((corpus / "corpus.json").read_text()), "content_hash": "f" * 64})
+    assert "learns from a corpus" in refused(capsys, TINY, "--corpus", corpus, "--out", begun, *ONE_STEP)
 
 
-def test_bad_input__a_missing_or_foreign_index(refused, corpus):
-    index = corpus / "slices.parquet"
-    table = pq.read_table(index)
-    index.unlink()
-    assert "slices.parquet is missing or damaged" in refused(corpus)
-    pq.write_table(table.drop_columns(["crc32", "rows"]), index)
-    assert "lacks the columns crc32, rows" in refused(corpus)
-    pq.write_table(table.slice(0, 0), index)
-    assert "holds no slices" in refused(corpus)
-    place = table.schema.get_field_index("shard")
-    outside = pa.array(["../../secret.tar"] * len(table))
-    pq.write_table(table.set_column(place, table.schema.field("shard"), outside), index)
-    assert "leads out of its folder" in refused(corpus)
+def test_pretrain__unknown_recipe_names_the_shipped_ones(capsys, make_corpus_once, tmp_path):
+    line = refused(capsys, "smok", "--corpus", make_corpus_once, "--out", tmp_path / "run")
+    assert "ct3m_vitb" in line and "smoke" in line
 
 
-def test_bad_input__a_corpus_that_changed_under_a_run(request, refused, corpus, make_corpus, tmp_path):
-    config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")])
-    with open_run(tmp_path / "run", config, Corpus(corpus)):
-        pass
-    other = make_corpus(count=9, name="other")
-    line = refused(other.root)
-    assert Corpus(corpus).content_hash[:12] in line and other.content_hash[:12] in line
-    shutil.rmtree(corpus)
-    shutil.move(other.root, corpus)  # the same path with other slices in it
-    assert refused(corpus) == line.replace(str(other.root), str(corpus))
+def test_pretrain__unknown_key_names_the_nearest(capsys, make_corpus_once, tmp_path):
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "run", "optimizer.clip_grad_nrm=1.0")
+    assert "optimizer.clip_grad_nrm" in line and "clip_grad_norm" in line
 
 
-def test_bad_input__more_damaged_slices_than_allowed(refused, corpus):
-    shard = corpus / "shards" / "tiny-000000.tar"  # four of the eight slices
-    shard.write_bytes(b"\0" * shard.stat().st_size)
-    line = refused(corpus, "loader.max_damaged=2")
-    assert "3 damaged slices in corpus" in line and "loader.max_damaged allows 2" in line and "checksum mismatch" in line
+def test_pretrain__unknown_backbone(capsys, make_corpus_once, tmp_path):
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "run", "backbone.name=vitb61")
+    assert "did you mean 'vitb16'" in line
 
 
-def test_bad_input__sizes_that_do_not_divide(refused, corpus):
-    line = refused(corpus, "stages.stage1_pretrain.accumulation=3")
-    assert "does not divide over 1 processes x 3 micro-batches" in line
-    line = refused(corpus, "stages.stage1_pretrain.crops.sizes=[{global_px: 30, local_px: 16}]")
-    assert "crops.sizes.0.global_px=30: not a multiple of the patch size 8" in line
+def test_pretrain__changed_config_under_a_run(capsys, begun, make_corpus_once):
+    line = refused(
+        capsys, TINY, "--corpus", make_corpus_once, "--out", begun, *ONE_STEP, "optimizer.layerwise_decay=0.5", "seed=3"
+    )
+    assert "optimizer.layerwise_decay: 0.9 -> 0.5" in line and "seed: 0 -> 3" in line
 
 
-def test_bad_input__world_size_that_does_not_divide(refused, corpus, monkeypatch):
-    monkeypatch.setattr("meddino_pretrain.build.world_size", lambda: 3)
-    line = refused(corpus)
-    assert "global batch 4 does not divide over 3 processes x 1 micro-batches" in line and "the nearest: " in line
+def test_pretrain__where_it_runs_may_change(begun, make_corpus_once):
+    again = [TINY, "--corpus", str(make_corpus_once), "--out", str(begun), "--stage", "stage1_pretrain", *ONE_STEP]
+    assert main([*again, "saving.keep_last=3", "loader.prefetch=4"]) == 0
+
+
+def test_pretrain__checkpoint_of_another_architecture(capsys, begun, make_corpus_once, tmp_path):
+    other = [f"init.weights={begun}", "backbone.changes.depth=3"]
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "other", *other)
+    assert "blocks.2" in line or "cover" in line
+
+
+def test_pretrain__a_folder_with_something_else(capsys, make_corpus_once, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path)
+    assert "holds no run" in line and (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_pretrain__two_at_once(capsys, begun, make_corpus_once):
+    import fcntl
+
+    with (begun / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another process is training" in refused(capsys, TINY, "--corpus", make_corpus_once, "--out", begun, *ONE_STEP)
+
+
+def test_pretrain__no_space(capsys, make_corpus_once, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "run")
+    assert re.search(r"no room for .*free some space", line)
+    assert not list((tmp_path / "run").glob("*/checkpoints/*"))
+
+
+def test_pretrain__disk_full_while_saving(capsys, make_corpus_once, tmp_path, monkeypatch):
+    import errno
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "step-000000001")
+
+    monkeypatch.setattr("meddino_pretrain.checkpointing.save_training_state", full)
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "run", *ONE_STEP)
+    assert "no space left on the disk" in line
+    monkeypatch.undo()
+    again = [TINY, "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--stage", "stage1_pretrain", *ONE_STEP]
+    assert main(again) == 0
+
+
+def test_pretrain__more_damaged_slices_than_allowed(make_corpus_once, tmp_path, capsys):
+    corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
+    for shard in (corpus / "shards").iterdir():
+        data = bytearray(shard.read_bytes())
+        for place in range(700, len(data), 800):
+            data[place] ^= 0xFF
+        shard.write_bytes(bytes(data))
+    line = refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run", "loader.max_damaged=2", "health.slices=2")
+    assert "damaged" in line or "can be read" in line

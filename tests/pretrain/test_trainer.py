@@ -1,0 +1,73 @@
+"""Steps whose loss is not finite change nothing, are told with their samples, and end the run after too many."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from meddino_pretrain import build
+from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.metrics import read_metrics
+from meddino_pretrain.sample_order import SampleOrder
+from meddino_pretrain.stages import run_pretraining
+
+from meddino.checkpoints.safetensors_storage import read_tensors
+from meddino.core.config import load_config
+from meddino.core.errors import MedDINOError
+from meddino.core.seeds import derive_seed
+from meddino.data.corpus import Corpus
+
+STAGE = "stage1_pretrain"
+
+
+@pytest.fixture
+def run_with_nan(request, make_corpus_once, tmp_path, monkeypatch):
+    """Run stage 1 for four steps, checkpoints after each, with NaN in the images of some steps."""
+    plain = build.to_model_input
+
+    def run(bad_steps: set[int], *overrides: str) -> Path:
+        def poisoned(raw, machine, contract):
+            batch = plain(raw, machine, contract)
+            if raw.step in bad_steps:
+                batch.global_crops[0, 0, 0, 0] = float("nan")
+            return batch
+
+        monkeypatch.setattr(build, "to_model_input", poisoned)
+        steps = [f"stages.{STAGE}.steps=4", "saving.every_steps=1", "saving.keep_last=9"]
+        config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], [*steps, *overrides])
+        run_pretraining(config, make_corpus_once, tmp_path / "run", [STAGE])
+        return tmp_path / "run"
+
+    return run
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return read_tensors(run / STAGE / "checkpoints" / f"step-{step:09d}")
+
+
+def test_trainer__a_nan_step_changes_nothing(run_with_nan, make_corpus_once):
+    run = run_with_nan({1})
+    before, after, later = state(run, 1), state(run, 2), state(run, 3)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():  # student, teacher, heads and the optimizer's moments and step counts
+        assert torch.equal(after[name], tensor), name
+    assert not torch.equal(later["student.backbone.norm.weight"], after["student.backbone.norm.weight"])
+    records = read_metrics(run / STAGE / "metrics.jsonl")
+    assert [record["skipped"] for record in records] == [False, True, False, False]
+    assert records[1]["loss"] is None
+    corpus = Corpus(make_corpus_once)
+    order = SampleOrder(derive_seed(0, "stage", STAGE), len(corpus), 4)
+    assert records[1]["keys"] == [corpus.key(index) for index in order.slices_for_step(1)]
+
+
+def test_trainer__too_many_in_a_row_end_the_run(run_with_nan, tmp_path):
+    with pytest.raises(MedDINOError, match=r"2 steps in a row up to step 3.*last samples: s0"):
+        run_with_nan({1, 2, 3}, "optimizer.max_bad_steps=2")
+    records = read_metrics(tmp_path / "run" / STAGE / "metrics.jsonl")
+    assert [record["skipped"] for record in records] == [False, True, True]
+    first, last = state(tmp_path / "run", 1), state(tmp_path / "run", 2)
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_trainer__good_steps_between_bad_ones_start_the_count_again(run_with_nan):
+    run = run_with_nan({0, 2}, "optimizer.max_bad_steps=2")
+    assert [record["skipped"] for record in read_metrics(run / STAGE / "metrics.jsonl")] == [True, False, True, False]
