@@ -90,7 +90,7 @@ def evaluate(
     check_selection(config, dataset.kind)
     splits = _splits(dataset, config)
     corpus_hashes, corpus_hash = _corpus(config.split.corpus)
-    transform = make_transform(backbone, config.features, dataset.config.modality, dataset.config.window_hu)
+    transform = make_transform(backbone, config.features, dataset.config)
     extractor = FeatureExtractor(backbone, transform, config.features, config.features.cache or out / "features", machine)
     bank = ImageBank(backbone, transform)
     runs: list[Run] = []
@@ -122,6 +122,7 @@ def evaluate(
             "patients": len({case.patient for case in dataset.cases}),
             "patients_known": dataset.has_patients,
             "licence": dataset.config.licence,
+            "split_rule": dataset.config.split_rule,
             "corpus_compared": corpus_hash,
         },
         "transform": transform.__dict__,

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from meddino.core.device import Machine
-from meddino.core.errors import MedDINOError
+from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import PARTIAL_SUFFIX, canonical_json
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.representation.dataset_config import DatasetConfig
 from meddino_evaluation.representation.datasets import Case
 from meddino_evaluation.representation.evaluation_config import FeaturesConfig
 from meddino_evaluation.representation.images import SliceStack, read_slices
@@ -38,6 +39,7 @@ class Transform:
         window_hu: HU window, or None for the model's own.
         max_slices: Evenly spaced slices of a volume, or None for all.
         last_blocks: CLS vectors kept.
+        volume: A case may hold several slices.
     """
 
     size_px: int
@@ -45,6 +47,7 @@ class Transform:
     window_hu: tuple[float, float] | None
     max_slices: int | None
     last_blocks: int
+    volume: bool = True
 
     def slice_numbers(self, count: int) -> list[int]:
         """Return which slices of a volume are looked at."""
@@ -57,9 +60,7 @@ class Transform:
         return hashlib.sha256(canonical_json(self.__dict__).encode()).hexdigest()
 
 
-def make_transform(
-    backbone: Backbone, config: FeaturesConfig, modality: str, window_hu: tuple[float, float] | None
-) -> Transform:
+def make_transform(backbone: Backbone, config: FeaturesConfig, data: DatasetConfig) -> Transform:
     """Return the transform of a backbone on a data set.
 
     Raises:
@@ -67,7 +68,22 @@ def make_transform(
     """
     size = config.image_size_px or backbone.contract.native_size_px
     backbone.contract.check_size(size, backbone.name)
-    return Transform(size, modality, window_hu, config.max_slices, config.last_blocks)
+    return Transform(size, data.modality, data.window_hu, config.max_slices, config.last_blocks, data.volume)
+
+
+def read_case(case: Case, transform: Transform) -> SliceStack:
+    """Read a case's slices.
+
+    Raises:
+        VolumeError: As `read_slices`; or several slices in a data set of single images.
+    """
+    stack = read_slices(case.source, "ct" if transform.modality == "ct" else "image")
+    if len(stack.values) > 1 and not transform.volume:
+        raise VolumeError(
+            f"image {case.source} holds {len(stack.values)} slices, and its data set says one image a case; "
+            "set volume: true in the data set's definition"
+        )
+    return stack
 
 
 def model_input(backbone: Backbone, stack: SliceStack, numbers: Sequence[int], transform: Transform) -> Tensor:
@@ -177,7 +193,7 @@ class FeatureExtractor:
         fresh: dict[str, Tensor] = {}
         waiting: list[_Waiting] = []
         for case in cases:
-            stack = read_slices(case.source, "ct" if self.transform.modality == "ct" else "image")
+            stack = read_case(case, self.transform)
             hashes.append(slice_hashes(stack))
             key = hashlib.sha256("".join(hashes[-1]).encode()).hexdigest()
             keys.append(key)

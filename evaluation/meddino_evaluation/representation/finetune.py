@@ -19,9 +19,8 @@ from meddino_evaluation.classification_metrics import TaskKind, selection_score
 from meddino_evaluation.representation.adaptation import Adaptation, adapt, held_tensors, set_training_mode
 from meddino_evaluation.representation.datasets import Case, labels_array
 from meddino_evaluation.representation.evaluation_config import FinetuneConfig
-from meddino_evaluation.representation.features import Transform, model_input
+from meddino_evaluation.representation.features import Transform, model_input, read_case
 from meddino_evaluation.representation.heads import Probabilities, class_loss, class_probabilities
-from meddino_evaluation.representation.images import read_slices
 
 _log = get_logger(__name__)
 _BANK_BYTES = 2**31
@@ -40,7 +39,7 @@ class ImageBank:
         """Return [slices, C, size, size]."""
         if case.source in self._kept:
             return self._kept[case.source]
-        stack = read_slices(case.source, "ct" if self.transform.modality == "ct" else "image")
+        stack = read_case(case, self.transform)
         images = model_input(self.backbone, stack, self.transform.slice_numbers(len(stack.values)), self.transform)
         size = images.numel() * images.element_size()
         if self._bytes + size <= _BANK_BYTES:

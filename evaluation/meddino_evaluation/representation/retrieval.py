@@ -23,7 +23,7 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationCon
 
     Writes per_case.csv (one row a query) and metrics.json with means, deviations over repeats and intervals over patients.
     """
-    transform = make_transform(backbone, config.features, dataset.config.modality, dataset.config.window_hu)
+    transform = make_transform(backbone, config.features, dataset.config)
     cache = config.features.cache or out / "features"
     extractor = FeatureExtractor(backbone, transform, config.features, cache, find_machine(config.features.device))
     by_id = {case.id: case for case in dataset.cases}

@@ -84,7 +84,7 @@ def _show_features(arguments: argparse.Namespace, backbone: "Backbone") -> None:
     config = load_dataset_config(arguments.data)
     dataset = open_dataset(config, arguments.root)
     settings = FeaturesConfig(image_size_px=arguments.size)
-    transform = make_transform(backbone, settings, config.modality, config.window_hu)
+    transform = make_transform(backbone, settings, config)
     table = FeatureExtractor(backbone, transform, settings, arguments.out / "features", find_machine())(dataset.cases)
     places = tsne(table.vectors().double().numpy())
     names = [

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.classification_metrics import METRICS, classification_metric
 from meddino_evaluation.representation import evaluate as evaluate_module
-from meddino_evaluation.representation import features, finetune
+from meddino_evaluation.representation import features
 from meddino_evaluation.representation.datasets import LabelledSet
 from meddino_evaluation.representation.evaluate import SealedTest, evaluate
 from meddino_evaluation.representation.evaluation_config import FewShotConfig, SplitConfig
@@ -23,11 +23,8 @@ FROZEN = ("knn", "logistic", "linear", "mlp", "attention")
 def spy(monkeypatch):
     """Records which image is read and when something has been learned."""
     log = []
-    for module in (features, finetune):
-        read = module.read_slices
-        monkeypatch.setattr(
-            module, "read_slices", lambda source, modality, read=read: log.append(source) or read(source, modality)
-        )
+    read = features.read_slices
+    monkeypatch.setattr(features, "read_slices", lambda source, modality: log.append(source) or read(source, modality))
     learn = evaluate_module.learn
 
     def learned(protocol, lesson):

@@ -1,25 +1,26 @@
 import numpy as np
 import pytest
 import torch
+from meddino_evaluation.representation.datasets import load_dataset_config
 from meddino_evaluation.representation.evaluation_config import FeaturesConfig
 from meddino_evaluation.representation.features import FeatureExtractor, Transform, make_transform, model_input
 from meddino_evaluation.representation.images import SliceStack
 
 from meddino.core.device import find_machine
-from meddino.core.errors import ConfigError, MedDINOError
+from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 
 
-def _extractor(backbone, cache, modality="ct", **settings):
+def _extractor(backbone, cache, data="ct_contrast", **settings):
     config = FeaturesConfig(image_size_px=32, **settings)
-    return FeatureExtractor(backbone, make_transform(backbone, config, modality, None), config, cache, find_machine("cpu"))
+    transform = make_transform(backbone, config, load_dataset_config(data))
+    return FeatureExtractor(backbone, transform, config, cache, find_machine("cpu"))
 
 
 @pytest.mark.parametrize("name", ["ct_contrast", "glioma_grading"])
 def test_extractor__batch_size_does_not_change_features(fake_set, backbone, tmp_path, name):
     dataset = fake_set(name)
-    modality = dataset.config.modality
-    one = _extractor(backbone, tmp_path / "1", modality, batch_size=1)(dataset.cases)
-    eight = _extractor(backbone, tmp_path / "8", modality, batch_size=8)(dataset.cases)
+    one = _extractor(backbone, tmp_path / "1", name, batch_size=1)(dataset.cases)
+    eight = _extractor(backbone, tmp_path / "8", name, batch_size=8)(dataset.cases)
     for a, b in zip(one.rows, eight.rows, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
     assert one.widths == (128,) * 4
@@ -92,10 +93,16 @@ def test_extractor__frozen_is_frozen_and_a_change_is_found(fake_set, backbone, t
 
 def test_transform__size_slices_and_window(backbone):
     with pytest.raises(ConfigError, match="multiples of 8"):
-        make_transform(backbone, FeaturesConfig(image_size_px=30), "ct", None)
+        make_transform(backbone, FeaturesConfig(image_size_px=30), load_dataset_config("ct_contrast"))
     transform = Transform(32, "ct", None, 4, 1)
     assert transform.slice_numbers(3) == [0, 1, 2]
     assert transform.slice_numbers(8) == [1, 3, 5, 7]
     stack = SliceStack(np.full((1, 1, 32, 32), 3000, np.int16), "hu")
     clipped = model_input(backbone, stack, [0], transform)
     assert clipped.max().item() == pytest.approx((1000 - 65.108) / 178.017, rel=1e-5)
+
+
+def test_extractor__several_slices_where_one_image_was_said(fake_set, backbone, tmp_path):
+    case = fake_set("glioma_grading").cases[0]
+    with pytest.raises(VolumeError, match="one image a case"):
+        _extractor(backbone, tmp_path, "brain_mri")([case])
