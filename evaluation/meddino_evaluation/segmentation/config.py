@@ -31,6 +31,8 @@ class DataConfig(StrictConfig):
     """Longer in-plane side, pixels; needed by resample=size."""
     plan_px: int = Field(512, gt=0, le=2048)
     """Patch side of nnU-Net's 2D plan, pixels, whose field of view resample=plan keeps; 512 at usual CT sizes [N]."""
+    cache: str | None = None
+    """Folder in which prepared slices are kept as Blosc2 for other runs; null: only in memory, for this run."""
     patient_pattern: str | None = None
     """Regular expression; its first group in the case name is the patient. null: patients.csv, else a case is a patient."""
 

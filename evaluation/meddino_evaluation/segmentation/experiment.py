@@ -11,8 +11,9 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import foreground_contract, median_plane_spacing
-from meddino_evaluation.data.nnunet_raw import read_nnunet_raw
-from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
+from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.prepare import GridRule, PreparedCase
+from meddino_evaluation.data.prepared_cache import prepare_cached
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, few_cases, make_folds, read_folds
 from meddino_evaluation.segmentation.build import HeadRequest, build_network, head_request
 from meddino_evaluation.segmentation.config import SegmentConfig
@@ -50,6 +51,11 @@ class Experiment:
         return (0,) if self.config.data.channels == "first" else tuple(range(len(self.dataset.channel_names)))
 
     @property
+    def cache(self) -> Path | None:
+        """Folder of prepared cases that runs share, or None."""
+        return None if self.config.data.cache is None else Path(self.config.data.cache)
+
+    @property
     def input_channels(self) -> int:
         """Channels of the model input."""
         entering = len(self.channels) * (2 * self.config.data.neighbour_slices + 1)
@@ -60,7 +66,15 @@ class Experiment:
         """Hash of everything a trained network depends on; what was trained under another one is never taken up."""
         names = sorted({name for split in self.splits for name in (*split.train, *split.val)})
         parts = {
-            "config": self.config.model_dump(mode="json", exclude={"seeds", "metrics", "inference"}),
+            "config": self.config.model_dump(
+                mode="json",
+                exclude={
+                    "seeds": True,
+                    "metrics": True,
+                    "inference": {"step", "gaussian", "mirror", "batch_size"},
+                    "data": {"cache"},
+                },
+            ),
             "model": self.source.model_hash,
             "data": self.dataset.data_hash([self.dataset.case(name) for name in names]),
             "contract": repr(self.source.contract),
@@ -82,7 +96,7 @@ class Experiment:
         """Read and prepare a case, once for all folds and seeds."""
         key = (name, rule)
         if key not in self._prepared:
-            self._prepared[key] = prepare_case(self.dataset, self.dataset.case(name), self.channels, rule)
+            self._prepared[key] = prepare_cached(self.dataset, self.dataset.case(name), self.channels, rule, self.cache)
         return self._prepared[key]
 
     def check_leakage(self, case: PreparedCase) -> None:
@@ -135,7 +149,7 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     """
     use_cpu_threads()
     machine = find_machine(config.device, config.precision)
-    dataset = with_patients(read_nnunet_raw(data), config.data.patient_pattern)
+    dataset = with_patients(open_dataset(data), config.data.patient_pattern)
     source = load_encoder(model, config.encoder.random_seed)
     check_fit(config, source, dataset)
     check_grids(dataset)

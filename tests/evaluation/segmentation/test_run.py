@@ -219,7 +219,7 @@ def test_command__wrong_input_exits_2_with_one_line(make_dataset, tmp_path, caps
     assert words in error
 
 
-@pytest.mark.parametrize("name", ["segment", "demo", "demo_real"])
+@pytest.mark.parametrize("name", ["segment", "demo", "demo_real", "sarcoma"])
 def test_shipped_configs__are_complete(name):
     from omegaconf import OmegaConf
 

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from meddino_evaluation.data.labels import LabelScheme, parse_labels
+from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.prepare import GridRule, prepare_case
+from meddino_evaluation.data.prepared_cache import prepare_cached
+
+from meddino.core.errors import ConfigError, VolumeError
+
+
+def save(path: Path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+
+def volumes(root: Path, names: list[str], channel: str = "") -> None:
+    for number, name in enumerate(names):
+        image = np.random.default_rng(number).integers(-1000, 1000, (3, 8, 9)).astype(np.int16)
+        save(root / f"imagesTr/{name}{channel}.nii.gz", image)
+        save(root / f"labelsTr/{name}.nii.gz", (image > 500).astype(np.uint8) * 2)
+
+
+def test_msd__pairs_of_dataset_json(tmp_path):
+    volumes(tmp_path, ["liver_1", "liver_0"])
+    content = {
+        "labels": {"0": "background", "1": "liver", "2": "tumour"},
+        "modality": {"0": "CT"},
+        "training": [{"image": f"./imagesTr/liver_{i}.nii.gz", "label": f"./labelsTr/liver_{i}.nii.gz"} for i in (1, 0)],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.cases] == ["liver_0", "liver_1"]
+    assert data.labels == LabelScheme(("liver", "tumour"), ((1,), (2,)))
+    content["training"][0]["image"] = "../elsewhere.nii.gz"
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="leads out of the data set's folder"):
+        open_dataset(tmp_path)
+
+
+def test_table__folders_and_a_csv(tmp_path):
+    volumes(tmp_path, ["a", "b"])
+    rows = [
+        "case,image,label,patient,site",
+        "x,imagesTr/a.nii.gz,labelsTr/a.nii.gz,p1,Ulm",
+        "y,imagesTr/b.nii.gz,labelsTr/b.nii.gz,,",
+    ]
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    data = open_dataset(tmp_path)
+    assert [(case.name, case.patient, case.site) for case in data.cases] == [("x", "p1", "Ulm"), ("y", "y", "")]
+    assert data.labels.names == ("2",)
+    (tmp_path / "labels.json").write_text(json.dumps({"background": 0, "dense": 2}))
+    assert open_dataset(tmp_path).labels.names == ("dense",)
+    (tmp_path / "cases.csv").write_text("case,image\nx,a")
+    with pytest.raises(ConfigError, match=r"lacks the columns \['label'\]"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"labels": {"background": 0}}, "no label besides background"),
+        ({"labels": {"organ": 1}}, 'contain "background": 0'),
+        ({"labels": {"background": 0, "organ": "1"}}, "expected a whole number"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "need 'regions_class_order'"),
+        ({"labels": {"background": 0, "organ": 1}, "file_ending": 5}, "'file_ending' is 5"),
+        ({"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "CT", "1": "PET"}}, "has the channels"),
+        ([], "expected an object"),
+    ],
+)
+def test_nnunet_raw__wrong_dataset_json(tmp_path, content, words):
+    volumes(tmp_path, ["a"], "_0000")
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises((ConfigError, VolumeError), match=words):
+        open_dataset(tmp_path)
+
+
+def test_nnunet_raw__test_part_with_labels(tmp_path):
+    volumes(tmp_path, ["a", "b"], "_0000")
+    for kind, name in (("images", "c_0000"), ("labels", "c")):
+        save(tmp_path / f"{kind}Ts/{name}.nii.gz", np.zeros((2, 4, 4), dtype=np.uint8))
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 2}}))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.test_cases] == ["c"]
+
+
+def test_no_dataset__one_clear_line(tmp_path):
+    with pytest.raises(ConfigError, match="no such folder"):
+        open_dataset(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"neither dataset\.json .* nor cases\.csv"):
+        open_dataset(tmp_path)
+
+
+def test_regions__written_in_their_order():
+    scheme = parse_labels({"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, [1, 2], "here")
+    assert scheme.num_outputs == 2
+    assert scheme.ignore == 3
+    masks = np.array([[True, True, False], [False, True, False]])
+    assert scheme.label_values(masks).tolist() == [1, 2, 0]
+    assert scheme.check(np.array([0, 1, 3], dtype=np.int32), "here").tolist() == [0, 1, -1]
+
+
+def test_labels__values_with_gaps_become_channels_and_come_back():
+    scheme = LabelScheme(("a", "b"), ((2,), (7,)), ignore=9)
+    values = np.array([0, 7, 2, -1], dtype=np.int32)
+    channels = scheme.class_indices(values)
+    assert channels.tolist() == [0, 2, 1, -1]
+    assert scheme.label_values(channels[:3]).tolist() == [0, 7, 2]
+
+
+def test_prepared_cache__same_slices_from_disk_and_again_after_a_changed_file(tmp_path):
+    volumes(tmp_path, ["a"], "_0000")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 2}}))
+    data, rule, cache = open_dataset(tmp_path), GridRule(size_px=6), tmp_path / "cache"
+    plain = prepare_case(data, data.cases[0], (0,), rule)
+    for _ in range(2):
+        kept = prepare_cached(data, data.cases[0], (0,), rule, cache)
+        assert (kept.present, kept.turn, kept.content_hash, kept.spacing_mm) == (
+            plain.present,
+            plain.turn,
+            plain.content_hash,
+            plain.spacing_mm,
+        )
+        for z in range(3):
+            np.testing.assert_array_equal(kept.image(z).numpy(), plain.image(z).numpy())
+            np.testing.assert_array_equal(kept.label(z), plain.label(z))
+    assert len(list(cache.iterdir())) == 1
+    save(tmp_path / "labelsTr/a.nii.gz", np.full((3, 8, 9), 2, dtype=np.uint8))
+    changed = open_dataset(tmp_path)
+    assert (prepare_cached(changed, changed.cases[0], (0,), rule, cache).label(0) == 2).all()

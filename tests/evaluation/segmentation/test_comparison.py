@@ -1,0 +1,100 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from meddino_evaluation.cli import main
+from meddino_evaluation.segmentation.comparison import Variant, compare, rank_stability
+from meddino_evaluation.statistics import paired_bootstrap_means, wilcoxon_signed_rank
+
+
+def variant(name: str, dice: np.ndarray, data: str = "d", leaked: list[str] | None = None) -> Variant:
+    """`dice` [seeds, cases]."""
+    rows = [
+        {"case": f"c{c}", "label": "a", "dice": value, "seed": float(s), "fold": 0.0, "patient": f"c{c}", "site": ""}
+        for s, row in enumerate(dice)
+        for c, value in enumerate(row)
+    ]
+    metrics = {
+        "model": {"name": name},
+        "data": {"hash": data, "name": data},
+        "leakage": {"checked": leaked is not None, "test_cases_in_pretraining": leaked or []},
+        "test": {"dice": {"by_seed": dice.mean(1).tolist()}, "seeds": list(range(len(dice)))},
+    }
+    return Variant(name, Path("nowhere"), metrics, rows)
+
+
+def test_compare__means_tests_and_holm_by_hand():
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.4, 0.8, (3, 20))
+    variants = [variant("good", base + 0.1), variant("same", base), variant("bad", base - rng.uniform(0.0, 0.2, (3, 20)))]
+    found = compare(variants, resamples=500)
+    assert [entry["mean"] for entry in found["variants"]] == pytest.approx(
+        [v.by_case("dice") and np.mean(list(v.by_case("dice").values())) for v in variants]
+    )
+    assert found["variants"][0]["std_over_seeds"] == pytest.approx(np.std((base + 0.1).mean(1), ddof=1))
+    first, second = (np.array(list(v.by_case("dice").values())) for v in variants[:2])
+    pair = found["pairs"][0]
+    assert pair["p_wilcoxon"] == pytest.approx(wilcoxon_signed_rank(first, second))
+    assert pair["difference"] == pytest.approx(0.1)
+    assert pair["interval_95"] == pytest.approx(
+        [paired_bootstrap_means(first, second, groups=[f"c{i}" for i in range(20)], resamples=500).low, 0.1], abs=1e-9
+    )
+    raw = sorted(p["p_wilcoxon"] for p in found["pairs"])
+    adjusted = sorted(p["p_wilcoxon_holm"] for p in found["pairs"])
+    by_hand = np.maximum.accumulate(np.minimum(1, np.array(raw) * [3, 2, 1]))
+    assert adjusted == pytest.approx(by_hand)
+    assert [entry["mean_rank"] for entry in found["variants"]] == [1.0, 2.0, 3.0]
+    assert found["ranking_tau"] == pytest.approx(1.0)
+
+
+def test_rank_stability__two_models_that_cannot_be_told_apart():
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=(2, 40))
+    values -= values.mean(axis=1, keepdims=True)
+    ranks, _ = rank_stability(values, [f"p{i}" for i in range(40)], 1000)
+    assert abs(ranks[0][1] - 0.5) < 0.12
+    assert ranks[0][0] + ranks[1][0] == pytest.approx(3.0)
+
+
+def test_compare__other_data_is_refused_and_marks_are_shown():
+    from meddino.core.errors import ConfigError
+
+    dice = np.full((3, 4), 0.5)
+    with pytest.raises(ConfigError, match="different data"):
+        compare([variant("a", dice), variant("b", dice, data="other")])
+    marks = [v.leakage_mark for v in (variant("m", dice), variant("m", dice, leaked=[]), variant("m", dice, leaked=["c1"]))]
+    assert marks == ["?", "", "†"]
+    assert variant("random:x", dice).leakage_mark == ""
+
+
+def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_config, tmp_path, capsys):
+    from meddino.core.config import to_yaml
+    from meddino.core.files import write_text
+
+    write_text(tmp_path / "tiny.yaml", to_yaml(tiny_config(training={"steps": 2})))
+    out = tmp_path / "out"
+    arguments = ["compare", "--data", str(make_dataset()), "--out", str(out), "--config", str(tmp_path / "tiny.yaml")]
+    models = ["--model", "first=random:vitnano8", "--model", "second=random:vitnano8", "--modes", "frozen", "finetune"]
+    assert main([*arguments, *models, "--skip", "second:finetune", "encoder.random_seed=3"]) == 0
+    assert "first, finetune" in capsys.readouterr().out
+    for name in ("comparison.csv", "comparison.md", "comparison.tex", "pairs.csv", "comparison.json", "report.html"):
+        assert (out / name).stat().st_size > 0
+    found = json.loads((out / "comparison.json").read_text())
+    assert [entry["name"] for entry in found["variants"]] == ["first, frozen", "first, finetune", "second, frozen"]
+    assert len(found["pairs"]) == 3
+    runs = [f"--results={name}={out / 'runs' / folder}" for name, folder in (("a", "first_frozen"), ("b", "second_frozen"))]
+    assert main(["compare", *runs, "--out", str(tmp_path / "again")]) == 0
+    assert main(["compare", "--out", str(out)]) == 2
+    assert main(["compare", "--model", "nothing", "--out", str(out)]) == 2
+    assert main(["compare", "--results", f"a={tmp_path}", "--out", str(out)]) == 2
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "what", [["inference", "--slices", "2", "--size-px", "48", "--window-px", "32"], ["metrics", "--shape", "12", "20", "20"]]
+)
+def test_speed_command__same_values_as_monai(what, capsys):
+    assert main(["speed", *what, "--repeats", "1"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["largest_difference"] < 1e-4
