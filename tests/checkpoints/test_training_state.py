@@ -5,6 +5,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -229,3 +232,21 @@ def test_verify__version_of_another_program(tmp_path):
     (folder / "meta.json").write_text(json.dumps({**meta, "format": "other"}))
     with pytest.raises(CheckpointError, match="format is 'other'"):
         verify_checkpoint(folder)
+
+
+def test_save__killed_while_writing_leaves_the_one_before(tmp_path):
+    first = save(tmp_path, 1)
+    code = f"""
+import os, signal, torch
+from pathlib import Path
+from meddino.checkpoints import training_state
+training_state.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # tensors are there, meta.json is not
+training_state.save_training_state(Path({str(tmp_path)!r}) / "step-000000002", {{"w": torch.ones(3)}}, {{"step": 2}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # the first one and a leftover
+    found = latest_checkpoint(tmp_path)
+    assert found is not None and found.folder == first
+    second = save(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == [first, second]

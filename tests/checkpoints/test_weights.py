@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import meddino
@@ -260,3 +260,20 @@ def test_find__timm_names_read_the_local_cache_only(tmp_path, monkeypatch):
     with torch.no_grad():
         expected = model.forward_features(images)[:, 5:]
         assert (found.forward_features(images).patch_tokens - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("record", ["backbone_registers", "backbone_plain", "backbone_swiglu_untied"])
+def test_load__recorded_weights_of_the_reference(shared_reference, tmp_path, record):
+    recorded = load_file(shared_reference / f"{record}.safetensors")
+    state = {name.removeprefix("weights."): value for name, value in recorded.items() if name.startswith("weights.")}
+    torch.save({"teacher": {f"module.backbone.{name}": value for name, value in state.items()}}, tmp_path / "teacher.pth")
+    # The recorded model has the trainer's epsilon, which no file tells.
+    config = find_weights(tmp_path / "teacher.pth").config.model_copy(update={"norm_eps": 1e-6})
+    model = loaded(tmp_path / "teacher.pth", config)
+    cases = sorted({name.partition(".")[0] for name in recorded if name.startswith("case")})
+    assert len(cases) >= 1
+    for case in cases:
+        with torch.no_grad():
+            output = model(recorded[f"{case}.input"])
+        assert (output.cls_token - recorded[f"{case}.cls_token"]).abs().max() <= 2e-5
+        assert (output.patch_tokens - recorded[f"{case}.patch_tokens"]).abs().max() <= 2e-5
