@@ -3,17 +3,15 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
 from meddino.core.config import load_config
 from meddino.core.errors import MedDINOError
-from meddino_slurm import status
+from meddino_slurm.ask_command import ASKING, ask_command
 from meddino_slurm.config import SiteConfig
 from meddino_slurm.submit_command import submit_command
 from meddino_slurm.work import PROGRAMS
 
-ASKING = ("status", "logs", "cancel")
 EXAMPLE = """meddino-submit --cluster dgx pretrain smoke --corpus corpus --out run
   meddino-submit --cluster dgx --parts 64 curate build scans --out corpus
   meddino-submit --dry-run --set pretrain.nodes=4 pretrain ct3m_vitb --corpus corpus --out run
@@ -52,24 +50,6 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("arguments", nargs=argparse.REMAINDER, help="as for the command itself")
     return arguments
-
-
-def ask_command(command: str, arguments: Sequence[str]) -> None:
-    """Answer `status`, `logs` or `cancel`."""
-    asked = argparse.ArgumentParser(prog=f"meddino-submit {command}")
-    asked.add_argument("folder", type=Path, help="the --out of the job")
-    if command == "logs":
-        asked.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
-        asked.add_argument("--rank", default="0", help="number of a process, or supervisor")
-        asked.add_argument("--job", help="of this job only")
-    found = asked.parse_args(arguments)
-    out = found.folder.absolute()
-    if command == "status":
-        status.write_text(status.table(out) + "\n")
-    elif command == "cancel":
-        status.write_text(f"cancelled {', '.join(status.cancel(out))}\n")
-    else:
-        status.show_log(out, found.rank, found.job, found.follow)
 
 
 def handle(arguments: argparse.Namespace) -> None:

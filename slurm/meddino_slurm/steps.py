@@ -168,9 +168,15 @@ class Heartbeats:
             threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
 
     def silent_node(self) -> str | None:
-        """Return a machine that was heard once and has been silent for too long."""
+        """Return a machine that was heard once and has been silent for too long, while others were heard.
+
+        When all are silent, this machine's own heartbeat too, it is the heartbeats that are at fault and not the machines.
+        """
+        if self._process is None or self._process.poll() is not None:
+            return None
         now = time.monotonic()
-        return next((node for node, last in self._last.items() if now - last > self._timeout_s), None)
+        silent = [node for node, last in self._last.items() if now - last > self._timeout_s]
+        return silent[0] if silent and len(silent) < len(self._last) else None
 
     def stop(self) -> None:
         """End the step."""

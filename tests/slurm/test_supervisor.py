@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from meddino_slurm import supervisor
+from meddino_slurm.config import SiteConfig
+from meddino_slurm.steps import Heartbeats
 from meddino_slurm.verdict import Outcome, judge
+from meddino_slurm.work import make_work
 
+from meddino.core.config import load_config
 from tests.slurm.conftest import SUBMIT, submit, wait_until
 
 
@@ -122,6 +127,26 @@ def test_watch__a_job_that_does_not_stop_is_ended_just_before_its_limit(fast):
     _, because = supervisor.watch(step, None, time.time() + supervisor.END_MARGIN_S + 0.2, supervisor.Signals())
     assert step.killed
     assert because == "still running at its time limit"
+
+
+@pytest.mark.parametrize(
+    ("n1", "n2", "runs", "silent"),
+    [(0, 60, True, "n2"), (0, 0, True, None), (60, 60, True, None), (0, 60, False, None)],
+)
+def test_heartbeats__only_a_machine_that_alone_is_silent(make_heartbeats, n1, n2, runs, silent):
+    assert make_heartbeats({"n1": n1, "n2": n2}, runs).silent_node() == silent
+
+
+@pytest.fixture
+def make_heartbeats(tmp_path):
+    def make(silent_for_s, runs):
+        site = load_config(SiteConfig, ["site"], kind="slurm")
+        beats = Heartbeats(make_work(site, "pretrain", ["smoke", "--out", str(tmp_path / "run")]))
+        beats._last = {node: time.monotonic() - seconds for node, seconds in silent_for_s.items()}
+        beats._process = SimpleNamespace(poll=lambda: None if runs else 1)
+        return beats
+
+    return make
 
 
 def test_watch__signals_are_passed_on(fast):
