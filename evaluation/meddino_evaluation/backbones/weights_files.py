@@ -2,22 +2,16 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meddino.checkpoints.weight_files import read_weights_file
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.catalogue import Entry
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch")
-_WRAPPERS = ("state_dict", "model", "teacher", "model_state_dict")
 _log = get_logger(__name__)
 
 
@@ -48,25 +42,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a file of tensors: safetensors, or a torch file of plain tensors (no object in it is ever run).
 
     Raises:
-        CheckpointError: The file is missing, damaged, or holds anything but tensors.
+        CheckpointError: The file is missing, damaged, or holds anything but tensors; says which and what to do.
     """
-    if not path.is_file():
-        raise CheckpointError(f"no weights file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} is no readable weights file (safetensors, or a torch file of tensors): {reason}"
-        ) from error
-    for key in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not any(isinstance(value, Tensor) for value in loaded.values()):
-        raise CheckpointError(f"{path} holds no state dict of tensors")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    return read_weights_file(path).tensors
 
 
 def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefixes: tuple[str, ...], where: str) -> None:
