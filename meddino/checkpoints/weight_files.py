@@ -112,8 +112,8 @@ def _recognise(path: Path) -> str:
     if text.startswith((b"{", b"[")):
         raise CheckpointError(f"{path} is JSON, not weights; give the weights file beside it, or its folder")
     raise CheckpointError(
-        f"{path} is no readable weights file, neither safetensors nor a torch file (it begins with {head[:8]!r}); unpack it if it is an archive, or "
-        "download it again"
+        f"{path} is no readable weights file, neither safetensors nor a torch file (it begins with {head[:8]!r}); unpack it "
+        "if it is an archive, or download it again"
     )
 
 
