@@ -1,5 +1,6 @@
 """Cross-entropy against Sinkhorn assignments, straight from the bottleneck: never more than a chunk of logits at once."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 
 # Rows of one matrix product: fewer would read the prototypes' weight too often, more would hold more logits than needed.
-PRODUCT_ROWS = {"cpu": 128}
+PRODUCT_ROWS = {"cpu": 64}
 PRODUCT_ROWS_ACCELERATOR = 2048
 # Prototypes of one product that is added to a gradient: what does not fit is a second copy of that gradient.
 PRODUCT_PROTOTYPES = 8192
@@ -30,8 +31,8 @@ def prototype_cross_entropy(
 
     sum over i, r of weights[i, r] * CE(target row target_rows[i, r], softmax(prototypes @ bottleneck[i] / temperature))
 
-    Logits, softmax, assignments and their gradients exist for a few rows at a time; the gradients of bottleneck and
-    prototypes are computed in the forward pass, where the logits are at hand, so nothing is computed twice.
+    Logits, softmax, assignments and their gradients exist for a few rows at a time. The backward pass computes the logits
+    again: one product in four, where keeping them would hold [m, k] beside all of the backbone's activations.
 
     Args:
         bottleneck: The student head's output before its last layer.
@@ -55,17 +56,16 @@ class _Comparison:
     targets: SinkhornTargets
     target_rows: Tensor
     weights: Tensor
-    wants_gradient: bool
 
-    def replace_by_gradient(self, logits: Float[Tensor, "m k"], first_row: int) -> Float[Tensor, " m"]:
-        """Return each row's loss; the logits (already over the temperature) become their gradient if it is wanted."""
+    def losses(self, logits: Float[Tensor, "m k"], first_row: int, into_gradient: bool) -> Float[Tensor, " m"]:
+        """Return each row's loss; the logits (already over the temperature) become their gradient if that is asked for."""
         losses = logits.new_empty(len(logits))
         for part in row_chunks(logits.shape[0], logits.shape[1], logits.device):
             rows = slice(first_row + part.start, first_row + part.stop)
-            losses[part] = self._chunk(logits[part], self.target_rows[rows], self.weights[rows])
+            losses[part] = self._chunk(logits[part], self.target_rows[rows], self.weights[rows], into_gradient)
         return losses
 
-    def _chunk(self, logits: Tensor, target_rows: Tensor, weights: Tensor) -> Tensor:
+    def _chunk(self, logits: Tensor, target_rows: Tensor, weights: Tensor, into_gradient: bool) -> Tensor:
         targets = self.targets
         scales = targets.row_scale[target_rows] * weights  # [m, r]
         assigned = targets.kernel[target_rows[:, 0]].mul_(scales[:, :1])
@@ -77,7 +77,7 @@ class _Comparison:
         agreement: Tensor = torch.linalg.vecdot(assigned, logits)
         total_weight: Tensor = weights.sum(1)
         normaliser = logits.exp_().sum(1)
-        if self.wants_gradient:
+        if into_gradient:
             logits.mul_((total_weight / normaliser)[:, None]).sub_(assigned)
         return total_weight * normaliser.log() - agreement
 
@@ -93,41 +93,57 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        wants_gradient = any(ctx.needs_input_grad[:2])
-        comparison = _Comparison(targets, target_rows, weights, wants_gradient)
+        device = bottleneck.device.type
+        # Autocast is off in the backward pass: what it would choose is asked for here.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bottleneck.dtype
+        comparison = _Comparison(targets, target_rows, weights)
         by_row = bottleneck.new_empty(len(bottleneck), dtype=torch.float32)
-        scaled = bottleneck / temperature
-        grad_bottleneck = torch.empty_like(bottleneck) if wants_gradient else None
-        grad_prototypes: Tensor | None = None
-        step = PRODUCT_ROWS.get(bottleneck.device.type, PRODUCT_ROWS_ACCELERATOR)
-        for start in range(0, len(bottleneck), step):
-            rows = slice(start, min(start + step, len(bottleneck)))
-            logits = product(scaled[rows], prototypes).float()
-            by_row[rows] = comparison.replace_by_gradient(logits, start)
-            if grad_bottleneck is not None:
-                grad_bottleneck[rows] = product(logits.to(prototypes.dtype), prototypes.t())
-                grad_prototypes = _add_product(grad_prototypes, logits, scaled[rows])
-        if grad_bottleneck is not None:
-            if grad_prototypes is None:
-                grad_prototypes = torch.zeros_like(prototypes)
-            ctx.gradients = (grad_bottleneck.div_(temperature), grad_prototypes)
+        for rows, logits, _ in _logits(bottleneck, prototypes, temperature, dtype):
+            by_row[rows] = comparison.losses(logits, rows.start, into_gradient=False)
+            del logits  # before the next ones are made
+        ctx.save_for_backward(bottleneck, prototypes)
+        ctx.comparison, ctx.temperature, ctx.dtype = comparison, temperature, dtype
         ctx.mark_non_differentiable(by_row)
         return by_row.sum(), by_row
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Taken out of the context and scaled in place: a second copy of the prototypes' gradient is never needed.
-        grad_bottleneck, grad_prototypes = ctx.gradients
-        ctx.gradients = None
-        factor = grads[0]
-        return grad_bottleneck.mul_(factor), grad_prototypes.mul_(factor), None, None, None, None
+        bottleneck, prototypes = ctx.saved_tensors
+        given: _Comparison = ctx.comparison
+        comparison = _Comparison(given.targets, given.target_rows, given.weights * grads[0])
+        ctx.comparison = None  # the graph may outlive this call, and the kernel is large
+        wants_bottleneck, wants_prototypes = ctx.needs_input_grad[:2]
+        grad_bottleneck = torch.empty_like(bottleneck) if wants_bottleneck else None
+        grad_prototypes: Tensor | None = None
+        columns = prototypes.to(ctx.dtype).t()
+        for rows, logits, features in _logits(bottleneck, prototypes, ctx.temperature, ctx.dtype):
+            comparison.losses(logits, rows.start, into_gradient=True)
+            gradient = logits.to(ctx.dtype)
+            if grad_bottleneck is not None:
+                grad_bottleneck[rows] = product(gradient, columns).div_(ctx.temperature)
+            if wants_prototypes:
+                grad_prototypes = _add_product(grad_prototypes, gradient, features)
+            del logits, gradient  # before the next ones are made
+        if wants_prototypes and grad_prototypes is None:
+            grad_prototypes = torch.zeros_like(prototypes)
+        return grad_bottleneck, grad_prototypes, None, None, None, None
+
+
+def _logits(
+    bottleneck: Tensor, prototypes: Tensor, temperature: float, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield stretches of rows with their logits over the temperature (float32) and the features they came from."""
+    weight = prototypes.to(dtype)
+    step = PRODUCT_ROWS.get(bottleneck.device.type, PRODUCT_ROWS_ACCELERATOR)
+    for start in range(0, len(bottleneck), step):
+        rows = slice(start, min(start + step, len(bottleneck)))
+        features = bottleneck[rows].to(dtype) / temperature
+        yield rows, product(features, weight).float(), features
 
 
 def _add_product(total: Tensor | None, gradient: Tensor, features: Tensor) -> Tensor:
     """Return total + gradient^T features in float32; the first product starts the total."""
-    dtype = torch.float32 if features.device.type == "cpu" else features.dtype
-    gradient, features = gradient.to(dtype), features.to(dtype)
     if total is None:
         return product(gradient.t(), features.t()).float()
     for start in range(0, len(total), PRODUCT_PROTOTYPES):

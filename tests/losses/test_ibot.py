@@ -60,7 +60,7 @@ def test_ibot_term__large_logits_keep_their_digits():
     probabilities = sinkhorn_knopp(logits, 0.1).double()
     loss = -(probabilities * torch.log_softmax(double @ weight.double().t() / 0.1, -1)).sum() / 6
     (expected,) = torch.autograd.grad(loss, double)
-    assert float((found - expected).norm() / expected.norm()) < 3e-6
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_ibot_term__without_gradient():

@@ -41,20 +41,14 @@ def below(weights: Weights, prefix: str) -> Weights:
 
 
 def layer_norm(x: Tensor, weights: Weights, eps: float) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + eps) * weights["weight"] + weights["bias"]
+    return functional.layer_norm(x, x.shape[-1:], weights["weight"], weights["bias"], eps)
 
 
 def linear(x: Tensor, weights: Weights) -> Tensor:
     bias = weights.get("bias")
     if "bias_mask" in weights and bias is not None:
         bias = bias * weights["bias_mask"]
-    product = x @ weights["weight"].transpose(0, 1)
-    return product if bias is None else product + bias
-
-
-def gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return functional.linear(x, weights["weight"], bias)
 
 
 def rope(x: Tensor, grid: tuple[int, int], prefix: int, periods: Tensor) -> Tensor:
@@ -74,18 +68,20 @@ def attention(x: Tensor, weights: Weights, num_heads: int, grid: tuple[int, int]
     qkv = linear(x, below(weights, "qkv.")).reshape(batch, tokens, 3, num_heads, dim // num_heads)
     query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
     query, key = rope(query, grid, prefix, periods), rope(key, grid, prefix, periods)
-    scores = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(dim // num_heads), -1)
-    return linear((scores @ value).transpose(1, 2).reshape(batch, tokens, dim), below(weights, "proj."))
+    attended = functional.scaled_dot_product_attention(query, key, value)
+    return linear(attended.transpose(1, 2).reshape(batch, tokens, dim), below(weights, "proj."))
 
 
 def feed_forward(x: Tensor, weights: Weights) -> Tensor:
     if "w1.weight" in weights:
         gate = linear(x, below(weights, "w1."))
         return linear(gate * torch.sigmoid(gate) * linear(x, below(weights, "w2.")), below(weights, "w3."))
-    return linear(gelu(linear(x, below(weights, "fc1."))), below(weights, "fc2."))
+    return linear(functional.gelu(linear(x, below(weights, "fc1."))), below(weights, "fc2."))
 
 
-def backbone(weights: Weights, images: Tensor, num_heads: int, mask: Tensor | None = None, eps: float = 1e-6) -> PlainTokens:
+def backbone(
+    weights: Weights, images: Tensor, num_heads: int, mask: Tensor | None = None, eps: float = 1e-6, maps: bool = True
+) -> PlainTokens:
     kernel = weights["patch_embed.proj.weight"]
     side = kernel.shape[-1]
     grid = (images.shape[2] // side, images.shape[3] // side)
@@ -105,8 +101,9 @@ def backbone(weights: Weights, images: Tensor, num_heads: int, mask: Tensor | No
         attended = attention(normed, below(block, "attn."), num_heads, grid, prefix, weights["rope_embed.periods"])
         x = x + attended * block["ls1.gamma"]
         x = x + feed_forward(layer_norm(x, below(block, "norm2."), eps), below(block, "mlp.")) * block["ls2.gamma"]
-        patch_map = layer_norm(x, below(weights, "norm."), eps)[:, prefix:].transpose(1, 2)
-        after.append(patch_map.reshape(len(images), -1, *grid))
+        if maps:
+            patch_map = layer_norm(x, below(weights, "norm."), eps)[:, prefix:].transpose(1, 2)
+            after.append(patch_map.reshape(len(images), -1, *grid))
     normed = layer_norm(x, below(weights, "norm."), eps)
     return PlainTokens(normed[:, 0], normed[:, 1:prefix], normed[:, prefix:], after)
 
@@ -116,7 +113,7 @@ def head(weights: Weights, x: Tensor) -> Tensor:
     for number in numbers:
         x = linear(x, below(weights, f"mlp.{number}."))
         if number != numbers[-1]:
-            x = gelu(x)
+            x = functional.gelu(x)
     x = x / x.square().sum(-1, keepdim=True).sqrt()
     return x @ weights["last_layer.weight"].transpose(0, 1)
 
@@ -189,11 +186,11 @@ def step_losses(student: Weights, teacher: Weights, gram_teacher: Weights, crops
     """
     heads, batch, masks = settings.num_heads, settings.batch, crops["masks"]
     with torch.no_grad():
-        seen = backbone(below(teacher, "backbone."), crops["global_crops"], heads)
+        seen = backbone(below(teacher, "backbone."), crops["global_crops"], heads, maps=False)
         cls_targets = sinkhorn(head(below(teacher, "dino_head."), seen.cls_token), settings.teacher_temperature)
         patch_targets = sinkhorn(head(below(teacher, "ibot_head."), seen.patch_tokens[masks]), settings.teacher_temperature)
-    of_global = backbone(below(student, "backbone."), crops["global_crops"], heads, masks)
-    of_local = backbone(below(student, "backbone."), crops["local_crops"], heads)
+    of_global = backbone(below(student, "backbone."), crops["global_crops"], heads, masks, maps=False)
+    of_local = backbone(below(student, "backbone."), crops["local_crops"], heads, maps=False)
     global_logits = head(below(student, "dino_head."), of_global.cls_token).unflatten(0, (-1, batch))
     local_logits = head(below(student, "dino_head."), of_local.cls_token).unflatten(0, (-1, batch))
     patch_logits = head(below(student, "ibot_head."), of_global.patch_tokens[masks])
@@ -210,8 +207,10 @@ def step_losses(student: Weights, teacher: Weights, gram_teacher: Weights, crops
     total = total + settings.ibot * terms["ibot_loss"] + settings.koleo * 2 * terms["koleo_loss"]
     if gram_teacher:
         with torch.no_grad():
-            wide = backbone(below(gram_teacher, "backbone."), crops["gram_teacher_crops"], heads).block_patches[-1]
-            grid = of_global.block_patches[-1].shape[-2:]
+            images, side = crops["gram_teacher_crops"], student["backbone.patch_embed.proj.weight"].shape[-1]
+            wide = backbone(below(gram_teacher, "backbone."), images, heads, maps=False).patch_tokens.transpose(1, 2)
+            wide = wide.unflatten(2, (images.shape[2] // side, images.shape[3] // side))
+            grid = (crops["global_crops"].shape[2] // side, crops["global_crops"].shape[3] // side)
             anchors = resize(wide, grid).flatten(2).transpose(1, 2)
         terms["gram_loss"] = gram(of_global.patch_tokens, anchors)
         total = total + settings.gram * terms["gram_loss"]

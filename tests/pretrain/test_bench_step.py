@@ -1,0 +1,61 @@
+"""`bench step` on a small size: one JSON line, and the arithmetic counted by hand."""
+
+import json
+
+import pytest
+import torch
+from meddino_pretrain.bench_step import StepSize, bench_step, main, model_flops, random_batch
+from meddino_pretrain.objectives.dinov3_network import DINOv3Network
+
+from meddino.core.device import find_machine
+from meddino.layers.projection_head import ProjectionHead
+from meddino.models.registry import build_backbone
+
+SMALL = ["--backbone", "vitnano8", "--batch", "2", "--global-size", "16", "--local-size", "8", "--locals", "2"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--gram", "--checkpointing", "--drop-path", "0.3"]])
+def test_main__prints_one_json_line(capsys, extra):
+    threads = torch.get_num_threads()
+    assert main([*SMALL, "--prototypes", "64", "--steps", "2", "--threads", "1", *extra]) == 0
+    torch.set_num_threads(threads)
+    (line,) = capsys.readouterr().out.splitlines()
+    figures = json.loads(line)
+    for key in ("s_per_step_min", "s_per_step_median", "peak_mib", "tflops", "share_of_peak"):
+        assert figures[key] > 0
+    assert figures["s_per_step_min"] <= figures["s_per_step_median"]
+    assert figures["gram"] == bool(extra)
+
+
+@pytest.mark.parametrize("wrong", [["--batch", "1"], ["--global-size", "20"], ["--steps", "0"], ["--backbone", "vit"]])
+def test_main__wrong_numbers_exit_2(capsys, wrong):
+    threads = torch.get_num_threads()
+    assert main([*SMALL, "--threads", "1", *wrong]) == 2
+    torch.set_num_threads(threads)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_model_flops__counted_by_hand():
+    size = StepSize("vitnano8", batch=2, global_px=16, local_px=8, num_local=3, prototypes=64)
+    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 64, 32, 16))
+    batch = random_batch(size, 8, 3, find_machine("cpu"))
+
+    def backbone(images, tokens):
+        patches = tokens - 5
+        linear = 4 * tokens * (3 + 1 + 4 + 4) * 128 * 128  # blocks: qkv, proj, fc1, fc2
+        attention = 4 * 2 * tokens * tokens * 128
+        return 2 * images * (linear + attention + patches * 192 * 128)
+
+    def head(rows):
+        return 2 * rows * (128 * 32 + 32 * 32 + 32 * 16 + 16 * 64)
+
+    of_global = backbone(4, 9) + head(4) + head(len(batch.mask_indices))
+    of_local = backbone(6, 6) + head(6)
+    assert model_flops(student, batch, gram=False) == 4 * of_global + 3 * of_local
+
+
+def test_bench_step__loss_falls():
+    size = StepSize("vitnano8", batch=2, global_px=16, local_px=8, num_local=2, prototypes=64)
+    machine = find_machine("cpu")
+    first, later = bench_step(size, 1, machine)["loss"], bench_step(size, 12, machine)["loss"]
+    assert later < first
