@@ -26,6 +26,7 @@ from meddino_pretrain.progress import StepProgress
 from meddino_pretrain.sample_order import BatchShare
 from meddino_pretrain.schedules import Schedules
 from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.speed import SpeedMeter
 from meddino_pretrain.trainer import Trainer
 from meddino_pretrain.watch import Watch
 
@@ -125,10 +126,28 @@ def build_trainer(
     metrics: MetricsWriter | None,
     progress: StepProgress,
     watch: Watch,
+    peak: float,
     stop: StopRequest,
     machine: Machine,
 ) -> Trainer:
-    """Join a stage's parts."""
+    """Join a stage's parts.
+
+    Args:
+        config: The recipe.
+        stage: The stage's part of it.
+        objective: Networks and losses.
+        optimizer: Over the trained modules.
+        loader: From the step stood at.
+        checkpoints: Knows the step stood at; saves.
+        metrics: Where records go.
+        progress: What people see.
+        watch: Looks at the teacher.
+        peak: Operations a second that the machine reaches.
+        stop: Whether a signal came.
+        machine: Where it runs.
+    """
+    with torch.device("meta"):
+        shapes, _ = build_networks(config)
     return Trainer(
         objective=objective,
         optimizer=optimizer,
@@ -138,6 +157,7 @@ def build_trainer(
         metrics=metrics,
         progress=progress,
         watch=watch,
+        speed=SpeedMeter(shapes, stage.gram_teacher is not None, peak),
         stop=stop,
         machine=machine,
         clip_grad_norm=config.optimizer.clip_grad_norm,

@@ -96,7 +96,16 @@ def _speed(records: Records) -> Markup:
     steady = sorted(timing["step_s"] for timing in timings[1:] or timings)
     rates = [timing["images_per_s"] for timing in timings]
     return table(
-        ("steps", "time [s]", "median step [s]", "slices/s (best)", "waiting for data [%]", "peak memory [MiB]"),
+        (
+            "steps",
+            "time [s]",
+            "median step [s]",
+            "slices/s (best)",
+            "waiting for data [%]",
+            "TFLOP/s (best)",
+            "share of peak",
+            "memory [MiB]",
+        ),
         [
             (
                 len(records),
@@ -104,6 +113,8 @@ def _speed(records: Records) -> Markup:
                 steady[len(steady) // 2],
                 max(rates),
                 100 * wait_s / max(total_s, 1e-9),
+                max(timing["tflops"] for timing in timings),
+                max(timing["share_of_peak"] for timing in timings),
                 max(timing["peak_memory_mib"] for timing in timings),
             )
         ],

@@ -31,6 +31,7 @@ from meddino_pretrain.progress import show_progress
 from meddino_pretrain.report import write_report
 from meddino_pretrain.run_folder import RunFolder, open_run
 from meddino_pretrain.signals import StopRequest, stop_on_signals
+from meddino_pretrain.speed import measure_peak
 from meddino_pretrain.watch import Watch
 
 HEALTH_REFERENCE = "health_reference.safetensors"
@@ -65,13 +66,16 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path, out: Path, stag
             # The same size in every stage, so that looks can be compared along the whole run.
             first_size = next(iter(config.stages.values())).crops.sizes[0].global_px
             fixed = fixed_slices(corpus, config.input_contract, config.health.slices, first_size)
+            peak = measure_peak(machine)
             for name in stages or config.stages:
-                run_stage(run, name, corpus, fixed, machine, stop)
+                run_stage(run, name, corpus, fixed, machine, peak, stop)
             if is_main():
                 write_report(run.folder, config)
 
 
-def run_stage(run: RunFolder, name: str, corpus: Corpus, fixed: FixedSlices, machine: Machine, stop: StopRequest) -> None:
+def run_stage(
+    run: RunFolder, name: str, corpus: Corpus, fixed: FixedSlices, machine: Machine, peak: float, stop: StopRequest
+) -> None:
     """Run one stage to its end; returns at once if it is there already, or is to be left out."""
     config, folder, seed = run.config, run.stage_folder(name), derive_seed(run.config.seed, "stage", name)
     begun = last_checkpoint(folder)
@@ -112,7 +116,7 @@ def run_stage(run: RunFolder, name: str, corpus: Corpus, fixed: FixedSlices, mac
     try:
         with show_progress(name, checkpoints.step, stage.steps, stage.global_batch) as progress:
             build_trainer(
-                config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, stop, machine
+                config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, peak, stop, machine
             ).fit()
     finally:
         if metrics is not None:

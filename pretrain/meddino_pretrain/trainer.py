@@ -19,6 +19,7 @@ from meddino_pretrain.optimizer import clip_by_module, set_rates
 from meddino_pretrain.progress import StepProgress
 from meddino_pretrain.schedules import Schedules
 from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.speed import SpeedMeter
 from meddino_pretrain.watch import Watch
 
 logger = get_logger(__name__)
@@ -38,6 +39,7 @@ class Trainer:
         metrics: MetricsWriter | None,
         progress: StepProgress,
         watch: Watch,
+        speed: SpeedMeter,
         stop: StopRequest,
         machine: Machine,
         clip_grad_norm: float,
@@ -54,6 +56,7 @@ class Trainer:
             metrics: Where records go; None in all processes but the first.
             progress: What people see.
             watch: Looks at the teacher now and then.
+            speed: Counts operations.
             stop: Whether a signal came.
             machine: Where it runs.
             clip_grad_norm: Largest gradient norm of a module.
@@ -61,7 +64,7 @@ class Trainer:
         """
         self.objective, self.optimizer, self.schedules, self.steps = objective, optimizer, schedules, steps
         self.checkpoints, self.metrics, self.progress, self.watch, self.stop = checkpoints, metrics, progress, watch, stop
-        self.machine, self.clip_grad_norm, self.max_bad_steps = machine, clip_grad_norm, max_bad_steps
+        self.speed, self.machine, self.clip_grad_norm, self.max_bad_steps = speed, machine, clip_grad_norm, max_bad_steps
         self.step = checkpoints.step
 
     def fit(self) -> None:
@@ -129,6 +132,7 @@ class Trainer:
             "data_wait_s": wait_s,
             "images_per_s": self.progress.images_per_step / (step_s + wait_s),
             "peak_memory_mib": self.machine.peak_memory_mib(),
+            **self.speed.figures(batches, step_s + wait_s),
         }
         full = {"step": self.step, **record, **looked, "timing": timing}
         if self.metrics is not None:

@@ -88,3 +88,9 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
 def make_corpus_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one corpus of 24 slices, for tests that only read it."""
     return write_corpus(tmp_path_factory.mktemp("tiny") / "corpus", [disc_slice(i, 96, 80) for i in range(24)])
+
+
+@pytest.fixture
+def write_slices() -> Callable[..., Path]:
+    """A function that writes given slices as a corpus: `write_slices(folder, slices)`."""
+    return write_corpus
