@@ -19,10 +19,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         from meddino_pretrain.bench_step import main as bench_step
 
         return bench_step(arguments[2:])
-    if arguments[:2] == ["bench", "step"]:
-        from meddino_pretrain.bench_step import main as bench_step
-
-        return bench_step(arguments[2:])
     parser = command_parser(
         "meddino-pretrain",
         "Train a recipe's stages on a corpus, one after the other. The same command again goes on where it stopped. "
