@@ -103,6 +103,7 @@ def test_transformers__config_describes_every_backbone(name):
 
 
 @torch.no_grad()
+@pytest.mark.timeout(900)
 def test_onnx__free_sizes_patch_maps_and_tampering(make_checkpoint, tmp_path, traceable, monkeypatch, capsys):
     # One test, because the exporter takes a quarter of a minute to start.
     onnxruntime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
