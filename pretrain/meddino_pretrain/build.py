@@ -63,6 +63,7 @@ def build_objective(
     student.to(machine.device)
     teacher.to(machine.device).requires_grad_(False)
     gram_teacher = copy.deepcopy(teacher.backbone) if stage.gram_teacher is not None else None
+    leash_teacher = copy.deepcopy(teacher.backbone) if stage.losses.leash_weight > 0 else None
     student.backbone.activation_checkpointing = config.machine.activation_checkpointing
     if config.machine.compile:
         for block in [*student.backbone.blocks, *teacher.backbone.blocks]:
@@ -72,12 +73,13 @@ def build_objective(
     if parallel == "fsdp2":
         shard(student, list(student.backbone.blocks), ["global_cls"], trained=True)
         shard(teacher, list(teacher.backbone.blocks), ["target_logits", "look"])
-        if gram_teacher is not None:
-            shard(gram_teacher, list(gram_teacher.blocks), [])
+        for frozen in (gram_teacher, leash_teacher):
+            if frozen is not None:
+                shard(frozen, list(frozen.blocks))
     elif parallel == "ddp":
         called = replicate(student, machine.device)
     share = BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation)
-    return DINOv3Objective(student, teacher, gram_teacher, stage.losses, machine, share, seed, called)
+    return DINOv3Objective(student, teacher, gram_teacher, stage.losses, machine, share, seed, called, leash_teacher)
 
 
 def build_stage_optimizer(config: OptimizerConfig, objective: DINOv3Objective) -> torch.optim.AdamW:

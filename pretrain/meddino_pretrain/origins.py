@@ -94,6 +94,8 @@ def load_origin(origin: Origin, objective: DINOv3Objective) -> None:
     """Load a stage's starting weights into spread networks (fresh ones of the recipe stay as they are)."""
     if origin.weights is not None:
         load_training_state(origin.weights, {"student": objective.student, "teacher": objective.teacher})
+        if objective.leash_teacher is not None:
+            load_training_state(origin.weights, {"teacher.backbone": objective.leash_teacher})
     if origin.gram_teacher is not None and objective.gram_teacher is not None:
         load_training_state(origin.gram_teacher, {"backbone": objective.gram_teacher})
 

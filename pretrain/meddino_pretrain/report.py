@@ -14,7 +14,7 @@ from meddino_pretrain.diagnosis import verdicts
 from meddino_pretrain.health import MEANINGS
 from meddino_pretrain.metrics import read_metrics
 
-TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram")
+TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram", "leash")
 REFRESH_S = 30
 Records = Sequence[dict[str, Any]]
 

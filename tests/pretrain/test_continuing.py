@@ -83,6 +83,7 @@ def test_init__weights_are_taken_and_told(make_corpus_once, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_init__fresh_heads_do_not_destroy_the_features(tmp_path, write_slices):
     backbone = trained_backbone()
     before = knn_accuracy(backbone)

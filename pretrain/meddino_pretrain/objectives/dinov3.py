@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from meddino_pretrain.batches import Batch
 from meddino_pretrain.crops import GLOBAL_CROPS
 from meddino_pretrain.ema import update_teacher
 from meddino_pretrain.objectives.base import Losses, Views
-from meddino_pretrain.objectives.dinov3_network import DINOv3Network, KoLeoPull, Targets, TermWeights, mean_koleo
+from meddino_pretrain.objectives.dinov3_network import DINOv3Network, KoLeoPull, Leash, Targets, TermWeights, mean_koleo
 from meddino_pretrain.sample_order import BatchShare
 from meddino_pretrain.schedules import StepValues
 
@@ -40,6 +40,13 @@ class DINOv3Config(StrictConfig):
         Field(description="what becomes of negative similarities of patches; DINOv3: keep"),
     ]
     student_temperature: Annotated[float, Field(gt=0, description="softmax temperature of the student; DINOv3: 0.1")]
+    leash_weight: Annotated[
+        float, Field(ge=0, description="on staying near the backbone that the stage began with; ours: 0, for none")
+    ] = 0.0
+    leash: Annotated[
+        Literal["l2", "gram"],
+        Field(description="l2: the tokens themselves stay near; gram: only the patches' similarities, as in Gram anchoring"),
+    ] = "l2"
 
 
 class DINOv3Objective:
@@ -55,6 +62,7 @@ class DINOv3Objective:
         share: BatchShare,
         seed: int,
         called: nn.Module | None = None,
+        leash_teacher: VisionTransformer | None = None,
     ) -> None:
         """Take finished networks.
 
@@ -67,15 +75,19 @@ class DINOv3Objective:
             share: Which samples of a step are in which micro-batch of this process.
             seed: The stage's seed, for what is random in the student's forward pass.
             called: The student behind a wrapper that exchanges gradients; the student itself if None.
+            leash_teacher: Frozen backbone that the stage began with, where the recipe has a leash.
         """
         if config.gram_weight > 0 and gram_teacher is None:
             raise ValueError("gram_weight is above 0 and there is no Gram teacher")
-        self.student, self.teacher, self.gram_teacher = student, teacher, gram_teacher
+        if config.leash_weight > 0 and leash_teacher is None:
+            raise ValueError("leash_weight is above 0 and there is no backbone to stay near")
+        self.student, self.teacher, self.gram_teacher, self.leash_teacher = student, teacher, gram_teacher, leash_teacher
         self.config, self.machine, self.share, self.seed = config, machine, share, seed
         self.called = called if called is not None else student
         self.teacher.eval().requires_grad_(False)
-        if gram_teacher is not None:
-            gram_teacher.eval().requires_grad_(False)
+        for frozen in (gram_teacher, leash_teacher):
+            if frozen is not None:
+                frozen.eval().requires_grad_(False)
         self._observed: dict[str, Tensor] = {}
 
     @property
@@ -91,8 +103,13 @@ class DINOv3Objective:
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         """See `Objective`."""
-        networks: dict[str, nn.Module] = {"student": self.student, "teacher": self.teacher}
-        return networks if self.gram_teacher is None else {**networks, "gram_teacher": self.gram_teacher}
+        networks: dict[str, nn.Module | None] = {
+            "student": self.student,
+            "teacher": self.teacher,
+            "gram_teacher": self.gram_teacher,
+            "leash_teacher": self.leash_teacher,
+        }
+        return {name: network for name, network in networks.items() if network is not None}
 
     def losses(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Losses]:
         """See `Objective`. Terms: dino_global, dino_local, ibot, koleo, gram (unweighted), and total (weighted)."""
@@ -129,6 +146,7 @@ class DINOv3Objective:
             ibot=self.config.ibot_weight,
             koleo=self.config.koleo_weight * GLOBAL_CROPS,
             gram=self.config.gram_weight,
+            leash=self.config.leash_weight,
         )
 
     def _draws(self, batch: Batch, step: int) -> ForwardDraws:
@@ -144,12 +162,19 @@ class DINOv3Objective:
         with self.machine.autocast():
             logits = [self.teacher.target_logits(batch) for batch in batches]
             gram = [self._gram_tokens(batch) for batch in batches]
+            leash = [self._leash(batch) for batch in batches]
         # Sinkhorn's equal shares hold over the whole batch: all micro-batches here, all processes inside.
         cls = _joint_targets([part for part, _ in logits], temperature)
         patches = _joint_targets([part for _, part in logits], temperature)
         self._observed = _observe(cls)
         pulls = self._koleo_pulls(batches, draws)
-        return [Targets(*parts) for parts in zip(cls, patches, gram, pulls, strict=True)]
+        return [Targets(*parts) for parts in zip(cls, patches, gram, leash, pulls, strict=True)]
+
+    def _leash(self, batch: Batch) -> Leash | None:
+        if self.leash_teacher is None:
+            return None
+        seen = self.leash_teacher(batch.global_crops)
+        return Leash(self.config.leash, seen.cls_token.float(), seen.patch_tokens.float())
 
     def _gram_tokens(self, batch: Batch) -> Tensor | None:
         if self.config.gram_weight == 0 or self.gram_teacher is None or batch.gram_teacher_crops is None:

@@ -1,9 +1,10 @@
 """Backbone and two heads: what student and teacher both are, and what each computes from a batch."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from meddino.distributed.collectives import all_gather_with_grad, rank
@@ -33,6 +34,30 @@ class KoLeoPull:
 
 
 @dataclass(frozen=True)
+class Leash:
+    """The tokens that the stage's first backbone gives for the unmasked global crops.
+
+    Attributes:
+        kind: "l2" holds the tokens, "gram" the patches' similarities.
+        cls_token: [2 B, D].
+        patch_tokens: [2 B, N, D].
+    """
+
+    kind: Literal["l2", "gram"]
+    cls_token: Float[Tensor, "gb d"]
+    patch_tokens: Float[Tensor, "gb n d"]
+
+    def loss(self, seen: ViTOutput, masks: Bool[Tensor, "gb n"]) -> Float[Tensor, ""]:
+        """Return how far the student's tokens went: mean squared difference over CLS tokens and patches it sees."""
+        if self.kind == "gram":
+            return gram_loss(seen.patch_tokens, self.patch_tokens)
+        of_cls = (seen.cls_token.float() - self.cls_token).square().mean()
+        of_patches = (seen.patch_tokens.float() - self.patch_tokens).square().mean(dim=-1)
+        visible = (~masks).float()
+        return of_cls + (of_patches * visible).sum() / visible.sum().clamp(min=1.0)
+
+
+@dataclass(frozen=True)
 class Targets:
     """What the student shall match in one micro-batch.
 
@@ -40,12 +65,14 @@ class Targets:
         cls: The teacher's assignments of the 2 B global crops, crop-major.
         patches: The teacher's assignments of the M masked patches.
         gram_tokens: [2 B, N, D] patch tokens of the Gram teacher at the student's grid, or None.
+        leash: What the student is to stay near to, or None.
         koleo: Given where the batch is cut into several micro-batches; else KoLeo is computed in place.
     """
 
     cls: SinkhornTargets
     patches: SinkhornTargets
     gram_tokens: Float[Tensor, "gb n d"] | None
+    leash: Leash | None
     koleo: KoLeoPull | None
 
 
@@ -58,6 +85,7 @@ class TermWeights:
     ibot: float
     koleo: float
     gram: float
+    leash: float
 
 
 class DINOv3Network(nn.Module):
@@ -116,6 +144,9 @@ class DINOv3Network(nn.Module):
         if targets.gram_tokens is not None:
             terms["gram"] = gram_loss(seen.patch_tokens, targets.gram_tokens, negatives=gram_negatives)
             total = total + weights.gram * terms["gram"]
+        if targets.leash is not None:
+            terms["leash"] = targets.leash.loss(seen, batch.masks)
+            total = total + weights.leash * terms["leash"]
         return {**{name: term.detach() for name, term in terms.items()}, "total": total}
 
     @torch.no_grad()
