@@ -61,6 +61,7 @@ def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDA
 
 def _read_file(path: Path) -> NDArray[Any] | None:
     """Return [frames, rows, cols] with rescale slope and intercept applied, or None."""
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))

@@ -91,7 +91,8 @@ def _looks_like_hounsfield(sample: NDArray[np.float64]) -> bool:
     if len(inside) < 0.01 * len(sample):
         return False
     tissue = float(np.mean((inside > -200) & (inside < 250)))
-    core = inside[(inside > -200) & (inside < 300)]
+    low = float(sample.min())
+    core = inside[(inside > -200) & (inside < 300) & (inside > low)]  # without the pile at the end of a clipped window
     if tissue < 0.5 or len(core) < 100:
         return False
     middle = float(np.median(core))
@@ -100,7 +101,7 @@ def _looks_like_hounsfield(sample: NDArray[np.float64]) -> bool:
     negative = float(np.mean(sample < -20))
     air = float(np.mean((sample < -700) & (sample > -4096)))
     dense = float(np.mean(sample > 3500))
-    return dense < 0.02 and (air > 0.005 or (negative > 0.01 and float(sample.min()) < -60 and float(sample.max()) > 80))
+    return dense < 0.02 and (air > 0.005 or (negative > 0.01 and low < -60 and float(sample.max()) > 80))
 
 
 def _what_else(sample: NDArray[np.float64]) -> str:

@@ -48,7 +48,9 @@ def merge(parts: Sequence[Path], out: Path) -> None:
 
 def _take_over(folder: Path, out: Path) -> None:
     """Copy what a part has done; the part itself stays as it is."""
-    shutil.copytree(WorkFolder(folder).root / "volumes", WorkFolder(out).root / "volumes", dirs_exist_ok=True)
+    done = WorkFolder(folder).root / "volumes"
+    if done.is_dir():  # a part may have had no volume to do
+        shutil.copytree(done, WorkFolder(out).root / "volumes", dirs_exist_ok=True)
     salt = private_folder(folder) / "salt"
     if salt.exists() and not (private_folder(out) / "salt").exists():
         private_folder(out).mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ from meddino_data_curation.fingerprint import Fingerprint, flipped
 
 BANDS = 24
 BITS = 32
-# (up to so many slices, least cosine, least share of slices that reach it). Copies lie above 0.97, another kernel between 0.82
-# and 0.99, the most alike slices of different patients at 0.88, of their whole volumes below 0.8; the fewer slices, the more
+# (up to so many slices, least cosine, least share of slices that reach it). Copies lie above 0.97, another kernel between 0.83
+# and 0.99, the most alike slices of different patients at 0.88, of whole volumes below 0.8; the fewer slices, the more
 # each has to say. Measured on shared/data by tests/data_curation/test_near_duplicates.py.
-RULES = ((3, 0.96, 0.5), (7, 0.93, 0.5), (10**9, 0.82, 0.6))
+RULES = ((3, 0.96, 0.5), (7, 0.93, 0.5), (10**9, 0.88, 0.6))
 IN_ORDER = 0.9  # correlation of the matching slices' places
 _FEW = 3
 _CROWD = 400  # slices with one key: what looks like everything tells nothing

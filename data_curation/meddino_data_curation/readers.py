@@ -34,6 +34,7 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
     Raises:
         VolumeError: It is damaged, of another format, too large, or has the wrong number of axes. The message names no path.
     """
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
     found = sniff_format(path)
     if found != format:
         holds = f"holds {_FORMAT_NAMES[found]}" if found else "is none"

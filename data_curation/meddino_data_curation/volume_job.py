@@ -238,7 +238,7 @@ def to_int16(plane: NDArray[Any], offset: int) -> NDArray[np.int16]:
     if plane.dtype == np.int16 and offset == 0:
         return np.ascontiguousarray(plane)
     wide = plane.astype(np.float64) + offset
-    return np.clip(np.rint(wide), _INT16.min, _INT16.max).astype(np.int16)
+    return np.ascontiguousarray(np.clip(np.rint(wide), _INT16.min, _INT16.max), dtype=np.int16)
 
 
 def _rounded(spacing: tuple[float, float]) -> tuple[float, float]:

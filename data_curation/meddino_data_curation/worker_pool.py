@@ -102,7 +102,6 @@ def _limit_threads() -> None:
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
 
 
 def _work(job: VolumeJob) -> str:

@@ -23,9 +23,10 @@ def make_hu(seed: int, shape: tuple[int, int, int] = (6, 64, 72)) -> np.ndarray:
         size = rng.uniform(0.2, 0.3) * (1 + 0.3 * z)
         hu[(np.hypot((x - centre) / size, (y + 0.1) / rng.uniform(0.3, 0.45)) < 1) & (radius < 0.8)] = -830
     hu[np.hypot((x - shift) / 0.12, (y - 0.38) / 0.12) < 1] = 300
-    blobs = rng.uniform(-0.5, 0.5, size=(8, 2))
-    for number, (by, bx) in enumerate(blobs):
-        hu[np.hypot((x - bx) / 0.07, (y - by) / 0.07) + np.abs(z - rng.uniform(-1, 1)) < 1] = (120, 20, -60, 200)[number % 4]
+    for number in range(24):
+        by, bx, bz = rng.uniform(-0.55, 0.55, size=3) * (1, 1, 1.8)
+        size = rng.uniform(0.06, 0.2)
+        hu[np.hypot((x - bx) / size, (y - by) / size) + np.abs(z - bz) < 1] = (120, -700, -90, 250, 40, -20)[number % 6]
     return np.rint(hu + rng.normal(0, 12, shape)).clip(-1024, 3071).astype(np.int16)
 
 

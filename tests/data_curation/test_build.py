@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from meddino_data_curation.cli import main
 
 from meddino.core.files import sha256_file
 from meddino.data.corpus import Corpus
 from meddino.data.sample import SliceInfo, decode_slice
-from meddino_data_curation.cli import main
 from tests.data_curation.conftest import make_hu, write_volume
 
 
@@ -189,6 +189,7 @@ def test_build__full_disk_is_one_line_and_the_run_can_go_on(
 
 def test_build__a_reader_that_dies_costs_one_volume(six_volumes, salt_file, tmp_path, monkeypatch):
     from meddino_data_curation import worker_pool
+
     from tests.data_curation import dying_worker
 
     monkeypatch.setattr(worker_pool, "_work", dying_worker.work)
@@ -198,13 +199,24 @@ def test_build__a_reader_that_dies_costs_one_volume(six_volumes, salt_file, tmp_
     assert "ended the process" in next(row["reason"] for row in rows if row["status"] == "rejected")
 
 
+def _text_folder(root: Path) -> Path:
+    (root / "texts").mkdir()
+    (root / "texts" / "notes.txt").write_text("no CT here")
+    return root / "texts"
+
+
+def _label_folder(root: Path) -> Path:
+    write_volume(root / "labels" / "mask.nii.gz", (make_hu(0) > 0).astype(np.uint8))
+    return root / "labels"
+
+
 @pytest.mark.parametrize(
     ("prepare", "arguments", "words"),
     [
         (lambda root: root / "nowhere", [], "no such file or folder"),
         (lambda root: (root / "empty").mkdir() or root / "empty", [], "0 files"),
-        (lambda root: _text_folder(root), [], "1 files, none of them"),
-        (lambda root: _label_folder(root), [], "none of 1 volumes could be used: 1 x looks like a label map"),
+        (_text_folder, [], "1 files, none of them"),
+        (_label_folder, [], "none of 1 volumes could be used: 1 x looks like a label map"),
         (lambda root: root, ["slices.z_strid_mm=3"], "did you mean 'z_stride_mm'"),
         (lambda root: root, ["--part", "3/2"], "1 <= i <= n"),
         (lambda root: root, ["--config", "nonsense"], "shipped names"),
@@ -217,17 +229,6 @@ def test_build__wrong_input_is_one_clear_line(tmp_path, salt_file, capsys, prepa
     assert len(error) == 1
     assert words in error[0]
     assert not (tmp_path / "out" / "corpus.json").exists()
-
-
-def _text_folder(root: Path) -> Path:
-    (root / "texts").mkdir()
-    (root / "texts" / "notes.txt").write_text("no CT here")
-    return root / "texts"
-
-
-def _label_folder(root: Path) -> Path:
-    write_volume(root / "labels" / "mask.nii.gz", (make_hu(0) > 0).astype(np.uint8))
-    return root / "labels"
 
 
 def test_build__too_many_refusals_stop_the_run(tmp_path, salt_file, capsys):

@@ -47,10 +47,10 @@ def test_phantom__organs_have_plausible_values_and_sizes(number):
     voxel_ml = float(np.prod(scan.spacing_mm)) / 1000
     bounds = {  # median HU and ml: from no contrast agent to arterial phase, small to large adults
         "lung": (-920, -700, 1200, 7000),
-        "heart": (30, 260, 300, 1000),
+        "heart": (30, 260, 240, 1000),
         "liver": (20, 140, 700, 2600),
-        "spleen": (30, 150, 50, 500),
-        "kidneys": (20, 220, 120, 500),
+        "spleen": (30, 150, 40, 600),
+        "kidneys": (20, 220, 100, 600),
         "bone": (120, 900, 300, 2500),
     }
     for organ, (hu_low, hu_high, ml_low, ml_high) in bounds.items():
@@ -100,3 +100,11 @@ def test_write_cohort__a_finished_one_is_left_as_it_is(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     write_cohort(tmp_path, sizes, seed=1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} != before
+
+
+def test_phantom__patients_are_no_near_duplicates_of_one_another(tmp_path):
+    from meddino.data.corpus import Corpus
+
+    write_cohort(tmp_path / "cohort", CohortSizes(ct=3, train=1, test=1), seed=0)
+    assert main(["build", str(tmp_path / "cohort" / "ct"), "--out", str(tmp_path / "corpus"), "workers=1"]) == 0
+    assert Corpus(tmp_path / "corpus").info["totals"]["accepted"] == 3

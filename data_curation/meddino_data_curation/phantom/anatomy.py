@@ -10,6 +10,7 @@ MUSCLE_HU = 55.0
 CARTILAGE_HU = 110.0
 GAS_HU = -960.0
 DIAPHRAGM_MM = 3.0
+DEFORMATION_MM = 5.5  # nobody is an ellipsoid: without this, patients are near duplicates of one another
 RIB_PITCH_MM = 29.0
 RIB_SLOPE_MM = 75.0  # how much lower a rib's front end is than its head
 
@@ -25,7 +26,9 @@ class Anatomy:
             grid: Where the voxels are.
             rng: Draws the textures and the bowel.
         """
-        self.patient, self.grid, self.rng = patient, grid, rng
+        self.patient, self.rng = patient, rng
+        self.scanner = grid
+        self.grid = grid = grid.deformed(rng, DEFORMATION_MM, 85.0, rng.normal(0, 4))
         self.canvas = Canvas(grid)
         self.wobble = grid.smooth_noise(rng, 30.0) * np.float32(0.06)  # makes ellipsoids look grown
         self.texture = grid.smooth_noise(rng, 9.0)
@@ -239,7 +242,7 @@ class Anatomy:
     def _sternum(self) -> None:
         patient, grid = self.patient, self.grid
         front = -(patient.half_depth_mm - patient.fat_mm - patient.muscle_mm) - 5
-        shape = (grid.x / 17) ** 4 + ((grid.y - front) / 6.5) ** 4
+        shape = np.square(np.square(grid.x / 17)) + np.square(np.square((grid.y - front) / 6.5))  # ** 4 is 30 times slower
         self.canvas.paint((shape < 1) & (grid.z > 12), 1.9 * patient.bone_hu, LABELS["bone"])
         self.canvas.paint((shape < 0.4) & (grid.z > 12), 0.9 * patient.bone_hu + 30 * self.texture, LABELS["bone"])
 
@@ -279,11 +282,11 @@ class Anatomy:
             self.canvas.paint(bones < 0.35, 0.3 * patient.bone_hu, LABELS["bone"])
 
     def _table(self) -> None:
-        patient, grid = self.patient, self.grid
-        top = patient.half_depth_mm * 0.94 + 7 - (grid.x / 210.0) ** 2 * 28  # a shallow trough
-        depth = grid.y - top + np.zeros_like(grid.z)
-        slab = (depth > 0) & (depth < 32) & (np.abs(grid.x) < 205)
+        patient, (z, y, x) = self.patient, self.scanner.axes
+        top = patient.half_depth_mm * 0.94 + 7 - (x / 210.0) ** 2 * 28  # a shallow trough
+        depth = y - top + np.zeros_like(z)
+        slab = (depth > 0) & (depth < 32) & (np.abs(x) < 205)
         self.canvas.paint(slab, -880.0)
         self.canvas.paint(slab & ((depth < 3.5) | (depth > 28.5)), -420.0)
-        mattress = (depth > -7) & (depth <= 0) & (np.abs(grid.x) < 200)
+        mattress = (depth > -7) & (depth <= 0) & (np.abs(x) < 200)
         self.canvas.paint(mattress, -930.0)

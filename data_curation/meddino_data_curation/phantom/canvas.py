@@ -11,20 +11,27 @@ Field = NDArray[np.float32]
 Reals = NDArray[np.floating[Any]]
 Inside = NDArray[np.bool_]
 
+_FAR = 9.0
+_REACH = 1.7  # times the largest radius: shapes are cut at up to 1.5 of the squared distance, and wobble
+
 
 @dataclass(frozen=True)
 class Grid:
     """Voxel centres in patient millimetres.
 
     Attributes:
-        z: [Z, 1, 1], to the head; 0 is the top of the right half of the diaphragm.
-        y: [1, Y, 1], to the back; 0 is the middle of the trunk.
-        x: [1, 1, X], to the patient's left; 0 is the spine.
+        z: To the head; 0 is the top of the right half of the diaphragm.
+        y: To the back; 0 is the middle of the trunk.
+        x: To the patient's left; 0 is the spine. All three can be broadcast to [Z, Y, X].
+        axes: [Z, 1, 1], [1, Y, 1], [1, 1, X]: the same places in the scanner.
+        slack_mm: How far patient and scanner places may lie apart.
     """
 
     z: Field
     y: Field
     x: Field
+    axes: tuple[Field, Field, Field]
+    slack_mm: float = 0.0
 
     @classmethod
     def regular(
@@ -35,30 +42,60 @@ class Grid:
             (first + step * np.arange(size)).astype(np.float32)
             for size, step, first in zip(shape, spacing_mm, first_mm, strict=True)
         )
-        return cls(z[:, None, None], y[None, :, None], x[None, None, :])
+        axes = z[:, None, None], y[None, :, None], x[None, None, :]
+        return cls(*axes, axes)
+
+    def deformed(self, rng: np.random.Generator, amount_mm: float, scale_mm: float, turn_deg: float) -> "Grid":
+        """Return the same voxels of a patient who is turned and differently grown.
+
+        Args:
+            rng: Draws the deformation.
+            amount_mm: Standard deviation of the displacement along each axis.
+            scale_mm: Over which it varies.
+            turn_deg: Rotation about the patient's long axis.
+        """
+        cos, sin = np.float32(np.cos(np.radians(turn_deg))), np.float32(np.sin(np.radians(turn_deg)))
+        x, y = self.x * cos - self.y * sin, self.x * sin + self.y * cos
+        moved = [place + np.float32(amount_mm) * self.smooth_noise(rng, scale_mm) for place in (self.z, y, x)]
+        furthest = max(float(np.abs(new - old).max()) for new, old in zip(moved, self.axes, strict=True))
+        return Grid(moved[0], moved[1], moved[2], self.axes, furthest)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Voxels along each axis [Z, Y, X]."""
-        return self.z.shape[0], self.y.shape[1], self.x.shape[2]
+        z, y, x = self.axes
+        return z.shape[0], y.shape[1], x.shape[2]
 
     def ellipsoid(
         self, centre_mm: Sequence[float], radii_mm: Sequence[float], turn_deg: Sequence[float] = (0.0, 0.0, 0.0)
     ) -> Field:
-        """Return the squared normalised distance from an ellipsoid's centre: 1 on its surface.
+        """Return the squared normalised distance from an ellipsoid's centre: 1 on its surface, at most `_FAR`.
 
         Args:
             centre_mm: x, y, z of the centre.
             radii_mm: Radii along the ellipsoid's own x, y, z.
             turn_deg: Rotations about x, then y, then z.
         """
-        offsets = [axis - np.float32(centre) for axis, centre in zip((self.x, self.y, self.z), centre_mm, strict=True)]
+        box = self._box(centre_mm, _REACH * max(radii_mm) + self.slack_mm)
+        offsets = [
+            np.broadcast_to(place, self.shape)[box] - np.float32(centre)
+            for place, centre in zip((self.x, self.y, self.z), centre_mm, strict=True)
+        ]
         to_own = _rotation(turn_deg).T / np.asarray(radii_mm, dtype=np.float64)[:, None]
-        total: Field = np.zeros(self.shape, dtype=np.float32)
+        total: Field = np.full(self.shape, _FAR, dtype=np.float32)
+        total[box] = 0
         for row in to_own.astype(np.float32):
             own = row[0] * offsets[0] + row[1] * offsets[1] + row[2] * offsets[2]
-            total += own * own
+            total[box] += own * own
         return total
+
+    def _box(self, centre_mm: Sequence[float], reach_mm: float) -> tuple[slice, ...]:
+        """Return the voxels within a distance along each axis; the rest need not be computed."""
+        ranges = []
+        for axis, centre in zip(self.axes, tuple(centre_mm)[::-1], strict=True):
+            places = axis.reshape(-1)
+            ranges.append(slice(*(int(end) for end in np.searchsorted(places, (centre - reach_mm, centre + reach_mm)))))
+        return tuple(ranges)
 
     def tube(self, x_mm: float | Reals, y_mm: float | Reals, radius_mm: float | Reals) -> Field:
         """Return the squared normalised distance from an upright tube whose centre may depend on z."""
@@ -68,7 +105,7 @@ class Grid:
     def smooth_noise(self, rng: np.random.Generator, scale_mm: float) -> Field:
         """Return noise of mean 0 and standard deviation about 1 that varies over `scale_mm` (cubic B-splines)."""
         taps = []
-        for axis in (self.z, self.y, self.x):
+        for axis in self.axes:
             place = (axis.reshape(-1) - axis.min()) / np.float32(scale_mm)
             first = np.floor(place).astype(np.intp)
             taps.append((first, _bspline(place - first)))

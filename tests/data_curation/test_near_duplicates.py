@@ -1,0 +1,172 @@
+"""Measured on real scans: every guise of a scan is found, and no two patients are taken for one."""
+
+import logging
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from meddino_data_curation.config import CurationConfig, SourceConfig
+from meddino_data_curation.dicom_reader import read_dicom_volume
+from meddino_data_curation.dicom_series import DicomCandidate
+from meddino_data_curation.discovery import discover
+from meddino_data_curation.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
+from meddino_data_curation.near_duplicates import candidate_pairs, compare, find_alike, groups
+from meddino_data_curation.orientation import to_axial_lps
+from meddino_data_curation.privacy import Salt
+from meddino_data_curation.readers import read_volume_file
+from meddino_data_curation.survey import survey
+from meddino_data_curation.volume_job import to_int16
+from scipy import ndimage
+
+from tests.data_curation.conftest import make_hu
+
+LOGGER = logging.getLogger(__name__)  # the measured figures: pytest -o log_cli=true --log-cli-level=INFO
+
+
+def fingerprint(hu: np.ndarray, spacing_mm=(5.0, 1.0, 1.0)) -> Fingerprint:
+    looks = [(z * spacing_mm[0], slice_vector(np.ascontiguousarray(hu[z]), spacing_mm[1:])) for z in chosen_slices(len(hu))]
+    kept = [(place, vector) for place, vector in looks if vector is not None]
+    return Fingerprint(np.array([place for place, _ in kept]), np.array([vector for _, vector in kept]))
+
+
+def guises(hu: np.ndarray, spacing_mm, rng: np.random.Generator):
+    """Yield (kind, HU, spacing) of a scan as it turns up again elsewhere."""
+    turned = rng.integers(3)
+    yield "flipped", np.flip(hu, turned if turned == 0 and len(hu) > 1 else 1 + turned % 2), spacing_mm
+    yield "window clipped", np.clip(hu, -160, 240), spacing_mm
+    factors = (0.75 if len(hu) > 4 else 1.0, 0.75, 0.75)
+    smaller = np.rint(ndimage.zoom(hu.astype(np.float32), factors, order=1)).astype(np.int16)
+    yield "resampled x0.75", smaller, tuple(step / factor for step, factor in zip(spacing_mm, factors, strict=True))
+    start = rng.integers(len(hu) - max(1, int(0.6 * len(hu))) + 1)
+    yield "z-cropped to 60 %", hu[start : start + max(1, int(0.6 * len(hu)))], spacing_mm
+    yield "noised by 10 HU", np.rint(hu + rng.normal(0, 10, hu.shape)).astype(np.int16), spacing_mm
+    yield "padded", np.pad(hu, ((0, 0), (20, 60), (70, 10)), constant_values=-1024), spacing_mm
+
+
+@pytest.fixture(scope="module")
+def real_volumes(shared_data):
+    """Name, patient, HU and spacing of every volume of shared ct and Dataset901."""
+    sources = [
+        SourceConfig(name="ct", path=shared_data / "ct"),
+        SourceConfig(name="sarcoma", path=shared_data / "segmentation/Dataset901_SarcomaCT/imagesTr"),
+    ]
+    limits = CurationConfig().limits
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    volumes = []
+    for candidate in discover(sources, Salt(b"for tests")).candidates:
+        is_dicom = isinstance(candidate, DicomCandidate)
+        read = read_dicom_volume(candidate, limits) if is_dicom else None
+        volume = read or read_volume_file(candidate.files[0], candidate.format, limits)
+        upright, _ = to_axial_lps(volume, 35.0)
+        hu = np.stack([to_int16(plane, 0) for plane in upright.voxels])
+        name = "lungdx_dicom" if is_dicom else candidate.place
+        patient = re.search(r"TCGA-\w\w-\w+|A0\d{5}|STS_\d+|LIDC-IDRI-\d+|CRLM-CT-\d+|A0001|spine|lungdx", name).group()
+        volumes.append((name, "A0001" if patient == "lungdx" else patient, hu, upright.geometry.spacing_mm))
+    return volumes
+
+
+def test_near_duplicates__recall_and_precision_on_real_scans(real_volumes):
+    rng = np.random.default_rng(0)
+    prints, labels = [], []
+    for name, patient, hu, spacing in real_volumes:
+        prints.append(fingerprint(hu, spacing))
+        labels.append((name, patient, "original"))
+        for kind, changed, new_spacing in guises(hu, spacing, rng):
+            prints.append(fingerprint(changed, new_spacing))
+            labels.append((name, patient, kind))
+    alike = find_alike(prints)
+    linked = {(pair.first, pair.second) for pair in alike}
+    original = {name: index for index, (name, _, kind) in enumerate(labels) if kind == "original"}
+    kinds = sorted({kind for _, _, kind in labels} - {"original"})
+    for kind in kinds:
+        planted = [(original[name], index) for index, (name, _, own) in enumerate(labels) if own == kind]
+        recall = np.mean([pair in linked for pair in planted])
+        LOGGER.info("%s: recall %.3f of %d", kind, recall, len(planted))
+        assert recall >= 0.95, kind
+    wrong = {(labels[a][1], labels[b][1]) for a, b in linked if labels[a][1] != labels[b][1]}
+    assert not wrong
+    merged = [{labels[index][1] for index in group} for group in groups(len(prints), sorted(linked))]
+    assert all(len(patients) == 1 for patients in merged)
+    candidates = candidate_pairs(prints)
+    LOGGER.info("%d candidates among %d volumes, %d alike", len(candidates), len(prints), len(linked))
+    assert len(candidates) < 1.5 * len(linked)  # the index, not the comparison, keeps the work small
+    lungdx = [original[name] for name in original if "lungdx" in name]
+    assert len(lungdx) == 3  # two kernels of one scan and its DICOM subset at another size
+    assert all(pair in linked for pair in combinations(sorted(lungdx), 2))
+
+
+def test_compare__flips_in_plane_and_in_z_are_found():
+    hu = make_hu(1, (10, 64, 72))
+    plain = fingerprint(hu)
+    for changed in (hu[:, ::-1], hu[:, :, ::-1], hu[::-1], hu[::-1, ::-1, ::-1]):
+        similarity, share = compare(plain, fingerprint(changed))
+        assert similarity > 0.99
+        assert share == 1.0
+
+
+def test_compare__another_patient_and_shuffled_slices_are_not():
+    hu = make_hu(1, (10, 64, 72))
+    assert compare(fingerprint(hu), fingerprint(make_hu(2, (10, 64, 72)))) is None
+
+
+def test_flipped__is_the_vector_of_the_flipped_slice():
+    hu = make_hu(3)[2]
+    vector = slice_vector(hu, (1.0, 1.0))
+    turned = slice_vector(np.ascontiguousarray(hu[::-1]), (1.0, 1.0))
+    assert np.abs(flipped(vector[None], rows=True, cols=False)[0].astype(int) - turned).max() <= 1
+    turned = slice_vector(np.ascontiguousarray(hu[:, ::-1]), (1.0, 1.0))
+    assert np.abs(flipped(vector[None], rows=False, cols=True)[0].astype(int) - turned).max() <= 1
+
+
+def test_slice_vector__air_has_none():
+    assert slice_vector(np.full((64, 64), -1000, np.int16), (1.0, 1.0)) is None
+
+
+def test_candidate_pairs__finds_a_noised_copy():
+    prints = [fingerprint(make_hu(seed, (4, 64, 72))) for seed in range(30)]
+    noise = np.random.default_rng(0).normal(0, 10, (4, 64, 72))
+    prints.append(fingerprint(np.rint(make_hu(7, (4, 64, 72)) + noise).astype(np.int16)))
+    assert (7, 30) in candidate_pairs(prints)
+
+
+def test_find_alike__nothing_among_nothing():
+    assert find_alike([]) == []
+    empty = Fingerprint(np.zeros(0), np.zeros((0, 255), np.int8))
+    assert find_alike([empty, empty]) == []
+
+
+def test_groups__are_connected_components():
+    assert sorted(groups(6, [(0, 1), (1, 4), (2, 3)])) == [[0, 1, 4], [2, 3]]
+
+
+def test_fingerprint__json_round_trip():
+    before = fingerprint(make_hu(5))
+    after = Fingerprint.from_json(before.to_json())
+    assert np.array_equal(before.vectors, after.vectors)
+    assert np.allclose(before.places_mm, after.places_mm, atol=1e-3)
+
+
+def test_content_hash__does_not_depend_on_format_type_and_orientation(shared_data, tmp_path):
+    """Every real volume re-saved another way has the same content hash, and no two others have."""
+    sources = [
+        SourceConfig(name="ct", path=shared_data / "ct"),
+        SourceConfig(name="sarcoma", path=shared_data / "segmentation/Dataset901_SarcomaCT/imagesTr"),
+    ]
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    ways = [("nrrd", sitk.sitkFloat64, "RAS"), ("mha", sitk.sitkInt32, "PIR"), ("nii", sitk.sitkFloat32, "LPI")]
+    names = {}
+    for number, candidate in enumerate(discover(sources, Salt(b"for tests")).candidates):
+        if isinstance(candidate, DicomCandidate):
+            continue
+        ending, pixel, orientation = ways[number % 3]
+        image = sitk.Cast(sitk.DICOMOrient(sitk.ReadImage(str(candidate.files[0])), orientation), pixel)
+        sitk.WriteImage(image, str(tmp_path / f"{number}.{ending}"))
+        names[f"{number}.{ending}"] = (sources[candidate.source].name, candidate.place)
+    config = CurationConfig(workers=1)
+    found = survey([*sources, SourceConfig(name="again", path=tmp_path)], config, Salt(b"for tests"))
+    content = {(row["dataset"], found.places[row["volume_id"]]): row["content_hash"] for row in found.rows}
+    assert len(names) == 97
+    missed = [name for name, origin in names.items() if content["again", name] != content[origin]]
+    assert not missed
