@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = [PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
 BIN = Path(sys.executable).parent
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -39,13 +39,25 @@ def _shortened(command: str) -> list[str]:
     return [*shlex.split(command), *extra]
 
 
+def _run_examples(document: Path, folder: Path) -> None:
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
+    for kind, example in _examples(document):
+        if kind == "console" and shlex.split(example)[0] in NOT_RUN_HERE:
+            _check_make_target(example)
+            continue
+        command = [sys.executable, "-c", example] if kind == "python" else _shortened(example)
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{document.name}: {example}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+
+
 @pytest.fixture(scope="module")
 def reader_folder(tmp_path_factory) -> Path:
-    """A folder as the documents assume it: `my_scans/` with CT volumes, `Dataset900_Phantom/` with labels."""
+    """A folder with `my_scans/` (CT volumes) and `Dataset900_Phantom/` (with labels), after the README's examples."""
     folder = tmp_path_factory.mktemp("reader")
     subprocess.run([BIN / "meddino-curate", "phantom", "--out", folder / "phantom", "--patients", "3"], check=True)
     (folder / "phantom" / "ct").rename(folder / "my_scans")
     (folder / "phantom" / "segmentation" / "Dataset900_Phantom").rename(folder / "Dataset900_Phantom")
+    _run_examples(PROJECT / "README.md", folder)
     return folder
 
 
@@ -53,14 +65,7 @@ def reader_folder(tmp_path_factory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_document__every_example_runs(document, reader_folder):
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(reader_folder)}
-    for kind, example in _examples(document):
-        if kind == "console" and shlex.split(example)[0] in NOT_RUN_HERE:
-            _check_make_target(example)
-            continue
-        command = [sys.executable, "-c", example] if kind == "python" else _shortened(example)
-        run = subprocess.run(command, cwd=reader_folder, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, f"{document.name}: {example}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+    _run_examples(document, reader_folder)
 
 
 def _check_make_target(example: str) -> None:
@@ -70,7 +75,7 @@ def _check_make_target(example: str) -> None:
         assert words[1] in targets, f"make {words[1]} is no target"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [PROJECT / "README.md", *DOCUMENTS], ids=lambda path: path.name)
 def test_document__every_linked_file_exists(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
