@@ -36,6 +36,9 @@ def run(arguments: argparse.Namespace) -> None:
         "ours_s": ours["seconds"],
         "monai_s": theirs["seconds"],
         "time_ratio": round(ours["seconds"] / theirs["seconds"], 3),
+        # Where other processes compute, the processor's time says more than the clock's.
+        "ours_cpu_s": ours["cpu_s"],
+        "monai_cpu_s": theirs["cpu_s"],
         "ours_mib": ours["mib"],
         "monai_mib": theirs["mib"],
         "largest_difference": max(abs(a - b) for a, b in zip(ours["values"], theirs["values"], strict=True)),
@@ -68,12 +71,13 @@ def _measure(name: str, options: dict[str, Any], sender: Any) -> None:
     work = _prepare(name, options)
     machine = find_machine("cpu")
     before = machine.peak_memory_mib()
-    seconds, values = float("inf"), []
+    seconds, cpu, values = float("inf"), float("inf"), []
     for _ in range(options["repeats"]):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         values = work()
-        seconds = min(seconds, time.perf_counter() - start)
-    sender.send({"seconds": round(seconds, 4), "mib": round(machine.peak_memory_mib() - before, 1), "values": values})
+        seconds, cpu = min(seconds, time.perf_counter() - start), min(cpu, time.process_time() - cpu_start)
+    mib = machine.peak_memory_mib() - before
+    sender.send({"seconds": round(seconds, 4), "cpu_s": round(cpu, 4), "mib": round(mib, 1), "values": values})
 
 
 def _prepare(name: str, options: dict[str, Any]) -> Callable[[], list[float]]:
