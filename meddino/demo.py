@@ -24,8 +24,6 @@ from meddino.core.files import write_json, write_text
 from meddino.core.logging import console
 
 PHANTOM_SALT = "meddino-demo"  # the cohort is public and nobody's: a public salt gives the same bytes everywhere
-# Real volumes differ more than phantoms do: as many steps as showed a difference on such data before (223 in 200 s).
-REAL_DATA_STEPS = ("stages.stage1_pretrain.steps=220",)
 POLL_S = 0.25
 
 
@@ -69,13 +67,12 @@ class Plan:
         curate = ("meddino-curate", "build", str(self.volumes), "--out", str(out / "corpus"), "--config", "demo")
         salt = f"privacy.salt_file={salt_file(self.is_phantom, out)}"
         pretrain = ("meddino-pretrain", "demo", "--corpus", str(out / "corpus"), "--out", str(out / "run"), f"seed={seed}")
-        more_steps = () if self.is_phantom else REAL_DATA_STEPS
         settings = "demo" if self.is_phantom else "demo_real"
         segment = ("meddino-eval", "segment", "--config", settings, "--data", str(self.dataset))
         return [
             *([Step("phantom", "make the phantom cohort", phantom)] if self.is_phantom else []),
             Step("curate", "curate volumes into a corpus", (*curate, salt)),
-            Step("pretrain", "pretrain in three stages", (*pretrain, *more_steps)),
+            Step("pretrain", "pretrain in three stages", pretrain),
             Step("export", "export the teacher", ("meddino-export", str(out / "run"), "--out", str(out / "model"))),
             Step(
                 "segment",
