@@ -108,7 +108,7 @@ def bench_step(size: StepSize, steps: int, machine: Machine) -> dict[str, Any]:
     """
     if min(steps, size.batch - 1, size.prototypes) < 1 or size.num_local < 0:
         raise ConfigError("bench step needs steps >= 1, batch >= 2 (KoLeo compares images), prototypes >= 1, locals >= 0")
-    step = _Step(size, machine)
+    step = MeasuredStep(size, machine)
     step.run()
     times = []
     for _ in range(steps):
@@ -186,7 +186,7 @@ def peak_flops(machine: Machine, side: int = 2048, repeats: int = 5) -> dict[str
     return best
 
 
-class _Step:
+class MeasuredStep:
     """A training step through the trainer's own objective, clipping, optimizer and teacher update."""
 
     def __init__(self, size: StepSize, machine: Machine) -> None:
@@ -229,9 +229,9 @@ class _Step:
         self.loss = float("nan")
 
     def run(self) -> None:
+        """Take one step."""
         from meddino_pretrain.optimizer import clip_by_module
 
-        """Take one step."""
         self.optimizer.zero_grad(set_to_none=True)
         for losses in self.objective.losses([self.batch], self.values, self.step):
             losses["total"].backward()  # type: ignore[no-untyped-call]

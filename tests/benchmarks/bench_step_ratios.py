@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from meddino_pretrain.bench_step import StepSize, _Step
+from meddino_pretrain.bench_step import MeasuredStep, StepSize
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -112,7 +112,7 @@ class LossPart:
 class StraightforwardStep:
     """The same step as `bench step`'s, by the plain formulas, torch's default AdamW and two-pass averaging."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: MeasuredStep) -> None:
         objective = step.objective
         self.student = {name: value.detach().clone() for name, value in objective.student.state_dict().items()}
         self.teacher = {name: value.detach().clone() for name, value in objective.teacher.state_dict().items()}
@@ -155,7 +155,7 @@ def measure(
 
 def measure_all(size: StepSize, repeats: int, whole: bool) -> list[dict[str, float | str]]:
     """Return one row for each of: the loss part, the loss part with Gram, and, if asked for, the whole step."""
-    step = _Step(StepSize(**{**size.__dict__, "batch": 2, "prototypes": 8}), find_machine("cpu"))
+    step = MeasuredStep(StepSize(**{**size.__dict__, "batch": 2, "prototypes": 8}), find_machine("cpu"))
     patches = step.batch.masks.shape[1]
     masked = round(2 * size.batch * patches * 0.5 * 0.3)  # half of the images, 10 to 50 % of their patches
     rows = []
@@ -164,7 +164,7 @@ def measure_all(size: StepSize, repeats: int, whole: bool) -> list[dict[str, flo
         _check(part.straightforward(), part.ours())
         rows.append(measure(name, part.straightforward, part.ours, repeats))
     if whole:
-        own = _Step(copy.copy(size), find_machine("cpu"))
+        own = MeasuredStep(copy.copy(size), find_machine("cpu"))
         own.objective.student.backbone.rope_embed.rescale = None  # random; the plain side has none
         straightforward = StraightforwardStep(own)
         straightforward.run(), own.run()
