@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections import OrderedDict
 from functools import cached_property
@@ -147,9 +148,8 @@ class Corpus:
         if codec not in SUFFIXES:
             raise ShardError(f"{where}: codec '{codec}' is unknown; allowed: {', '.join(SUFFIXES)}")
         try:
-            stream = self._open(name)
-            stream.seek(int(self._columns["offset"][index]))
-            data = stream.read(length)
+            # Not seek and read: a forked process shares the position in files that were open before the fork.
+            data = os.pread(self._open(name).fileno(), length, int(self._columns["offset"][index]))
         except OSError as error:
             raise ShardError(f"{where}: cannot be read ({error})") from error
         if len(data) != length:
@@ -166,7 +166,7 @@ class Corpus:
             return self._files[name]
         if len(self._files) >= MAX_OPEN_SHARDS:
             self._files.popitem(last=False)[1].close()
-        stream = (self.root / "shards" / name).open("rb")
+        stream = (self.root / "shards" / name).open("rb", buffering=0)
         self._files[name] = stream
         return stream
 

@@ -73,6 +73,7 @@ class Batch:
         mask_weights: [M] 1 / (masked patches in the same crop).
         keys: The B slices' keys.
         data_wait_s: How long the training process waited for it.
+        damaged: One line for each damaged slice that was stood in for.
     """
 
     step: int
@@ -85,6 +86,7 @@ class Batch:
     mask_weights: Float[Tensor, " m"]
     keys: list[str]
     data_wait_s: float
+    damaged: list[str] = field(default_factory=list)
 
 
 def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> Batch:
@@ -107,4 +109,5 @@ def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> 
         mask_weights=there(raw.mask_weights),
         keys=raw.keys,
         data_wait_s=raw.data_wait_s,
+        damaged=raw.damaged,
     )

@@ -1,9 +1,15 @@
 """From a corpus to batches: one decode feeds all crops, any step is reached at once, damaged slices are stood in for."""
 
+import atexit
 import itertools
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
 
@@ -172,6 +178,46 @@ class _Batches(Dataset[RawBatch | ShardError]):
             return error
 
 
+@dataclass(frozen=True)
+class _Places:
+    """(step, micro-step) of every micro-batch in order; never a list, for a run has a million of them."""
+
+    first_step: int
+    last_step: int
+    accumulation: int
+
+    def __len__(self) -> int:
+        return max(0, self.last_step - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return itertools.product(range(self.first_step, self.last_step), range(self.accumulation))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A scheduler signals every process of a job. The trainer answers by finishing its step and saving, for which it needs its
+    # workers; they end when it ends. torch's worker loop would die of SIGTERM and take the trainer along.
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _only_the_second_one_counts)
+    signal.signal(signal.SIGHUP, _end_at_once)
+
+
+def _only_the_second_one_counts(number: int, frame: object) -> None:
+    # The scheduler's is the first; torch sends another to a worker that does not end.
+    signal.signal(signal.SIGTERM, _end_at_once)
+
+
+def _end_at_once(number: int, frame: object) -> None:
+    os._exit(0)
+
+
+def _end_worker(worker: BaseProcess) -> None:
+    # Python, as it ends, sends each worker one SIGTERM and waits; a worker whose iterator still stands would ignore it.
+    if worker.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGHUP)
+
+
 @dataclass
 class Loader:
     """Iterates over the raw micro-batches of the steps `first_step` to `last_step` - 1, in order.
@@ -194,7 +240,7 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
-        return max(0, self.last_step - self.first_step) * self.maker.share.accumulation
+        return len(_Places(self.first_step, self.last_step, self.maker.share.accumulation))
 
     def __iter__(self) -> Iterator[RawBatch]:
         """Yield micro-batches; each says how long it was waited for.
@@ -202,40 +248,49 @@ class Loader:
         Raises:
             ShardError: More damaged slices than the config allows.
         """
-        source = iter(self._source())
+        source = self._source()
         while True:
             start = time.perf_counter()
             item = next(source, None)
             if item is None:
                 return
+            if isinstance(item, RawBatch):
+                item = self._counted(item)
             if isinstance(item, ShardError):
+                del source  # ends the workers now, not whenever the error's traceback is collected
                 raise item
-            self._count(item)
             yield replace(item, data_wait_s=time.perf_counter() - start)
 
     def _source(self) -> Any:
-        accumulation = self.maker.share.accumulation
-        places = [(step, micro) for step in range(self.first_step, self.last_step) for micro in range(accumulation)]
-        workers = min(self.config.workers, len(places))
+        places = _Places(self.first_step, self.last_step, self.maker.share.accumulation)
         batches = _Batches(self.maker)
+        workers = min(self.config.workers, len(places))
         if not workers:
             return (batches[place] for place in places)
-        return DataLoader(
-            batches,
-            batch_size=None,
-            sampler=places,
-            num_workers=workers,
-            prefetch_factor=self.config.prefetch,
-            pin_memory=self.pin_memory,
+        before = set(multiprocessing.active_children())
+        iterator = iter(
+            DataLoader(
+                batches,
+                batch_size=None,
+                sampler=places,
+                num_workers=workers,
+                prefetch_factor=self.config.prefetch,
+                pin_memory=self.pin_memory,
+                worker_init_fn=_leave_signals_to_the_trainer,
+            )
         )
+        for worker in set(multiprocessing.active_children()) - before:
+            atexit.register(_end_worker, worker)
+        return iterator
 
-    def _count(self, batch: RawBatch) -> None:
+    def _counted(self, batch: RawBatch) -> RawBatch | ShardError:
         for line in batch.damaged:
             if line not in self.damaged:
                 logger.warning("damaged slice, another stands in for it: %s", line)
             self.damaged[line] = self.damaged.get(line, 0) + 1
         if len(self.damaged) > self.config.max_damaged:
-            raise _too_many_damaged(self.maker.corpus, self.damaged, self.config.max_damaged)
+            return _too_many_damaged(self.maker.corpus, self.damaged, self.config.max_damaged)
+        return batch
 
 
 def build_loader(

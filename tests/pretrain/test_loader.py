@@ -1,6 +1,10 @@
 """Batches are pure functions of seed, step and place."""
 
+import contextlib
+import multiprocessing
+import os
 import pickle
+import signal
 from dataclasses import fields
 
 import numpy as np
@@ -9,7 +13,7 @@ import torch
 from meddino_pretrain.augment import AugmentConfig
 from meddino_pretrain.batches import RawBatch, to_model_input
 from meddino_pretrain.crops import CropsConfig, CropSizes
-from meddino_pretrain.loader import Loader, LoaderConfig, build_loader
+from meddino_pretrain.loader import Loader, LoaderConfig, _end_worker, build_loader
 from meddino_pretrain.masks import MaskingConfig
 
 from meddino.core.device import find_machine
@@ -92,6 +96,61 @@ def test_loader__sends_its_dataset_to_a_spawned_process(make_corpus):
     assert_equal(pickle.loads(pickle.dumps(maker)).make(1, 0), maker.make(1, 0))
 
 
+def test_loader__workers_outlive_the_signals_that_a_scheduler_sends_to_all(make_corpus):
+    corpus = make_corpus(count=8)
+    expected = list(loader_of(corpus, last_step=12))
+    batches = iter(loader_of(corpus, workers=2, last_step=12))
+    seen = [next(batches)]
+    for child in multiprocessing.active_children():
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            os.kill(child.pid, name)
+    seen += list(batches)
+    for one, other in zip(expected, seen, strict=True):
+        assert_equal(one, other)
+
+
+def test_loader__workers_end_when_the_trainer_ends_them(make_corpus):
+    before = set(multiprocessing.active_children())
+    batches = iter(loader_of(make_corpus(count=8), workers=1, last_step=50))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    with contextlib.suppress(RuntimeError):  # torch's, should it see the worker go before the loop is done
+        for _ in range(2):  # what torch, and then Python, do with a worker that does not answer
+            worker.terminate()
+            worker.join(timeout=5)
+    assert not worker.is_alive()
+
+
+def test_loader__workers_end_with_the_process_though_their_iterator_stands(make_corpus):
+    before = set(multiprocessing.active_children())
+    batches = iter(loader_of(make_corpus(count=8), workers=1, last_step=50))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    _end_worker(worker)  # what is registered for the process's end
+    with contextlib.suppress(RuntimeError):
+        worker.join(timeout=20)
+    assert worker.exitcode == 0
+    _end_worker(worker)  # gone already: nothing to do
+
+
+def test_loader__files_open_before_a_fork_are_read_at_places_of_ones_own(make_corpus):
+    corpus = make_corpus(count=8)
+    expected = [corpus.read(index) for index in range(8)]
+    # A forked process shares the position in these files, so reading must neither use nor move it.
+    for stream in corpus._files.values():
+        assert stream.tell() == 0
+        stream.seek(77)
+    assert all(np.array_equal(corpus.read(index), hu) for index, hu in enumerate(expected))
+
+
+def test_raw_batch__every_tensor_is_pinned(make_corpus, monkeypatch):
+    batch = next(iter(loader_of(make_corpus(count=8))))
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    assert_equal(batch.pin_memory(), batch)
+    assert len(pinned) == sum(isinstance(getattr(batch, field.name), torch.Tensor) for field in fields(batch)) == 8
+
+
 def test_loader__mask_indices_and_weights_follow_the_masks(make_corpus):
     batch = next(iter(loader_of(make_corpus())))
     indices, weights = [], []
@@ -147,6 +206,7 @@ def test_loader__damaged_slice_is_stood_in_for(make_corpus):
     batches = list(loader)
     for one, other in zip(batches, again, strict=True):
         assert_equal(one, other)
+    assert any(to_model_input(b, find_machine("cpu"), CONTRACT).damaged == list(loader.damaged) for b in batches)
     assert len(loader.damaged) == 1 and bad_key in next(iter(loader.damaged))
     assert sum(loader.damaged.values()) == 3  # once in each epoch, which is a step here
     assert all(bad_key not in b.keys for b in batches)
@@ -172,8 +232,10 @@ def test_loader__all_slices_damaged(make_corpus, workers):
     damage(corpus, 0)
     damage(corpus, 1)
     # More are allowed than there are slices: the walk over stand-ins ends by itself.
+    before = set(multiprocessing.active_children())
     with pytest.raises(ShardError, match="2 damaged slices in corpus") as caught:
         list(loader_of(corpus, workers=workers))
+    assert set(multiprocessing.active_children()) <= before  # while the error, and its traceback, still stand
     assert "\n" not in str(caught.value)
 
 
