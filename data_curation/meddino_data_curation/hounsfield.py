@@ -77,7 +77,7 @@ def _not_an_image(sample: NDArray[np.float64]) -> str:
         return f"every voxel is {low:g}"
     whole = bool((sample == np.rint(sample)).all())
     if whole and low >= 0 and high <= 255 and len(np.unique(sample)) <= _MAX_LABELS and high < 250:
-        return f"looks like a label map: {len(np.unique(sample))} whole numbers from {low:g} to {high:g}"
+        return f"looks like a label map or an 8-bit picture: {len(np.unique(sample))} whole numbers from {low:g} to {high:g}"
     if low >= -1.5 and high <= 1.5:
         return f"scaled to {low:.3g}..{high:.3g}: HU are lost"
     if low >= 0 and high <= 255:

@@ -4,14 +4,17 @@ import gzip
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.data.geometry import geometry_from_xyz
+from meddino.data.geometry import Geometry, geometry_from_xyz
 from meddino_data_curation.candidates import has_dicom_magic, volume_suffix
 from meddino_data_curation.config import LimitsConfig
+from meddino_data_curation.nifti import read_nifti_header, read_nifti_voxels
 from meddino_data_curation.volume import Volume
 
 _IMAGE_IO = {"nifti": "NiftiImageIO", "nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
@@ -19,7 +22,7 @@ _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "di
 _DEFLATE_MAX_RATIO = 1032  # of zlib: a smaller file cannot hold what its header promises
 _PIXEL_BYTES = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
 
-# A shear that rounding brought into the matrix would otherwise refuse the file; what it does is checked in nifti_header.
+# A shear that rounding brought into the matrix would otherwise refuse the file; nifti.py notes a real one.
 os.environ.setdefault("ITK_NIFTI_SFORM_PERMISSIVE", "1")
 
 
@@ -50,17 +53,34 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
     _check_size(size, reader, path, limits)
     if len(size) == 4:
         reader.SetExtractSize([*size[:3], 0])  # one time point: a volume with a useless fourth axis
+    voxels, geometry, owner, notes = _nifti(path, reader) if format == "nifti" else _through_itk(reader)
+    if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
+        raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
+    return Volume(voxels, geometry, notes=notes, owner=owner)
+
+
+def _nifti(path: Path, reader: sitk.ImageFileReader) -> tuple[NDArray[Any], Geometry, None, tuple[str, ...]]:
+    header = read_nifti_header(path)
+    size = (*reader.GetSize(), 1, 1)[:3]
+    spacing, origin = ((*values, 1.0)[:3] for values in (reader.GetSpacing(), (*reader.GetOrigin(), 0.0)))
+    dimension = len(reader.GetSize())
+    matrix = np.eye(max(dimension, 3))
+    matrix[:dimension, :dimension] = np.asarray(reader.GetDirection()).reshape(dimension, dimension)
+    if size[::-1] != header.shape:
+        raise VolumeError(f"NIfTI header says {list(header.shape)} and {list(size[::-1])} voxels")
+    geometry = geometry_from_xyz(size, spacing, origin[:3], matrix[:3, :3].ravel().tolist())
+    return read_nifti_voxels(path, header), geometry, None, header.notes
+
+
+def _through_itk(reader: sitk.ImageFileReader) -> tuple[NDArray[Any], Geometry, sitk.Image, tuple[str, ...]]:
     try:
         image = reader.Execute()
     except (RuntimeError, MemoryError) as error:
         raise VolumeError(f"voxels cannot be read: file is truncated or damaged{_known_cause(error)}") from error
     if image.GetDimension() == 2:
         image = sitk.JoinSeries(image)
-    voxels = sitk.GetArrayViewFromImage(image)
     geometry = geometry_from_xyz(image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection())
-    if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
-        raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
-    return Volume(voxels, geometry, owner=image)
+    return sitk.GetArrayViewFromImage(image), geometry, image, ()
 
 
 def sniff_format(path: Path) -> str | None:

@@ -115,9 +115,9 @@ def test_build__sigkill_then_the_same_command_ends_in_the_same_bytes(
 
 
 def test_build__killed_between_shards_goes_on_from_them(corpus_folder, six_volumes, salt_file, tmp_path, monkeypatch):
-    import meddino_data_curation.build as build_module
+    import meddino_data_curation.finish as finish_module
 
-    monkeypatch.setattr(build_module, "write_slices", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(finish_module, "write_slices", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     more = ("workers=1", "shards.size_mib=0.05")
     assert run_build(six_volumes, tmp_path / "out", salt_file, *more) == 130
     assert not (tmp_path / "out" / "corpus.json").exists()
@@ -132,11 +132,11 @@ def test_build__killed_between_shards_goes_on_from_them(corpus_folder, six_volum
 def test_build__shards_of_a_changed_plan_are_made_again(six_volumes, salt_file, tmp_path, monkeypatch):
     import shutil
 
-    import meddino_data_curation.build as build_module
+    import meddino_data_curation.finish as finish_module
 
     source = tmp_path / "volumes"
     shutil.copytree(six_volumes, source)
-    monkeypatch.setattr(build_module, "write_slices", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(finish_module, "write_slices", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     more = ("workers=1", "shards.size_mib=0.05")
     assert run_build(source, tmp_path / "out", salt_file, *more) == 130
     monkeypatch.undo()
@@ -216,7 +216,7 @@ def _label_folder(root: Path) -> Path:
         (lambda root: root / "nowhere", [], "no such file or folder"),
         (lambda root: (root / "empty").mkdir() or root / "empty", [], "0 files"),
         (_text_folder, [], "1 files, none of them"),
-        (_label_folder, [], "none of 1 volumes could be used: 1 x looks like a label map"),
+        (_label_folder, [], "none of 1 volumes could be used: 1 x looks like a label map or an 8-bit picture"),
         (lambda root: root, ["slices.z_strid_mm=3"], "did you mean 'z_stride_mm'"),
         (lambda root: root, ["--part", "3/2"], "1 <= i <= n"),
         (lambda root: root, ["--config", "nonsense"], "shipped names"),

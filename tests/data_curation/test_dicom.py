@@ -1,0 +1,146 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from meddino_data_curation.config import CurationConfig, SourceConfig
+from meddino_data_curation.dicom_reader import read_dicom_volume
+from meddino_data_curation.discovery import discover
+from meddino_data_curation.orientation import to_axial_lps
+from meddino_data_curation.privacy import Salt
+from pydicom.data import get_testdata_file
+
+from tests.data_curation.conftest import make_hu
+from tests.data_curation.dicom_files import ct_slice, write_series
+
+LIMITS = CurationConfig().limits
+
+
+def candidates(folder: Path):
+    return discover([SourceConfig(name="test", path=folder)], Salt(b"for tests")).candidates
+
+
+def volumes(folder: Path):
+    """HU [Z, Y, X] from the feet up, and the notes, of every usable candidate."""
+    read = [read_dicom_volume(item, LIMITS) for item in candidates(folder) if not item.problem]
+    return [(np.ascontiguousarray(to_axial_lps(volume, 35.0)[0].voxels), volume.notes) for volume in read]
+
+
+def test_series__unordered_files_without_extension_in_subfolders(tmp_path):
+    hu = make_hu(0)
+    paths = write_series(tmp_path / "a", hu)
+    (tmp_path / "b" / "deeper").mkdir(parents=True)
+    shutil.move(paths[2], tmp_path / "b" / "deeper" / "0001")
+    ((read, notes),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+    assert notes == ()
+
+
+def test_series__several_in_one_folder_stay_apart(tmp_path):
+    write_series(tmp_path, make_hu(0), [f"x{z}" for z in range(6)], series="one")
+    write_series(tmp_path, make_hu(1), [f"y{z}" for z in range(6)], series="two")
+    assert {read.tobytes() for read, _ in volumes(tmp_path)} == {make_hu(0).tobytes(), make_hu(1).tobytes()}
+
+
+def test_series__another_patient_under_the_same_uid_is_not_merged(tmp_path):
+    write_series(tmp_path / "a", make_hu(0), patient="P1")
+    write_series(tmp_path / "b", make_hu(1), patient="P2")
+    found = volumes(tmp_path)
+    assert {read.tobytes() for read, _ in found} == {make_hu(0).tobytes(), make_hu(1).tobytes()}
+    assert all("shared with another patient" in notes[0] for _, notes in found)
+    assert len({item.patient_key for item in candidates(tmp_path)}) == 2
+
+
+def test_series__duplicated_and_missing_slices_are_noted(tmp_path):
+    hu = make_hu(0, (8, 64, 72))
+    paths = write_series(tmp_path, hu)
+    shutil.copy(paths[0], tmp_path / "copy")
+    paths[3].unlink()
+    ((read, notes),) = volumes(tmp_path)
+    assert np.array_equal(read, np.delete(hu, 3, axis=0))
+    assert set(notes) == {"1 duplicated slices left out", "1 slices are missing"}
+
+
+def test_series__two_passes_over_the_same_places_are_two_volumes(tmp_path):
+    write_series(tmp_path / "a", make_hu(0), AcquisitionNumber=1)
+    write_series(tmp_path / "b", make_hu(1), AcquisitionNumber=2)
+    assert {read.tobytes() for read, _ in volumes(tmp_path)} == {make_hu(0).tobytes(), make_hu(1).tobytes()}
+
+
+def test_series__damaged_slices_are_left_out_and_more_than_half_refused(tmp_path):
+    hu = make_hu(0, (8, 64, 72))
+    paths = write_series(tmp_path, hu)
+    paths[2].write_bytes(paths[2].read_bytes()[:-3000])
+    (item,) = [item for item in candidates(tmp_path) if not item.problem]
+    volume = read_dicom_volume(item, LIMITS)
+    assert volume.voxels.shape[0] == 7
+    assert "1 slices cannot be read" in volume.notes
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"}, "secondary capture"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67"}, "not a CT image but X-Ray Radiation Dose SR"),
+        ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.4"}, "not a CT image but MR Image Storage"),
+        ({"Modality": "PT"}, "modality is PT"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]}, "localiser"),
+        ({"ImageType": ["DERIVED", "SECONDARY", "MPR"]}, "derived"),
+        ({"BurnedInAnnotation": "YES"}, "burned"),
+        ({"ImagePositionPatient": None}, "position, orientation or pixel spacing"),
+    ],
+)
+def test_series__what_is_no_ct_slice_is_refused_with_the_reason(tmp_path, changes, reason):
+    write_series(tmp_path / "good", make_hu(0), series="good")
+    item = ct_slice(make_hu(0)[0], 0.0, series="other", **changes)
+    item.save_as(tmp_path / "other.dcm", enforce_file_format=True)
+    problems = [candidate.problem for candidate in candidates(tmp_path)]
+    assert sorted(bool(problem) for problem in problems) == [False, True]
+    assert any(reason in problem for problem in problems)
+
+
+@pytest.mark.parametrize("orientation", [[1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1], [-1, 0, 0, 0, -1, 0]])
+def test_series__other_orientations_are_turned(tmp_path, orientation):
+    """A stack acquired along another axis comes out axial, with every voxel where it was."""
+    hu = make_hu(0, (48, 64, 56))  # canonical: z up, y back, x left
+    rows, cols = np.array(orientation[:3]), np.array(orientation[3:])
+    normal = np.cross(rows, cols)
+    axes = [np.flatnonzero(vector)[0] for vector in (normal, cols, rows)]  # patient axis of stack, row, column; 0 is x
+    turned = np.transpose(hu, [2 - axis for axis in axes])
+    turned = np.flip(turned, [place for place, vector in enumerate((normal, cols, rows)) if vector.sum() < 0])
+    ends = [0.0, 0.0, 0.0]
+    for vector, size in zip((normal, cols, rows), turned.shape, strict=True):
+        axis = np.flatnonzero(vector)[0]
+        ends[axis] = 4.0 * (size - 1) if vector[axis] < 0 else 0.0
+    for index, plane in enumerate(turned):
+        place = np.array(ends) + normal * 4.0 * index
+        changes = {"ImagePositionPatient": place.tolist(), "ImageOrientationPatient": orientation, "PixelSpacing": [4.0, 4.0]}
+        ct_slice(plane, float(index), **changes).save_as(tmp_path / f"{index}", enforce_file_format=True)
+    ((read, _),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+
+
+@pytest.mark.parametrize("syntax", ["RLELossless", "JPEG2000Lossless"])
+def test_series__compressed_files_decode_to_the_same_values(tmp_path, syntax):
+    if syntax == "RLELossless":
+        hu = make_hu(0)
+        for index, plane in enumerate(hu):
+            item = ct_slice(plane, 5.0 * index)
+            item.compress(getattr(pydicom.uid, syntax))
+            item.save_as(tmp_path / f"{index}", enforce_file_format=True)
+        ((read, _),) = volumes(tmp_path)
+        assert np.array_equal(read, hu)
+        return
+    source = Path(get_testdata_file("J2K_pixelrep_mismatch.dcm", download=False))
+    shutil.copy(source, tmp_path / "slice.dcm")
+    found = candidates(tmp_path)
+    assert len(found) == 1
+
+
+def test_series__pydicoms_real_slice(tmp_path):
+    shutil.copy(get_testdata_file("CT_small.dcm", download=False), tmp_path / "CT_small")
+    ((read, _),) = volumes(tmp_path)
+    expected = pydicom.dcmread(tmp_path / "CT_small")
+    hu = expected.pixel_array.astype(np.int32) * int(expected.RescaleSlope) + int(expected.RescaleIntercept)
+    assert np.array_equal(read[0], hu)
