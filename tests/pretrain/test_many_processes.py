@@ -91,7 +91,7 @@ def test_processes__a_signal_on_one_rank_stops_all(make_corpus_once, tmp_path):
     processes = start_ranks(make_corpus_once, run, 2, "stages.stage1_pretrain.steps=2000", "saving.every_steps=1000")
     wait_for_step(processes, run / STAGE / "metrics.jsonl", 2)
     processes[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
     assert [process.returncode for process in processes] == [75, 75], errors
     saved = latest_checkpoint(run / STAGE / "checkpoints")
     assert saved.meta["world_size"] == 2
@@ -116,6 +116,6 @@ def test_processes__a_rank_that_dies_stops_the_others(make_corpus_once, tmp_path
 @pytest.mark.distributed
 def test_processes__a_batch_that_does_not_divide_is_refused(make_corpus_once, tmp_path):
     processes = start_ranks(make_corpus_once, tmp_path / "run", 2, "stages.stage1_pretrain.global_batch=5")
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=180)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     assert "global batch 5 does not divide over 2 processes" in errors[0]

@@ -26,7 +26,7 @@ def start(corpus: Path, run: Path, *overrides: str) -> subprocess.Popen:
 
 
 def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
@@ -76,7 +76,7 @@ def test_resume__sigterm_saves_and_asks_to_be_run_again(alone, make_corpus_once,
     process = start(make_corpus_once, run, "saving.every_steps=1000")
     wait_for_step(process, run / STAGES[0] / "metrics.jsonl", 1)
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == 75, errors
     assert "run the same command again" in errors
     saved = sorted(folder.name for folder in (run / STAGES[0] / "checkpoints").iterdir())
