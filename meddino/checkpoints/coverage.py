@@ -64,6 +64,17 @@ class Coverage:
         """True if every tensor of model and file is accounted for."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
+    def gap(self) -> str:
+        """Return what is not accounted for, in one line: how much of each kind, and the first three of them."""
+        wrong_shape = [f"{name} {what}" for name, what in self.wrong_shape.items()]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": wrong_shape}
+        parts = [
+            f"{title} {len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+            for title, names in kinds.items()
+            if names
+        ]
+        return f"{self.source}: {'; '.join(parts)}"
+
     def text(self) -> str:
         """Return the report, one line a kind."""
         numbers = sum(self.loaded.values())

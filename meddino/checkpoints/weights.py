@@ -102,8 +102,9 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
         allowed = dropped or (name == "storage_tokens" and gaps.registers == "cut") or _matches(name, gaps.unexpected)
         (coverage.left_out if allowed else coverage.unexpected).append(f"{name} {list(tensor.shape)}")
     if not coverage.is_complete:
+        _log.warning("%s", coverage.text())
         raise CheckpointError(
-            f"the weights do not cover the model, and nothing was loaded:\n{coverage.text()}\n"
+            f"the weights do not cover the model, and nothing was loaded: {coverage.gap()}; "
             "name each gap in the config (sum_input_channels, resample_patches, qkv_bias, registers, missing, unexpected), "
             "or choose the backbone that the file is of"
         )

@@ -104,9 +104,9 @@ def test_fit__gaps_fail_unless_named(tmp_path):
         loaded(tmp_path / "w.pth")
     for text in (
         "nothing was loaded",
-        "missing         2: mask_token [1, 64]; blocks.1.norm1.bias [64]",
-        "unexpected      1: extra.weight [2]",
-        "wrong shape     1: cls_token [1, 1, 32] instead of [1, 1, 64]",
+        "missing 2: mask_token [1, 64], blocks.1.norm1.bias [64]",
+        "unexpected 1: extra.weight [2]",
+        "wrong shape 1: cls_token [1, 1, 32] instead of [1, 1, 64]",
     ):
         assert text in str(caught.value), str(caught.value)
     state["cls_token"] = torch.zeros(1, 1, 64)

@@ -17,8 +17,11 @@ BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # What a reader's long run is shortened to here. The command itself stays as it is written.
 SHORTER: dict[str, list[str]] = {
-    "meddino-pretrain": ["stages.stage1_pretrain.steps=2", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"],
-    "meddino-eval segment": ["training.steps=2", "seeds=[0]"],
+    "meddino-pretrain": [
+        *("stages.stage1_pretrain.steps=2", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"),
+        *("stages.stage2_gram.gram_teacher.step=1", "stages.stage3_highres.gram_teacher.step=1"),
+    ],
+    "meddino-eval segment": ["training.steps=2", "seeds=[0]", "splits.folds=2"],
 }
 # Set-up, other machines' programs, and what has a test of its own.
 NOT_RUN_HERE = ("make", "git", "cd", "python3", "pip", "torchrun", "srun", "sbatch", "meddino-demo", "source", "nnUNetv2_train")

@@ -106,7 +106,7 @@ def test_segment__exported_and_random_model(cohort, first):
     dataset = cohort / "segmentation" / "Dataset900_Phantom"
     for model, name in ((first / "model", "exported"), (f"random:{first / 'model'}", "random")):
         out = first / "results" / name
-        settings = ("training.steps=5", "seeds=[0]", "splits.folds=2")
+        settings = ("training.steps=5", "seeds=[0]", "splits.folds=2", "encoder.taps=2")
         _done("meddino-eval", "segment", "--model", model, "--data", dataset, "--out", out, "--config", "demo", *settings)
         metrics = json.loads((out / "metrics.json").read_text())
         assert 0 <= metrics["test"]["dice"]["mean"] <= 1
@@ -139,10 +139,10 @@ def wrong(first, tmp_path_factory) -> Path:
         ("meddino-pretrain smoke --corpus {wrong}/empty --out {out}", "corpus.json is missing"),
         ("meddino-pretrain smoke --corpus {first}/corpus --out {out} sed=1", "unknown key 'sed'; did you mean 'seed'?"),
         ("meddino-pretrain nonsense --corpus {first}/corpus --out {out}", "no config file 'nonsense'"),
-        ("meddino-pretrain smoke --corpus {first}/corpus --out {out} init.weights={first}/model", "embed_dim"),
+        ("meddino-pretrain smoke --corpus {first}/corpus --out {out} init.weights={first}/model", "do not cover the model"),
         ("meddino-export {wrong}/missing --out {out}", "missing"),
         ("meddino-export {wrong}/empty --out {out}", "empty"),
-        ("meddino-eval segment --model {wrong}/missing --data {cohort} --out {out} --config demo", "missing"),
+        ("meddino-eval segment --model {wrong}/missing --data {dataset} --out {out} --config demo", "missing"),
         ("meddino-eval segment --model {first}/model --data {wrong}/empty --out {out} --config demo", "dataset.json"),
         ("meddino-eval segment --model {wrong}/other_model --data {dataset} --out {out} --config demo", "other_model"),
         ("meddino-demo --data {wrong}/missing --out {out}", "no such folder"),
