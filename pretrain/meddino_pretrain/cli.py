@@ -12,7 +12,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:2] == ["bench", "loader"]:
-        from meddino_pretrain.bench import main as bench_loader
+        from meddino_pretrain.bench_loader import main as bench_loader
 
         return bench_loader(arguments[2:])
     if arguments[:2] == ["bench", "step"]:
