@@ -1,12 +1,19 @@
 """What the command line says of a curation, turned into a config."""
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from meddino.core.config import check_config, load_config
+from rich.console import Console
+
+from meddino.core.config import check_config, load_config, to_yaml
 from meddino.core.errors import ConfigError
+from meddino.core.files import write_text
 from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.plan import find_sets, planned_config
+from meddino_data_curation.plan_tables import print_plan
+from meddino_data_curation.registry import SetEntry, load_registry
 
 DEFAULT_CONFIG = "default"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
@@ -41,3 +48,38 @@ def curation_config(
     values = config.model_dump(mode="json")
     held_out = [*values["exclude"], *exclude]
     return check_config(CurationConfig, {**values, "sources": sources, "exclude": held_out}, where="sources")
+
+
+def run_plan(arguments: argparse.Namespace, console: Console) -> None:
+    """Do what `meddino-curate plan` was asked for.
+
+    Raises:
+        ConfigError: A place, a set or a licence is wrong, or a licence needs a decision and a config was to be written.
+    """
+    configs = [DEFAULT_CONFIG, *arguments.config]
+    allow = load_config(CurationConfig, configs, arguments.overrides, kind="data_curation").licences.allow
+    registry = _chosen(load_registry(arguments.registry), [name for name in arguments.sets.split(",") if name])
+    found = find_sets(arguments.root, registry, dict(_place(text) for text in arguments.at))
+    print_plan(found, allow, console)
+    if arguments.out is None:
+        return
+    planned = planned_config(found, allow, arguments.with_test_data)
+    write_text(arguments.out, to_yaml(planned))
+    held_out = f"{len(planned.held_out)} sets of test data held out" if planned.held_out else "nothing held out"
+    console.print(f"wrote {arguments.out}: {len(planned.sources)} sources, {held_out}", markup=False)
+    console.print(f"next: meddino-curate build --config {arguments.out} --out CORPUS", markup=False)
+
+
+def _chosen(registry: list[SetEntry], names: Sequence[str]) -> list[SetEntry]:
+    known = [entry.name for entry in registry]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"--sets {unknown[0]}: no such set in the registry; its sets: {', '.join(known)}")
+    return [entry for entry in registry if not names or entry.name in names]
+
+
+def _place(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--at {text}: write SET=DIR, for example btcv=/data/abdomen")
+    return name, Path(path)

@@ -68,7 +68,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
     """
     _check_out(corpus)
     salt = load_salt(config.privacy.salt_file, corpus)
-    exclusions = read_exclusions(config.exclude)
+    exclusions = read_exclusions(config.exclude, config.held_out)
     _check_licences(config)
     found = discover(config.sources, salt)
     _check_found(found, config)

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import ConfigError
 from meddino_data_curation.config import SourceConfig
+from meddino_data_curation.path_globs import glob_pattern
 from meddino_data_curation.privacy import Salt
 
 VOLUME_SUFFIXES = {
@@ -107,7 +108,7 @@ def find_files(source: SourceConfig) -> Iterator[FoundFile]:
         return
     if not os.access(root, os.R_OK | os.X_OK):
         raise ConfigError(f"source '{source.name}': no permission to list {root}")
-    pattern = None if source.include == "**/*" else _glob_pattern(source.include)
+    pattern = None if source.include == "**/*" else glob_pattern(source.include)
     visited: set[tuple[int, int]] = set()
     unlisted: list[OSError] = []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unlisted.append):
@@ -197,9 +198,3 @@ def _found(path: Path, inside: str) -> FoundFile:
 
 def _plain(error: OSError) -> str:
     return (error.strerror or type(error).__name__).lower()  # without the file's name
-
-
-def _glob_pattern(glob: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob)
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(known.get(part, re.escape(part)) for part in parts))

@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("meddino-curate", "Turn CT volumes into a corpus to pretrain on.", _EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_build(commands)
+    _add_plan(commands)
     _add_merge_and_audit(commands)
     _add_phantom(commands)
     _add_readers(commands)
@@ -40,6 +41,27 @@ def _build(arguments: argparse.Namespace) -> None:
 
     config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name, arguments.exclude)
     build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("plan", help="which public sets lie under a root, what is missing, which licences apply")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="licences.allow=[ID, ...]")
+    parser.add_argument("--root", type=Path, required=True, help="folder under which the sets lie")
+    parser.add_argument("--at", action="append", default=[], metavar="SET=DIR", help="where a set lies that is named otherwise")
+    parser.add_argument("--sets", default="", metavar="A,B", help="only these sets of the registry")
+    parser.add_argument("--registry", type=Path, help="folder with one YAML a set; the 17 of CT-3M if not given")
+    parser.add_argument("--config", action="append", default=[], help="a config with licences.allow; may be repeated")
+    parser.add_argument("--out", type=Path, help="YAML to write, for `build --config`; test data is held out in it")
+    parser.add_argument("--with-test-data", action="store_true", help="take the sets' own test data in, as the paper did")
+    parser.set_defaults(handle=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from meddino_data_curation.arguments import run_plan
+
+    run_plan(arguments, Console())
 
 
 def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -24,7 +24,9 @@ class SourceConfig(StrictConfig):
         str,
         Field(description="regex on a file's path inside the source; its first group is the patient; empty: the file's name"),
     ] = ""
-    include: Annotated[str, Field(description="glob on the path inside the source; only files that match are read")] = "**/*"
+    include: Annotated[
+        str, Field(description="glob on the path inside the source ({a,b} and [0-9] too); only files that match are read")
+    ] = "**/*"
 
     @field_validator("name")
     @classmethod
@@ -163,6 +165,9 @@ class CurationConfig(StrictConfig):
         tuple[Path, ...],
         Field(description="held-out data: folders of volumes, corpora, or text files with an id or path a line"),
     ] = ()
+    held_out: Annotated[
+        tuple[SourceConfig, ...], Field(description="held-out sets with a name; what `meddino-curate plan` writes")
+    ] = ()
     workers: Annotated[int | None, Field(ge=1, description="processes; null: one for each core this process may use")] = None
     hounsfield: HounsfieldConfig = HounsfieldConfig()
     orientation: OrientationConfig = OrientationConfig()
@@ -176,7 +181,7 @@ class CurationConfig(StrictConfig):
 
     def public(self) -> dict[str, object]:
         """Return the config as it may stand in a corpus: without paths and without what only the machine decides."""
-        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True, "exclude": True})
+        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True, "exclude": True, "held_out": True})
         for source in values["sources"]:
             source.pop("path")
             source.pop("patient_pattern")  # a pattern may quote a name

@@ -29,23 +29,28 @@ class Exclusions:
     stamp: str
 
 
-def read_exclusions(paths: Sequence[Path]) -> Exclusions:
+def read_exclusions(paths: Sequence[Path], named: Sequence[SourceConfig] = ()) -> Exclusions:
     """Sort held-out things into lists and data.
+
+    Args:
+        paths: Lists, folders of volumes, files or corpora.
+        named: Held-out data that has a name already.
 
     Raises:
         ConfigError: One does not exist, or a list is no text.
     """
     lines: set[str] = set()
     data: list[SourceConfig] = []
-    digest = hashlib.sha256()
     for path in paths:
         if not path.exists():
             raise ConfigError(f"--exclude {path}: no such file or folder")
         if path.is_file() and path.suffix.lower() in _LIST_SUFFIXES:
             lines |= _lines(path)
             continue
-        source = SourceConfig(name=f"excluded-{len(data) + 1}", path=path)
-        data.append(source)
+        data.append(SourceConfig(name=f"excluded-{len(data) + 1}", path=path))
+    data += named
+    digest = hashlib.sha256()
+    for source in data:
         for file in find_files(source):
             digest.update(f"{file.stamp}\n".encode("utf-8", "surrogateescape"))
     digest.update("\n".join(sorted(lines)).encode("utf-8", "surrogateescape"))
