@@ -64,10 +64,7 @@ def slice_vector(hu: NDArray[np.int16], spacing_mm: tuple[float, float]) -> Byte
         spacing_mm: Between rows, between columns.
     """
     step = max(1, max(hu.shape) // _WORK_PX)
-    clipped = np.clip(hu, LOW_HU, HIGH_HU).astype(np.float32) - np.float32(LOW_HU)
-    if step > 1:
-        rows, cols = hu.shape[0] // step * step, hu.shape[1] // step * step
-        clipped = clipped[:rows, :cols].reshape(rows // step, step, cols // step, step).mean(axis=(1, 3))
+    clipped = _averaged(np.clip(hu, np.int16(LOW_HU), np.int16(HIGH_HU)) - np.int16(LOW_HU), step)
     total = float(clipped.sum())
     if total < _MIN_MASS * clipped.size * (HIGH_HU - LOW_HU):
         return None
@@ -83,6 +80,16 @@ def slice_vector(hu: NDArray[np.int16], spacing_mm: tuple[float, float]) -> Byte
     if length < 1e-3:
         return None
     return np.asarray(np.clip(np.rint(flat * (_SCALE / length)), -127, 127), dtype=np.int8)
+
+
+def _averaged(values: NDArray[np.int16], step: int) -> NDArray[np.float32]:
+    """Return the means of squares of `step` pixels; the sums are whole numbers, so that their order changes nothing."""
+    rows, cols = values.shape[0] // step * step, values.shape[1] // step * step
+    sums = np.zeros((rows // step, cols // step), dtype=np.int32)
+    for row in range(step):
+        for col in range(step):
+            sums += values[row:rows:step, col:cols:step]
+    return sums.astype(np.float32) / np.float32(step * step)
 
 
 _SCALE = 500.0

@@ -1,8 +1,6 @@
 """NIfTI, NRRD and MetaImage through SimpleITK, checked before memory is taken."""
 
-import gzip
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry, geometry_from_xyz
 from meddino_data_curation.candidates import has_dicom_magic, volume_suffix
 from meddino_data_curation.config import LimitsConfig
-from meddino_data_curation.nifti import read_nifti_header, read_nifti_voxels
+from meddino_data_curation.nifti import GZIP_ERRORS, opened, read_nifti_header, read_nifti_voxels
 from meddino_data_curation.volume import Volume
 
 _IMAGE_IO = {"nifti": "NiftiImageIO", "nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
@@ -93,9 +91,9 @@ def sniff_format(path: Path) -> str | None:
         with path.open("rb") as stream:
             head = stream.read(600)
         if head[:2] == b"\x1f\x8b":
-            with gzip.open(path, "rb") as packed:
+            with opened(path) as packed:
                 head = packed.read(600)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except GZIP_ERRORS as error:
         raise VolumeError("gzip data is truncated or damaged") from error
     except OSError as error:
         raise VolumeError(f"file cannot be read: {(error.strerror or 'input/output error').lower()}") from error

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class WorkFolder:
     def write_record(self, record: VolumeRecord) -> None:
         """Write a record; from then on the volume is finished."""
         with atomic_write(self.record_path(record.row["volume_id"])) as stream:
-            stream.write(canonical_json(asdict(record)).encode())
+            stream.write(canonical_json(vars(record)).encode())
 
     def read_record(self, volume_id: str) -> VolumeRecord | None:
         """Read a record, or None where there is none or a damaged one (the volume is then read again)."""

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import blosc2
@@ -44,7 +44,7 @@ class SliceInfo:
 
     def to_json(self) -> bytes:
         """Return canonical JSON bytes."""
-        return canonical_json(asdict(self)).encode()
+        return canonical_json(vars(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> "SliceInfo":
