@@ -151,17 +151,36 @@ def line_chart(
     axes: Any = drawing.add_subplot()
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, linewidth=1.4)
-    for name, position in (marks or {}).items():
-        axes.axvline(position, color="0.6", linewidth=0.8, linestyle="--")
-        axes.annotate(name, (position, 1.0), xycoords=("data", "axes fraction"), fontsize=7, color="0.4", va="bottom")
+    lines = _name_marks(axes, marks or {})
     if log_y:
         axes.set_yscale("log")
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title(title, fontsize=10, pad=14 if marks else 6)
+    axes.set_title(title, fontsize=10, pad=6 + 8 * lines)
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(fontsize=7, frameon=False)
     return drawing
+
+
+def _name_marks(axes: Any, marks: Mapping[str, float]) -> int:
+    """Draw the vertical lines with their names above the axes, close ones on lines of their own; returns the lines of text."""
+    left, right = axes.get_xlim()
+    line, lines, previous = 0, 0, -float("inf")
+    for name, position in sorted(marks.items(), key=lambda item: item[1]):
+        line = line + 1 if (position - previous) < 0.3 * (right - left) else 0
+        lines, previous = max(lines, line + 1), position
+        axes.axvline(position, color="0.6", linewidth=0.8, linestyle="--")
+        axes.annotate(
+            name,
+            (position, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 1 + 8 * line),
+            textcoords="offset points",
+            fontsize=7,
+            color="0.4",
+            va="bottom",
+        )
+    return lines
 
 
 def _cell(value: Cell) -> Markup:
