@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from meddino_slurm import slurm
 
 from tests.slurm.conftest import submit, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(400)]
 
 
 def record(out: Path, key: str = "pretrain") -> list[dict]:
@@ -77,6 +78,41 @@ def test_status__of_a_job_that_slurm_has_forgotten(site, standin, tmp_path, monk
         shim.write_text("#!/bin/sh\nexit 1\n")
         shim.chmod(0o755)
     assert states(out) == ["COMPLETED"]
+
+
+def test_status__of_jobs_that_slurm_ended_unheard(site, standin, tmp_path):
+    """Jobs that SLURM may not requeue, and whose supervisor is held still so that it cannot ask for it."""
+    late, pushed, lost = (tmp_path / name for name in ("late", "pushed", "lost"))
+    job = start_frozen(site, standin, late, "n1")
+    scontrol("update", f"jobid={job}", "timelimit=1")
+    start_frozen(site, standin, pushed, "n2")
+    more_urgent = ["sbatch", "--parsable", "-p", "high", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "true"]
+    subprocess.run(more_urgent, check=True, capture_output=True, cwd=tmp_path)
+    wait_until(lambda: states(pushed) == ["PREEMPTED"], 90)
+    job = start_frozen(site, standin, lost, "n2")
+    scontrol("suspend", job)
+    assert states(lost) == ["SUSPENDED"]
+    scontrol("resume", job)
+    try:
+        scontrol("update", "nodename=n2", "state=down", "reason=test")
+        wait_until(lambda: states(lost) == ["NODE_FAIL"], 60)
+    finally:  # refused if the node has come back by itself
+        subprocess.run(["scontrol", "update", "nodename=n2", "state=resume"], check=False, capture_output=True)
+    wait_until(lambda: states(late) == ["TIMEOUT"], 150)
+
+
+def start_frozen(site, standin, out: Path, node: str) -> str:
+    """Start a job on a node that SLURM may not requeue, and hold all its processes still."""
+    job = start(site, standin, out, "wait", sbatch=f"{{nodelist: {node}}}")
+    wait_until((out / "waiting-0").exists)
+    scontrol("update", f"jobid={job}", "requeue=0")
+    for pid in processes_on(node, job, with_daemons=False):  # or SLURM could not end the job either
+        os.kill(pid, signal.SIGSTOP)
+    return job
+
+
+def scontrol(*words: str) -> None:
+    subprocess.run(["scontrol", *words], check=True, capture_output=True)
 
 
 def test_again__is_requeued_under_the_same_id_until_it_is_done(site, standin, tmp_path):
@@ -163,8 +199,8 @@ def test_node_that_freezes__is_noticed_and_the_job_starts_anew(site, standin, tm
     slurm.cancel([job])
 
 
-def processes_on(node: str, job: str) -> list[int]:
-    """The processes of a job's steps on one of the two nodes of this machine, and of their slurmstepd."""
+def processes_on(node: str, job: str, with_daemons: bool = True) -> list[int]:
+    """The processes of a job's steps on one of the two nodes of this machine, and their slurmstepd."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -173,7 +209,8 @@ def processes_on(node: str, job: str) -> list[int]:
         except OSError:
             continue
         own = f"SLURM_JOB_ID={job}".encode() in environment and f"SLURMD_NODENAME={node}".encode() in environment
-        if own or (command.startswith(b"slurmstepd: [" + job.encode() + b".") and daemon_of(path) == node):
+        daemon = command.startswith(b"slurmstepd: [" + job.encode() + b".")
+        if (own and not daemon) or (with_daemons and daemon and daemon_of(path) == node):
             found.append(int(path.name))
     return found
 
