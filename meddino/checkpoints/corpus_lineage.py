@@ -19,5 +19,11 @@ def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
     return {
         "corpus_hash": corpus.content_hash,
         "data": [record.model_dump(mode="json") for record in records],
-        "audited_against": [str(name) for name in corpus.info.get("audited_against", [])],
+        "audited_against": [_audit_text(entry) for entry in corpus.info.get("audit", [])],
     }
+
+
+def _audit_text(entry: dict[str, Any]) -> str:
+    """Return a test set's name; with what was found of it, where anything was."""
+    overlaps = int(entry.get("overlaps", 0))
+    return f"{entry['name']} ({overlaps} overlaps)" if overlaps else str(entry["name"])

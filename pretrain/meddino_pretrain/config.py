@@ -10,6 +10,7 @@ from meddino.core.device import Precision
 from meddino.data.contract import InputContract
 from meddino.distributed.parallel import Parallel
 from meddino_pretrain.augment import AugmentConfig
+from meddino_pretrain.corpus_audit import CorpusConfig
 from meddino_pretrain.crops import CropsConfig
 from meddino_pretrain.diagnosis import DiagnosisConfig
 from meddino_pretrain.gram_choice import GramChoiceConfig
@@ -160,6 +161,7 @@ class PretrainConfig(StrictConfig):
     """The whole recipe."""
 
     seed: Annotated[int, Field(ge=0, description="of everything random")]
+    corpus: CorpusConfig = CorpusConfig()  # a default: runs begun before it was a key go on
     init: InitConfig
     machine: MachineConfig
     input_contract: InputContract

@@ -23,7 +23,7 @@ from meddino_pretrain.config import PretrainConfig
 RUN_FORMAT = "meddino-run"
 RUN_VERSION = 1
 # What may differ when a run goes on: none of it changes what is learnt, beyond rounding.
-CHANGEABLE = ("machine", "loader", "saving")
+CHANGEABLE = ("corpus", "machine", "loader", "saving")
 logger = get_logger(__name__)
 
 

@@ -22,6 +22,7 @@ from meddino_pretrain.build import (
 )
 from meddino_pretrain.checkpointing import StageCheckpoints, last_checkpoint
 from meddino_pretrain.config import PretrainConfig, StageConfig
+from meddino_pretrain.corpus_audit import check_audit
 from meddino_pretrain.fixed_slices import FixedSlices, fixed_slices
 from meddino_pretrain.health import HealthProbe
 from meddino_pretrain.metrics import MetricsWriter
@@ -62,6 +63,7 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path, out: Path, stag
         if not machine.is_accelerator:
             use_cpu_threads()
         corpus = Corpus(corpus_folder)
+        check_audit(corpus, config.corpus)
         with open_run(out, config, corpus) as run:
             # The same size in every stage, so that looks can be compared along the whole run.
             first_size = next(iter(config.stages.values())).crops.sizes[0].global_px

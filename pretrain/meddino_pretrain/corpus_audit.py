@@ -1,0 +1,51 @@
+"""What a corpus was compared with before anything is learnt from it."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from meddino.core.config import StrictConfig
+from meddino.core.errors import ConfigError
+from meddino.core.logging import get_logger
+from meddino.data.corpus import Corpus
+
+_logger = get_logger(__name__)
+
+
+class CorpusConfig(StrictConfig):
+    """What may be learnt from."""
+
+    allow_known_overlap: Annotated[
+        bool, Field(description="train although an audit found held-out data in the corpus; ours: false")
+    ] = False
+
+
+def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
+    """Say what a corpus was audited against, and refuse one that holds held-out data.
+
+    Args:
+        corpus: Its corpus.json carries the audits.
+        config: Whether a known overlap is accepted.
+
+    Raises:
+        ConfigError: An audit found an overlap, and the config does not accept it.
+    """
+    audits = corpus.info.get("audit", [])
+    if not audits:
+        _logger.warning(
+            "corpus %s was audited against nothing: data that you will test on may be in it; before that: "
+            "meddino-curate audit %s --against DATA", corpus.root, corpus.root,
+        )  # fmt: skip
+        return
+    for entry in audits:
+        _logger.info("corpus audited against %s: %d volumes, %d overlaps", entry["name"], entry["volumes"], entry["overlaps"])
+    leaking = [f"{entry['name']} ({entry['overlaps']})" for entry in audits if entry["overlaps"]]
+    if not leaking:
+        return
+    found = f"corpus {corpus.root} overlaps with held-out data: {', '.join(leaking)}"
+    if not config.allow_known_overlap:
+        raise ConfigError(
+            f"{found}; build it again with --exclude, or say corpus.allow_known_overlap=true: what is measured on that data "
+            "then says nothing"
+        )
+    _logger.warning("%s; corpus.allow_known_overlap is true: what is measured on that data says nothing", found)
