@@ -1,9 +1,9 @@
 """A block's two branches as one autograd function each, for float32 on a CPU.
 
 Autograd keeps the result of every operation that the next one's gradient needs: 8,100 numbers for each token of a
-384-wide block. Here the LayerNorms and the GELU are computed again in the backward pass (passes over memory, no matrix
-products), LayerScale is folded into the last projection, queries and keys are rotated in place, and attention writes
-into one packed tensor: 3,840 numbers, and no copies between crops. The formulas are those of `block`, `attention` and
+384-wide block. Here the LayerNorms and the perceptron's hidden layer are computed again in the backward pass, LayerScale
+is folded into the last projection, queries and keys are rotated in place, and attention writes into one packed tensor:
+2,304 numbers, and no copies between crops. The formulas are those of `block`, `attention` and
 `feed_forward`, which tests compare with these, gradients included.
 """
 
@@ -119,15 +119,26 @@ def _scaled(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor,
     return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
 
 
-def _scaled_gradients(
-    grad: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
+def _unscaled_gradients(
+    by_weight: Tensor, by_bias: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of weight, bias and gamma of `gamma * (inputs weight^T + bias)`; the output is not needed."""
-    by_weight, by_bias = product(grad.t(), inputs.t()), grad.sum(0)
+    """Return the gradients of weight, bias and gamma from those of the two that LayerScale is folded into."""
     if gamma is None:
         return by_weight, by_bias, None
     by_gamma = torch.linalg.vecdot(by_weight, weight) + by_bias * bias
     return by_weight.mul_(gamma[:, None]), by_bias * gamma, by_gamma
+
+
+def _weight_gradient(grad: Tensor, inputs: Tensor) -> Tensor:
+    """Return grad^T inputs, in stretches: oneDNN copies the transposed factor, which is three times the tokens for qkv."""
+    result = grad.new_empty(grad.shape[1], inputs.shape[1])
+    for part in _stretches(grad.shape[1], inputs.shape[1]):
+        result[part] = product(grad[:, part].t(), inputs.t())
+    return result
+
+
+def _stretches(whole: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, whole)) for start in range(0, whole, step)]
 
 
 class _MlpBranch(torch.autograd.Function):
@@ -156,16 +167,27 @@ class _MlpBranch(torch.autograd.Function):
         x, mean, inverse_std, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma = ctx.saved_tensors
         grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
         normed = _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0]
-        hidden = product(normed, fc1_weight, fc1_bias)
+        to_hidden = _scaled(fc2_weight, fc2_bias, gamma)[0].t().contiguous()
+        by_fc1_weight = torch.empty_like(fc1_weight) if wanted[3] else None
+        by_fc1_bias = torch.empty_like(fc1_bias) if wanted[4] else None
+        by_output = torch.empty_like(fc2_weight) if any(wanted[5:8]) else None
+        grad_normed = torch.zeros_like(x)
+        # A stretch of the hidden width at a time: a quarter of the memory, and passes over it stay nearer to the cache.
+        for part in _stretches(len(fc1_weight), x.shape[1]):
+            hidden = product(normed, fc1_weight[part], fc1_bias[part])
+            if by_output is not None:
+                by_output[:, part] = product(grad.t(), functional.gelu(hidden).t())
+            grad_hidden = product(grad, to_hidden[part])
+            torch.ops.aten.gelu_backward(grad_hidden, hidden, grad_input=grad_hidden)
+            if by_fc1_weight is not None:
+                by_fc1_weight[part] = product(grad_hidden.t(), normed.t())
+            if by_fc1_bias is not None:
+                by_fc1_bias[part] = grad_hidden.sum(0)
+            grad_normed.add_(product(grad_hidden, fc1_weight[part].t()))
+        del hidden, grad_hidden
         by_fc2: tuple[Tensor | None, ...] = (None, None, None)
-        if any(wanted[5:8]):
-            by_fc2 = _scaled_gradients(grad, functional.gelu(hidden), fc2_weight, fc2_bias, gamma)
-        grad_hidden = product(grad, _scaled(fc2_weight, fc2_bias, gamma)[0].t())
-        torch.ops.aten.gelu_backward(grad_hidden, hidden, grad_input=grad_hidden)
-        del hidden
-        by_fc1_weight = product(grad_hidden.t(), normed.t()) if wanted[3] else None
-        by_fc1_bias = grad_hidden.sum(0) if wanted[4] else None
-        grad_normed = product(grad_hidden, fc1_weight.t())
+        if by_output is not None:
+            by_fc2 = _unscaled_gradients(by_output, grad.sum(0), fc2_weight, fc2_bias, gamma)
         by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))
         return *by_norm, by_fc1_weight, by_fc1_bias, *by_fc2, None
 
@@ -214,12 +236,12 @@ class _AttentionBranch(torch.autograd.Function):
         grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
         by_proj: tuple[Tensor | None, ...] = (None, None, None)
         if any(wanted[5:8]):
-            by_proj = _scaled_gradients(grad, attended, proj_weight, proj_bias, gamma)
+            by_proj = _unscaled_gradients(product(grad.t(), attended.t()), grad.sum(0), proj_weight, proj_bias, gamma)
         grad_attended = product(grad, _scaled(proj_weight, proj_bias, gamma)[0].t())
         grad_qkv = _attention_gradient(grad_attended, qkv, attended, log_sums, ctx.num_heads, ctx.groups)
         by_qkv_weight = None
         if wanted[3]:
-            by_qkv_weight = product(grad_qkv.t(), _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0].t())
+            by_qkv_weight = _weight_gradient(grad_qkv, _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0])
         by_qkv_bias = grad_qkv.sum(0) if wanted[4] else None
         grad_normed = product(grad_qkv, qkv_weight.t())
         by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))

@@ -15,8 +15,10 @@ from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 # Rows of one matrix product: fewer would read the prototypes' weight too often, more would hold more logits than needed.
 PRODUCT_ROWS = {"cpu": 64}
 PRODUCT_ROWS_ACCELERATOR = 2048
-# Prototypes of one product that is added to a gradient: what does not fit is a second copy of that gradient.
-PRODUCT_PROTOTYPES = 8192
+# Prototypes of one product that is added to a gradient: the product, and the copy of its transposed factor that oneDNN
+# makes, stay this small, and in the cache.
+PRODUCT_PROTOTYPES = {"cpu": 2048}
+PRODUCT_PROTOTYPES_ACCELERATOR = 16384
 
 
 def prototype_cross_entropy(
@@ -144,9 +146,15 @@ def _logits(
 
 def _add_product(total: Tensor | None, gradient: Tensor, features: Tensor) -> Tensor:
     """Return total + gradient^T features in float32; the first product starts the total."""
+    first = total is None
     if total is None:
-        return product(gradient.t(), features.t()).float()
-    for start in range(0, len(total), PRODUCT_PROTOTYPES):
-        part = slice(start, start + PRODUCT_PROTOTYPES)
-        total[part].add_(product(gradient[:, part].t(), features.t()))
+        total = features.new_empty(gradient.shape[1], features.shape[1], dtype=torch.float32)
+    step = PRODUCT_PROTOTYPES.get(total.device.type, PRODUCT_PROTOTYPES_ACCELERATOR)
+    for start in range(0, len(total), step):
+        part = slice(start, start + step)
+        found = product(gradient[:, part].t(), features.t())
+        if first:
+            total[part] = found
+        else:
+            total[part].add_(found)
     return total

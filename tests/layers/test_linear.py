@@ -1,5 +1,7 @@
 """Linear layers through oneDNN's product against torch's own, values and gradients."""
 
+import time
+
 import pytest
 import torch
 from torch.nn import functional
@@ -55,3 +57,20 @@ def test_key_masked_linear__no_gradient_reaches_the_key_bias():
     layer = KeyMaskedLinear(4, 12)
     layer(torch.randn(3, 4)).sum().backward()
     assert layer.bias.grad.tolist() == [3.0] * 4 + [0.0] * 4 + [3.0] * 4
+
+
+@torch.no_grad()
+def test_product__parts_of_wider_matrices_take_the_fast_way():
+    # oneDNN's kernel for a matrix with gaps between its rows is thousands of times slower.
+    wide, tokens = torch.randn(64, 2048), torch.randn(512, 64)
+    part = wide[:, 256:768]
+    assert torch.allclose(product(tokens, part.t()), tokens @ part, atol=1e-4)
+    assert torch.allclose(product(part.t(), tokens), part.t() @ tokens.t(), atol=1e-4)
+
+    def seconds(right):
+        start = time.perf_counter()
+        product(tokens, right)
+        return time.perf_counter() - start
+
+    dense, gaps = part.t().contiguous(), part.t()
+    assert min(seconds(gaps) for _ in range(5)) < 50 * min(seconds(dense) for _ in range(5))

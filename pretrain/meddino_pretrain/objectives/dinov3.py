@@ -116,17 +116,18 @@ class DINOv3Objective:
         self.student.train()
         draws = [self._draws(batch, step) for batch in batches]
         targets = self._targets(batches, draws, values.teacher_temperature)
-        for number, (batch, target, draw) in enumerate(zip(batches, targets, draws, strict=True)):
+        for number, (batch, draw) in enumerate(zip(batches, draws, strict=True)):
             # Held open while the caller goes backward, which is when gradients are exchanged.
             with gradient_sync(self.called, number == len(batches) - 1), self.machine.autocast():
-                yield self.called(
+                losses: Losses = self.called(
                     batch,
-                    target,
+                    targets.pop(0),  # the graph alone holds them now, and lets go as soon as it has used them
                     draw,
                     self._weights(len(batch.local_crops) // len(batch.keys)),
                     self.config.student_temperature,
                     self.config.gram_negatives,
                 )
+                yield losses
 
     def after_step(self, values: StepValues) -> None:
         """See `Objective`."""
