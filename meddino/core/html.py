@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cell = str | float | int | None | Markup
+# Text up to this long stays on one line of a table, such as a value with its interval; a wide table scrolls instead.
+UNBROKEN_CHARACTERS = 32
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -36,6 +38,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 td.number { text-align: right; }
+td.number, td.short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 figure { margin: 12px 16px 12px 0; display: inline-block; max-width: 100%; vertical-align: top; }
 img { max-width: 100%; height: auto; border-radius: 4px; }
@@ -187,5 +190,6 @@ def _cell(value: Cell) -> Markup:
     if value is None:
         return Markup('<td class="number">–</td>')
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return Markup("<td>{}</td>").format(escape(value) if not isinstance(value, Markup) else value)
+        short = not isinstance(value, Markup) and len(str(value)) <= UNBROKEN_CHARACTERS
+        return Markup("<td{}>{}</td>").format(Markup(' class="short"') if short else "", value)
     return Markup('<td class="number">{}</td>').format(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
