@@ -7,6 +7,7 @@ from pathlib import Path
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
+from meddino.data.remote import corpus_location
 
 _logger = get_logger(__name__)
 _EXAMPLE = "meddino-curate phantom --out cohort && meddino-curate build cohort/ct --out corpus"
@@ -117,7 +118,7 @@ def _add_readers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         ("sample", "draw some slices onto a contact sheet", _sample),
     ):
         parser = commands.add_parser(name, help=about)
-        parser.add_argument("corpus", type=Path, help="folder written by `meddino-curate build`")
+        parser.add_argument("corpus", type=corpus_location, help="folder written by `meddino-curate build`, or its URL")
         parser.set_defaults(handle=handle)
         if name == "sample":
             parser.add_argument("--out", type=Path, required=True, help="PNG to write")

@@ -17,16 +17,16 @@ _WINDOW_HU = (-160, 240)  # the usual soft-tissue window
 _LUNG_WINDOW_HU = (-1350, 150)
 
 
-def show(root: Path, console: Console) -> None:
+def show(root: Path | str, console: Console) -> None:
     """Print what a corpus holds.
 
     Args:
-        root: The corpus.
+        root: The corpus, or its URL.
         console: Where to print.
     """
     corpus = Corpus(root)
     info, totals = corpus.info, corpus.info["totals"]
-    console.print(f"[bold]{root}[/bold]  content {corpus.content_hash[:16]}  schema {info['schema_version']}")
+    console.print(f"[bold]{corpus.location}[/bold]  content {corpus.content_hash[:16]}  schema {info['schema_version']}")
     console.print(
         f"{len(corpus)} slices of {totals['accepted']} volumes; {totals['rejected']} volumes refused, "
         f"{totals['duplicate']} duplicates; {len(info['shards'])} shards, {totals['shard_bytes'] / 2**20:.1f} MiB"
@@ -49,11 +49,11 @@ def show(root: Path, console: Console) -> None:
     console.print(f"audited against: {', '.join(item['name'] for item in against) or 'nothing'}")
 
 
-def write_contact_sheet(root: Path, out: Path, count: int, seed: int, tile_px: int = 192) -> None:
+def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int, tile_px: int = 192) -> None:
     """Draw slices at random onto one PNG: axial slices only, in which nobody can be recognised.
 
     Args:
-        root: The corpus.
+        root: The corpus, or its URL.
         out: PNG to write.
         count: How many slices.
         seed: Which ones.

@@ -2,12 +2,10 @@
 
 import hashlib
 import json
-import os
 import zlib
-from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,10 +13,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddino.core.errors import ShardError
+from meddino.data.remote import is_url
 from meddino.data.sample import SUFFIXES, Codec, decode_slice
+from meddino.data.shard_files import LocalShards, RemoteShards, mirror_manifests
 
 SCHEMA_VERSION = 1
-MAX_OPEN_SHARDS = 64
 
 SLICES_SCHEMA = pa.schema(
     [
@@ -68,46 +67,59 @@ def corpus_hash(shard_hashes: dict[str, str]) -> str:
 
 
 class Corpus:
-    """A folder written by `meddino-curate build`.
+    """What `meddino-curate build` wrote, in a folder or behind a URL.
 
     Safe to use from several processes after a fork or spawn: files are opened where they are first read.
+
+    Attributes:
+        root: The folder; of a URL, the local one that its manifests are kept in.
+        location: The folder or the URL, for messages.
+        shards: Where the slices' bytes come from.
+        info: The content of corpus.json.
+        slices: The slice manifest.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path | str) -> None:
         """Open a corpus and read its slice manifest.
 
         Args:
-            root: The folder with `corpus.json`.
+            root: The folder with `corpus.json`, or its URL: http, https, s3. Of a URL, manifests and the slices that
+                were read are kept on the local disk (see `meddino.data.slice_cache`).
 
         Raises:
-            ShardError: It is no corpus, an unfinished one, of another version, or lacks a shard.
+            ShardError: It is no corpus, an unfinished one, of another version, or lacks a shard; or it is behind a URL
+                whose server cannot be reached or gives no parts of files.
         """
-        self.root = root
-        self.info = _read_info(root)
-        self.slices = _read_table(root / "slices.parquet", SLICES_SCHEMA)
+        self.location = str(root)
+        self.shards: LocalShards | RemoteShards
+        if is_url(root):
+            mirror = mirror_manifests(str(root))
+            self.root, self.location = mirror.folder, mirror.remote.url
+            self.shards = RemoteShards(mirror)
+        else:
+            self.root = Path(root)
+            self.shards = LocalShards(self.root / "shards")
+        self.info = _read_info(self.root)
+        self.slices = _read_table(self.root / "slices.parquet", SLICES_SCHEMA)
         if self.slices.num_rows == 0:
-            raise ShardError(f"corpus {root} holds no slices")
+            raise ShardError(f"corpus {self.location} holds no slices")
         self._columns: dict[str, NDArray[Any]] = {
             name: self.slices.column(name).to_numpy() for name in ("offset", "length", "crc32", "rows", "cols")
         }
         shards = self.slices.column("shard").dictionary_encode().combine_chunks()
         self._shard_names: list[str] = shards.dictionary.to_pylist()
         self._shard_numbers = shards.indices.to_numpy()
-        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
         strange = [name for name in self._shard_names if Path(name).name != name]
         if strange:
-            raise ShardError(f"corpus {root}: shard name {strange[0]!r} leads out of its folder")
-        missing = [name for name in self._shard_names if not (root / "shards" / name).is_file()]
+            raise ShardError(f"corpus {self.location}: shard name {strange[0]!r} leads out of its folder")
+        missing = self.shards.missing(self._shard_names)
         if missing:
-            raise ShardError(f"corpus {root} lacks {len(missing)} of {len(self._shard_names)} shards, e.g. shards/{missing[0]}")
+            found = f"{len(missing)} of {len(self._shard_names)} shards, e.g. shards/{missing[0]}"
+            raise ShardError(f"corpus {self.location} lacks {found}")
 
     def __len__(self) -> int:
         """Return the number of slices."""
         return int(self.slices.num_rows)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files behind when the corpus is sent to another process."""
-        return {**self.__dict__, "_files": OrderedDict()}
 
     @property
     def content_hash(self) -> str:
@@ -144,31 +156,22 @@ class Corpus:
         name = self._shard_names[self._shard_numbers[index]]
         length = int(self._columns["length"][index])
         codec: Codec = self.slices.column("codec")[index].as_py()
-        where = f"{self.root / 'shards' / name}, sample {self.key(index)}"
+        where = f"{self.location}/shards/{name}, sample {self.key(index)}"
         if codec not in SUFFIXES:
             raise ShardError(f"{where}: codec '{codec}' is unknown; allowed: {', '.join(SUFFIXES)}")
+        offset, crc32 = int(self._columns["offset"][index]), int(self._columns["crc32"][index])
         try:
-            # Not seek and read: a forked process shares the position in files that were open before the fork.
-            data = os.pread(self._open(name).fileno(), length, int(self._columns["offset"][index]))
+            data = self.shards.read(name, offset, length, crc32)
         except OSError as error:
             raise ShardError(f"{where}: cannot be read ({error})") from error
         if len(data) != length:
             raise ShardError(f"{where}: the shard ends early ({len(data)} of {length} bytes)")
-        if zlib.crc32(data) != self._columns["crc32"][index]:
+        if zlib.crc32(data) != crc32:
             raise ShardError(
-                f"{where}: checksum mismatch, the shard is damaged; `meddino-curate verify {self.root}` lists all such places"
+                f"{where}: checksum mismatch, the shard is damaged; "
+                f"`meddino-curate verify {self.location}` lists all such places"
             )
         return decode_slice(data, codec, int(self._columns["rows"][index]), int(self._columns["cols"][index]), where)
-
-    def _open(self, name: str) -> IO[bytes]:
-        if name in self._files:
-            self._files.move_to_end(name)
-            return self._files[name]
-        if len(self._files) >= MAX_OPEN_SHARDS:
-            self._files.popitem(last=False)[1].close()
-        stream = (self.root / "shards" / name).open("rb", buffering=0)
-        self._files[name] = stream
-        return stream
 
 
 def _read_info(root: Path) -> dict[str, Any]:

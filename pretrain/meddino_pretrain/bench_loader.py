@@ -18,6 +18,7 @@ from meddino.core.config import check_config
 from meddino.core.device import find_machine
 from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
+from meddino.data.remote import corpus_location
 from meddino.data.sample import decode_slice, encode_slice
 from meddino_pretrain.augment import AugmentConfig
 from meddino_pretrain.batches import to_model_input
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Measure how many slices a second one core decodes, crops and normalises. Prints one JSON line.",
         "meddino-pretrain bench loader --corpus corpus --global-size 224 --local-size 96 --locals 8",
     )
-    parser.add_argument("--corpus", type=Path, help="folder written by meddino-curate; without it, slices made up in memory")
+    parser.add_argument("--corpus", type=corpus_location, help="a corpus, or its URL; without it, slices made up in memory")
     parser.add_argument("--slice-size", type=int, default=512, help="side of the slices made up [px]")
     parser.add_argument("--global-size", type=int, default=224, help="side of the global crops [px]")
     parser.add_argument("--local-size", type=int, default=96, help="side of the local crops [px]")

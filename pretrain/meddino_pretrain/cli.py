@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
+from meddino.data.remote import corpus_location
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped one: smoke, demo, cpu_small, ct3m_vitb, ...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key of the recipe")
-    parser.add_argument("--corpus", type=Path, required=True, help="folder written by meddino-curate")
+    parser.add_argument("--corpus", type=corpus_location, required=True, help="folder written by meddino-curate, or its URL")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, new or begun")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be given several times)")
     return run_command(parser, arguments, _pretrain)

@@ -34,7 +34,7 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
     if not audits:
         _logger.warning(
             "corpus %s was audited against nothing: data that you will test on may be in it; before that: "
-            "meddino-curate audit %s --against DATA", corpus.root, corpus.root,
+            "meddino-curate audit %s --against DATA", corpus.location, corpus.location,
         )  # fmt: skip
         return
     for entry in audits:
@@ -42,7 +42,7 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
     leaking = [f"{entry['name']} ({entry['overlaps']})" for entry in audits if entry["overlaps"]]
     if not leaking:
         return
-    found = f"corpus {corpus.root} overlaps with held-out data: {', '.join(leaking)}"
+    found = f"corpus {corpus.location} overlaps with held-out data: {', '.join(leaking)}"
     if not config.allow_known_overlap:
         raise ConfigError(
             f"{found}; build it again with --exclude, or say corpus.allow_known_overlap=true: what is measured on that data "

@@ -39,12 +39,12 @@ HEALTH_REFERENCE = "health_reference.safetensors"
 logger = get_logger(__name__)
 
 
-def run_pretraining(config: PretrainConfig, corpus_folder: Path, out: Path, stages: Sequence[str] = ()) -> None:
+def run_pretraining(config: PretrainConfig, corpus_folder: Path | str, out: Path, stages: Sequence[str] = ()) -> None:
     """Run the stages of a recipe, or go on where an earlier call stopped.
 
     Args:
         config: The recipe.
-        corpus_folder: A corpus of `meddino-curate`.
+        corpus_folder: A corpus of `meddino-curate`, or its URL.
         out: The run's folder.
         stages: Only these; all if empty.
 
