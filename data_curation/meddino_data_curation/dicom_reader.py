@@ -52,24 +52,27 @@ def _clipped(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
-    opened, block = -1, None
+    opened, block, owner = -1, None, None
     for index, stacked in enumerate(candidate.stack):
         if stacked.file != opened:  # a multi-frame file is read once
-            opened, block = stacked.file, _read_file(candidate.files[stacked.file])
+            block = owner = None  # two multi-frame files are never held at once
+            opened, (block, owner) = stacked.file, _read_file(candidate.files[stacked.file])
         yield index, stacked, block[stacked.frame] if block is not None and stacked.frame < len(block) else None
+    del owner
 
 
-def _read_file(path: Path) -> NDArray[Any] | None:
-    """Return [frames, rows, cols] with rescale slope and intercept applied, or None."""
+def _read_file(path: Path) -> tuple[NDArray[Any] | None, sitk.Image | None]:
+    """Return [frames, rows, cols] with rescale slope and intercept applied, or None; and the owner of that memory."""
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
     try:
-        pixels: NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
+        image = reader.Execute()
     except RuntimeError:
-        return None
-    return pixels if pixels.ndim == 3 else pixels[None]
+        return None, None
+    pixels: NDArray[Any] = sitk.GetArrayViewFromImage(image)
+    return (pixels if pixels.ndim == 3 else pixels[None]), image
 
 
 def _volume(hu: NDArray[np.int16], stack: list[StackedSlice], notes: tuple[str, ...]) -> Volume:

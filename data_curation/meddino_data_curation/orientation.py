@@ -4,28 +4,36 @@ from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from meddino.data.geometry import Geometry, geometry_to_xyz
+from meddino.core.errors import VolumeError
+from meddino.data.geometry import Geometry
 from meddino_data_curation.volume import Volume
 
 AXIAL_LPS: NDArray[np.float64] = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-_OUTSIDE_HU = -1024
+OUTSIDE_HU = -1024
 
 
-def to_axial_lps(volume: Volume, max_tilt_deg: float) -> tuple[Volume, float]:
+def to_axial_lps(
+    volume: Volume, max_tilt_deg: float, outside: int = OUTSIDE_HU, max_voxels: int = 1 << 62
+) -> tuple[Volume, float]:
     """Turn a volume to axial slices.
 
     Axes are permuted and flipped to the nearest ones, which changes no voxel. A volume whose axes then still lie further off
-    than `max_tilt_deg` is resampled onto an upright grid with its own spacing (linear; outside -1024 HU).
+    than `max_tilt_deg` is resampled onto an upright grid with its own spacing (linear).
 
     Args:
         volume: As read.
         max_tilt_deg: Largest angle that is only recorded.
+        outside: Value of what lies outside the stored voxels, in their own numbers.
+        max_voxels: A larger upright volume is refused before memory is taken.
 
     Returns:
         The volume, and the largest angle in degrees between its axes and the patient's before any resampling.
+
+    Raises:
+        VolumeError: The upright volume would be too large.
     """
     order, signs = _nearest_axes(volume.geometry.axes)
     turned = _permuted(volume, order, signs)
@@ -33,7 +41,7 @@ def to_axial_lps(volume: Volume, max_tilt_deg: float) -> tuple[Volume, float]:
     tilt_deg = float(np.degrees(np.arccos(cosines)).max())
     if tilt_deg <= max_tilt_deg:
         return turned, tilt_deg
-    return _resampled(turned), tilt_deg
+    return _resampled(turned, outside, max_voxels), tilt_deg
 
 
 def _nearest_axes(axes: NDArray[np.float64]) -> tuple[tuple[int, ...], NDArray[np.float64]]:
@@ -69,30 +77,28 @@ def _permuted(volume: Volume, order: tuple[int, ...], signs: NDArray[np.float64]
     return replace(volume, voxels=voxels, geometry=geometry, places_mm=places, notes=notes)
 
 
-def _resampled(volume: Volume) -> Volume:
+def _resampled(volume: Volume, outside: int, max_voxels: int) -> Volume:
+    # SciPy reads the stored voxels where they lie, turned over or not; ITK would hold a copy of them beside the result.
     old = volume.geometry
-    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels))
-    spacing, origin, direction = geometry_to_xyz(old)
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    image.SetDirection(direction)
-    corners = old._corners_mm()
+    corners = old.corners_mm()
     low, high = corners.min(axis=0), corners.max(axis=0)
-    z_mm, y_mm, x_mm = old.spacing_mm
-    steps = np.array([x_mm, y_mm, z_mm])
-    size = np.maximum(np.floor((high - low) / steps).astype(int) + 1, 1)
-    upright = sitk.Resample(
-        image,
-        [int(value) for value in size],
-        sitk.Transform(),
-        sitk.sitkLinear,
-        [float(value) for value in low],
-        [float(value) for value in steps],
-        [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
-        _OUTSIDE_HU,
-        image.GetPixelID(),
+    spacing = np.asarray(old.spacing_mm)
+    size = np.maximum(np.floor((high - low) @ AXIAL_LPS.T / spacing).astype(int) + 1, 1)
+    if int(np.prod(size, dtype=object)) > max_voxels:
+        raise VolumeError(f"{np.prod(size, dtype=object)} voxels once upright; limits.max_volume_voxels is {max_voxels}")
+    to_voxels = np.linalg.inv(old.axes * spacing[:, None])
+    voxels = np.empty(tuple(size.tolist()), dtype=volume.voxels.dtype)
+    fits = np.iinfo(voxels.dtype) if voxels.dtype.kind in "iu" else None
+    ndimage.affine_transform(
+        volume.voxels,
+        ((AXIAL_LPS * spacing[:, None]) @ to_voxels).T,
+        (low - np.asarray(old.origin_mm)) @ to_voxels,
+        output=voxels,
+        output_shape=voxels.shape,
+        order=1,
+        cval=outside if fits is None else min(max(outside, fits.min), fits.max),
+        prefilter=False,
     )
-    voxels = sitk.GetArrayFromImage(upright)
     geometry = Geometry(
         (voxels.shape[0], voxels.shape[1], voxels.shape[2]),
         old.spacing_mm,

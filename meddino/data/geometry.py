@@ -43,9 +43,10 @@ class Geometry:
         """True if both grids have the same voxels at the same places, to within a tolerance at every corner."""
         if self.shape != other.shape:
             return False
-        return bool(np.abs(self._corners_mm() - other._corners_mm()).max() <= tolerance_mm)
+        return bool(np.abs(self.corners_mm() - other.corners_mm()).max() <= tolerance_mm)
 
-    def _corners_mm(self) -> NDArray[np.float64]:
+    def corners_mm(self) -> NDArray[np.float64]:
+        """[8, 3]: patient positions (LPS, x y z) of the outermost voxels' centres."""
         ends = np.array(np.meshgrid(*[(0, size - 1) for size in self.shape], indexing="ij")).reshape(3, -1).T
         corners: NDArray[np.float64] = np.asarray(self.origin_mm) + (ends * np.asarray(self.spacing_mm)) @ self.axes
         return corners
