@@ -15,17 +15,20 @@ from meddino_evaluation.classification_metrics import (
     from_confusion,
     quadratic_kappa,
 )
-from meddino_evaluation.statistics import Interval, PairedResult, paired_result, percentile_ends, resample_weights
+from meddino_evaluation.statistics import Interval, PairedResult, Resampling
 
 Weights = NDArray[np.int64]
 Drawn = NDArray[np.float64]
 _CHUNK = 250
 _ECE_BINS = 15
 
+Runs = Sequence[tuple[Sequence[Hashable], Truth, Probabilities]]
+"""For each run the patient, the truth and the probabilities of each test case."""
+
 
 def metric_intervals(
     kind: TaskKind,
-    runs: Sequence[tuple[Sequence[Hashable], Truth, Probabilities]],
+    runs: Runs,
     *,
     names: Sequence[str] | None = None,
     resamples: int = 2000,
@@ -39,28 +42,15 @@ def metric_intervals(
 
     Args:
         kind: Kind of task.
-        runs: For each run the patient, the truth and the probabilities of each test case.
+        runs: See `Runs`.
         names: Metrics; all of the task if None.
         resamples: How many.
         level: Confidence level.
         seed: Equal seeds draw equal resamples.
     """
-    wanted = list(names or METRICS[kind])
-    patients = [patient for groups, _, _ in runs for patient in groups]
-    weights = resample_weights(patients, resamples, seed)
-    ends = np.cumsum([len(groups) for groups, _, _ in runs])
-    drawn: dict[str, list[Drawn]] = {name: [] for name in wanted}
-    for (groups, truth, probabilities), end in zip(runs, ends, strict=True):
-        own = weights[:, end - len(groups) : end]
-        for name in wanted:
-            drawn[name].append(resampled_metric(name, kind, truth, probabilities, own))
-    result = {}
-    for name in wanted:
-        estimate = _mean([classification_metric(name, kind, truth, probabilities) for _, truth, probabilities in runs])
-        values = _nanmean(np.stack(drawn[name]))
-        low, high, defined = percentile_ends(values, level, len(set(patients)))
-        result[name] = Interval(estimate, low, high, level, defined)
-    return result
+    drawing = Resampling(*_patients(runs), level=level, resamples=resamples, seed=seed)
+    weights = drawing.weights()
+    return {name: drawing.interval(*_over_runs(name, kind, runs, weights)) for name in names or METRICS[kind]}
 
 
 def resampled_metric(name: str, kind: TaskKind, truth: Truth, probabilities: Probabilities, weights: Weights) -> Drawn:
@@ -161,14 +151,26 @@ def _nanmean(values: Drawn) -> Drawn:
     return _divided(np.where(known, values, 0.0).sum(0), known.sum(0).astype(np.float64))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(_nanmean(np.array(values)[:, None])[0])
+def _patients(runs: Runs) -> tuple[int, list[Hashable]]:
+    patients = [patient for groups, _, _ in runs for patient in groups]
+    return len(patients), patients
+
+
+def _over_runs(name: str, kind: TaskKind, runs: Runs, weights: Weights) -> tuple[float, Drawn]:
+    """Return the mean over runs of a metric, and of each resample; `weights` holds the rows of all runs side by side."""
+    estimates, drawn, start = [], [], 0
+    for groups, truth, probabilities in runs:
+        own = weights[:, start : start + len(groups)]
+        estimates.append(classification_metric(name, kind, truth, probabilities))
+        drawn.append(resampled_metric(name, kind, truth, probabilities, own))
+        start += len(groups)
+    return float(_nanmean(np.array(estimates)[:, None])[0]), _nanmean(np.stack(drawn))
 
 
 def paired_metric(
     kind: TaskKind,
-    runs_a: Sequence[tuple[Sequence[Hashable], Truth, Probabilities]],
-    runs_b: Sequence[tuple[Sequence[Hashable], Truth, Probabilities]],
+    runs_a: Runs,
+    runs_b: Runs,
     name: str,
     *,
     resamples: int = 2000,
@@ -186,13 +188,7 @@ def paired_metric(
         level: Confidence level.
         seed: Equal seeds draw equal resamples.
     """
-    patients = [patient for groups, _, _ in runs_a for patient in groups]
-    weights = resample_weights(patients, resamples, seed)
-    ends = np.cumsum([len(groups) for groups, _, _ in runs_a])
-    drawn, estimates = [], []
-    for runs in (runs_a, runs_b):
-        own = [weights[:, end - len(groups) : end] for (groups, _, _), end in zip(runs, ends, strict=True)]
-        parts = [resampled_metric(name, kind, truth, p, part) for (_, truth, p), part in zip(runs, own, strict=True)]
-        drawn.append(_nanmean(np.stack(parts)))
-        estimates.append(_mean([classification_metric(name, kind, truth, p) for _, truth, p in runs]))
-    return paired_result(estimates[0] - estimates[1], drawn[0] - drawn[1], level, len(set(patients)))
+    drawing = Resampling(*_patients(runs_a), level=level, resamples=resamples, seed=seed)
+    weights = drawing.weights()
+    (first, drawn_first), (second, drawn_second) = (_over_runs(name, kind, runs, weights) for runs in (runs_a, runs_b))
+    return drawing.paired(first - second, drawn_first - drawn_second)

@@ -61,6 +61,9 @@ class PairedResult:
     p_value: float
 
 
+NO_RESULT = PairedResult(math.nan, math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class DeLongResult:
     """AUROCs of two models on the same cases, compared.
@@ -80,48 +83,104 @@ class DeLongResult:
     p_value: float
 
 
-def bootstrap_interval(
-    statistic: Statistic,
-    rows: int,
-    *,
-    groups: Sequence[Hashable] | NDArray[np.generic] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Return the percentile bootstrap interval of a statistic, drawn over patients.
+Groups = Sequence[Hashable] | NDArray[np.generic] | None
+
+
+class Resampling:
+    """Bootstrap resamples of patients, drawn once for every statistic that is to be compared on them.
 
     Args:
-        statistic: Of row numbers.
         rows: Number of rows.
         groups: The patient of each row: whole patients are drawn. None: every row is its own.
-        level: Confidence level.
+        level: Confidence level of the intervals.
         resamples: How many.
         seed: Equal seeds draw equal resamples.
 
     Raises:
         ValueError: No rows, or as many groups as rows were expected.
-
-    Source: Efron and Tibshirani 1993, chapter 13. The plain percentile interval is too narrow for few patients (it covers
-    92 % instead of 95 % at 25), so its two percentiles are moved out by the ratio of Student's t to the normal, as in
-    Hesterberg 2015 (expanded percentile interval); at 200 patients nothing visible changes. Resamples where the statistic
-    is undefined are left out; if that is more than half of them, or there is one patient, there is no interval (NaN).
     """
-    members = _members(rows, groups)
-    everything = np.arange(rows)
-    estimate = float(statistic(everything))
-    drawn = np.array([statistic(sample) for sample in _resamples(members, resamples, seed)])
-    low, high, defined = percentile_ends(drawn, level, len(members))
-    return Interval(estimate, low, high, level, defined)
+
+    def __init__(self, rows: int, groups: Groups = None, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> None:
+        self.rows, self.level = rows, level
+        self._members = _members(rows, groups)
+        size = (resamples, len(self._members))
+        self._draws = numpy_rng(seed, "bootstrap").integers(0, len(self._members), size=size)
+
+    def statistic(self, statistic: Statistic) -> NDArray[np.float64]:
+        """Return a statistic of row numbers in every resample."""
+        if all(len(rows) == 1 for rows in self._members):
+            samples: Sequence[NDArray[np.int64]] = list(np.concatenate(self._members)[self._draws])
+        else:
+            samples = [np.concatenate([self._members[number] for number in draw]) for draw in self._draws]
+        return np.array([statistic(sample) for sample in samples])
+
+    def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the mean of one number a row in every resample."""
+        # Sums a patient, so that a resample is a draw of patients and nothing else.
+        sums = np.array([values[rows].sum() for rows in self._members])
+        sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
+        means: NDArray[np.float64] = sums[self._draws].sum(1) / sizes[self._draws].sum(1)
+        return means
+
+    def weights(self) -> NDArray[np.int64]:
+        """Return how often each row occurs in each resample [resamples, rows]."""
+        patients = np.zeros(self._draws.shape, dtype=np.int64)
+        np.add.at(patients, (np.arange(len(patients))[:, None], self._draws), 1)
+        owner = np.empty(self.rows, dtype=np.int64)
+        for number, rows in enumerate(self._members):
+            owner[rows] = number
+        return patients[:, owner]
+
+    def interval(self, estimate: float, drawn: NDArray[np.float64]) -> Interval:
+        """Return the percentile interval of a statistic.
+
+        Args:
+            estimate: Of all rows.
+            drawn: Of each resample; NaN where undefined.
+
+        Source: Efron and Tibshirani 1993, chapter 13. The plain percentile interval is too narrow for few patients (it
+        covers 92 % instead of 95 % at 25), so its two percentiles are moved out by the ratio of Student's t to the normal, as
+        in Hesterberg 2015 (expanded percentile interval); at 200 patients nothing visible changes. Resamples where the
+        statistic is undefined are left out; if that is more than half of them, or there is one patient, there is no interval
+        (NaN).
+        """
+        defined, patients = drawn[~np.isnan(drawn)], len(self._members)
+        if len(defined) < FEWEST_DEFINED * len(drawn) or not len(defined) or patients < 2:
+            return Interval(estimate, math.nan, math.nan, self.level, len(defined))
+        wider = math.sqrt(patients / (patients - 1))
+        tail = float(stats.norm.cdf(stats.t.ppf((1 - self.level) / 2, patients - 1) * wider))
+        low, high = np.quantile(defined, [tail, 1 - tail])
+        return Interval(estimate, float(low), float(high), self.level, len(defined))
+
+    def paired(self, difference: float, drawn: NDArray[np.float64]) -> PairedResult:
+        """Return the interval of a difference and its p value.
+
+        Args:
+            difference: The estimate.
+            drawn: One difference a resample; NaN where undefined.
+
+        Returns:
+            The p value is twice the smaller share of resamples on either side of zero, with one added to both counts so that
+            it is never 0.
+        """
+        found = self.interval(difference, drawn)
+        if not found.resamples or math.isnan(difference):
+            return NO_RESULT
+        at_most, at_least = int((drawn <= 0).sum()), int((drawn >= 0).sum())
+        p_value = min(1.0, 2 * (min(at_most, at_least) + 1) / (found.resamples + 1))
+        return PairedResult(difference, found.low, found.high, p_value)
+
+
+def bootstrap_interval(
+    statistic: Statistic, rows: int, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """Return the percentile bootstrap interval of a statistic of row numbers, drawn over patients; see `Resampling`."""
+    drawing = Resampling(rows, groups, level=level, resamples=resamples, seed=seed)
+    return drawing.interval(float(statistic(np.arange(rows))), drawing.statistic(statistic))
 
 
 def bootstrap_mean(
-    values: ArrayLike,
-    *,
-    groups: Sequence[Hashable] | NDArray[np.generic] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: ArrayLike, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Return the mean of one number a case (Dice, 0/1 for correct, ...) with its percentile bootstrap interval.
 
@@ -132,22 +191,11 @@ def bootstrap_mean(
         resamples: How many.
         seed: Equal seeds draw equal resamples.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or not len(array):
-        raise ValueError(f"expected one number a case, found shape {array.shape}")
-    if groups is not None and len(groups) != len(array):
-        raise ValueError(f"{len(groups)} groups for {len(array)} rows")
-    kept = np.flatnonzero(~np.isnan(array))
-    if not len(kept):
+    array, kept_groups = _defined(np.asarray(values, dtype=np.float64), groups)
+    if not len(array):
         return Interval(math.nan, math.nan, math.nan, level, 0)
-    array = array[kept]
-    members = _members(len(array), None if groups is None else [groups[int(row)] for row in kept])
-    # Sums a patient, so that a resample is a draw of patients and nothing else.
-    sums = np.array([array[rows].sum() for rows in members])
-    sizes = np.array([len(rows) for rows in members], dtype=np.float64)
-    draws = numpy_rng(seed, "bootstrap").integers(0, len(members), size=(resamples, len(members)))
-    low, high, defined = percentile_ends(sums[draws].sum(1) / sizes[draws].sum(1), level, len(members))
-    return Interval(float(array.mean()), low, high, level, defined)
+    drawing = Resampling(len(array), kept_groups, level=level, resamples=resamples, seed=seed)
+    return drawing.interval(float(array.mean()), drawing.means(array))
 
 
 def paired_bootstrap(
@@ -155,12 +203,12 @@ def paired_bootstrap(
     statistic_b: Statistic,
     rows: int,
     *,
-    groups: Sequence[Hashable] | NDArray[np.generic] | None = None,
+    groups: Groups = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> PairedResult:
-    """Compare two models on the same cases: the interval of the difference, drawn over patients, and its p value.
+    """Compare two models on the same cases: first minus second, its interval over patients and its p value.
 
     Args:
         statistic_a: First model's statistic of row numbers.
@@ -170,59 +218,24 @@ def paired_bootstrap(
         level: Confidence level.
         resamples: How many.
         seed: Equal seeds draw equal resamples.
-
-    Returns:
-        First minus second. The p value is twice the smaller share of resamples on either side of zero, with one added
-        to both counts so that it is never 0.
     """
-    members = _members(rows, groups)
-    everything = np.arange(rows)
-    difference = float(statistic_a(everything)) - float(statistic_b(everything))
-    drawn = np.array([statistic_a(sample) - statistic_b(sample) for sample in _resamples(members, resamples, seed)])
-    return paired_result(difference, drawn, level, len(members))
 
+    def difference(sample: NDArray[np.int64]) -> float:
+        return statistic_a(sample) - statistic_b(sample)
 
-def paired_result(difference: float, drawn: NDArray[np.float64], level: float, independent: int) -> PairedResult:
-    """Return interval and p value of a difference from its resamples; see `paired_bootstrap`.
-
-    Args:
-        difference: The estimate.
-        drawn: One difference a resample; NaN where undefined.
-        level: Confidence level.
-        independent: How many patients were drawn from.
-    """
-    low, high, defined = percentile_ends(drawn, level, independent)
-    if not defined or math.isnan(difference):
-        return PairedResult(difference, math.nan, math.nan, math.nan)
-    at_most, at_least = int((drawn <= 0).sum()), int((drawn >= 0).sum())
-    return PairedResult(difference, low, high, min(1.0, 2 * (min(at_most, at_least) + 1) / (defined + 1)))
+    drawing = Resampling(rows, groups, level=level, resamples=resamples, seed=seed)
+    return drawing.paired(float(difference(np.arange(rows))), drawing.statistic(difference))
 
 
 def paired_bootstrap_means(
-    a: ArrayLike,
-    b: ArrayLike,
-    *,
-    groups: Sequence[Hashable] | NDArray[np.generic] | None = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    a: ArrayLike, b: ArrayLike, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> PairedResult:
     """Compare the means of one number a case of two models; see `paired_bootstrap`. Cases undefined in either are left out."""
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    kept = np.flatnonzero(~np.isnan(difference))
-    if not len(kept):
-        return PairedResult(math.nan, math.nan, math.nan, math.nan)
-    values = difference[kept]
-    kept_groups = None if groups is None else [groups[int(row)] for row in kept]
-    return paired_bootstrap(
-        lambda sample: float(values[sample].mean()),
-        lambda sample: 0.0,
-        len(values),
-        groups=kept_groups,
-        level=level,
-        resamples=resamples,
-        seed=seed,
-    )
+    difference, kept_groups = _defined(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups)
+    if not len(difference):
+        return NO_RESULT
+    drawing = Resampling(len(difference), kept_groups, level=level, resamples=resamples, seed=seed)
+    return drawing.paired(float(difference.mean()), drawing.means(difference))
 
 
 def wilcoxon_signed_rank(a: ArrayLike, b: ArrayLike) -> float:
@@ -307,41 +320,21 @@ def mean_and_std(values: ArrayLike) -> tuple[float, float]:
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
 
 
-def percentile_ends(drawn: NDArray[np.float64], level: float, independent: int) -> tuple[float, float, int]:
-    """Return the ends of an interval from resampled statistics, and how many of them were defined.
+def _defined(values: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.float64], Groups]:
+    """Leave out what is NaN, and its groups.
 
-    Args:
-        drawn: One value a resample; NaN where undefined.
-        level: Confidence level.
-        independent: How many patients were drawn from; see `bootstrap_interval` for the widening it gives.
+    Raises:
+        ValueError: It is not one number a case, or the groups are of another length.
     """
-    defined = drawn[~np.isnan(drawn)]
-    if len(defined) < FEWEST_DEFINED * len(drawn) or not len(defined) or independent < 2:
-        return math.nan, math.nan, len(defined)
-    tail = float(stats.norm.cdf(stats.t.ppf((1 - level) / 2, independent - 1) * math.sqrt(independent / (independent - 1))))
-    low, high = np.quantile(defined, [tail, 1 - tail])
-    return float(low), float(high), len(defined)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"expected one number a case, found shape {values.shape}")
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} rows")
+    kept = np.flatnonzero(~np.isnan(values))
+    return values[kept], None if groups is None else [groups[int(row)] for row in kept]
 
 
-def resample_weights(groups: Sequence[Hashable], resamples: int, seed: int = 0) -> NDArray[np.int64]:
-    """Return how often each row occurs in each resample of patients [resamples, rows]: the draws of `bootstrap_interval`.
-
-    Args:
-        groups: The patient of each row.
-        resamples: How many.
-        seed: Equal seeds draw equal resamples.
-    """
-    members = _members(len(groups), groups)
-    draws = numpy_rng(seed, "bootstrap").integers(0, len(members), size=(resamples, len(members)))
-    patients = np.zeros((resamples, len(members)), dtype=np.int64)
-    np.add.at(patients, (np.arange(resamples)[:, None], draws), 1)
-    owner = np.empty(len(groups), dtype=np.int64)
-    for number, rows in enumerate(members):
-        owner[rows] = number
-    return patients[:, owner]
-
-
-def _members(rows: int, groups: Sequence[Hashable] | NDArray[np.generic] | None) -> list[NDArray[np.int64]]:
+def _members(rows: int, groups: Groups) -> list[NDArray[np.int64]]:
     if rows < 1:
         raise ValueError("no rows to draw from")
     if groups is None:
@@ -352,10 +345,3 @@ def _members(rows: int, groups: Sequence[Hashable] | NDArray[np.generic] | None)
     for row, group in enumerate(groups):
         found.setdefault(group if not isinstance(group, np.generic) else group.item(), []).append(row)
     return [np.array(numbers) for numbers in found.values()]
-
-
-def _resamples(members: list[NDArray[np.int64]], resamples: int, seed: int) -> list[NDArray[np.int64]]:
-    draws = numpy_rng(seed, "bootstrap").integers(0, len(members), size=(resamples, len(members)))
-    if all(len(rows) == 1 for rows in members):
-        return list(np.concatenate(members)[draws])
-    return [np.concatenate([members[number] for number in draw]) for draw in draws]

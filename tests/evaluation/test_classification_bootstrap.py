@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.classification_bootstrap import metric_intervals, resampled_metric
 from meddino_evaluation.classification_metrics import METRICS, classification_metric
-from meddino_evaluation.statistics import bootstrap_interval, resample_weights
+from meddino_evaluation.statistics import Resampling, bootstrap_interval
 
 
 def _case(kind, classes, rows=40, seed=0):
@@ -18,7 +18,7 @@ def _case(kind, classes, rows=40, seed=0):
 def test_resampled_metric__equals_the_metric_of_the_repeated_rows(kind, classes):
     truth, p = _case(kind, classes)
     groups = [row // 2 for row in range(len(truth))]
-    weights = resample_weights(groups, 12, seed=3)
+    weights = Resampling(len(groups), groups, resamples=12, seed=3).weights()
     assert (weights.sum(1) == len(truth)).all()
     for name in METRICS[kind]:
         fast = resampled_metric(name, kind, truth, p, weights)

@@ -13,9 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
-from meddino.core.seeds import numpy_rng
 from meddino_evaluation.metrics.label_metrics import case_means
-from meddino_evaluation.statistics import bootstrap_mean, holm, mean_and_std, paired_bootstrap_means, wilcoxon_signed_rank
+from meddino_evaluation.statistics import (
+    Resampling,
+    bootstrap_mean,
+    holm,
+    mean_and_std,
+    paired_bootstrap_means,
+    wilcoxon_signed_rank,
+)
 
 
 @dataclass(frozen=True)
@@ -130,21 +136,14 @@ def rank_stability(
     """
     from scipy.stats import kendalltau, rankdata
 
-    members = [np.array([i for i, patient in enumerate(patients) if patient == one]) for one in sorted(set(patients))]
-    original = values.mean(axis=1)
-    ranks = np.zeros(len(values))
-    first = np.zeros(len(values))
-    taus = []
-    for number in range(resamples):
-        drawn = numpy_rng(0, "ranks", number).integers(len(members), size=len(members))
-        means = values[:, np.concatenate([members[index] for index in drawn])].mean(axis=1)
-        ranks += rankdata(-means)
-        best = means == means.max()
-        first += best / best.sum()
-        if len(values) > 1:
-            taus.append(kendalltau(original, means).statistic)
+    drawing = Resampling(values.shape[1], patients, resamples=resamples)
+    means = np.stack([drawing.means(own) for own in values], axis=1)  # [resamples, variants]
+    ranks = rankdata(-means, axis=1).mean(axis=0)
+    best = means == means.max(axis=1, keepdims=True)
+    first = (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
+    taus = [kendalltau(values.mean(axis=1), one).statistic for one in means] if len(values) > 1 else []
     tau = float(np.nanmean(taus)) if taus and not np.isnan(taus).all() else None
-    return [(float(rank / resamples), float(share / resamples)) for rank, share in zip(ranks, first, strict=True)], tau
+    return [(float(rank), float(share)) for rank, share in zip(ranks, first, strict=True)], tau
 
 
 def _pairs(
