@@ -1,11 +1,14 @@
 """Volumes and label maps through SimpleITK: read with their geometry, turned to LPS and back, written as they lay."""
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from isal import igzip
+from isal.igzip_lib import IsalError
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
@@ -14,6 +17,10 @@ from meddino.data.geometry import Geometry, geometry_from_xyz, geometry_to_xyz
 
 MAX_VOXELS = 2**32
 """A header that promises more is refused before memory is taken (a whole-body CT has about 2**29 voxels)."""
+
+_BLOCK_BYTES = 8 << 20
+_ISAL_ERROR: type[Exception] = IsalError  # type: ignore[assignment]  # its stub calls the class an instance
+GZIP_ERRORS = (EOFError, _ISAL_ERROR, gzip.BadGzipFile)
 
 _BYTES = {
     getattr(sitk, f"sitk{name}{bits}"): bits // 8
@@ -92,6 +99,8 @@ def read_volume(path: Path) -> tuple[NDArray[Any], Geometry]:
         VolumeError: The file is missing, no image, not 3D, or larger than `MAX_VOXELS`.
     """
     geometry, reader = _header(path)
+    if path.name.endswith(".nii.gz"):
+        _check_gzip(path, _stored_bytes(reader))
     try:
         array = sitk.GetArrayFromImage(reader.Execute())
     except RuntimeError as error:
@@ -152,7 +161,7 @@ def _header(path: Path) -> tuple[Geometry, sitk.ImageFileReader]:
         )
     if int(np.prod(size, dtype=np.int64)) > MAX_VOXELS:
         raise VolumeError(f"{path}: {size} voxels; at most {MAX_VOXELS} are read")
-    stored = int(np.prod(size, dtype=np.int64)) * _BYTES.get(reader.GetPixelID(), 1)
+    stored = _stored_bytes(reader)
     if path.suffix == ".nii" and path.stat().st_size < stored:
         # ITK fills what is missing with zeros and says nothing.
         raise VolumeError(f"{path} ends early: {path.stat().st_size} bytes, its header promises {stored}")
@@ -161,6 +170,23 @@ def _header(path: Path) -> tuple[Geometry, sitk.ImageFileReader]:
         a, b, c, d = reader.GetDirection()
         return geometry_from_xyz((sx, sy, 1), (dx, dy, 1.0), (ox, oy, 0.0), (a, b, 0, c, d, 0, 0, 0, 1)), reader
     return geometry_from_xyz(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()), reader
+
+
+def _stored_bytes(reader: sitk.ImageFileReader) -> int:
+    return int(np.prod(reader.GetSize(), dtype=np.int64)) * _BYTES.get(reader.GetPixelID(), 1)
+
+
+def _check_gzip(path: Path, stored: int) -> None:
+    """Read a compressed file to its end, against its CRC: of a damaged one ITK makes zeros and says nothing."""
+    found = 0
+    try:
+        with igzip.open(path, "rb") as stream:  # type: ignore[no-untyped-call]
+            while block := stream.read(_BLOCK_BYTES):
+                found += len(block)
+    except GZIP_ERRORS as error:
+        raise VolumeError(f"{path} is damaged: its compressed data break off or fail their checksum ({error})") from error
+    if found < stored:
+        raise VolumeError(f"{path} ends early: {found} bytes, its header promises {stored}")
 
 
 def _reason(error: RuntimeError) -> str:

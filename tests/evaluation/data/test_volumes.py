@@ -109,6 +109,18 @@ def test_read_volume__a_truncated_file_is_refused(tmp_path):
         read_volume(tmp_path / "a.nii")
 
 
+def test_read_volume__a_damaged_compressed_file_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(-1000, 1000, (40, 60, 60)).astype(np.int16)
+    save(tmp_path / "a.nii.gz", noise, np.eye(3))
+    data = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz is (damaged|no readable image)"):
+        read_volume(tmp_path / "a.nii.gz")
+    (tmp_path / "a.nii.gz").write_bytes(data[:-8] + bytes(4) + data[-4:])  # another checksum
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz is (damaged|no readable image)"):
+        read_volume(tmp_path / "a.nii.gz")
+
+
 def test_turn__every_permutation_and_flip_is_undone():
     from meddino_evaluation.data.volumes import Turn
 
