@@ -98,6 +98,7 @@ class MedDINOBackbone(Backbone):
         super().__init__()
         self.name = name
         self.vit = model.backbone
+        self.lineage = model.lineage
         self.embed_dim, self.patch_size = model.embed_dim, model.patch_size
         sizes = model.config.resolutions_px_seen
         native = max(sizes) if sizes else 14 * model.patch_size

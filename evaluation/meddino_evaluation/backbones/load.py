@@ -27,7 +27,8 @@ def load_backbone(spec: str, seed: int = 0) -> Backbone:
 
     Args:
         spec: One of
-            - a folder made by meddino-export,
+            - a folder made by meddino-export; a run or training checkpoint (its teacher); a file or folder of DINOv3 weights
+              under official, timm or transformers names: whatever `meddino.load` reads,
             - `random:<name or folder>`: random weights of one of our backbones, of a catalogue entry, of `timm:<name>`,
               or of the architecture in an export,
             - a catalogue name (`dinov2_vits14`): its weights file is looked for in the weights folder,
@@ -48,14 +49,14 @@ def load_backbone(spec: str, seed: int = 0) -> Backbone:
         return _finished(_from_file(spec, name, Path(file), seed))
     if spec in CATALOGUE:
         return _finished(_from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed))
-    if Path(spec).is_dir():
+    if Path(spec).exists():
         return _finished(MedDINOBackbone(spec, model_files.load(spec)))
     known = [*CATALOGUE, *BACKBONES]
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise ConfigError(
-        f"no model '{spec}': {hint}give a folder made by meddino-export, random:<name>, <name>@<weights file>, hf:<folder>, "
-        f"timm:<name>@<weights file>, or one of {', '.join(CATALOGUE)}"
+        f"no model '{spec}': {hint}give a folder made by meddino-export, a run, a weights file, random:<name>, "
+        f"<name>@<weights file>, hf:<folder>, timm:<name>@<weights file>, or one of {', '.join(CATALOGUE)}"
     )
 
 

@@ -35,6 +35,7 @@ class Job:
         protocol: What to run.
         few_shot: On few patients.
         evaluation: All settings.
+        weights: Hash of the model's weights, where they lie in a file or folder.
     """
 
     model: str
@@ -43,14 +44,14 @@ class Job:
     protocol: ProtocolName
     few_shot: bool
     evaluation: RepresentationConfig
+    weights: str | None = None
 
     @property
     def folder(self) -> str:
         """Name of its folder: readable, and another one whenever anything about the job is different."""
         settings = self.evaluation.model_dump(mode="json")
         settings["features"]["cache"] = settings["features"]["device"] = None  # where and on what does not matter
-        weights = _weights_hash(self.model)
-        what = [self.model, weights, self.dataset, str(self.root), self.protocol, self.few_shot, settings]
+        what = [self.model, self.weights, self.dataset, str(self.root), self.protocol, self.few_shot, settings]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         names = [re.sub(r"[^A-Za-z0-9]+", "_", Path(one).name).strip("_") for one in (self.model, self.dataset)]
         return "-".join([*names, self.protocol, *(["few_shot"] if self.few_shot else []), digest])
@@ -75,13 +76,14 @@ def list_jobs(
         raise ConfigError("the study's models contain {model}: name the export with --model")
     models = [one.replace("{model}", model or "") for one in config.models]
     protocols = _protocols(kind, config)
+    weights = {name: _weights_hash(name) for name in models}
     jobs = []
     for data in config.data:
         root = Path(data.root) if data_root is None else data_root / data.root
         for name in models:
             for protocol in protocols:
                 settings = _settings(config, data, protocol, kind, out)
-                jobs.append(Job(name, data.dataset, root, protocol, kind == FEW_SHOT, settings))
+                jobs.append(Job(name, data.dataset, root, protocol, kind == FEW_SHOT, settings, weights[name]))
     return jobs
 
 
@@ -129,8 +131,13 @@ def run_job(job: Job, folder: Path) -> None:
 
 
 def _weights_hash(model: str) -> str | None:
-    """Return the hash of a model's file, so that another export under the same name is another job."""
+    """Return the hash of a model's weights, so that another export or a later step of a run under its name is another job."""
     path = Path(model.partition("@")[2] or model)
+    if path.is_dir() and not (path / "model.safetensors").is_file():
+        try:
+            return load_backbone(model).hash()  # a run or a checkpoint, which may grow
+        except MedDINOError:
+            return None  # its jobs will say why
     path = path / "model.safetensors" if path.is_dir() else path
     return sha256_file(path) if path.is_file() else None
 

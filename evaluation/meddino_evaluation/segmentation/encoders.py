@@ -1,13 +1,10 @@
-"""MODEL of the command line: whatever `load_backbone` knows, a bare weights file, or `none` for networks of their own."""
+"""MODEL of the command line: whatever `load_backbone` knows, or `none` for networks of their own."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meddino.checkpoints.model import load as load_model
-from meddino.checkpoints.model_folder import read_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.contract import InputContract
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone, Tokens
@@ -43,24 +40,16 @@ def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
     """Load what MODEL means.
 
     Args:
-        model: Folder of an export; a weights file; `random:<backbone>`; `random:<export folder>`, which has the
-            architecture and the input contract of that export and fresh weights; whatever else `load_backbone` knows; or
-            `none`.
+        model: What `load_backbone` knows (an export, a run, a checkpoint, a weights file, `random:<backbone>`,
+            `random:<export folder>` for its architecture and input contract with fresh weights, ...), or `none`.
         random_seed: Seed of fresh weights.
 
     Raises:
         ConfigError: Nothing of that name exists.
         CheckpointError: It exists and is damaged or of another kind.
     """
-    if model == NONE:
-        backbone: Backbone = NoBackbone()
-    elif Path(model).is_file():
-        backbone = MedDINOBackbone(model, load_model(model)).eval().requires_grad_(False)
-    else:
-        backbone = load_backbone(model, random_seed)
-    lineage = {}
-    if Path(model).is_dir() and isinstance(backbone, MedDINOBackbone):
-        lineage = read_config(Path(model)).lineage.model_dump(mode="json")
+    backbone = NoBackbone() if model == NONE else load_backbone(model, random_seed)
+    lineage = backbone.lineage.model_dump(mode="json") if isinstance(backbone, MedDINOBackbone) else {}
     if isinstance(backbone, MedDINOBackbone) and backbone.vit.config.in_chans != backbone.contract.channels:
         raise CheckpointError(
             f"model {model}: its patch embedding takes {backbone.vit.config.in_chans} channels, its input contract says "

@@ -1,7 +1,9 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from meddino_evaluation.cli import main
+from meddino_evaluation.representation import study
 from meddino_evaluation.representation.study import list_jobs, load_study, parse_part, run_jobs
 
 from meddino.core.errors import ConfigError
@@ -63,6 +65,33 @@ def test_study__compare_is_resumable_and_writes_every_format(config, data_root, 
     monkeypatch.setattr("meddino_evaluation.representation.study.run_job", lambda *_: pytest.fail("a finished job ran again"))
     assert _study("compare", config, data_root, out) == 0
     assert (out / "results.csv").read_bytes() == before
+
+
+def test_study__parts_of_a_slurm_array_give_the_same_results_as_one_process(config, data_root, tmp_path, monkeypatch):
+    one_model = 'models=["random:vitnano8"]'
+    assert _study("compare", config, data_root, tmp_path / "one", one_model) == 0
+    for name, value in (("COUNT", "3"), ("MIN", "5")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    for task in (7, 5, 6):  # in any order
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        assert _study("compare", config, data_root, tmp_path / "parts", one_model) == 0
+    files = [path.relative_to(tmp_path / "one") for path in sorted((tmp_path / "one").rglob("*.csv"))]
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes(), file
+    assert (tmp_path / "parts/report.html").is_file()
+
+
+def test_list_jobs__another_state_of_a_run_is_another_job(config, data_root, tmp_path, monkeypatch):
+    run, state = tmp_path / "run", {"hash": "a"}
+    run.mkdir()
+    monkeypatch.setattr(study, "load_backbone", lambda model: SimpleNamespace(hash=lambda: state["hash"]))
+    changed = load_study(str(config), [f'models=["{run}"]'])
+    first = list_jobs("compare", changed, tmp_path, data_root=data_root)
+    state["hash"] = "b"
+    assert {job.folder for job in first}.isdisjoint(
+        j.folder for j in list_jobs("compare", changed, tmp_path, data_root=data_root)
+    )
 
 
 def test_study__freeze_and_few_shot(config, data_root, tmp_path):
