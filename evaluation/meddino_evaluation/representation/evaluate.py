@@ -103,8 +103,21 @@ def evaluate(
         notes += [note for note in seen if note not in notes]
         digests |= contents
     extractor.check_frozen()
-    entries = summarise(dataset.kind, dataset.config.classes, runs, config.statistics, config.split.seed)
-    content = {
+    content = _content(dataset, config, extractor, runs, corpus_hash)
+    content |= {"splits": [split.origin for split in splits], "notes": notes}
+    content["data"]["hash"] = data_hash(dataset, digests)
+    write_per_case(out / "per_case.csv", dataset.config.classes, dataset.kind, runs)
+    write_metrics(out / "metrics.json", content)
+    result: dict[str, Any] = finite(content)
+    return result
+
+
+def _content(
+    dataset: LabelledSet, config: RepresentationConfig, extractor: FeatureExtractor, runs: Sequence[Run], corpus: str | None
+) -> dict[str, Any]:
+    """Return what metrics.json says of model, data, settings and results."""
+    backbone = extractor.backbone
+    return {
         "format": "meddino-representation",
         "version": FORMAT_VERSION,
         "model": {
@@ -117,25 +130,18 @@ def evaluate(
             "name": dataset.config.name,
             "task": dataset.kind,
             "classes": dataset.config.classes,
-            "hash": data_hash(dataset, digests),
             "cases": len(dataset.cases),
             "patients": len({case.patient for case in dataset.cases}),
             "patients_known": dataset.has_patients,
             "licence": dataset.config.licence,
             "split_rule": dataset.config.split_rule,
-            "corpus_compared": corpus_hash,
+            "corpus_compared": corpus,
         },
-        "transform": transform.__dict__,
+        "transform": extractor.transform.__dict__,
         "config": config.model_dump(mode="json"),
-        "splits": [split.origin for split in splits],
         "meddino_version": _version(),
-        "notes": notes,
-        "results": entries,
+        "results": summarise(dataset.kind, dataset.config.classes, runs, config.statistics, config.split.seed),
     }
-    write_per_case(out / "per_case.csv", dataset.config.classes, dataset.kind, runs)
-    write_metrics(out / "metrics.json", content)
-    result: dict[str, Any] = finite(content)
-    return result
 
 
 def data_hash(dataset: LabelledSet, contents: dict[str, str]) -> str:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.classification_metrics import METRICS, classification_metric
 from meddino_evaluation.representation import evaluate as evaluate_module
 from meddino_evaluation.representation import features
@@ -49,6 +51,26 @@ def test_evaluate__the_test_is_read_once_after_everything_is_learned(fake_set, b
         assert min(places) > last_lesson
     # Protocols on frozen features read it for its features; those that train the backbone read it once more for theirs.
     assert sum(entry == sources[split["test"][0]] for entry in spy) == (1 if few_shot else 2)
+
+
+@pytest.mark.parametrize("protocol", FROZEN)
+def test_frozen_protocols__leave_every_parameter_and_buffer(fake_set, backbone, quick, tmp_path, protocol):
+    before = state_hash(backbone)
+    evaluate(backbone, fake_set("ct_contrast"), quick(protocols=(protocol,), split=SplitConfig(repeats=1)), tmp_path)
+    assert state_hash(backbone) == before
+
+
+def test_frozen_that_moved__is_a_fault(fake_set, backbone, quick, tmp_path, monkeypatch):
+    learn = evaluate_module.learn
+
+    def drifts(protocol, lesson):
+        with torch.no_grad():
+            next(lesson.backbone.parameters()).add_(1)
+        return learn(protocol, lesson)
+
+    monkeypatch.setattr(evaluate_module, "learn", drifts)
+    with pytest.raises(RuntimeError, match="changed while features were computed"):
+        evaluate(backbone, fake_set("ct_contrast"), quick(protocols=("knn",), split=SplitConfig(repeats=1)), tmp_path)
 
 
 def test_sealed_test__a_second_look_is_a_fault():
