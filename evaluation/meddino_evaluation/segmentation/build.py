@@ -58,7 +58,7 @@ def build_head(name: HeadName, request: HeadRequest, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "head"))
         head = HEADS[name](request)
-        if name != "whole_segformer":  # keeps the initialisation of its own publication
+        if name not in ("whole_segformer", "whole_transunet"):  # they keep the initialisation of their libraries
             he_initialise(head)
     return head
 

@@ -2,11 +2,13 @@
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meddino.core.errors import ConfigError
 from meddino_evaluation.segmentation.heads import to_size
@@ -51,22 +53,71 @@ def build_unet(channels: int, num_outputs: int, crop_px: int) -> nn.Module:
     return WholeNetwork(network)
 
 
-def build_transunet(channels: int, num_outputs: int, crop_px: int) -> nn.Module:
-    """A transformer between convolutions, as TransUNet: MONAI's UNETR in 2D (ViT encoder, convolutional decoder and stem)."""
-    _need("einops", "whole_transunet")
-    from monai.networks.nets import UNETR
+class TransUNet(nn.Module):
+    """ResNet-50, a vision transformer on its last map, and a decoder that goes up over the ResNet's earlier maps.
 
-    network = UNETR(
-        in_channels=channels,
-        out_channels=num_outputs,
-        img_size=crop_px,
-        feature_size=16,
-        hidden_size=384,
-        mlp_dim=1536,
-        num_heads=6,
-        spatial_dims=2,
-    )
-    return WholeNetwork(network)
+    Args:
+        channels: Of the images.
+        num_outputs: Logit maps.
+        crop_px: Side of the images, for the position embedding.
+        options: For timm, where a smaller transformer is wanted.
+
+    Source: TransUNet (arXiv 2102.04306), R50-ViT-B/16, put together from timm's hybrid of that name and MONAI's U-Net decoder
+    (which follows segmentation_models). Differences: random weights, as all baselines here; transposed convolutions instead
+    of bilinear resizing, and instance instead of batch norms in the decoder.
+    """
+
+    def __init__(
+        self, channels: int, num_outputs: int, crop_px: int, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        super().__init__()
+        import timm
+        from monai.networks.nets.flexible_unet import UNetDecoder
+
+        self.side_px = -(-crop_px // 16) * 16
+        self.encoder = timm.create_model(
+            "vit_base_r50_s16_224", pretrained=False, num_classes=0, in_chans=channels, img_size=self.side_px, **options
+        )
+        width = int(self.encoder.embed_dim)
+        self.decoder = UNetDecoder(
+            spatial_dims=2,
+            encoder_channels=(channels, 64, 256, 512, width),
+            decoder_channels=(256, 128, 64, 16),
+            act="relu",
+            norm="instance",
+            dropout=0.0,
+            bias=False,
+            upsample="deconv",
+            pre_conv=None,
+            interp_mode="nearest",
+            align_corners=None,
+            is_pad=False,
+        )
+        self.classify = nn.Conv2d(16, num_outputs, kernel_size=1)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Tensor:
+        """Return logits of images of up to `crop_px` pixels a side."""
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, self.side_px - width, 0, self.side_px - height))
+        resnet, skips = self.encoder.patch_embed.backbone, []
+        x = resnet.stem.norm(resnet.stem.conv(padded))
+        for after in (resnet.stem.pool, *resnet.stages):
+            if after is not resnet.stages[0]:
+                skips.append(x)  # at 1/2, 1/4 and 1/8 of the side
+            x = after(x)
+        tokens = self.encoder.norm(self.encoder.blocks(self._embedded(self.encoder.patch_embed.proj(x))))
+        deepest = tokens[:, self.encoder.num_prefix_tokens :].transpose(1, 2).unflatten(2, x.shape[-2:])
+        logits: Tensor = self.classify(self.decoder([padded, *skips, deepest], skip_connect=len(skips)))
+        return logits[..., :height, :width]
+
+    def _embedded(self, grid: Tensor) -> Tensor:
+        embedded: Tensor = self.encoder.norm_pre(self.encoder._pos_embed(grid.flatten(2).transpose(1, 2)))
+        return embedded
+
+
+def build_transunet(channels: int, num_outputs: int, crop_px: int) -> nn.Module:
+    """Build TransUNet (R50-ViT-B/16) with random weights."""
+    return WholeNetwork(TransUNet(channels, num_outputs, crop_px))
 
 
 def build_segformer(channels: int, num_outputs: int, crop_px: int) -> nn.Module:

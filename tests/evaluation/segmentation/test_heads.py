@@ -1,11 +1,14 @@
 import pytest
 import torch
+from meddino_evaluation.segmentation import build
 from meddino_evaluation.segmentation.build import HEADS, HeadRequest, build_head
 from meddino_evaluation.segmentation.heads import PrimusHead, PrimusStage
+from meddino_evaluation.segmentation.whole_networks import TransUNet, WholeNetwork
 from torch import nn
 
 from meddino.core.errors import ConfigError
 
+SMALL_TRANSFORMER = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 REQUEST = HeadRequest([(8, 8)] * 2, 3, 32, 3)
 
 
@@ -57,22 +60,27 @@ def test_primus__patch_14_is_resized_to_the_image():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head__logits_at_the_image_size_and_a_gradient_everywhere(name):
-    for needed in {"whole_transunet": ["einops"], "whole_segformer": ["transformers"]}.get(name, []):
-        pytest.importorskip(needed)
+def test_every_head__logits_at_the_image_size_and_a_gradient_everywhere(name, monkeypatch):
+    if name == "whole_segformer":
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(build, "build_transunet", lambda *sizes: WholeNetwork(TransUNet(*sizes, SMALL_TRANSFORMER)))
     request = HeadRequest([(16, 8)] * 4, 3, 64, 4)
     head = build_head(name, request, seed=0)
     images = torch.randn(2, 3, 64, 64)
     logits = head([torch.randn(2, 16, 8, 8) for _ in range(4)], images)
     assert logits.shape == (2, 4, 64, 64)
     logits.square().mean().backward()
-    # MONAI's transformer holds norms for a cross-attention that is not used here.
-    silent = [
-        parameter_name
-        for parameter_name, parameter in head.named_parameters()
-        if parameter.grad is None and "cross_attn" not in parameter_name
-    ]
-    assert not silent
+    assert not [parameter_name for parameter_name, parameter in head.named_parameters() if parameter.grad is None]
+
+
+def test_transunet__is_r50_vit_b_16_with_skips_from_the_resnet():
+    with torch.device("meta"):
+        network = TransUNet(3, 9, 224)
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    assert 100 < millions < 112  # the publication's has 105 million
+    assert len(network.encoder.blocks) == 12
+    odd = TransUNet(1, 2, 50, SMALL_TRANSFORMER)
+    assert odd(torch.randn(2, 1, 50, 50)).shape == (2, 2, 50, 50)
 
 
 @pytest.mark.parametrize("name", ["primus", "linear", "unet", "dino_unet"])
