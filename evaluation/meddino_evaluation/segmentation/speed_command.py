@@ -1,11 +1,12 @@
-"""`meddino-eval speed`: our sliding window and our metrics against MONAI's, each in a process of its own."""
+"""`meddino-eval speed`: our sliding window and our metrics against MONAI's: time in turns, memory in processes of their own."""
 
 import argparse
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 SPACING_MM = (3.0, 0.8, 0.8)
+Work = Callable[[], list[float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,60 +29,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval speed`: one JSON line."""
-    jobs = _INFERENCE if arguments.what == "inference" else _METRICS
+    from meddino.core.device import use_cpu_threads
+
+    use_cpu_threads()
+    options = vars(arguments)
+    names = (f"{arguments.what}_ours", f"{arguments.what}_monai")
+    ours, theirs = _in_turns([_prepare(name, options) for name in names], arguments.repeats)
     # A process each: the peak of resident memory never goes down again within one.
-    measured = {name: _in_own_process(name, vars(arguments)) for name in jobs}
-    ours, theirs = measured[jobs[0]], measured[jobs[1]]
+    ours_mib, monai_mib = (_peak_in_own_process(name, options) for name in names)
     line = {
         "what": arguments.what,
-        "ours_s": ours["seconds"],
-        "monai_s": theirs["seconds"],
-        "time_ratio": round(ours["seconds"] / theirs["seconds"], 3),
+        "ours_s": round(ours.seconds, 4),
+        "monai_s": round(theirs.seconds, 4),
+        "time_ratio": round(ours.seconds / theirs.seconds, 3),
         # Where other processes compute, the processor's time says more than the clock's.
-        "ours_cpu_s": ours["cpu_s"],
-        "monai_cpu_s": theirs["cpu_s"],
-        "ours_mib": ours["mib"],
-        "monai_mib": theirs["mib"],
-        "largest_difference": max(abs(a - b) for a, b in zip(ours["values"], theirs["values"], strict=True)),
+        "ours_cpu_s": round(ours.cpu_s, 4),
+        "monai_cpu_s": round(theirs.cpu_s, 4),
+        "cpu_ratio": round(ours.cpu_s / theirs.cpu_s, 3),
+        "ours_mib": ours_mib,
+        "monai_mib": monai_mib,
+        "largest_difference": max(abs(a - b) for a, b in zip(ours.values, theirs.values, strict=True)),
         "threads": torch.get_num_threads(),
     }
     sys.stdout.write(json.dumps(line) + "\n")
 
 
-_INFERENCE = ("inference_ours", "inference_monai")
-_METRICS = ("metrics_ours", "metrics_monai")
+@dataclass
+class Measured:
+    """The fastest of several runs, and what they found."""
+
+    seconds: float = float("inf")
+    cpu_s: float = float("inf")
+    values: list[float] = field(default_factory=list)
 
 
-def _in_own_process(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def _in_turns(works: Sequence[Work], repeats: int) -> list[Measured]:
+    measured = [Measured() for _ in works]
+    for _ in range(repeats):
+        for one, work in zip(measured, works, strict=True):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            one.values = work()
+            one.seconds = min(one.seconds, time.perf_counter() - start)
+            one.cpu_s = min(one.cpu_s, time.process_time() - cpu_start)
+    return measured
+
+
+def _peak_in_own_process(name: str, options: dict[str, Any]) -> float:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(name, {k: v for k, v in options.items() if k != "handle"}, sender))
+    process = context.Process(target=_peak, args=(name, {k: v for k, v in options.items() if k != "handle"}, sender))
     process.start()
     sender.close()
     try:
-        found: dict[str, Any] = receiver.recv()
+        found: float = receiver.recv()
     finally:
         process.join()
     return found
 
 
-def _measure(name: str, options: dict[str, Any], sender: Any) -> None:
+def _peak(name: str, options: dict[str, Any], sender: Any) -> None:
     from meddino.core.device import find_machine, use_cpu_threads
 
     use_cpu_threads()
     work = _prepare(name, options)
     machine = find_machine("cpu")
     before = machine.peak_memory_mib()
-    seconds, cpu, values = float("inf"), float("inf"), []
-    for _ in range(options["repeats"]):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        values = work()
-        seconds, cpu = min(seconds, time.perf_counter() - start), min(cpu, time.process_time() - cpu_start)
-    mib = machine.peak_memory_mib() - before
-    sender.send({"seconds": round(seconds, 4), "cpu_s": round(cpu, 4), "mib": round(mib, 1), "values": values})
+    work()
+    sender.send(round(machine.peak_memory_mib() - before, 1))
 
 
-def _prepare(name: str, options: dict[str, Any]) -> Callable[[], list[float]]:
+def _prepare(name: str, options: dict[str, Any]) -> Work:
     if name.startswith("inference"):
         network, images = _network(), _images(options)
         return _inference(name, network, images, options["window_px"])
@@ -97,7 +115,7 @@ def _images(options: dict[str, Any]) -> Tensor:
     return torch.randn(options["slices"], 1, options["size_px"], options["size_px"], generator=generator)
 
 
-def _inference(name: str, network: nn.Module, images: Tensor, window: int) -> Callable[[], list[float]]:
+def _inference(name: str, network: nn.Module, images: Tensor, window: int) -> Work:
     if name.endswith("ours"):
         from meddino_evaluation.segmentation.sliding_window import SlidingWindow
 
@@ -128,7 +146,7 @@ def _masks(shape: list[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
     return (z**2 + y**2 + x**2 + ripple) < 0.45, (z**2 + (y - 0.03) ** 2 + (x + 0.02) ** 2) < 0.46
 
 
-def _metrics(name: str, pred: Any, ref: Any) -> Callable[[], list[float]]:
+def _metrics(name: str, pred: Any, ref: Any) -> Work:
     if name.endswith("ours"):
         from meddino_evaluation.metrics.label_metrics import mask_metrics
 
