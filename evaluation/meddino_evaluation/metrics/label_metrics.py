@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from meddino_evaluation.data.labels import IGNORED, LabelScheme
 from meddino_evaluation.metrics.surfaces import assd_mm, border_distances, hd95_mm, surface_dice
 
-METRICS = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref")
+METRICS = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref", "volume_difference_ml")
 """Columns of cases.csv after case and label."""
 
 
@@ -34,6 +34,7 @@ class LabelRow:
         assd_mm: Average symmetric surface distance.
         volume_ml_pred: Volume of the prediction.
         volume_ml_ref: Volume of the reference.
+        volume_difference_ml: Prediction minus reference; undefined where both are empty.
     """
 
     case: str
@@ -45,6 +46,7 @@ class LabelRow:
     assd_mm: float
     volume_ml_pred: float
     volume_ml_ref: float
+    volume_difference_ml: float
 
     def values(self) -> dict[str, Any]:
         """Return the row as a dict."""
@@ -106,6 +108,7 @@ def mask_metrics(
     values = dict.fromkeys(METRICS, math.nan) | {"volume_ml_pred": size_pred * voxel_ml, "volume_ml_ref": size_ref * voxel_ml}
     if size_pred + size_ref == 0:
         return values
+    values["volume_difference_ml"] = (size_pred - size_ref) * voxel_ml
     overlap = int(np.count_nonzero(pred & ref))
     values["dice"] = 2 * overlap / (size_pred + size_ref)
     values["iou"] = overlap / (size_pred + size_ref - overlap)
@@ -137,6 +140,19 @@ def case_means(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, float]:
         if math.isfinite(row[metric]):
             found.setdefault(str(row["case"]), []).append(float(row[metric]))
     return {case: float(np.mean(values)) for case, values in found.items()}
+
+
+def pooled_overlap(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return Dice and IoU over the voxels of all rows together: large cases count more, so it stands only beside the means.
+
+    Each row's overlap follows from its Dice and its two volumes, so the figures can be recomputed from cases.csv.
+    """
+    defined = [row for row in rows if math.isfinite(row["dice"])]
+    both = sum(row["volume_ml_pred"] + row["volume_ml_ref"] for row in defined)
+    twice_the_overlap = sum(row["dice"] * (row["volume_ml_pred"] + row["volume_ml_ref"]) for row in defined)
+    if not both:
+        return {"dice": math.nan, "iou": math.nan}
+    return {"dice": twice_the_overlap / both, "iou": twice_the_overlap / (2 * both - twice_the_overlap)}
 
 
 def _box(pred: NDArray[np.bool_], ref: NDArray[np.bool_]) -> tuple[slice, ...]:

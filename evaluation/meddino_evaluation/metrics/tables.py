@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from meddino.core.files import atomic_write
-from meddino_evaluation.metrics.label_metrics import case_means, mean_over_cases
+from meddino_evaluation.metrics.label_metrics import case_means, mean_over_cases, pooled_overlap
 from meddino_evaluation.statistics import bootstrap_mean, mean_and_std
 
-AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm")
+AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_difference_ml", "volume_error_ml")
+"""What is averaged over cases. The error is the difference without its sign: differences of both signs cancel."""
 
 
 def write_cases(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
@@ -32,7 +33,9 @@ def summarise(rows: Sequence[dict[str, Any]], resamples: int) -> dict[str, Any]:
     Returns:
         For each metric the mean over seeds of (labels of a case, then cases), its standard deviation over seeds, an
         interval over patients of the seeds' average, the same by label and by site; null where nothing is defined.
+        "pooled" stands beside each label: Dice and IoU over the voxels of all cases together.
     """
+    rows = [{**row, "volume_error_ml": abs(row["volume_difference_ml"])} for row in rows]
     seeds = sorted({row["seed"] for row in rows})
     summary: dict[str, Any] = {"cases": len({row["case"] for row in rows}), "seeds": seeds}
     for metric in AVERAGED:
@@ -44,6 +47,9 @@ def summarise(rows: Sequence[dict[str, Any]], resamples: int) -> dict[str, Any]:
         if key == "site" and names == [""]:
             continue
         summary[f"by_{key}"] = {name: _of_part([row for row in rows if row[key] == name], seeds) for name in names}
+    for name, part in summary["by_label"].items():
+        pooled = [pooled_overlap([row for row in rows if row["label"] == name and row["seed"] == seed]) for seed in seeds]
+        part["pooled"] = {metric: _spread([one[metric] for one in pooled]) for metric in ("dice", "iou")}
     return summary
 
 

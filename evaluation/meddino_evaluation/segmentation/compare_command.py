@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from meddino.core.html import Section, figure, join, page, table, text
 from meddino_evaluation.representation.results import Table
 from meddino_evaluation.segmentation.comparison import Variant, compare, read_variant
 from meddino_evaluation.segmentation.report import picture_path
+from meddino_evaluation.segmentation.segment_command import add_test_argument, named
 
 MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
 NOTE = (
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", action="append", default=[], metavar="NAME=FOLDER", help="a finished run to compare with")
     parser.add_argument("--data", type=Path, help="data set; needed with --model")
     parser.add_argument("--corpus", type=Path, help="corpus the models were pretrained on: test volumes in it are marked")
+    add_test_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder; the same command again goes on there")
     parser.add_argument("--config", default="segment", help="YAML file or shipped name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, for all variants")
@@ -40,55 +42,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval compare`."""
-    jobs = [(name, model, mode) for name, model in _named(arguments.model, "--model") for mode in arguments.modes]
+    jobs = [(name, model, mode) for name, model in named(arguments.model, "--model") for mode in arguments.modes]
     jobs = [job for job in jobs if f"{job[0]}:{job[2]}" not in arguments.skip]
-    finished = _named(arguments.results, "--results")
+    finished = named(arguments.results, "--results")
+    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
     if not jobs and not finished:
         raise ConfigError("nothing to compare: give --model NAME=MODEL or --results NAME=FOLDER")
     if jobs and arguments.data is None:
         raise ConfigError("--model needs --data")
-    variants = [read_variant(name, Path(folder)) for name, folder in finished]
+    folders = {name: Path(folder) for name, folder in finished}
+    variants = [read_variant(name, folder) for name, folder in folders.items()]
     for name, model, mode in jobs:
         folder = arguments.out / "runs" / f"{name}_{mode}"
-        # Random weights were never pretrained on anything.
-        corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
-        _segment(arguments, model, mode, folder, corpus)
+        _segment(arguments, model, mode, folder, tests)
+        folders[f"{name}, {mode}"] = folder
         variants.append(read_variant(f"{name}, {mode}", folder))
     found = compare(variants)
-    write_comparison(found, variants, arguments.out)
-    sys.stdout.write(main_table(found).markdown() + "\n" + pair_table(found).markdown())
+    external = {
+        test: compare([read_variant(name, folder / "external" / test) for name, folder in folders.items()]) for test in tests
+    }
+    write_comparison(found, variants, arguments.out, external)
+    for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
+        sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown())
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
 
 
-def _segment(arguments: argparse.Namespace, model: str, mode: str, folder: Path, corpus: Path | None) -> None:
+def _segment(arguments: argparse.Namespace, model: str, mode: str, folder: Path, tests: Mapping[str, Path]) -> None:
     from meddino.core.config import load_config
     from meddino_evaluation.segmentation.config import SegmentConfig
     from meddino_evaluation.segmentation.run import segment
 
+    # Random weights were never pretrained on anything.
+    corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
     overrides = [*arguments.overrides, f"encoder.mode={mode}"]
     config = load_config(SegmentConfig, [arguments.config], overrides, kind="evaluation")
-    segment(config, model, arguments.data, folder, corpus)
+    segment(config, model, arguments.data, folder, corpus, tests)
 
 
-def _named(entries: Sequence[str], option: str) -> list[tuple[str, str]]:
-    pairs = [tuple(entry.partition("=")[::2]) for entry in entries]
-    for entry, (name, value) in zip(entries, pairs, strict=True):
-        if not name or not value or "/" in name:
-            raise ConfigError(f"{option} {entry}: expected NAME=..., for example exported=model/")
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"{option}: names repeat: {names}")
-    return [(str(name), str(value)) for name, value in pairs]
-
-
-def write_comparison(found: dict[str, Any], variants: Sequence[Variant], out: Path) -> None:
-    """Write comparison.json, .csv, .md, .tex and report.html."""
-    write_json(out / "comparison.json", found)
-    for name, content in (("comparison", main_table(found)), ("pairs", pair_table(found))):
+def write_comparison(
+    found: dict[str, Any], variants: Sequence[Variant], out: Path, external: Mapping[str, dict[str, Any]]
+) -> None:
+    """Write comparison.json, .csv, .md, .tex and report.html; tables of test sets from elsewhere have the set in their name."""
+    write_json(out / "comparison.json", {**found, "external": dict(external)})
+    tables = [("comparison", main_table(found)), ("pairs", pair_table(found))]
+    for test, one in external.items():
+        tables += [(f"comparison-{test}", main_table(one)), (f"pairs-{test}", pair_table(one))]
+    for name, content in tables:
         write_text(out / f"{name}.csv", content.csv())
         write_text(out / f"{name}.md", content.markdown())
         write_text(out / f"{name}.tex", content.latex())
-    write_text(out / "report.html", comparison_html(found, variants))
+    write_text(out / "report.html", comparison_html(found, variants, external))
 
 
 def main_table(found: dict[str, Any]) -> Table:
@@ -124,7 +127,7 @@ def pair_table(found: dict[str, Any]) -> Table:
     return Table(("pair", "difference", "95 %", "Wilcoxon p", "after Holm", "bootstrap p after Holm"), tuple(rows))
 
 
-def comparison_html(found: dict[str, Any], variants: Sequence[Variant]) -> str:
+def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external: Mapping[str, dict[str, Any]]) -> str:
     """Return the report with overlays of the best, the median and the worst case of all variants together."""
     tables = [table(content.header, content.rows) for content in (main_table(found), pair_table(found))]
     tau = found["ranking_tau"]
@@ -134,6 +137,13 @@ def comparison_html(found: dict[str, Any], variants: Sequence[Variant]) -> str:
     sections = [
         Section("Models", join(tables[0], stable, text(NOTE, "note"))),
         Section("Pairs", tables[1]),
+        *(
+            Section(
+                f"Test set {test}",
+                join(*(table(content.header, content.rows) for content in (main_table(one), pair_table(one)))),
+            )
+            for test, one in external.items()
+        ),
         Section("Best, median and worst case", join(*_pictures(variants))),
     ]
     data = variants[0].metrics["data"]["name"]

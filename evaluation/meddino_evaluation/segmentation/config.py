@@ -32,7 +32,7 @@ class DataConfig(StrictConfig):
     plan_px: int = Field(512, gt=0, le=2048)
     """Patch side of nnU-Net's 2D plan, pixels, whose field of view resample=plan keeps; 512 at usual CT sizes [N]."""
     cache: str | None = None
-    """Folder in which prepared slices are kept as Blosc2 for other runs; null: only in memory, for this run."""
+    """Folder in which prepared slices (Blosc2) and a frozen encoder's maps of crops are kept for other runs; null: none."""
     patient_pattern: str | None = None
     """Regular expression; its first group in the case name is the patient. null: patients.csv, else a case is a patient."""
 
@@ -126,6 +126,8 @@ class TrainingConfig(StrictConfig):
     """AdamW's; 0.9, 0.98 [P]."""
     clip_norm: float = Field(12.0, gt=0)
     """Largest norm of all gradients together; 12 [P]."""
+    map_cache_mib: float = Field(4096, ge=0)
+    """Memory for what a frozen encoder makes of crops=grid, MiB; beyond it maps are read from data.cache or computed again."""
     foreground_oversampling: float = Field(0.33, ge=0, le=1)
     """Share of a batch's crops, from its end, that are drawn to hold a label; 0.33 [N]."""
     sampling: Literal["nnunet", "balanced"] = "nnunet"

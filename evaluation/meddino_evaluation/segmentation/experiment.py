@@ -73,6 +73,7 @@ class Experiment:
                     "metrics": True,
                     "inference": {"step", "gaussian", "mirror", "batch_size"},
                     "data": {"cache"},
+                    "training": {"map_cache_mib"},
                 },
             ),
             "model": self.source.model_hash,
@@ -98,10 +99,6 @@ class Experiment:
         if key not in self._prepared:
             self._prepared[key] = prepare_cached(self.dataset, self.dataset.case(name), self.channels, rule, self.cache)
         return self._prepared[key]
-
-    def check_leakage(self, case: PreparedCase) -> None:
-        """Note a test case that the model has seen in pretraining."""
-        self.leakage.look(case.name, case.content_hash)
 
     def forget(self) -> None:
         """Let go of the prepared cases."""
@@ -153,7 +150,7 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     source = load_encoder(model, config.encoder.random_seed)
     check_fit(config, source, dataset)
     check_grids(dataset)
-    leakage = LeakageCheck(source.lineage, corpus)
+    leakage = LeakageCheck(source.lineage, corpus, source.name)
     experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset), leakage)
     source.backbone.to(machine.device)
     return experiment

@@ -1,8 +1,9 @@
 """Training one (fold, seed): its data, selection on validation, saves, and the proof that what is held was held."""
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meddino.core.files import write_json
+import meddino
+from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
 from meddino_evaluation.data.prepare import PreparedCase
 from meddino_evaluation.data.splits import Split
@@ -18,12 +20,13 @@ from meddino_evaluation.metrics.label_metrics import mean_over_cases
 from meddino_evaluation.representation.adaptation import held_tensors
 from meddino_evaluation.segmentation.config import TrainingConfig
 from meddino_evaluation.segmentation.experiment import Experiment
+from meddino_evaluation.segmentation.map_cache import MapCache
 from meddino_evaluation.segmentation.network import EncoderSource, SegmentationNetwork, learned_state
 from meddino_evaluation.segmentation.postprocess import keep_largest, labels_it_helps
 from meddino_evaluation.segmentation.prediction import predict, score
 from meddino_evaluation.segmentation.samples import CropSampler, choose_slices
 from meddino_evaluation.segmentation.trained import Progress, load_progress, save_network, save_progress, weights_path
-from meddino_evaluation.segmentation.training import MapCache, StepRecord, Trainer
+from meddino_evaluation.segmentation.training import StepRecord, Trainer
 
 logger = get_logger(__name__)
 
@@ -135,8 +138,29 @@ class Fitting:
         once = training.crops == "grid" and training.augmentation == "none"
         if network.trains_encoder or not once or not network.backbone.stages():
             return None
-        self._cache = self._cache or MapCache(network, self.experiment.machine)
+        if self._cache is None:
+            self._cache = MapCache(network, self.experiment.machine, training.map_cache_mib, self._maps_folder())
         return self._cache
+
+    def _maps_folder(self) -> Callable[[str], Path] | None:
+        """Return where maps of a case are kept: by the model, the settings and the case's files; None without data.cache."""
+        experiment, config = self.experiment, self.experiment.config
+        if experiment.cache is None:
+            return None
+        parts = {
+            "model": self.source.model_hash,
+            "contract": repr(self.source.contract),
+            "channels": experiment.channels,
+            "neighbours": config.data.neighbour_slices,
+            "rule": asdict(self.rule),
+            "crop_px": config.training.crop_px,
+            "taps": config.encoder.taps,
+            "precision": str(experiment.machine.compute_dtype),
+            "version": meddino.__version__,
+        }
+        folder = experiment.cache / f"maps-{hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]}"
+        dataset = experiment.dataset
+        return lambda case: folder / f"{case}-{dataset.data_hash([dataset.case(case)])[:20]}"
 
     def _components(self, network: SegmentationNetwork) -> Sequence[str]:
         rule = self.experiment.config.inference.largest_component

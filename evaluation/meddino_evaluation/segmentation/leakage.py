@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from meddino.checkpoints.training_volumes import content_key, training_hashes, training_volumes
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
@@ -16,19 +17,24 @@ class LeakageCheck:
     Args:
         lineage: Of the export; {} for weights that say nothing of their data.
         corpus: The corpus itself, whose volumes.parquet lists the content hashes; None if it is not at hand.
+        model: The export, which carries a list of the corpus's volumes: compared with it where no corpus is given.
 
     Attributes:
         known: Whether the pretraining volumes are known.
+        source: What they are known from.
         overlap: Names of the test cases that are among them.
 
     Raises:
         ConfigError: The corpus is not the one that the lineage names.
     """
 
-    def __init__(self, lineage: dict[str, Any], corpus: Path | None) -> None:
+    def __init__(self, lineage: dict[str, Any], corpus: Path | str | None, model: str = "") -> None:
         self.overlap: list[str] = []
-        self._hashes: frozenset[str] | None = None
+        self._keys: frozenset[str] | None = None
+        self.source = "nothing"
         if corpus is None:
+            self._keys = training_volumes(model) if model else None
+            self.source = "nothing" if self._keys is None else "the list in the export"
             return
         opened = Corpus(corpus)
         named = lineage.get("corpus_hash")
@@ -37,20 +43,25 @@ class LeakageCheck:
                 f"--corpus {corpus} has the content hash {opened.content_hash[:16]}..., but the model was pretrained on "
                 f"{str(named)[:16]}...; give that corpus"
             )
-        found = opened.volumes.column("content_hash").to_pylist()
-        self._hashes = frozenset(str(value) for value in found if value)
+        self._keys = frozenset(content_key(name) for name in training_hashes(opened))
+        self.source = "the corpus"
 
     @property
     def known(self) -> bool:
         """Whether the pretraining volumes are known."""
-        return self._hashes is not None
+        return self._keys is not None
 
     def look(self, case: str, content_hash: str) -> None:
         """Note a case if its voxels are in the corpus."""
-        if self._hashes is not None and content_hash in self._hashes and case not in self.overlap:
+        if self._keys is not None and content_key(content_hash) in self._keys and case not in self.overlap:
             self.overlap.append(case)
             logger.warning("case %s is in the corpus that the model was pretrained on", case)
 
     def summary(self) -> dict[str, Any]:
         """Return what metrics.json says about it."""
-        return {"checked": self.known, "test_cases_in_pretraining": sorted(self.overlap)}
+        return {
+            "checked": self.known,
+            "compared_with": self.source,
+            "kinds": ["exact"] if self.known else [],  # near duplicates: meddino-curate audit CORPUS --against DATASET
+            "test_cases_in_pretraining": sorted(self.overlap),
+        }

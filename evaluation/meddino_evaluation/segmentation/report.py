@@ -11,7 +11,15 @@ from meddino.core.html import Section, figure, join, key_values, line_chart, pag
 from meddino_evaluation.metrics.label_metrics import case_means
 from meddino_evaluation.segmentation.experiment import Experiment
 
-METRIC_TITLES = {"dice": "Dice", "iou": "IoU", "nsd": "NSD", "hd95_mm": "HD95 [mm]", "assd_mm": "ASSD [mm]"}
+METRIC_TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "nsd": "NSD",
+    "hd95_mm": "HD95 [mm]",
+    "assd_mm": "ASSD [mm]",
+    "volume_difference_ml": "volume difference [ml]",
+    "volume_error_ml": "volume error [ml]",
+}
 
 
 def picture_path(out: Path, fold: int, case: str) -> Path:
@@ -28,9 +36,18 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
         f"{config.training.steps} steps, seeds {seeds}; {test['cases']} test cases."
     )
     sections = [
-        Section("Test", join(_leakage(metrics["leakage"]), _summary(test), text(_note(config.metrics.tolerance_mm), "note"))),
-        Section("By label", _by(test["by_label"], "label")),
+        Section(
+            "Test",
+            join(
+                _leakage(metrics["leakage"]),
+                _failed(metrics["failed"]),
+                _summary(test),
+                text(_note(config.metrics.tolerance_mm), "note"),
+            ),
+        ),
+        Section("By label", join(_by(test["by_label"], "label"), _pooled(test["by_label"]))),
         *([Section("By site", _by(test["by_site"], "site"))] if "by_site" in test else []),
+        *([Section("Test sets from elsewhere", _external(metrics["external"]))] if metrics["external"] else []),
         Section("Best, median and worst case", _pictures(rows, out, config.seeds[0])),
         Section("Training", figure(_curves(out), "Loss of every fold and seed")),
         Section("Settings", key_values(_settings(metrics))),
@@ -43,8 +60,36 @@ def _leakage(leakage: dict[str, Any]) -> Markup:
     if seen:
         return text(f"The model has seen these test volumes in pretraining: {', '.join(seen)}.", "warning")
     if leakage["checked"]:
-        return text("None of the test volumes is in the corpus that the model was pretrained on.")
-    return text("Whether the model has seen the test volumes in pretraining was not checked: give --corpus.", "note")
+        return text(
+            "None of the test volumes is, voxel for voxel, in the corpus that the model was pretrained on. Copies in another "
+            "guise (resampled, cropped, another kernel) are found by meddino-curate audit CORPUS --against DATASET."
+        )
+    return text(
+        "Whether the model has seen the test volumes in pretraining was not checked: give --corpus, or an export with its "
+        "list of training volumes.",
+        "note",
+    )
+
+
+def _failed(failed: dict[str, str]) -> Markup:
+    if not failed:
+        return Markup("")
+    return text(f"Left out, because they could not be read: {'; '.join(failed.values())}.", "warning")
+
+
+def _external(sets: dict[str, Any]) -> Markup:
+    """One row a test set, and below it one a site where sites are named; every network was tested on every case."""
+    rows: list[list[Any]] = []
+    warnings = []
+    for name, part in sets.items():
+        mark = "†" if part["leakage"]["test_cases_in_pretraining"] else ""
+        sites = part["test"].get("by_site", {})
+        rows.append([name + mark, part["test"]["cases"], *(part["test"][metric]["mean"] for metric in METRIC_TITLES)])
+        for site, own in sites.items():
+            label = f"{name}, {site or '(no site given)'}"
+            rows.append([label, own["cases"], *(own[metric]["mean"] for metric in METRIC_TITLES)])
+        warnings.append(_failed(part["failed"]))
+    return join(*warnings, table(("set", "cases", *METRIC_TITLES.values()), rows))
 
 
 def _note(tolerance_mm: float) -> str:
@@ -52,7 +97,7 @@ def _note(tolerance_mm: float) -> str:
         "Metrics are averaged over the labels of a case, then over cases, for each seed; the table gives mean and standard "
         "deviation over seeds, and a 95 % bootstrap interval over patients. A label that is empty in reference and "
         "prediction is left out; one that is empty in exactly one has Dice, IoU and NSD of 0 and no distance. "
-        f"NSD tolerance: {tolerance_mm} mm."
+        f"NSD tolerance: {tolerance_mm} mm. Volume difference: prediction minus reference; volume error: without its sign."
     )
 
 
@@ -75,6 +120,12 @@ def _by(parts: dict[str, Any], what: str) -> Markup:
         for name, part in parts.items()
     ]
     return table((what, "cases", *METRIC_TITLES.values()), rows)
+
+
+def _pooled(parts: dict[str, Any]) -> Markup:
+    rows = [[name, part["pooled"]["dice"]["mean"], part["pooled"]["iou"]["mean"]] for name, part in parts.items()]
+    note = "Pooled: over the voxels of all cases together, so that large cases count more. Only beside the means over cases."
+    return join(table(("label", "pooled Dice", "pooled IoU"), rows), text(note, "note"))
 
 
 def _pictures(rows: Sequence[dict[str, Any]], out: Path, seed: int) -> Markup:

@@ -2,24 +2,53 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from meddino.core.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval segment`."""
-    parser.add_argument(
-        "--model", required=True, help="export folder, weights file, random:<backbone> or random:<export folder>"
-    )
+    parser.add_argument("--model", required=True, help="export, run, weights file, random:<backbone> or random:<export folder>")
     parser.add_argument("--data", required=True, type=Path, help="data set in nnU-Net's raw layout")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; the same command again goes on there")
     parser.add_argument("--corpus", type=Path, help="corpus the model was pretrained on: test volumes in it are marked")
+    add_test_argument(parser)
     parser.add_argument(
         "--config", default="segment", help="YAML file or shipped name (segment: the paper's setting; demo: minutes)"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config keys to set, e.g. seeds=[0,1,2] head.name=linear"
     )
+
+
+def add_test_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --test, which may be given several times."""
+    parser.add_argument(
+        "--test",
+        action="append",
+        default=[],
+        metavar="NAME=DATASET",
+        help="a data set from elsewhere (another hospital, another scanner) on which every network is tested too",
+    )
+
+
+def named(entries: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """Return NAME=VALUE arguments as pairs.
+
+    Raises:
+        ConfigError: An entry has no name or no value, or names repeat.
+    """
+    pairs = [tuple(entry.partition("=")[::2]) for entry in entries]
+    for entry, (name, value) in zip(entries, pairs, strict=True):
+        if not name or not value or "/" in name:
+            raise ConfigError(f"{option} {entry}: expected NAME=..., for example exported=model/")
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{option}: names repeat: {names}")
+    return [(str(name), str(value)) for name, value in pairs]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,13 +58,17 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.run import segment
 
     config = load_config(SegmentConfig, [arguments.config], arguments.overrides, kind="evaluation")
-    metrics = segment(config, arguments.model, arguments.data, arguments.out, arguments.corpus)
-    sys.stdout.write(summary_line(metrics) + f"\nreport: {arguments.out / 'report.html'}\n")
+    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
+    metrics = segment(config, arguments.model, arguments.data, arguments.out, arguments.corpus, tests)
+    lines = [f"{metrics['model']['name']}: {summary_line(metrics)}"]
+    lines += [f"{name}: {summary_line(part)}" for name, part in metrics["external"].items()]
+    sys.stdout.write("\n".join(lines) + f"\nreport: {arguments.out / 'report.html'}\n")
 
 
 def summary_line(metrics: dict[str, Any]) -> str:
-    """Return one line for people: mean and spread of the test Dice."""
+    """Return one line for people: mean and spread of the test Dice, and what could not be read."""
     test = metrics["test"]
     mean, std = test["dice"]["mean"], test["dice"]["std"]
     number = "undefined" if mean is None else f"{mean:.4f}" + ("" if std is None else f" +- {std:.4f}")
-    return f"{metrics['model']['name']}: test Dice {number} ({test['cases']} cases, {len(test['seeds'])} seeds)"
+    left_out = f", left out: {', '.join(metrics['failed'])}" if metrics["failed"] else ""
+    return f"test Dice {number} ({test['cases']} cases, {len(test['seeds'])} seeds{left_out})"

@@ -16,6 +16,7 @@ from meddino.core.seeds import derive_seed
 from meddino_evaluation.data.labels import IGNORED, LabelScheme
 from meddino_evaluation.segmentation.config import TrainingConfig
 from meddino_evaluation.segmentation.losses import class_loss, region_loss
+from meddino_evaluation.segmentation.map_cache import CropKey, MapCache
 from meddino_evaluation.segmentation.network import SegmentationNetwork, model_input
 from meddino_evaluation.segmentation.samples import Crop, CropBatch, CropSampler
 
@@ -30,31 +31,6 @@ class StepRecord:
     loss: float
     lr: float
     grad_norm: float
-
-
-class MapCache:
-    """Maps of crops a frozen encoder has seen. A crop that comes again costs nothing.
-
-    Args:
-        network: Its encoder must be frozen.
-        machine: Where it runs.
-    """
-
-    def __init__(self, network: SegmentationNetwork, machine: Machine) -> None:
-        self.network, self.machine = network, machine
-        self._maps: dict[tuple[object, ...], list[Tensor]] = {}
-
-    def maps(self, inputs: Tensor, keys: tuple[tuple[object, ...], ...]) -> list[Tensor]:
-        """Return the maps of model inputs [B, ...], computed only for keys that are new.
-
-        Every crop is encoded by itself: in a larger batch rounding could differ, and then the result of a run would hang
-        on what was computed before it.
-        """
-        for number, key in enumerate(keys):
-            if key not in self._maps:
-                with torch.no_grad(), self.machine.autocast():
-                    self._maps[key] = [one[0].float() for one in self.network.maps(inputs[number : number + 1])]
-        return [torch.stack(level) for level in zip(*(self._maps[key] for key in keys), strict=True)]
 
 
 class Trainer:
@@ -126,8 +102,8 @@ class Trainer:
                 logits = self.network.head(self.cache.maps(inputs, keys), inputs)
         return segmentation_loss(logits, batch.labels, self.labels, self.config)
 
-    def _key(self, crop: Crop) -> tuple[object, ...]:
-        return (self.sampler.cases[crop.case].name, crop.z, crop.y, crop.x)
+    def _key(self, crop: Crop) -> CropKey:
+        return CropKey(self.sampler.cases[crop.case].name, crop.z, crop.y, crop.x)
 
     def learning(self) -> list[nn.Parameter]:
         """Return what learns, in a fixed order."""

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from meddino_evaluation.data.labels import LabelScheme
-from meddino_evaluation.metrics.label_metrics import case_means, mask_metrics, mean_over_cases, score_case
+from meddino_evaluation.metrics.label_metrics import (
+    case_means,
+    mask_metrics,
+    mean_over_cases,
+    pooled_overlap,
+    score_case,
+)
+from meddino_evaluation.metrics.tables import summarise
 
 SPACING = (3.0, 1.0, 0.7)
 
@@ -153,3 +160,24 @@ def test_means__labels_of_a_case_first_then_cases():
     ]
     assert case_means(rows, "dice") == {"a": 1.0, "b": 0.25}
     assert mean_over_cases(rows, "dice") == (0.625, 2)
+
+
+def test_volumes__difference_error_and_pooled_figures_by_hand():
+    scheme = LabelScheme(("a",), ((1,),))
+    rows = []
+    # |prediction|, |reference|, overlap in voxels of 2 ml: a large good case and a small bad one.
+    for case, (pred_size, ref_size, both) in {"large": (90, 100, 80), "small": (12, 8, 2), "none": (0, 0, 0)}.items():
+        pred, ref = np.zeros((1, 10, 20), dtype=np.int32), np.zeros((1, 10, 20), dtype=np.int32)
+        ref.flat[:ref_size] = 1
+        pred.flat[ref_size - both : ref_size - both + pred_size] = 1
+        (row,) = score_case(case, pred, ref, scheme, (20.0, 10.0, 10.0), 1.0, surface=False)
+        rows.append({**row.values(), "seed": 0, "site": "", "patient": case})
+    assert [row["volume_difference_ml"] for row in rows[:2]] == [-20.0, 8.0]
+    assert math.isnan(rows[2]["volume_difference_ml"])
+    summary = summarise(rows, 100)
+    assert summary["volume_difference_ml"]["mean"] == pytest.approx(-6.0)
+    assert summary["volume_error_ml"]["mean"] == pytest.approx(14.0)
+    assert summary["dice"]["mean"] == pytest.approx((160 / 190 + 4 / 20) / 2)
+    assert summary["by_label"]["a"]["pooled"]["dice"]["mean"] == pytest.approx(2 * 82 / (102 + 108))
+    assert summary["by_label"]["a"]["pooled"]["iou"]["mean"] == pytest.approx(82 / (102 + 108 - 82))
+    assert math.isnan(pooled_overlap(rows[2:])["dice"])

@@ -34,7 +34,9 @@ def test_score__two_boxes_by_hand(tmp_path):
     out = tmp_path / "out"
     assert main(["score", "--pred", str(tmp_path / "pred"), "--ref", str(tmp_path / "ref"), "--out", str(out)]) == 0
     (row,) = rows_of(out)
-    assert list(row) == ["case", "label", "dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref"]
+    columns = ["case", "label", "dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref"]
+    assert list(row) == [*columns, "volume_difference_ml"]
+    assert float(row["volume_difference_ml"]) == 0.0
     assert (row["case"], row["label"], float(row["dice"]), float(row["hd95_mm"])) == ("a", "1", 0.8, 3.0)
     assert float(row["volume_ml_ref"]) == 1.5
     metrics = json.loads((out / "metrics.json").read_text())

@@ -77,6 +77,16 @@ def test_predict__dicom_series_to_dicom_seg(trained, tmp_path):
         found.ReferencedSeriesSequence[0].SeriesInstanceUID
         == pydicom.dcmread(tmp_path / "dicom/deep/er/000.dcm").SeriesInstanceUID
     )
+    # ITK, on which many viewers stand, decodes the frames, and each says where its slice lies.
+    frames = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "series_000.dcm")))
+    assert int((frames > 0).sum()) == int((labels > 0).sum())
+    measures = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert list(measures.PixelSpacing) == [1.5, 1.5]
+    for frame, group in zip(frames, found.PerFrameFunctionalGroupsSequence, strict=True):
+        z = round(float(group.PlanePositionSequence[0].ImagePositionPatient[2]) / 3.0)
+        segment = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        name = found.SegmentSequence[segment - 1].SegmentLabel
+        np.testing.assert_array_equal(frame > 0, labels[z] == {"bright": 1, "dark": 2}[name])
     import highdicom as hd
 
     seg = hd.seg.segread(out / "series_000.dcm")

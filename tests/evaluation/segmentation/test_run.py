@@ -343,7 +343,8 @@ def test_leakage__test_volumes_of_the_corpus_are_named(make_dataset, tiny_config
     out = tmp_path / "out"
     metrics = segment(tiny_config(seeds=[0]), MODEL, data, out, corpus=tmp_path / "corpus")
     test = json.loads((out / "splits.json").read_text())[0]["test"]
-    assert metrics["leakage"] == {"checked": True, "test_cases_in_pretraining": test}
+    assert metrics["leakage"]["compared_with"] == "the corpus"
+    assert metrics["leakage"]["test_cases_in_pretraining"] == test
     assert "has seen these test volumes in pretraining" in (out / "report.html").read_text()
 
 
