@@ -4,11 +4,14 @@ from collections import Counter
 from typing import Any
 
 from meddino.checkpoints.model_folder import DataRecord
+from meddino.checkpoints.training_volumes import list_record, volume_list
 from meddino.data.corpus import Corpus
 
 
 def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
-    """Return `corpus_hash`, `data` (data sets with licences and accepted volumes) and `audited_against`, as JSON.
+    """Return `corpus_hash`, `data`, `training_volumes` and `audited_against`, as JSON.
+
+    `data` are the data sets with their licences and accepted volumes.
 
     Args:
         corpus: The trainer puts this into its checkpoints' `lineage`.
@@ -19,6 +22,7 @@ def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
     return {
         "corpus_hash": corpus.content_hash,
         "data": [record.model_dump(mode="json") for record in records],
+        "training_volumes": list_record(volume_list(corpus)).model_dump(mode="json"),
         "audited_against": [_audit_text(entry) for entry in corpus.info.get("audit", [])],
     }
 

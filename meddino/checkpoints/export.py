@@ -27,6 +27,7 @@ from meddino.checkpoints.model_folder import (
     write_config,
     write_weights,
 )
+from meddino.checkpoints.training_volumes import VOLUMES_FILE
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_directory, check_free_space, sha256_file, write_text
 from meddino.core.logging import get_logger
@@ -97,6 +98,8 @@ def export_model(
         config = _config(found, sha256_file(partial / WEIGHTS_FILE), {**found.metrics, **(metrics or {})}, command)
         write_config(partial, config)
         write_text(partial / CARD_FILE, model_card(config))
+        if found.volumes is not None:
+            write_text(partial / VOLUMES_FILE, found.volumes)
         expected = assemble(config, found.tensors, where=str(source))
         slices = check_slices(expected.patch_size, corpus)
         _check_own(partial, expected, slices)
@@ -149,7 +152,7 @@ def _config(source: ExportSource, sha256: str, metrics: dict[str, Any], command:
         architecture=source.architecture,
         input_contract=source.contract,
         resolutions_px_seen=source.resolutions_px_seen,
-        lineage=source.lineage,
+        lineage=source.lineage if source.volumes is not None else source.lineage.model_copy(update={"training_volumes": None}),
         weights=WeightsRecord.model_validate(weights),
         metrics=metrics,
         command=command,

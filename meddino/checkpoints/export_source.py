@@ -22,6 +22,7 @@ from meddino.checkpoints.training_state import (
     list_checkpoints,
     verify_checkpoint,
 )
+from meddino.checkpoints.training_volumes import find_volume_list
 from meddino.core.config import check_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.contract import InputContract
@@ -40,6 +41,7 @@ class ExportSource:
         tensors: The backbone's weights under official names.
         heads: Head -> its weights; empty where the source has none.
         role: Which network of the trainer it is.
+        volumes: The list of the training volumes, where there is one.
     """
 
     tensors: dict[str, Tensor]
@@ -50,6 +52,7 @@ class ExportSource:
     lineage: Lineage
     role: Role
     metrics: dict[str, Any]
+    volumes: str | None = None
 
 
 def read_source(path: Path, stage: str | None = None, role: Role = "teacher") -> ExportSource:
@@ -74,6 +77,7 @@ def read_source(path: Path, stage: str | None = None, role: Role = "teacher") ->
             config.lineage,
             config.weights.role,
             dict(config.metrics),
+            find_volume_list(path, config.lineage.training_volumes),
         )
     return _from_checkpoint(find_checkpoint(path, stage), role)
 
@@ -142,7 +146,8 @@ def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
         raise CheckpointError(str(error)) from error
     heads = {head: read_tensors(folder, f"{role}.{head}.") for head in HEADS}
     heads = {head: weights for head, weights in heads.items() if weights}
-    return ExportSource(tensors, heads, architecture, contract, resolutions, lineage, role, {})
+    volumes = find_volume_list(folder, lineage.training_volumes)
+    return ExportSource(tensors, heads, architecture, contract, resolutions, lineage, role, {}, volumes)
 
 
 def _planned_stages(checkpoint: Checkpoint) -> list[dict[str, Any]]:
@@ -162,6 +167,7 @@ def _lineage(checkpoint: Checkpoint) -> Lineage:
     values = {
         "corpus_hash": given.get("corpus_hash") or checkpoint.meta.get("corpus_hash"),
         "data": given.get("data", []),
+        "training_volumes": given.get("training_volumes"),
         "audited_against": given.get("audited_against", []),
         "stages": stages,
         "parent": parent,

@@ -61,11 +61,21 @@ class DataRecord(StrictConfig):
     volumes: Annotated[int | None, Field(description="accepted volumes")] = None
 
 
+class TrainingVolumesRecord(StrictConfig):
+    """The list of the volumes of the training corpus, in training_volumes.txt beside config.json."""
+
+    sha256: Annotated[str, Field(description="of the file")]
+    volumes: Annotated[int, Field(ge=0, description="lines: different volumes by the content of their voxels")]
+
+
 class Lineage(StrictConfig):
     """Where the weights come from."""
 
     corpus_hash: Annotated[str | None, Field(description="content hash of the corpus; none for random weights")] = None
     data: Annotated[tuple[DataRecord, ...], Field(description="data sets with their licences")] = ()
+    training_volumes: Annotated[
+        TrainingVolumesRecord | None, Field(description="list of content hashes, for finding test volumes in it")
+    ] = None
     audited_against: Annotated[tuple[str, ...], Field(description="test sets that the corpus was audited against")] = ()
     stages: Annotated[tuple[StageRecord, ...], Field(description="stages in the order they ran")] = ()
     parent: Annotated[ParentRecord | None, Field(description="none: trained from scratch")] = None

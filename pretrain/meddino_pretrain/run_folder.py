@@ -11,6 +11,7 @@ from typing import Any
 from meddino.checkpoints.corpus_lineage import corpus_lineage
 from meddino.checkpoints.model_folder import ParentRecord
 from meddino.checkpoints.training_state import on_main
+from meddino.checkpoints.training_volumes import write_volume_list
 from meddino.core.config import differences, load_config, to_yaml
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import write_json, write_text
@@ -136,6 +137,7 @@ def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> N
     elif any(path.name != ".lock" for path in folder.iterdir()):
         raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
     write_text(folder / "config.yaml", to_yaml(config))
+    write_volume_list(folder, corpus)
     if not (folder / "run.json").is_file():
         # Last: what has a run.json also has a config.yaml.
         info = {"format": RUN_FORMAT, "version": RUN_VERSION, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
