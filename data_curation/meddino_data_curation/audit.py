@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
-from meddino.core.files import write_json
+from meddino.core.files import sha256_file, write_json, write_text
+from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.duplicates import Overlap, find_overlaps
-from meddino_data_curation.manifests import read_fingerprints
+from meddino_data_curation.manifests import REPORT, read_fingerprints
 from meddino_data_curation.privacy import Salt, load_salt, private_folder
+from meddino_data_curation.report import with_audits
 from meddino_data_curation.survey import Survey, survey
+
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,16 +58,37 @@ def audit(
     config = CurationConfig(workers=workers)
     prints = read_fingerprints(root / "fingerprints.parquet")
     rows = corpus.volumes.to_pylist()
+    called = [*names[: len(against)], *(f"dataset-{number}" for number in range(len(names) + 1, len(against) + 1))]
+    sources = [
+        check_config(SourceConfig, {"name": name, "path": str(path)}, where="--against, --name")
+        for name, path in zip(called, against, strict=True)
+    ]
     results = []
-    for number, path in enumerate(against):
-        name = names[number] if number < len(names) else f"dataset-{number + 1}"
-        held_out = survey([SourceConfig(name=name, path=path)], config, salt)
+    for source in sources:
+        held_out = survey([source], config, salt)
         overlaps = find_overlaps(rows, prints, held_out.rows, held_out.prints)
-        results.append(AuditResult(name, _lines(overlaps, held_out), audit_entry(name, held_out, overlaps)))
-    known = {entry["name"]: entry for entry in corpus.info.get("audit", [])}
-    known.update({result.name: result.entry for result in results})
-    write_json(root / "corpus.json", {**corpus.info, "audit": [known[name] for name in sorted(known)]})
+        results.append(AuditResult(source.name, _lines(overlaps, held_out), audit_entry(source.name, held_out, overlaps)))
+    _record(root, corpus.info, results)
     return results
+
+
+def _record(root: Path, info: dict[str, Any], results: Sequence[AuditResult]) -> None:
+    """Write the results into report.html and, last, into corpus.json with the report's new checksum."""
+    known = {entry["name"]: entry for entry in info.get("audit", [])}
+    # What a build left out for a set stays true, whatever an audit finds later.
+    for result in results:
+        left_out = {key: value for key, value in known.get(result.name, {}).items() if key == "left_out"}
+        known[result.name] = {**result.entry, **left_out}
+    audits = [known[name] for name in sorted(known)]
+    manifests = dict(info["manifests"])
+    path = root / REPORT
+    report = with_audits(path.read_text(encoding="utf-8"), audits) if path.is_file() else None
+    if report is None:
+        _logger.warning("%s has no place for audits; they stand in corpus.json only", path)
+    else:
+        write_text(path, report)
+        manifests[REPORT] = sha256_file(path)
+    write_json(root / "corpus.json", {**info, "audit": audits, "manifests": manifests})
 
 
 def audit_entry(name: str, held_out: Survey, overlaps: Sequence[Overlap]) -> dict[str, Any]:

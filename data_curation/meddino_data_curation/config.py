@@ -82,7 +82,7 @@ class SlicesConfig(StrictConfig):
     max_size_px: Annotated[int, Field(ge=1, le=16384, description="[px] longer side; larger slices are refused")] = 2048
     max_aspect: Annotated[float, Field(ge=1, description="longer over shorter side in mm; more is refused")] = 4.0
     max_pixel_aspect: Annotated[float, Field(ge=1, description="longer over shorter pixel side; more is refused")] = 3.0
-    remove_table: Annotated[bool, Field(description="set everything outside the body to air (-1000 HU)")] = False
+    remove_table: Annotated[bool, Field(description="set everything away from the body to air (-1000 HU)")] = False
 
 
 class InplaneConfig(StrictConfig):

@@ -111,10 +111,15 @@ def _cut(picture: NDArray[np.float32], centre: tuple[float, float], half: tuple[
 
 
 def flipped(vectors: Bytes, rows: bool, cols: bool) -> Bytes:
-    """Return the vectors of the slices turned over: odd cosines change sign."""
+    """Return the vectors of the slices turned over."""
+    return vectors * flip_signs(rows, cols)
+
+
+def flip_signs(rows: bool, cols: bool) -> Bytes:
+    """Return what turning a slice over multiplies its vector with, [255]: odd cosines change sign."""
     sign = np.ones((FREQUENCIES, FREQUENCIES), dtype=np.int8)
     if rows:
         sign[1::2, :] *= -1
     if cols:
         sign[:, 1::2] *= -1
-    return vectors * sign.reshape(-1)[1:]
+    return sign.reshape(-1)[1:]

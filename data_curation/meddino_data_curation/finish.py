@@ -70,7 +70,7 @@ def finish(
     write_volumes(corpus / "volumes.parquet", rows)
     if config.duplicates.near:
         write_fingerprints(corpus / "fingerprints.parquet", {name: prints[name] for name in _ids(kept) if name in prints})
-    write_text(corpus / "report.html", report_page(config, rows, work, audits, num_slices))
+    write_text(corpus / "report.html", report_page(config, rows, work, audits))
     return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits)
 
 
@@ -98,7 +98,7 @@ def _records(jobs: Sequence[VolumeJob], work: WorkFolder) -> tuple[list[VolumeRe
             raise ConfigError(f"the work folder {work.root} was changed while it was in use; run the same command again")
         if record.fingerprint:
             prints[record.row["volume_id"]] = Fingerprint.from_json(record.fingerprint)
-        record.slices, record.thumbnail, record.histogram, record.fingerprint = {}, "", [], None
+        record.slices, record.thumbnail, record.histogram, record.fingerprint, record.refused = {}, "", [], None, {}
         records.append(record)
     return records, prints
 

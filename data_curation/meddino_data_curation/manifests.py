@@ -18,10 +18,17 @@ from meddino_data_curation.shards import PlannedShard
 from meddino_data_curation.work_folder import WorkFolder
 
 _ROWS_PER_GROUP = 65536
-MANIFESTS = ("slices.parquet", "volumes.parquet", "fingerprints.parquet")
+REPORT = "report.html"
+CHECKED = ("slices.parquet", "volumes.parquet", "fingerprints.parquet", REPORT)
 
 VOLUMES_WRITTEN = pa.schema(
-    [*VOLUMES_SCHEMA, pa.field("study_key", pa.string()), pa.field("tilt_deg", pa.float64()), pa.field("notes", pa.string())]
+    [
+        *VOLUMES_SCHEMA,
+        pa.field("study_key", pa.string()),
+        pa.field("tilt_deg", pa.float64()),
+        pa.field("notes", pa.string()),
+        pa.field("slices_left_out", pa.map_(pa.string(), pa.int32())),  # by reason
+    ]
 )
 
 
@@ -64,7 +71,9 @@ def _slice_tables(work: WorkFolder, plan: Sequence[PlannedShard], codec: str) ->
 def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write volumes.parquet, sorted by id."""
     ordered = sorted(rows, key=lambda row: str(row["volume_id"]))
-    table = pa.table({name: [row[name] for row in ordered] for name in VOLUMES_WRITTEN.names}, schema=VOLUMES_WRITTEN)
+    columns = {name: [row[name] for row in ordered] for name in VOLUMES_WRITTEN.names}
+    columns["slices_left_out"] = [sorted(counts.items()) for counts in columns["slices_left_out"]]
+    table = pa.table(columns, schema=VOLUMES_WRITTEN)
     with atomic_write(path) as stream:
         pq.write_table(table, stream, compression="zstd")
 
@@ -135,7 +144,7 @@ def write_corpus_json(
             name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
             for name, note in shards.items()
         },
-        "manifests": {name: sha256_file(corpus / name) for name in MANIFESTS if (corpus / name).is_file()},
+        "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
         "audit": list(audits),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
         "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],

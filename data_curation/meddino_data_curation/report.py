@@ -1,7 +1,6 @@
 """report.html: what was found, kept and refused, and why; one file to look at and to pass on."""
 
-import base64
-import io
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -9,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
 
-from meddino.core.html import Section, figure, join, key_values, line_chart, page, table, text
+from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino_data_curation.config import CurationConfig, needs_decision
+from meddino_data_curation.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
 from meddino_data_curation.volume_job import HISTOGRAM_EDGES_HU
 from meddino_data_curation.work_folder import WorkFolder
 
@@ -20,15 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PICTURES = 12
+_PER_REASON = 3
 _PAIRS = 12
+_PER_ROUTE = 4
 _SAMPLED_RECORDS = 400  # for histograms; more adds nothing to a picture
+_AUDIT_BEGIN, _AUDIT_END = "<!-- audit begins -->", "<!-- audit ends -->"
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def report_page(
-    config: CurationConfig, rows: Rows, work: WorkFolder, audits: Sequence[Mapping[str, Any]], num_slices: int
-) -> str:
+def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Sequence[Mapping[str, Any]]) -> str:
     """Return the report as one HTML page.
 
     Args:
@@ -36,23 +36,36 @@ def report_page(
         rows: Rows of volumes.parquet.
         work: Has thumbnails and histograms.
         audits: What corpus.json says of held-out data.
-        num_slices: Slices kept.
     """
     status = Counter(str(row["status"]) for row in rows)
+    slices = sum(int(row["num_slices_kept"]) for row in rows if row["status"] == "accepted")
     lead = (
-        f"{num_slices} slices of {status['accepted']} volumes; {status['rejected']} volumes refused, "
+        f"{slices} slices of {status['accepted']} volumes; {status['rejected']} volumes refused, "
         f"{status['duplicate']} duplicates of others."
     )
     sections = [
         Section("Sets", _sets(config, rows)),
+        Section("Held-out data", _audit_section(audits)),
+        Section("Licences and citations", _licences(config)),
         Section("Kept", _kept(rows, work)),
-        Section("Refused", _refused(rows, work)),
+        Section("Refused volumes", _refused(rows, work)),
+        Section("Slices left out", _left_out(rows, work)),
         Section("Duplicates", _duplicates(rows, work)),
         Section("Hounsfield units and spacing", _distributions(config, rows, work)),
-        Section("Licences and citations", _licences(config)),
-        Section("Held-out data", _audits(audits)),
     ]
     return page("Corpus", lead, sections, "Ids are salted hashes; no name, date or path is in this file.")
+
+
+def with_audits(report: str, audits: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return a report that tells of other audits, or None where it has no place for them.
+
+    Args:
+        report: The page, from `report_page`.
+        audits: What corpus.json says now.
+    """
+    pattern = re.escape(_AUDIT_BEGIN) + ".*?" + re.escape(_AUDIT_END)
+    renewed, count = re.subn(pattern, lambda _: str(_audit_section(audits)), report, count=1, flags=re.DOTALL)
+    return renewed if count else None
 
 
 def _sets(config: CurationConfig, rows: Rows) -> Markup:
@@ -74,10 +87,10 @@ def _kept(rows: Rows, work: WorkFolder) -> Markup:
     kept = [row for row in rows if row["status"] == "accepted"]
     chosen = [kept[index] for index in np.unique(np.linspace(0, len(kept) - 1, min(_PICTURES, len(kept))).astype(int))]
     notes = Counter(note for row in kept for note in str(row["notes"] or "").split("; ") if note)
-    parts = [_picture(row, work, f"{row['num_slices_kept']} slices, {_spacing(row)}") for row in chosen]
+    parts = [volume_picture(row, work, f"{row['num_slices_kept']} slices, {spacing_text(row)}") for row in chosen]
     if notes:
         parts.append(table(("what is unusual", "volumes"), notes.most_common()))
-    return join(*parts)
+    return join(*(part for part in parts if part))
 
 
 def _refused(rows: Rows, work: WorkFolder) -> Markup:
@@ -87,11 +100,31 @@ def _refused(rows: Rows, work: WorkFolder) -> Markup:
     by_reason: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in refused:
         by_reason[str(row["reason"])].append(row)
-    lines = sorted(
-        ((reason, len(own), str(own[0]["volume_id"])) for reason, own in by_reason.items()), key=lambda line: -line[1]
-    )
-    pictures = [_picture(row, work, str(row["reason"])) for row in refused if _thumbnail(row, work)][:_PICTURES]
-    return join(table(("reason", "volumes", "for example"), lines), *pictures)
+    ordered = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    lines = [
+        (reason, len(own), ", ".join(sorted({str(row["dataset"]) for row in own})), str(own[0]["volume_id"]))
+        for reason, own in ordered
+    ]
+    pictures: list[Markup] = []
+    for reason, own in ordered:
+        if len(pictures) < _PICTURES:
+            pictures += [picture for row in own[:_PER_REASON] if (picture := volume_picture(row, work, reason))]
+    return join(table(("reason", "volumes", "sets", "for example"), lines), *pictures[:_PICTURES])
+
+
+def _left_out(rows: Rows, work: WorkFolder) -> Markup:
+    counts: Counter[tuple[str, str]] = Counter()
+    examples: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for reason, count in row["slices_left_out"].items():
+            counts[str(row["dataset"]), reason] += count
+            if len(examples[reason]) < _PER_REASON:
+                examples[reason].append(str(row["volume_id"]))
+    if not counts:
+        return text("Every slice of the kept volumes is in the corpus.")
+    pictures = [refused_slice_picture(volume_id, reason, work) for reason in sorted(examples) for volume_id in examples[reason]]
+    lines = [(dataset, reason, count) for (dataset, reason), count in sorted(counts.items())]
+    return join(table(("set", "reason", "slices"), lines), *(picture for picture in pictures if picture))
 
 
 def _duplicates(rows: Rows, work: WorkFolder) -> Markup:
@@ -99,25 +132,12 @@ def _duplicates(rows: Rows, work: WorkFolder) -> Markup:
     if not doubled:
         return text("No volume came twice.")
     by_id = {row["volume_id"]: row for row in rows}
-    across = Counter((row["dataset"], by_id[row["duplicate_of"]]["dataset"], row["duplicate_kind"]) for row in doubled)
-    counts = table(("left out of", "kept in", "kind", "volumes"), [(*key, count) for key, count in sorted(across.items())])
-    pairs = [_pair(row, by_id[row["duplicate_of"]], work) for row in doubled[:_PAIRS]]
-    return join(counts, *pairs)
-
-
-def _pair(row: Mapping[str, Any], kept: Mapping[str, Any], work: WorkFolder) -> Markup:
-    caption = f"left out ({row['duplicate_kind']}): {_shape(row)} | kept: {_shape(kept)}"
-    pictures = [
-        Image.open(io.BytesIO(base64.b64decode(data))) for data in (_thumbnail(row, work), _thumbnail(kept, work)) if data
-    ]
-    if len(pictures) < 2:
-        return text(caption)
-    both = Image.new("L", (sum(picture.width for picture in pictures) + 6, max(picture.height for picture in pictures)), 255)
-    both.paste(pictures[0], (0, 0))
-    both.paste(pictures[1], (pictures[0].width + 6, 0))
-    stream = io.BytesIO()
-    both.save(stream, "PNG")
-    return figure(stream.getvalue(), caption, width_px=360)
+    routes: dict[tuple[str, str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in doubled:
+        routes[row["dataset"], by_id[row["duplicate_of"]]["dataset"], row["duplicate_kind"]].append(row)
+    counts = table(("left out of", "kept in", "kind", "volumes"), [(*route, len(own)) for route, own in sorted(routes.items())])
+    shown = [row for _, own in sorted(routes.items()) for row in own[:_PER_ROUTE]][:_PAIRS]
+    return join(counts, *(pair_picture(row, by_id[row["duplicate_of"]], work) for row in shown))
 
 
 def _distributions(config: CurationConfig, rows: Rows, work: WorkFolder) -> Markup:
@@ -138,7 +158,8 @@ def _distributions(config: CurationConfig, rows: Rows, work: WorkFolder) -> Mark
         spacings.append((source.name, *ranges))
     header = ("set", "z [mm]", "y [mm]", "x [mm]", "slices", "rows [px]", "columns [px]")
     drawing: Figure = line_chart(histograms, "Share of pixels by HU", "HU", "share", log_y=True)
-    return join(figure(drawing, "Histogram of the kept slices, by set"), table(header, spacings))
+    ranges_note = text("Least, median and most of the kept volumes, as they were read.")
+    return join(figure(drawing, "Histogram of the kept slices, by set"), ranges_note, table(header, spacings))
 
 
 def _licences(config: CurationConfig) -> Markup:
@@ -149,31 +170,25 @@ def _licences(config: CurationConfig) -> Markup:
     return table(("set", "licence", "decision", "citation"), lines)
 
 
+def _audit_section(audits: Sequence[Mapping[str, Any]]) -> Markup:
+    """Return the audits between marks, by which `with_audits` finds them again."""
+    return join(Markup(_AUDIT_BEGIN), _audits(audits), Markup(_AUDIT_END))
+
+
 def _audits(audits: Sequence[Mapping[str, Any]]) -> Markup:
     if not audits:
         return text("Compared with no held-out data. Before testing a model trained on this: meddino-curate audit.", "warning")
-    lines = [(entry["name"], entry["volumes"], entry["unread"], entry["left_out"], entry["overlaps"]) for entry in audits]
-    return table(("data", "volumes", "not readable", "left out here for it", "overlaps that remain"), lines)
-
-
-def _picture(row: Mapping[str, Any], work: WorkFolder, caption: str) -> Markup:
-    thumbnail = _thumbnail(row, work)
-    if not thumbnail:
-        return key_values({str(row["volume_id"]): caption})
-    return figure(base64.b64decode(thumbnail), f"{row['volume_id'][:8]}: {caption}", width_px=168)
-
-
-def _thumbnail(row: Mapping[str, Any], work: WorkFolder) -> str:
-    record = work.read_record(row["volume_id"])
-    return record.thumbnail if record is not None else ""
-
-
-def _shape(row: Mapping[str, Any]) -> str:
-    return f"{' x '.join(str(size) for size in row['shape'])}, {_spacing(row)}, {row['dataset']}"
-
-
-def _spacing(row: Mapping[str, Any]) -> str:
-    return " x ".join(f"{value:.3g}" for value in row["spacing_mm"]) + " mm"
+    lines = []
+    for entry in audits:
+        kinds = ", ".join(f"{count} by {kind}" for kind, count in entry["overlaps_by_kind"].items())
+        ids = ", ".join(volume_id[:8] for volume_id in entry["overlapping_volumes"][:_PICTURES])
+        numbers = (entry["volumes"], entry["unread"], entry.get("left_out"), entry["overlaps"])
+        lines.append((entry["name"], *numbers, kinds, ids))
+    header = ("data", "volumes", "not readable", "left out here for it", "overlaps that remain", "kinds", "volumes concerned")
+    if any(entry["overlaps"] for entry in audits):
+        warning = text("This corpus holds data that must stay unseen: build it again with --exclude.", "warning")
+        return join(warning, table(header, lines))
+    return join(text("No overlap with the data below is known.", "note"), table(header, lines))
 
 
 def _range(values: "np.typing.NDArray[Any]") -> str:

@@ -1,8 +1,6 @@
 """One volume from its files to a piece of a shard: read, check, turn, choose slices, encode. Runs in a worker process."""
 
-import base64
 import hashlib
-import io
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -11,7 +9,6 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
@@ -23,15 +20,16 @@ from meddino_data_curation.dicom_series import DicomCandidate
 from meddino_data_curation.fingerprint import Fingerprint, chosen_slices, slice_vector
 from meddino_data_curation.hounsfield import recognise_hounsfield
 from meddino_data_curation.inplane import resample_slice
-from meddino_data_curation.orientation import to_axial_lps
+from meddino_data_curation.orientation import OUTSIDE_HU, to_axial_lps
 from meddino_data_curation.readers import read_volume_file
-from meddino_data_curation.slice_choice import AIR_HU, refusal, size_refusal, slice_statistics, strided
+from meddino_data_curation.slice_choice import refusal, size_refusal, slice_statistics, strided
+from meddino_data_curation.table_removal import without_table
 from meddino_data_curation.tar_members import write_member
+from meddino_data_curation.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
 from meddino_data_curation.volume import Volume
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
 
 HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
-_THUMBNAIL_PX = 112
 _INT16 = np.iinfo(np.int16)
 
 
@@ -64,14 +62,15 @@ def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> s
         OSError: The work folder cannot be written (a full disk); nothing is recorded then.
     """
     row = _empty_row(job)
+    curation = _Curation(job, config, work, row)
     try:
         if job.candidate.problem:
             raise VolumeError(job.candidate.problem)
-        record = _Curation(job, config, work, row).run()
+        record = curation.run()
     except VolumeError as error:
         row.update(status="rejected", reason=str(error), num_slices_kept=0)
         work.piece(row["volume_id"]).unlink(missing_ok=True)
-        record = VolumeRecord(job.job, row)
+        record = VolumeRecord(job.job, row, thumbnail=curation.thumbnail(), refused=curation.refused)
     work.write_record(record)
     return str(record.row["status"])
 
@@ -100,6 +99,7 @@ def _empty_row(job: VolumeJob) -> dict[str, Any]:
         "shape": None,
         "spacing_mm": None,
         "num_slices_kept": 0,
+        "slices_left_out": {},
         "licence": job.licence,
         "format": candidate.format,
         "tilt_deg": None,
@@ -114,6 +114,9 @@ class _Curation:
         self.job, self.config, self.work, self.row = job, config, work, row
         self.offset = 0
         self.left_out: Counter[str] = Counter()
+        self.refused: dict[str, str] = {}
+        self.not_hu = ""
+        self.pixel_mm = (1.0, 1.0)
         self.slices: dict[str, list[Any]] = {}
         self.histogram = np.zeros(len(HISTOGRAM_EDGES_HU) - 1, dtype=np.int64)
         self.middle: NDArray[np.int16] | None = None
@@ -137,6 +140,7 @@ class _Curation:
         with atomic_write(path) as stream:
             self._write_slices(volume, stream)
             length = stream.tell()
+        self.row["slices_left_out"] = dict(sorted(self.left_out.items()))
         kept = len(self.slices.get("key", ()))
         if kept < self.config.slices.min_per_volume:
             counts = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
@@ -150,9 +154,14 @@ class _Curation:
             self.slices,
             length,
             self._fingerprint(),
-            _thumbnail(self.middle, spacing),
+            self.thumbnail(),
             self.histogram.tolist(),
+            self.refused,
         )
+
+    def thumbnail(self) -> str:
+        """Return the middle slice as far as it was seen."""
+        return slice_thumbnail(self.middle, self.pixel_mm) if self.middle is not None else self.not_hu
 
     def _read(self) -> Volume:
         candidate, config = self.job.candidate, self.config
@@ -160,12 +169,19 @@ class _Curation:
             volume = read_dicom_volume(candidate, config.limits)
         else:
             volume = read_volume_file(candidate.files[0], candidate.format, config.limits)
-        verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
+        try:
+            verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
+        except VolumeError:
+            self.not_hu = "" if self.job.is_survey else refused_thumbnail(volume)
+            raise
         self.offset = verdict.offset
         if verdict.note:
             volume = replace(volume, notes=(*volume.notes, verdict.note))
-        volume, tilt_deg = to_axial_lps(volume, config.orientation.max_tilt_deg)
+        volume, tilt_deg = to_axial_lps(
+            volume, config.orientation.max_tilt_deg, OUTSIDE_HU - self.offset, config.limits.max_volume_voxels
+        )
         self.row["tilt_deg"] = round(tilt_deg, 3)
+        self.pixel_mm = volume.geometry.spacing_mm[1:]
         return volume
 
     def _write_slices(self, volume: Volume, stream: IO[bytes]) -> None:
@@ -205,9 +221,11 @@ class _Curation:
         problem = refusal(statistics, self.config.slices)
         if problem:
             self.left_out[problem] += 1
+            if problem not in self.refused:
+                self.refused[problem] = slice_thumbnail(hu, self.pixel_mm, SLICE_THUMBNAIL_PX)
             return
         if self.config.slices.remove_table:
-            hu = np.where(mask, hu, np.int16(AIR_HU))
+            hu = without_table(hu, mask)
         step = max(1, max(hu.shape) // 128)
         self.histogram += np.histogram(hu[::step, ::step], HISTOGRAM_EDGES_HU)[0]
         thickness, *inplane = volume.geometry.spacing_mm
@@ -243,16 +261,3 @@ def to_int16(plane: NDArray[Any], offset: int) -> NDArray[np.int16]:
 
 def _rounded(spacing: tuple[float, float]) -> tuple[float, float]:
     return round(spacing[0], 6), round(spacing[1], 6)
-
-
-def _thumbnail(hu: NDArray[np.int16] | None, spacing_mm: tuple[float, float, float]) -> str:
-    """Return the middle slice as a small PNG: one axial slice, in which no face can be recognised."""
-    if hu is None:
-        return ""
-    grey = np.clip((hu.astype(np.float32) + 160) * (255 / 400), 0, 255).astype(np.uint8)
-    height, width = hu.shape[0] * spacing_mm[1], hu.shape[1] * spacing_mm[2]
-    scale = _THUMBNAIL_PX / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    stream = io.BytesIO()
-    Image.fromarray(grey).resize(size, Image.Resampling.BOX).save(stream, "PNG")
-    return base64.b64encode(stream.getvalue()).decode()

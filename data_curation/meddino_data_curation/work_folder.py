@@ -14,7 +14,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json
 
 WORK_NAME = ".work"
-RECORD_VERSION = 1  # another number makes every volume be read again
+RECORD_VERSION = 2  # another number makes every volume be read again
 
 
 @dataclass
@@ -29,6 +29,7 @@ class VolumeRecord:
         fingerprint: Features for near duplicates, or None.
         thumbnail: PNG as base64, or "".
         histogram: Counts of HU, see `volume_job.HISTOGRAM_EDGES_HU`.
+        refused: Reason for leaving slices out, to the first such slice as PNG in base64.
     """
 
     job: str
@@ -38,6 +39,7 @@ class VolumeRecord:
     fingerprint: dict[str, Any] | None = None
     thumbnail: str = ""
     histogram: list[int] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class WorkFolder:

@@ -1,0 +1,58 @@
+"""Small pictures of single axial slices for the report: too coarse to read writing in them or to recognise anybody."""
+
+import base64
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from meddino_data_curation.orientation import to_axial_lps
+from meddino_data_curation.volume import Volume
+
+THUMBNAIL_PX = 112
+SLICE_THUMBNAIL_PX = 64  # of refused slices: a million volumes may each have some
+WINDOW_HU = (-160.0, 240.0)  # the usual soft-tissue window
+
+
+def slice_thumbnail(hu: NDArray[np.int16], spacing_mm: tuple[float, float], size_px: int = THUMBNAIL_PX) -> str:
+    """Return one slice as a PNG in base64.
+
+    Args:
+        hu: int16 [rows, cols].
+        spacing_mm: Between rows, between columns.
+        size_px: Of the longer side.
+    """
+    return _encoded(hu.astype(np.float32), spacing_mm, WINDOW_HU, size_px)
+
+
+def refused_thumbnail(volume: Volume) -> str:
+    """Return the middle axial slice of a volume that is not in HU, as a PNG in base64, or "".
+
+    Volumes of whole numbers from 0 to 255 get none: they may be photographs of a screen, with a name on it.
+
+    Args:
+        volume: As read.
+    """
+    if volume.voxels.dtype.kind not in "iuf":
+        return ""
+    turned, _ = to_axial_lps(volume, max_tilt_deg=180.0)  # axes are only permuted: no voxel is computed
+    plane = np.asarray(turned.voxels[len(turned.voxels) // 2], dtype=np.float32)
+    known = plane[np.isfinite(plane)]
+    if known.size == 0 or (known.min() >= 0 and known.max() <= 255 and (known == np.rint(known)).all()):
+        return ""
+    low, high = (float(value) for value in np.percentile(known, (1, 99)))
+    spacing = turned.geometry.spacing_mm
+    window = (low, max(high, low + 1e-3))
+    return _encoded(np.nan_to_num(plane, nan=low, posinf=high, neginf=low), (spacing[1], spacing[2]), window, THUMBNAIL_PX)
+
+
+def _encoded(plane: NDArray[np.float32], spacing_mm: tuple[float, float], window: tuple[float, float], size_px: int) -> str:
+    low, high = window
+    grey = np.clip((plane - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
+    height, width = plane.shape[0] * spacing_mm[0], plane.shape[1] * spacing_mm[1]
+    scale = size_px / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    stream = io.BytesIO()
+    Image.fromarray(grey).resize(size, Image.Resampling.BOX).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
