@@ -17,7 +17,7 @@ SUBMIT = [sys.executable, "-m", "meddino_slurm.cli"]
 RESOURCES = '{{time: "10", nodes: {nodes}, tasks_per_node: {tasks}, cpus_per_task: 1, partition: null}}'
 
 
-def wait_until(what: Callable[[], object], timeout_s: float = 60.0) -> None:
+def wait_until(what: Callable[[], object], timeout_s: float = 120.0) -> None:
     """Ask twice a second until it is true."""
     end = time.monotonic() + timeout_s
     while not what():
