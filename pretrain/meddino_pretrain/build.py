@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from meddino.core.device import Machine
+from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
@@ -26,9 +27,11 @@ from meddino_pretrain.progress import StepProgress
 from meddino_pretrain.sample_order import BatchShare
 from meddino_pretrain.schedules import Schedules
 from meddino_pretrain.signals import StopRequest
-from meddino_pretrain.speed import SpeedMeter
+from meddino_pretrain.speed import SpeedMeter, parameter_counts
 from meddino_pretrain.trainer import Trainer
 from meddino_pretrain.watch import Watch
+
+logger = get_logger(__name__)
 
 
 def build_networks(config: PretrainConfig) -> tuple[DINOv3Network, DINOv3Network]:
@@ -150,6 +153,8 @@ def build_trainer(
     """
     with torch.device("meta"):
         shapes, _ = build_networks(config)
+    parts = (f"{name} {count:,}" for name, count in parameter_counts(shapes).items())
+    logger.info("parameters of the student: %s", ", ".join(parts))
     return Trainer(
         objective=objective,
         optimizer=optimizer,

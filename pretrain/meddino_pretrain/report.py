@@ -62,6 +62,10 @@ def _stage(folder: Path, config: PretrainConfig, origin: dict[str, Any], records
             from_released_weights=config.init.weights != "scratch",
         )
     ]
+    if damaged := sum(record.get("damaged_slices", 0) for record in records):
+        parts.append(
+            text(f"Damaged slices were met {damaged} times, and others stood in for them; the log names them.", "note")
+        )
     if good:
         present = [term for term in TERMS if term in good[0]]
         parts.append(table(("term", "first step", "last step"), [(term, good[0][term], good[-1][term]) for term in present]))

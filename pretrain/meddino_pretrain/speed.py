@@ -40,6 +40,14 @@ class SpeedMeter:
         return self._counted[key]
 
 
+def parameter_counts(network: DINOv3Network) -> dict[str, int]:
+    """Return the number of parameters of the backbone and of each head (fvcore's count; shared ones count once)."""
+    from fvcore.nn import parameter_count
+
+    counts = parameter_count(network)
+    return {name: int(counts[name]) for name, _ in network.named_children()}
+
+
 def measure_peak(machine: Machine) -> float:
     """Return the operations a second that torch.mm reaches in the arithmetic of training."""
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import Tensor
 from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.logging import get_logger
-from meddino.distributed.collectives import all_gather_strings, all_reduce_mean
+from meddino.distributed.collectives import all_gather_strings, all_reduce_mean, world_size
 from meddino_pretrain.batches import Batch
 from meddino_pretrain.checkpointing import StageCheckpoints
 from meddino_pretrain.metrics import MetricsWriter
@@ -103,7 +103,7 @@ class Trainer:
             for name, value in losses.items():
                 summed[name] = summed.get(name, 0.0) + value.detach() / len(batches)
         norms = clip_by_module(self.objective.trained, self.clip_grad_norm)
-        numbers = self._numbers(summed, norms)
+        numbers = self._numbers(summed, norms, batches)
         skipped = not all(torch.isfinite(torch.tensor(list(numbers.values()))))
         if not skipped:
             self.optimizer.step()
@@ -116,6 +116,7 @@ class Trainer:
             "weight_decay": values.weight_decay,
             "ema_momentum": values.ema_momentum,
             "teacher_temperature": values.teacher_temperature,
+            "damaged_slices": round(numbers["damaged_slices"]),
             "skipped": skipped,
         }
 
@@ -150,9 +151,12 @@ class Trainer:
                 "The weights are those before the first of them. Lower schedule.lr, or look at the samples"
             )
 
-    def _numbers(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Bring losses (averaged over processes), gradient norms and observations to the host in one copy."""
+    def _numbers(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[str, float]:
+        """Bring losses (averaged over processes), gradient norms, observations and counts to the host in one copy."""
         observed = self.objective.observations()
-        named = {**losses, **{f"grad_norm/{name}": norm for name, norm in norms.items()}, **observed}
+        # Times the processes, for what follows is a mean.
+        damaged = losses["total"].new_tensor(float(world_size() * sum(len(batch.damaged) for batch in batches)))
+        norms = {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        named = {**losses, **norms, **observed, "damaged_slices": damaged}
         flat = all_reduce_mean(torch.stack([value.float().reshape(()) for value in named.values()]))
         return dict(zip(named, flat.tolist(), strict=True))

@@ -2,10 +2,12 @@
 
 import json
 
+import jaxtyping
 import pytest
 import torch
 from meddino_pretrain.bench_step import StepSize, bench_step, main, model_flops, random_batch
 from meddino_pretrain.objectives.dinov3_network import DINOv3Network
+from meddino_pretrain.speed import parameter_counts
 
 from meddino.core.device import find_machine
 from meddino.layers.projection_head import ProjectionHead
@@ -59,3 +61,45 @@ def test_bench_step__loss_falls():
     machine = find_machine("cpu")
     first, later = bench_step(size, 1, machine)["loss"], bench_step(size, 12, machine)["loss"]
     assert later < first
+
+
+def test_model_flops__agrees_with_fvcore(monkeypatch):
+    from fvcore.nn import FlopCountAnalysis
+
+    class Pass(torch.nn.Module):
+        """What one forward pass of a crop group computes; fvcore traces, so inputs and outputs are tensors."""
+
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, crops, masked):
+            seen = self.network.backbone(crops)
+            return self.network.dino_head(seen.cls_token), self.network.ibot_head(masked)
+
+    def attention(inputs, outputs):  # fvcore 0.1.5 does not know it: two products of [tokens, tokens, dim] a head
+        batch, heads, tokens, dim = inputs[0].type().sizes()
+        return 2 * batch * heads * tokens * tokens * dim
+
+    def counted(crops, masked):
+        counter = FlopCountAnalysis(Pass(student), (crops, torch.zeros(masked, 128)))
+        counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        counter.set_op_handle("aten::scaled_dot_product_attention", attention)
+        counts = counter.by_operator()
+        products = sum(counts[name] for name in ("conv", "linear", "scaled_dot_product_attention"))
+        assert set(counts) - {"conv", "linear", "scaled_dot_product_attention"} == {"layer_norm"}  # no product
+        return 2 * products  # fvcore counts a multiplication and an addition as one
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # while a graph is traced, sizes are no integers
+    size = StepSize("vitnano8", batch=2, global_px=32, local_px=16, num_local=2, prototypes=64)
+    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 64, 32, 16))
+    student.eval()
+    batch = random_batch(size, 8, 3, find_machine("cpu"))
+    expected = 4 * counted(batch.global_crops, len(batch.mask_indices)) + 3 * counted(batch.local_crops, 0)
+    assert model_flops(student, batch, gram=False) == pytest.approx(expected, rel=1e-6)
+
+
+def test_parameter_counts__of_each_part():
+    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 48, 32, 16))
+    wanted = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
+    assert parameter_counts(student) == wanted and wanted["dino_head"] - wanted["ibot_head"] == 16 * 16

@@ -12,7 +12,7 @@ from meddino_pretrain.stages import run_pretraining
 
 from meddino.checkpoints.safetensors_storage import read_tensors
 from meddino.core.config import load_config
-from meddino.core.errors import MedDINOError
+from meddino.core.errors import MedDINOError, ShardError
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 
@@ -71,3 +71,30 @@ def test_trainer__too_many_in_a_row_end_the_run(run_with_nan, tmp_path):
 def test_trainer__good_steps_between_bad_ones_start_the_count_again(run_with_nan):
     run = run_with_nan({0, 2}, "optimizer.max_bad_steps=2")
     assert [record["skipped"] for record in read_metrics(run / STAGE / "metrics.jsonl")] == [True, False, True, False]
+
+
+def test_trainer__damaged_slices_are_counted_and_stop_the_run_at_the_limit(request, make_corpus, tmp_path, caplog):
+    corpus = make_corpus(count=8, name="damaged")
+    for index in (2, 5):
+        shard = corpus.root / "shards" / corpus.slices.column("shard")[index].as_py()
+        data = bytearray(shard.read_bytes())
+        data[corpus.slices.column("offset")[index].as_py() + 40] ^= 0xFF
+        shard.write_bytes(bytes(data))
+    order = SampleOrder(derive_seed(0, "stage", STAGE), 8, 4)
+    # Each epoch of eight slices is two steps, and meets each damaged one once.
+    met = [sum(index in (2, 5) for index in order.slices_for_step(step)) for step in range(4)]
+
+    def run(out: Path, *overrides: str) -> list[dict]:
+        few = [f"stages.{STAGE}.steps=4", *overrides]
+        config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], few)
+        run_pretraining(config, corpus.root, tmp_path / out, [STAGE])
+        return read_metrics(tmp_path / out / STAGE / "metrics.jsonl")
+
+    counted = [record["damaged_slices"] for record in run("run")]
+    # A stand-in may be the other damaged slice; then that one is stood in for as well.
+    assert all(wanted <= found <= 2 * wanted for wanted, found in zip(met, counted, strict=True)) and sum(counted) >= 4
+    assert [record["damaged_slices"] for record in run("again")] == counted
+    assert "another stands in for it" in caplog.text
+    assert f"met {sum(counted)} times" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ShardError, match=r"2 damaged slices .* loader.max_damaged allows 1"):
+        run("strict", "loader.max_damaged=1")
