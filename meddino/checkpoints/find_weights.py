@@ -43,7 +43,7 @@ class FoundWeights:
     source: str
 
 
-def find_weights(source: str | Path, section: str | None = None) -> FoundWeights:
+def find_weights(source: str | Path, section: str | None = None, num_heads: int | None = None) -> FoundWeights:
     """Read a backbone from a file or folder, told by its content.
 
     Args:
@@ -51,6 +51,7 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
             safetensors; a transformers folder; our exports, training checkpoints and runs; `timm:<name>` for pretrained
             weights that timm has downloaded earlier, or `timm:<name>@<file>`.
         section: Of a trainer's file: which network.
+        num_heads: See `architecture_of`.
 
     Raises:
         CheckpointError: It cannot be read, or is of another kind of model.
@@ -64,7 +65,7 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
     if not path.exists():
         raise CheckpointError(f"no weights at {path}; nothing is downloaded: give a file or folder on this machine")
     if path.is_dir():
-        return _from_folder(path, section)
+        return _from_folder(path, section, num_heads)
     file = read_weights_file(path, section)
     return _named(
         file.tensors,
@@ -72,6 +73,7 @@ def find_weights(source: str | Path, section: str | None = None) -> FoundWeights
         ParentRecord(name=path.name, sha256=sha256_file(path), licence=DINOV3_LICENCE),
         file.notes,
         section,
+        num_heads=num_heads,
     )
 
 
@@ -80,7 +82,7 @@ def is_training_output(path: Path) -> bool:
     return path.is_dir() and ((path / META_FILE).is_file() or bool(list_checkpoints(path)) or any(path.glob("*/checkpoints")))
 
 
-def _from_folder(path: Path, section: str | None) -> FoundWeights:
+def _from_folder(path: Path, section: str | None, num_heads: int | None) -> FoundWeights:
     if is_model_folder(path) or is_training_output(path):
         role: Literal["teacher", "student"] = "student" if section == "student" else "teacher"
         source = read_source(path if is_model_folder(path) else find_checkpoint(path).folder, role=role)
@@ -101,9 +103,8 @@ def _from_folder(path: Path, section: str | None) -> FoundWeights:
         )
     vit = _transformers_config(path / "config.json") if (path / "config.json").is_file() else None
     file = read_sharded_folder(path)
-    return _named(
-        file.tensors, str(path), ParentRecord(name=path.resolve().name, licence=DINOV3_LICENCE), file.notes, section, vit
-    )
+    parent = ParentRecord(name=path.resolve().name, licence=DINOV3_LICENCE)
+    return _named(file.tensors, str(path), parent, file.notes, section, vit, num_heads)
 
 
 def _cached_timm_file(name: str) -> Path:
@@ -142,6 +143,7 @@ def _named(
     notes: list[str],
     section: str | None,
     config: ViTConfig | None = None,
+    num_heads: int | None = None,
 ) -> FoundWeights:
     backbone, heads, others = _backbone_part(tensors, section or "teacher")
     layout = detect_layout(backbone)
@@ -160,7 +162,8 @@ def _named(
             f"{source}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); it was probably converted to fp16 and "
             "overflowed: take the float32 or bf16 original"
         )
-    return FoundWeights(official, layout, config or architecture_of(official, source), parent, heads, others, notes, source)
+    config = config or architecture_of(official, source, num_heads)
+    return FoundWeights(official, layout, config, parent, heads, others, notes, source)
 
 
 def _backbone_part(

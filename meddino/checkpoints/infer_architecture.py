@@ -17,12 +17,14 @@ from meddino.models.vision_transformer import ViTConfig
 RELEASED_NORM_EPS = 1e-5
 
 
-def architecture_of(tensors: Mapping[str, Tensor], where: str) -> ViTConfig:
+def architecture_of(tensors: Mapping[str, Tensor], where: str, num_heads: int | None = None) -> ViTConfig:
     """Return the architecture of a backbone under official names.
 
     Args:
         tensors: From `to_official`.
         where: Named in errors.
+        num_heads: Attention heads of the model they are for, where it is known: no weight's shape tells them, only the
+            rotary periods do, which timm's files lack.
 
     Raises:
         CheckpointError: The tensors do not tell (for example the number of heads at an unusual width).
@@ -33,7 +35,7 @@ def architecture_of(tensors: Mapping[str, Tensor], where: str) -> ViTConfig:
         values: dict[str, Any] = {
             "embed_dim": dim,
             "depth": max(numbers) + 1,
-            "num_heads": _heads(tensors, dim, where),
+            "num_heads": _heads(tensors, dim, where, num_heads),
             "patch_size": patch,
             "in_chans": channels,
             "num_registers": tensors["storage_tokens"].shape[1] if "storage_tokens" in tensors else 0,
@@ -114,9 +116,11 @@ def backbone_name(config: ViTConfig) -> str:
     return "custom"
 
 
-def _heads(tensors: Mapping[str, Tensor], dim: int, where: str) -> int:
+def _heads(tensors: Mapping[str, Tensor], dim: int, where: str, wanted: int | None) -> int:
     if "rope_embed.periods" in tensors:
         return int(dim // (4 * tensors["rope_embed.periods"].numel()))
+    if wanted is not None:
+        return wanted
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     known = {known.num_heads for known in BACKBONES.values() if (known.embed_dim, known.depth) == (dim, depth)}
     if len(known) == 1:

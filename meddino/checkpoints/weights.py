@@ -61,7 +61,7 @@ def load_backbone_weights(
         CheckpointError: The source cannot be read, or something is missing, unexpected or of another shape and no
             option allows it; the message is the coverage report.
     """
-    found = find_weights(source, section)
+    found = find_weights(source, section, config.num_heads)
     weights = fit(found, config, gaps or GapsConfig())
     _log.info("%s", weights.coverage.text())
     return weights
@@ -79,6 +79,9 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
     tensors = {name: tensor for name, tensor in found.tensors.items() if not DERIVED.match(name)}
     if found.config.rope_base != config.rope_base:
         coverage.wrong_shape["rope_embed.periods"] = f"rope_base {found.config.rope_base:g} instead of {config.rope_base:g}"
+    if found.config.num_heads != config.num_heads:
+        # No tensor's shape shows it, and the model would compute something else.
+        coverage.wrong_shape["attention heads"] = f"{found.config.num_heads} instead of {config.num_heads}"
     result: dict[str, Tensor] = {}
     for name, target in wanted.items():
         if DERIVED.match(name):

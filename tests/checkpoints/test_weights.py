@@ -10,6 +10,7 @@ from meddino.checkpoints.coverage import GapsConfig
 from meddino.checkpoints.export import export_model
 from meddino.checkpoints.find_weights import find_weights
 from meddino.checkpoints.infer_architecture import architecture_from_transformers, backbone_name
+from meddino.checkpoints.layouts import to_timm
 from meddino.checkpoints.safetensors_storage import read_tensors
 from meddino.checkpoints.weights import load_backbone_weights, resample_patch_weights
 from meddino.core.errors import CheckpointError
@@ -277,3 +278,18 @@ def test_load__recorded_weights_of_the_reference(shared_reference, tmp_path, rec
             output = model(recorded[f"{case}.input"])
         assert (output.cls_token - recorded[f"{case}.cls_token"]).abs().max() <= 2e-5
         assert (output.patch_tokens - recorded[f"{case}.patch_tokens"]).abs().max() <= 2e-5
+
+
+def test_fit__another_number_of_heads_is_named(tmp_path):
+    torch.save(lively(CONFIG).state_dict(), tmp_path / "w.pth")
+    more = CONFIG.model_copy(update={"num_heads": 8})
+    with pytest.raises(CheckpointError, match="attention heads 4 instead of 8"):
+        loaded(tmp_path / "w.pth", more)
+
+
+def test_load__a_timm_file_of_an_unusual_size_takes_the_heads_from_the_model(tmp_path):
+    model = lively(CONFIG.model_copy(update={"qkv_bias": False}))
+    save_file(to_timm(model.state_dict(), model.config), tmp_path / "timm.safetensors")
+    with pytest.raises(CheckpointError, match="number of attention heads is not in the file"):
+        find_weights(tmp_path / "timm.safetensors")
+    assert same(loaded(tmp_path / "timm.safetensors", model.config, missing=("mask_token",)), model)
