@@ -115,6 +115,10 @@ def _check_found(found: Discovery, config: CurationConfig) -> None:
         where = ", ".join(str(source.path) for source in config.sources)
         seen = sum(found.files.values())
         raise ConfigError(f"no CT volume under {where}: {seen} files, none of them DICOM, NIfTI, NRRD, MHA or MHD")
+    with_volumes = {candidate.source for candidate in found.candidates}
+    for number, source in enumerate(config.sources):
+        if number not in with_volumes:
+            _logger.warning("source '%s' holds no file that may be a volume; is its path right, and its include?", source.name)
 
 
 def _check_licences(config: CurationConfig) -> None:

@@ -110,13 +110,14 @@ def figure(picture: "bytes | Figure", caption: str = "", width_px: int | None = 
     Args:
         picture: PNG bytes, or a matplotlib figure, which is drawn here.
         caption: Shown below; also the text for those who cannot see the picture.
-        width_px: Shown this wide, at most the page's width; None keeps the picture's own size.
+        width_px: Picture and caption are this wide, at most the page's width; None keeps the picture's own size.
     """
     data = picture if isinstance(picture, bytes) else figure_png(picture)
     source = "data:image/png;base64," + base64.b64encode(data).decode()
     size = Markup(' width="{}"').format(width_px) if width_px else Markup("")
-    return Markup('<figure><img src="{}" alt="{}"{}><figcaption>{}</figcaption></figure>').format(
-        source, caption, size, caption
+    style = Markup(' style="width: {}px"').format(width_px) if width_px else Markup("")
+    return Markup('<figure{}><img src="{}" alt="{}"{}><figcaption>{}</figcaption></figure>').format(
+        style, source, caption, size, caption
     )
 
 

@@ -247,6 +247,13 @@ def test_build__out_with_other_things_is_refused(tmp_path, salt_file, six_volume
     assert "thesis.doc" in capsys.readouterr().err
 
 
+def test_build__a_source_without_volumes_is_told(six_volumes, salt_file, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    command = ["build", str(six_volumes), str(tmp_path / "empty"), "workers=1", f"privacy.salt_file={salt_file}"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--name", "first", "--name", "second"]) == 0
+    assert "source 'second' holds no file that may be a volume" in capsys.readouterr().err
+
+
 def test_verify__finds_a_flipped_bit_and_names_the_slice(corpus_folder, tmp_path, capsys):
     import shutil
 
