@@ -108,12 +108,19 @@ def backbone_name(config: ViTConfig) -> str:
         "norm_eps",
         "mask_k_bias",
         "qkv_bias",
+        "ffn_layer",
+        "ffn_ratio",
     }
-    wanted = config.model_dump(exclude=training)
-    for name, known in BACKBONES.items():
-        if known.model_dump(exclude=training) == wanted:
-            return name
-    return "custom"
+
+    def compared(some: ViTConfig) -> tuple[object, ...]:
+        with torch.device("meta"):
+            feed_forward = build_feed_forward(some.ffn_layer, some.embed_dim, some.ffn_ratio)
+        # Several kinds and ratios give one and the same perceptron.
+        shapes = {name: tensor.shape for name, tensor in feed_forward.state_dict().items()}
+        return some.model_dump(exclude=training), shapes
+
+    wanted = compared(config)
+    return next((name for name, known in BACKBONES.items() if compared(known) == wanted), "custom")
 
 
 def _heads(tensors: Mapping[str, Tensor], dim: int, where: str, wanted: int | None) -> int:

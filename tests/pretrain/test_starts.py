@@ -2,10 +2,12 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.metrics import read_metrics
 from meddino_pretrain.stages import run_pretraining
@@ -158,3 +160,21 @@ def test_start__a_drift_is_told_in_the_log_and_the_report(make_corpus_once, tmp_
     caplog.clear()
     run_pretraining(load_config(PretrainConfig, [TINY], careless[1:]), make_corpus_once, tmp_path / "scratch", [STAGE])
     assert "have drifted" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"<!DOCTYPE html><html><body>Please log in</body></html>", "HTML or XML page.*download again"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 343\n", "git-lfs pointer.*git lfs pull"),
+        (b"PK\x03\x04 cut off", "truncated.*download it again"),
+    ],
+    ids=["html", "git-lfs", "truncated"],
+)
+def test_start__a_bad_file_is_one_line(content, says, make_corpus_once, tmp_path, capsys):
+    (tmp_path / "dinov3.pth").write_bytes(content)
+    given = [f"init.weights={tmp_path / 'dinov3.pth'}", f"stages.{STAGE}.steps=3"]
+    assert main([str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), *given]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meddino-pretrain: error:")]
+    assert re.search(says, line) and "dinov3.pth" in line
+    assert not list((tmp_path / "run").glob("*/checkpoints/*"))
