@@ -34,6 +34,7 @@ class StepSettings:
     ibot: float
     koleo: float
     gram: float
+    norm_eps: float = 1e-6
 
 
 def below(weights: Weights, prefix: str) -> Weights:
@@ -184,13 +185,13 @@ def step_losses(student: Weights, teacher: Weights, gram_teacher: Weights, crops
         crops: global_crops, local_crops, masks, and gram_teacher_crops with a Gram teacher; crop-major.
         settings: Weights, temperatures.
     """
-    heads, batch, masks = settings.num_heads, settings.batch, crops["masks"]
+    heads, batch, masks, eps = settings.num_heads, settings.batch, crops["masks"], settings.norm_eps
     with torch.no_grad():
-        seen = backbone(below(teacher, "backbone."), crops["global_crops"], heads, maps=False)
+        seen = backbone(below(teacher, "backbone."), crops["global_crops"], heads, eps=eps, maps=False)
         cls_targets = sinkhorn(head(below(teacher, "dino_head."), seen.cls_token), settings.teacher_temperature)
         patch_targets = sinkhorn(head(below(teacher, "ibot_head."), seen.patch_tokens[masks]), settings.teacher_temperature)
-    of_global = backbone(below(student, "backbone."), crops["global_crops"], heads, masks, maps=False)
-    of_local = backbone(below(student, "backbone."), crops["local_crops"], heads, maps=False)
+    of_global = backbone(below(student, "backbone."), crops["global_crops"], heads, masks, eps, maps=False)
+    of_local = backbone(below(student, "backbone."), crops["local_crops"], heads, eps=eps, maps=False)
     global_logits = head(below(student, "dino_head."), of_global.cls_token).unflatten(0, (-1, batch))
     local_logits = head(below(student, "dino_head."), of_local.cls_token).unflatten(0, (-1, batch))
     patch_logits = head(below(student, "ibot_head."), of_global.patch_tokens[masks])
@@ -208,7 +209,7 @@ def step_losses(student: Weights, teacher: Weights, gram_teacher: Weights, crops
     if gram_teacher:
         with torch.no_grad():
             images, side = crops["gram_teacher_crops"], student["backbone.patch_embed.proj.weight"].shape[-1]
-            wide = backbone(below(gram_teacher, "backbone."), images, heads, maps=False).patch_tokens.transpose(1, 2)
+            wide = backbone(below(gram_teacher, "backbone."), images, heads, eps=eps, maps=False).patch_tokens.transpose(1, 2)
             wide = wide.unflatten(2, (images.shape[2] // side, images.shape[3] // side))
             grid = (crops["global_crops"].shape[2] // side, crops["global_crops"].shape[3] // side)
             anchors = resize(wide, grid).flatten(2).transpose(1, 2)
