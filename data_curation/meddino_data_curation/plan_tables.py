@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from meddino_data_curation.config import needs_decision
 from meddino_data_curation.plan import FoundSet
@@ -20,25 +20,22 @@ def print_plan(found: Sequence[FoundSet], allow: Sequence[str], console: Console
     there = [item for item in found if item.volumes]
     missing = [item for item in found if not item.volumes]
     if there:
-        table = _table("set", "found / expected", "state", "licence", "decision")
+        table = Table("set", "found / expected", "state", "licence", "decision", box=None)
         for item in there:
             table.add_row(item.entry.name, _numbers(item), _state(item), item.entry.licence.id, _decision(item, allow))
         console.print(table)
     if missing:
         console.print("\nmissing:")
-        table = _table("set", "volumes", "access", "where", "licence")
-        for item in missing:
-            entry = item.entry
-            table.add_row(entry.name, str(entry.volumes), entry.access, entry.url, f"{entry.licence.id} ({entry.licence.kind})")
-        console.print(table)
-    for line in _notes(there):
-        console.print(line, markup=False)
+    # Lines of their own, which no terminal's width breaks: an address cut in two is no address.
+    for line in [*(_wanted(item) for item in missing), *_notes(there)]:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     volumes = sum(item.volumes for item in there)
     console.print(f"\n{len(there)} of {len(found)} sets lie there, {volumes} volumes; {len(missing)} are missing")
 
 
-def _table(*header: str) -> Table:
-    return Table(*(Column(name, overflow="fold") for name in header), box=None)  # an address cut short is no address
+def _wanted(item: FoundSet) -> str:
+    entry, licence = item.entry, item.entry.licence
+    return f"- {entry.name}: {entry.volumes} volumes, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
 
 
 def _numbers(item: FoundSet) -> str:

@@ -68,3 +68,17 @@ def test_registry__wrong_entry_is_one_clear_line(tmp_path, change, words):
 def test_registry__empty_folder_is_told(tmp_path):
     with pytest.raises(ConfigError, match="no YAML file there"):
         load_registry(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "patient"),
+    [
+        ("kits", "dataset/case_00012/imaging.nii.gz", "00012"),
+        ("abdomenct_1k", "Part1/Case_00012_0000.nii.gz", "00012"),
+        ("totalsegmentator", "s0011/ct.nii.gz", "s0011"),
+        ("abdomenatlas3", "image_only/BDMAP_00000001/ct.nii.gz", "BDMAP_00000001"),
+        ("pancreas_ct", "Pancreas-CT/PANCREAS_0001/x/y/1-001.dcm", "PANCREAS_0001"),
+    ],
+)
+def test_registry__patient_of_a_path(name, path, patient):
+    assert re.search(REGISTRY[name].patient_pattern, path).group(1) == patient
