@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry
 from meddino_data_curation.config import LimitsConfig
+from meddino_data_curation.dicom_frames import NativeFrames, native_frames
 from meddino_data_curation.dicom_series import DicomCandidate, StackedSlice
 from meddino_data_curation.volume import Volume
 
@@ -52,13 +53,24 @@ def _clipped(pixels: NDArray[Any]) -> NDArray[Any]:
 
 
 def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
+    several = len({item.frame for item in candidate.stack}) > 1
     opened, block, owner = -1, None, None
     for index, stacked in enumerate(candidate.stack):
         if stacked.file != opened:  # a multi-frame file is read once
             block = owner = None  # two multi-frame files are never held at once
-            opened, (block, owner) = stacked.file, _read_file(candidate.files[stacked.file])
+            opened, (block, owner) = stacked.file, _open_file(candidate.files[stacked.file], several)
         yield index, stacked, block[stacked.frame] if block is not None and stacked.frame < len(block) else None
     del owner
+
+
+def _open_file(path: Path, is_multi_frame: bool) -> tuple[NativeFrames | NDArray[Any] | None, sitk.Image | None]:
+    frames = None
+    if is_multi_frame:
+        try:
+            frames = native_frames(path)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            frames = None  # whatever is wrong with it, GDCM may still read it
+    return (frames, None) if frames is not None else _read_file(path)
 
 
 def _read_file(path: Path) -> tuple[NDArray[Any] | None, sitk.Image | None]:

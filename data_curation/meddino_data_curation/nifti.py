@@ -22,6 +22,7 @@ _SAME_PLACE = 0.02  # of a voxel, over a whole axis of 100 voxels
 _MAX_TAIL_BYTES = 1 << 16  # behind the last voxel; some writers pad
 _MAX_OFFSET_BYTES = 64 << 20  # of the first voxel; between it and the header lie extensions
 _BLOCK_BYTES = 8 << 20
+_INT16 = np.iinfo(np.int16)
 # What damaged gzip data raises. ISA-L's reader takes half the time of zlib's.
 _ISAL_ERROR: type[Exception] = IsalError  # type: ignore[assignment]  # its stub calls the class an instance
 GZIP_ERRORS = (EOFError, _ISAL_ERROR, gzip.BadGzipFile)
@@ -116,13 +117,14 @@ def _read_as(header: NiftiHeader) -> np.dtype[Any]:
         if header.intercept == 0.0:
             return header.dtype.newbyteorder("=")
         if header.intercept == int(header.intercept) and header.dtype.kind in "iu":
-            return np.dtype(np.int32)
+            # Two bytes stay two bytes: what leaves the range of int16 is no HU and is clipped at the end anyhow.
+            return np.dtype(np.int16 if header.dtype.itemsize <= 2 else np.int32)
     return np.dtype(np.float32)
 
 
 def _read_blocks(stream: IO[bytes], header: NiftiHeader, voxels: NDArray[Any]) -> None:
     """Fill the voxels block by block, rescaled on the way: no second copy of the volume is ever held."""
-    as_stored = voxels.dtype == header.dtype
+    as_stored = voxels.dtype == header.dtype and header.slope == 1.0 and header.intercept == 0.0
     per_block = _BLOCK_BYTES // header.dtype.itemsize
     space = np.empty(0 if as_stored else min(per_block, voxels.size), dtype=header.dtype)
     for start in range(0, voxels.size, per_block):
@@ -134,6 +136,9 @@ def _read_blocks(stream: IO[bytes], header: NiftiHeader, voxels: NDArray[Any]) -
             total = voxels.size * header.dtype.itemsize
             raise VolumeError(f"voxels cannot be read: the file is truncated ({done} of {total} bytes)")
         if as_stored:
+            continue
+        if voxels.dtype == np.int16:
+            target[:] = np.clip(block.astype(np.int32) + int(header.intercept), _INT16.min, _INT16.max)
             continue
         target[:] = block
         if header.slope != 1.0:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import numpy as np
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 
 def ct_slice(hu: np.ndarray, z_mm: float, series: str = "series", patient: str = "P1", **changes) -> FileDataset:
@@ -43,3 +43,36 @@ def write_series(folder: Path, hu: np.ndarray, names: list[str] | None = None, *
         ct_slice(plane, 5.0 * z, **changes).save_as(path, enforce_file_format=True)
         paths.append(path)
     return paths
+
+
+def enhanced_ct(hu: np.ndarray, order: list[int] | None = None, step_mm: float = 2.0, **changes) -> FileDataset:
+    """One multi-frame file of [Z, Y, X] from the feet up; `order` is the order in which the frames are stored."""
+    order = list(range(len(hu))) if order is None else order
+    item = ct_slice(hu[0], 0.0, SOPClassUID=EnhancedCTImageStorage)
+    item.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    for name in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"):
+        delattr(item, name)
+    measures, orientation, rescale, shared = Dataset(), Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [0.8, 0.8], step_mm
+    orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    rescale.RescaleSlope, rescale.RescaleIntercept, rescale.RescaleType = 1, -1024, "HU"
+    del item.RescaleSlope, item.RescaleIntercept
+    shared.PixelMeasuresSequence, shared.PlaneOrientationSequence = [measures], [orientation]
+    shared.PixelValueTransformationSequence = [rescale]
+    frames = []
+    for z in order:
+        position, frame = Dataset(), Dataset()
+        position.ImagePositionPatient = [-100.0, -120.0, step_mm * z]
+        frame.PlanePositionSequence = [position]
+        frames.append(frame)
+    item.NumberOfFrames, item.SharedFunctionalGroupsSequence = len(hu), [shared]
+    item.PerFrameFunctionalGroupsSequence = frames
+    item.PixelData = b"".join((hu[z].astype(np.int32) + 1024).astype(np.uint16).tobytes() for z in order)
+    for name, value in changes.items():
+        setattr(item, name, value)
+    return item
+
+
+def write_enhanced(path: Path, hu: np.ndarray, order: list[int] | None = None) -> None:
+    """Write one multi-frame file."""
+    enhanced_ct(hu, order).save_as(path, enforce_file_format=True)
