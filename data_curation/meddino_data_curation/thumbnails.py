@@ -1,4 +1,4 @@
-"""Small pictures of single axial slices for the report: too coarse to read writing in them or to recognise anybody."""
+"""Small pictures of single axial slices for the report, in which small writing and faces cannot be made out."""
 
 import base64
 import io
