@@ -106,24 +106,22 @@ class SlidingWindow:
 
     def _blend(self, images: Tensor, predict: Predictor, corners: list[tuple[int, int]]) -> Tensor:
         window, (rows, cols) = self.window_px, images.shape[2:]
-        # Corner by corner: windows of one corner are cut from all images, and added to them, in one piece.
-        places = [(corner, image) for corner in corners for image in range(len(images))]
+        places = [(image, corner) for image in range(len(images)) for corner in corners]
         summed: Tensor | None = None
         start = 0
         while start < len(places):
-            pieces = _same_corner(places[start : start + self.batch_size])
-            cut = [images[first:last, :, y : y + window, x : x + window] for (y, x), first, last in pieces]
-            logits = self._forward(torch.cat(cut), predict)
+            group = places[start : start + self.batch_size]
+            cut = torch.stack([images[i, :, y : y + window, x : x + window] for i, (y, x) in group])
+            logits = self._forward(cut, predict)
             if logits is None:
                 continue
             if summed is None:
                 summed = logits.new_zeros((len(images), logits.shape[1], rows, cols))
-            weights, done = self._weight_map(logits), 0
-            for (y, x), first, last in pieces:
-                part = logits[done : done + last - first]
-                summed[first:last, :, y : y + window, x : x + window].addcmul_(part, weights)
-                done += last - first
-            start += done
+            weights = self._weight_map(logits)
+            for (i, (y, x)), part in zip(group, logits, strict=True):
+                # Weighted and added in one pass over a window that is still in the cache.
+                summed[i, :, y : y + window, x : x + window].addcmul_(part, weights)
+            start += len(group)
         if summed is None:
             raise ValueError("no images")
         return summed.div_(self._total(rows, cols, corners, summed))
@@ -167,17 +165,6 @@ class SlidingWindow:
                 total[y : y + window, x : x + window] += weights
             self._totals[key] = total
         return self._totals[key]
-
-
-def _same_corner(places: list[tuple[tuple[int, int], int]]) -> list[tuple[tuple[int, int], int, int]]:
-    """Put together images that follow each other at one corner: (corner, first image, one after the last)."""
-    pieces: list[tuple[tuple[int, int], int, int]] = []
-    for corner, image in places:
-        if pieces and pieces[-1][0] == corner:
-            pieces[-1] = (corner, pieces[-1][1], image + 1)
-        else:
-            pieces.append((corner, image, image + 1))
-    return pieces
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -3,10 +3,12 @@
 import argparse
 import json
 import multiprocessing
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size-px", type=int, default=384, help="inference: side of a slice")
     parser.add_argument("--window-px", type=int, default=192, help="inference: side of the window")
     parser.add_argument("--shape", type=int, nargs=3, default=[200, 512, 512], help="metrics: voxels of the mask, z y x")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; the ratios are medians over them")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -39,13 +41,13 @@ def run(arguments: argparse.Namespace) -> None:
     ours_mib, monai_mib = (_peak_in_own_process(name, options) for name in names)
     line = {
         "what": arguments.what,
-        "ours_s": round(ours.seconds, 4),
-        "monai_s": round(theirs.seconds, 4),
-        "time_ratio": round(ours.seconds / theirs.seconds, 3),
+        "ours_s": round(min(ours.seconds), 4),
+        "monai_s": round(min(theirs.seconds), 4),
+        "time_ratio": _ratio(ours.seconds, theirs.seconds),
         # Where other processes compute, the processor's time says more than the clock's.
-        "ours_cpu_s": round(ours.cpu_s, 4),
-        "monai_cpu_s": round(theirs.cpu_s, 4),
-        "cpu_ratio": round(ours.cpu_s / theirs.cpu_s, 3),
+        "ours_cpu_s": round(min(ours.cpu_s), 4),
+        "monai_cpu_s": round(min(theirs.cpu_s), 4),
+        "cpu_ratio": _ratio(ours.cpu_s, theirs.cpu_s),
         "ours_mib": ours_mib,
         "monai_mib": monai_mib,
         "largest_difference": max(abs(a - b) for a, b in zip(ours.values, theirs.values, strict=True)),
@@ -56,22 +58,28 @@ def run(arguments: argparse.Namespace) -> None:
 
 @dataclass
 class Measured:
-    """The fastest of several runs, and what they found."""
+    """Times of every turn, and what was found."""
 
-    seconds: float = float("inf")
-    cpu_s: float = float("inf")
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
 
 
 def _in_turns(works: Sequence[Work], repeats: int) -> list[Measured]:
     measured = [Measured() for _ in works]
-    for _ in range(repeats):
-        for one, work in zip(measured, works, strict=True):
+    for turn in range(repeats):
+        pairs = list(zip(measured, works, strict=True))
+        for one, work in pairs if turn % 2 == 0 else reversed(pairs):
             start, cpu_start = time.perf_counter(), time.process_time()
             one.values = work()
-            one.seconds = min(one.seconds, time.perf_counter() - start)
-            one.cpu_s = min(one.cpu_s, time.process_time() - cpu_start)
+            one.seconds.append(time.perf_counter() - start)
+            one.cpu_s.append(time.process_time() - cpu_start)
     return measured
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median of the ratios within a turn: what else the machine does weighs on both alike."""
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
 
 
 def _peak_in_own_process(name: str, options: dict[str, Any]) -> float:
@@ -88,14 +96,20 @@ def _peak_in_own_process(name: str, options: dict[str, Any]) -> float:
 
 
 def _peak(name: str, options: dict[str, Any], sender: Any) -> None:
-    from meddino.core.device import find_machine, use_cpu_threads
+    from meddino.core.device import use_cpu_threads
 
     use_cpu_threads()
     work = _prepare(name, options)
-    machine = find_machine("cpu")
-    before = machine.peak_memory_mib()
+    # What was read by importing must not hide what the work takes: Linux forgets the peak so far.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status_mib("VmRSS")
     work()
-    sender.send(round(machine.peak_memory_mib() - before, 1))
+    sender.send(round(_status_mib("VmHWM") - before, 1))
+
+
+def _status_mib(key: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 
 def _prepare(name: str, options: dict[str, Any]) -> Work:
