@@ -171,20 +171,23 @@ class _MlpBranch(torch.autograd.Function):
         by_fc1_weight = torch.empty_like(fc1_weight) if wanted[3] else None
         by_fc1_bias = torch.empty_like(fc1_bias) if wanted[4] else None
         by_output = torch.empty_like(fc2_weight) if any(wanted[5:8]) else None
-        grad_normed = torch.zeros_like(x)
-        # A stretch of the hidden width at a time: a quarter of the memory, and passes over it stay nearer to the cache.
-        for part in _stretches(len(fc1_weight), x.shape[1]):
+        grad_normed: Tensor | None = None
+        # Half of a four-fold hidden width at a time: half of what is the most memory that a block takes in this pass.
+        for part in _stretches(len(fc1_weight), 2 * x.shape[1]):
             hidden = product(normed, fc1_weight[part], fc1_bias[part])
             if by_output is not None:
                 by_output[:, part] = product(grad.t(), functional.gelu(hidden).t())
             grad_hidden = product(grad, to_hidden[part])
             torch.ops.aten.gelu_backward(grad_hidden, hidden, grad_input=grad_hidden)
+            del hidden
             if by_fc1_weight is not None:
                 by_fc1_weight[part] = product(grad_hidden.t(), normed.t())
             if by_fc1_bias is not None:
                 by_fc1_bias[part] = grad_hidden.sum(0)
-            grad_normed.add_(product(grad_hidden, fc1_weight[part].t()))
-        del hidden, grad_hidden
+            through = product(grad_hidden, fc1_weight[part].t())
+            grad_normed = through if grad_normed is None else grad_normed.add_(through)
+            del grad_hidden, through  # before the next ones are made
+        assert grad_normed is not None
         by_fc2: tuple[Tensor | None, ...] = (None, None, None)
         if by_output is not None:
             by_fc2 = _unscaled_gradients(by_output, grad.sum(0), fc2_weight, fc2_bias, gamma)
