@@ -1,12 +1,17 @@
 import pytest
 import torch
+from meddino_evaluation.backbones.adapter import MedDINOBackbone
 from meddino_evaluation.segmentation import build
 from meddino_evaluation.segmentation.build import HEADS, HeadRequest, build_head
 from meddino_evaluation.segmentation.heads import PrimusHead, PrimusStage
+from meddino_evaluation.segmentation.network import SegmentationNetwork
+from meddino_evaluation.segmentation.sliding_window import SlidingWindow
 from meddino_evaluation.segmentation.whole_networks import TransUNet, WholeNetwork
 from torch import nn
 
+from meddino.checkpoints.model import random_model
 from meddino.core.errors import ConfigError
+from meddino.models.vision_transformer import ViTConfig
 
 SMALL_TRANSFORMER = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 REQUEST = HeadRequest([(8, 8)] * 2, 3, 32, 3)
@@ -94,3 +99,13 @@ def test_heads__take_the_pyramid_of_a_convolutional_network(name):
 def test_head_on_no_model__is_refused():
     with pytest.raises(ConfigError, match=r"--model none has none; see head\.name=whole_"):
         build_head("primus", HeadRequest([], 1, 64, 4), seed=0)
+
+
+@pytest.mark.slow
+def test_network__inputs_of_2048_px():
+    backbone = MedDINOBackbone("small", random_model(ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=16)))
+    network = SegmentationNetwork(backbone, 4, PrimusHead([(32, 16)] * 4, 3), backbone.contract, "frozen").eval()
+    with torch.no_grad():
+        logits = SlidingWindow(2048)(torch.randn(1, 3, 2048, 2048), network, 0.0)
+    assert logits.shape == (1, 3, 2048, 2048)
+    assert torch.isfinite(logits).all()
