@@ -88,7 +88,7 @@ def evaluate(
     """
     machine = find_machine(config.features.device)
     check_selection(config, dataset.kind)
-    splits = _splits(dataset, config)
+    splits = choose_splits(dataset, config)
     corpus_hashes, corpus_hash = _corpus(config.split.corpus)
     transform = make_transform(backbone, config.features, dataset.config)
     extractor = FeatureExtractor(backbone, transform, config.features, config.features.cache or out / "features", machine)
@@ -150,7 +150,8 @@ def data_hash(dataset: LabelledSet, contents: dict[str, str]) -> str:
     return hashlib.sha256(canonical_json(rows).encode()).hexdigest()
 
 
-def _splits(dataset: LabelledSet, config: RepresentationConfig) -> list[Split]:
+def choose_splits(dataset: LabelledSet, config: RepresentationConfig) -> list[Split]:
+    """Return the split that a file gives, once a repeat, or the splits drawn by patient."""
     if config.split.file is not None:
         return [load_split(config.split.file, dataset, repeat) for repeat in range(config.split.repeats)]
     return make_splits(

@@ -1,6 +1,7 @@
 """Retrieval: how well a test case finds cases of its class among other patients' cases."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ from meddino.core.device import find_machine
 from meddino.core.files import atomic_write
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.representation.datasets import LabelledSet, labels_array
+from meddino_evaluation.representation.evaluate import choose_splits
 from meddino_evaluation.representation.evaluation_config import RepresentationConfig
 from meddino_evaluation.representation.features import FeatureExtractor, make_transform
 from meddino_evaluation.representation.knn import retrieval_per_case
 from meddino_evaluation.representation.results import finite, write_metrics
-from meddino_evaluation.representation.splits import make_splits
 from meddino_evaluation.statistics import bootstrap_mean, mean_and_std
 
 
@@ -27,15 +28,8 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationCon
     cache = config.features.cache or out / "features"
     extractor = FeatureExtractor(backbone, transform, config.features, cache, find_machine(config.features.device))
     by_id = {case.id: case for case in dataset.cases}
-    splits = make_splits(
-        dataset,
-        repeats=config.split.repeats,
-        val_fraction=config.split.val_fraction,
-        test_fraction=config.split.test_fraction,
-        seed=config.split.seed,
-    )
     rows: list[dict[str, Any]] = []
-    for split in splits:
+    for split in choose_splits(dataset, config):
         gallery, queries = [by_id[name] for name in (*split.train, *split.val)], [by_id[name] for name in split.test]
         pooling = config.features.pooling
         values = retrieval_per_case(
@@ -49,9 +43,28 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationCon
             | {name: float(one[place]) for name, one in values.items()}
             for place, case in enumerate(queries)
         ]
-    names = [name for name in rows[0] if name not in ("repeat", "case", "patient")]
-    metrics = {}
-    for name in names:
+    extractor.check_frozen()
+    content = {
+        "format": "meddino-retrieval",
+        "version": 1,
+        "model": {"name": backbone.name, "hash": extractor.model_hash},
+        "data": dataset.config.name,
+        "metrics": _summaries(rows, config),
+        "config": config.model_dump(mode="json"),
+    }
+    with atomic_write(out / "per_case.csv", "w") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    write_metrics(out / "metrics.json", content)
+    result: dict[str, Any] = finite(content)
+    return result
+
+
+def _summaries(rows: Sequence[dict[str, Any]], config: RepresentationConfig) -> dict[str, Any]:
+    """Return mean and deviation over repeats, and the interval over patients, of every column."""
+    metrics: dict[str, Any] = {}
+    for name in [name for name in rows[0] if name not in ("repeat", "case", "patient")]:
         numbers = np.array([row[name] for row in rows])
         repeats = np.array([row["repeat"] for row in rows])
         interval = bootstrap_mean(
@@ -64,18 +77,4 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationCon
         each = [mean_and_std(numbers[repeats == repeat])[0] for repeat in np.unique(repeats)]
         mean, deviation = mean_and_std(each)
         metrics[name] = {"mean": mean, "std": deviation, "low": interval.low, "high": interval.high, "runs": each}
-    content = {
-        "format": "meddino-retrieval",
-        "version": 1,
-        "model": {"name": backbone.name, "hash": extractor.model_hash},
-        "data": dataset.config.name,
-        "metrics": metrics,
-        "config": config.model_dump(mode="json"),
-    }
-    with atomic_write(out / "per_case.csv", "w") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    write_metrics(out / "metrics.json", content)
-    result: dict[str, Any] = finite(content)
-    return result
+    return metrics
