@@ -5,9 +5,10 @@
 The build and its floor take turns in one run and the smallest times are compared; processor time (user + system) stands
 beside wall time, because whatever else runs on the machine stretches the one and hardly the other. A build with several
 workers is measured by the processor time of all its processes: what one worker takes alone, over what the busiest core
-takes among several, is how much faster they are where each has a core to itself. The report's drawings take a second whatever the size of a corpus, so that the end of a build
-(duplicates, shards, manifests, report) is also told apart. `--enlarge` first writes the volumes
-again at the size of a scanner's slices, with 12 HU of noise, as .nii.gz and as DICOM; small files measure start-up only.
+takes among several, is how much faster they are where each has a core to itself. The report's drawings take a second
+whatever the size of a corpus, so that the end of a build (duplicates, shards, manifests, report) is also told apart.
+`--enlarge` first writes the volumes again at the size of a scanner's slices, with 12 HU of noise, as .nii.gz and as DICOM:
+small files measure start-up only.
 """
 
 import argparse
@@ -66,6 +67,7 @@ class ChildrenClock:
 
     def __init__(self) -> None:
         self.taken: dict[int, float] = {}
+        self.before = _children_cpu_s()  # the server that starts workers outlives a build
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
 
@@ -79,12 +81,19 @@ class ChildrenClock:
 
     def _look(self) -> None:
         while not self.stopped.wait(0.05):
-            for child in psutil.Process().children(recursive=True):
-                try:
-                    times = child.cpu_times()
-                except psutil.NoSuchProcess:
-                    continue
-                self.taken[child.pid] = times.user + times.system
+            for pid, cpu_s in _children_cpu_s().items():
+                self.taken[pid] = cpu_s - self.before.get(pid, 0.0)
+
+
+def _children_cpu_s() -> dict[int, float]:
+    found = {}
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        found[child.pid] = times.user + times.system
+    return found
 
 
 def timed(work: Callable[[], object], timing: Timing) -> None:
