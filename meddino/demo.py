@@ -60,6 +60,11 @@ class Plan:
     seed: int
     is_phantom: bool
 
+    def held_out(self) -> list[str]:
+        """Return the options that keep what is segmented later out of the corpus."""
+        folders = [self.dataset / name for name in ("imagesTr", "imagesTs")]
+        return [word for folder in folders if self.is_phantom or folder.exists() for word in ("--exclude", str(folder))]
+
     def steps(self) -> list[Step]:
         """Return the commands in order."""
         out, seed = self.out, str(self.seed)
@@ -71,7 +76,7 @@ class Plan:
         segment = ("meddino-eval", "segment", "--config", settings, "--data", str(self.dataset))
         return [
             *([Step("phantom", "make the phantom cohort", phantom)] if self.is_phantom else []),
-            Step("curate", "curate volumes into a corpus", (*curate, salt)),
+            Step("curate", "curate volumes into a corpus", (*curate, *self.held_out(), salt)),
             Step("pretrain", "pretrain in three stages", pretrain),
             Step("export", "export the teacher", ("meddino-export", str(out / "run"), "--out", str(out / "model"))),
             Step(
