@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from meddino.core.command import command_parser, run_command
 from meddino.core.config import check_config
-from meddino.core.device import find_machine
+from meddino.core.device import Machine, find_machine
 from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
 from meddino.data.remote import corpus_location
@@ -23,7 +23,7 @@ from meddino.data.sample import decode_slice, encode_slice
 from meddino_pretrain.augment import AugmentConfig
 from meddino_pretrain.batches import to_model_input
 from meddino_pretrain.crops import GLOBAL_CROPS, CropsConfig
-from meddino_pretrain.loader import LoaderConfig, SliceSource, build_loader
+from meddino_pretrain.loader import LoaderConfig, SampleMaker, SliceSource, build_loader
 from meddino_pretrain.masks import MaskingConfig
 
 
@@ -103,23 +103,8 @@ def bench_loader(
         last_step=max(2, steps),
         pin_memory=machine.is_accelerator,
     )
-    maker = loader.maker
-    corpus.read(0)  # the first read opens files and warms the codec up
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        decode_s = _fastest(lambda step: [corpus.read(index) for index in maker.order.slices_for_step(step)], steps)
-        crop_s = _fastest(lambda step: maker.make(step, 0), steps)
-        raw = maker.make(0, 0)
-
-        def on_device(step: int) -> None:
-            to_model_input(raw, machine, contract)
-            machine.synchronize()
-
-        device_s = _fastest(on_device, steps)
-    finally:
-        torch.set_num_threads(threads)
-    waits = [raw.data_wait_s for raw in loader]
+    decode_s, crop_s, device_s = _seconds_on_one_core(loader.maker, steps, machine, contract)
+    waits = [batch_read.data_wait_s for batch_read in loader]
     return {
         "slices_per_s_decode": round(batch / decode_s, 1),
         "slices_per_s_decode_and_crop": round(batch / crop_s, 1),
@@ -130,7 +115,7 @@ def bench_loader(
         "batch": batch,
         "rows": int(corpus.read(0).shape[0]),
         "cols": int(corpus.read(0).shape[1]),
-        "crops_of_a_slice": GLOBAL_CROPS * (1 if raw.gram_hu is None else 2) + crops.num_local,
+        "crops_of_a_slice": GLOBAL_CROPS * (1 if crops.sizes[0].gram_px is None else 2) + crops.num_local,
         "device": str(machine.device),
     }
 
@@ -169,6 +154,27 @@ def _bench(arguments: argparse.Namespace) -> None:
         workers=arguments.workers,
     )
     sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _seconds_on_one_core(
+    maker: SampleMaker, steps: int, machine: Machine, contract: InputContract
+) -> tuple[float, float, float]:
+    """Return the seconds for a batch: decoded; decoded and cropped; taken through the intensity work on the device."""
+    maker.corpus.read(0)  # the first read opens files and warms the codec up
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        decode_s = _fastest(lambda step: [maker.corpus.read(index) for index in maker.order.slices_for_step(step)], steps)
+        crop_s = _fastest(lambda step: maker.make(step, 0), steps)
+        raw = maker.make(0, 0)
+
+        def on_device(step: int) -> None:
+            to_model_input(raw, machine, contract)
+            machine.synchronize()
+
+        return decode_s, crop_s, _fastest(on_device, steps)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _fastest(work: Callable[[int], object], steps: int) -> float:

@@ -1,7 +1,10 @@
 """Files of other projects, rebuilt with random weights in their real layouts, through the doors a user has."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from meddino_evaluation.backbones.catalogue import CATALOGUE
 from meddino_evaluation.backbones.load import load_backbone
 from torch import nn
 
@@ -65,3 +68,25 @@ def test_lvm_med_resnet50__evaluated_through_timm(tmp_path):
     assert same(backbone.model.forward_features, model.forward_features, 16)
     with pytest.raises(CheckpointError, match=r"is a ResNet; evaluate it with .*lvmmed_resnet50@"):
         meddino.load(tmp_path / "lvmmed_resnet50.torch")
+
+
+def test_lvm_med_vitb__sams_names_through_a_users_door(tmp_path, monkeypatch):
+    # The image encoder of SAM under its official names, as LVM-Med's checkpoint has it, with the decoder beside; small.
+    small = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 64, "global_attn_indexes": (2,)}
+    monkeypatch.setitem(CATALOGUE, "lvmmed_vitb16", replace(CATALOGUE["lvmmed_vitb16"], arguments=small))
+    model = lively(timm.create_model("samvit_base_patch16", num_classes=0, **small))
+    names = {name: name.replace(".mlp.fc", ".mlp.lin") for name in model.state_dict()}
+    official = {f"image_encoder.{names[name]}": value for name, value in model.state_dict().items()}
+    official |= {
+        "mask_decoder.iou_token.weight": torch.zeros(1, 256),
+        "prompt_encoder.no_mask_embed.weight": torch.zeros(1, 256),
+    }
+    torch.save(official, tmp_path / "lvmmed_vit.pth")
+    backbone = load_backbone(f"lvmmed_vitb16@{tmp_path / 'lvmmed_vit.pth'}")
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (backbone.model.forward_features(images) - model.forward_features(images)).abs().max() <= TOLERANCE
+    plain = {names[name]: value for name, value in model.state_dict().items()}
+    torch.save(plain, tmp_path / "plain.pth")
+    with pytest.raises(CheckpointError, match=r"position embeddings, no DINOv3.*lvmmed_vitb16@"):
+        meddino.load(tmp_path / "plain.pth")
