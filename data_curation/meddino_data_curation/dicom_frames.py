@@ -8,6 +8,8 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from meddino_data_curation.dicom_headers import silent_pydicom
+
 _PLAIN_SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 _PIXEL_DATA = {False: b"\xe0\x7f\x10\x00", True: b"\x7f\xe0\x00\x10"}  # the tag, by whether high bytes come first
 
@@ -47,7 +49,7 @@ def native_frames(path: Path) -> NativeFrames | None:
     Returns:
         None if it is another kind of file, or shorter than it says.
     """
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, silent_pydicom():
         dataset = pydicom.dcmread(stream, stop_before_pixels=True)
         syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
         count, bits = int(dataset.get("NumberOfFrames", 1) or 1), int(dataset.get("BitsStored", 0) or 0)
@@ -64,7 +66,8 @@ def native_frames(path: Path) -> NativeFrames | None:
         return None
     kind = "i2" if int(dataset.get("PixelRepresentation", 0) or 0) else "u2"
     pixels = np.memmap(path, (">" if swapped else "<") + kind, "r", offset, shape)
-    return NativeFrames(pixels, 16 - bits, _scales(dataset, count))
+    with silent_pydicom():
+        return NativeFrames(pixels, 16 - bits, _scales(dataset, count))
 
 
 def _scales(dataset: Any, count: int) -> list[tuple[float, float]]:

@@ -1,6 +1,10 @@
 """What a DICOM file says about itself, read without its pixels. Names and dates never leave this module unhashed."""
 
 import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +94,25 @@ def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
         OSError: It cannot be read.
     """
     try:
-        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-        return _header(dataset, path, inside, stamp) if "SOPClassUID" in dataset else None
+        with silent_pydicom():
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
+            return _header(dataset, path, inside, stamp) if "SOPClassUID" in dataset else None
     except (InvalidDicomError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError):
         return None  # pydicom raises each of these for bytes that only look like DICOM at first
+
+
+@contextmanager
+def silent_pydicom() -> Iterator[None]:
+    """Keep pydicom's warnings to itself: they quote the values that they find wrong, names and ids among them."""
+    logger = logging.getLogger("pydicom")
+    was_disabled = logger.disabled
+    logger.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader:

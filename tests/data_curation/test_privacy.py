@@ -1,3 +1,5 @@
+import warnings
+
 import pydicom
 import pytest
 from meddino_data_curation.cli import main
@@ -44,6 +46,7 @@ def test_build__no_name_path_or_date_reaches_any_byte_of_the_output(tmp_path, sa
     scout = planted(99, make_hu(2)[0])
     scout.ImageType, scout.SeriesInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER"], "1.2.3.4.5"
     scout.save_as(folder / "scout", enforce_file_format=True)
+    capsys.readouterr()  # pydicom's words on what was planted just now
     out = tmp_path / "out"
     for workers, where in ((1, out), (2, tmp_path / "two")):
         arguments = ["build", str(root), "--out", str(where), f"workers={workers}", f"privacy.salt_file={salt_file}"]
@@ -62,6 +65,27 @@ def test_build__no_name_path_or_date_reaches_any_byte_of_the_output(tmp_path, sa
     source_map = (tmp_path / "out.private" / "sources.jsonl").read_text()
     assert f"{SECRET}.nii.gz" in source_map  # the owner can find a volume again
     assert (tmp_path / "out.private").stat().st_mode & 0o077 == 0
+
+
+def test_read_header__values_that_pydicom_finds_wrong_are_not_quoted(tmp_path, capfd, caplog, recwarn):
+    """pydicom warns of an id of more than 64 characters, or of a wrong birth date, and quotes it."""
+    from meddino_data_curation.dicom_headers import read_header
+
+    path = tmp_path / "slice"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        item = ct_slice(make_hu(0)[0], 0.0, PatientID=SECRET * 12, PatientBirthDate=f"{SECRET} 1912", StudyInstanceUID=SECRET)
+        item.save_as(path, enforce_file_format=True)
+    plain = pydicom.dcmread(path)
+    assert [str(plain.get(name)) for name in ("PatientID", "PatientBirthDate", "StudyInstanceUID")]
+    assert SECRET in caplog.text + "".join(str(warning.message) for warning in recwarn)  # it does so for everybody else
+    caplog.clear()
+    capfd.readouterr()
+    recwarn.clear()
+    header = read_header(path, "slice", "")
+    assert header.patient_id == SECRET * 12
+    heard = "".join([caplog.text, *capfd.readouterr(), *(str(warning.message) for warning in recwarn)])
+    assert SECRET not in heard
 
 
 def test_load_salt__made_once_and_kept_outside(tmp_path):
