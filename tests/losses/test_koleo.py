@@ -50,3 +50,12 @@ def test_koleo_loss__a_batch_of_one_is_refused():
 def test_koleo_loss__must_find_itself_among_everyone():
     with pytest.raises(ValueError, match="2 samples from row 3 of 4"):
         koleo_loss(torch.randn(2, 4), everyone=torch.randn(4, 4), first=3)
+
+
+def test_koleo_loss__nearly_equal_features_lose_no_digits():
+    # What a fresh backbone gives: distances of 1e-6, of which float32 would keep one digit.
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(16, dtype=torch.float64, generator=generator)
+    features = base + 1e-6 * torch.randn(6, 16, dtype=torch.float64, generator=generator)
+    assert float(koleo_loss(features)) == pytest.approx(slow(features), rel=2e-3)  # eps is felt at this distance
+    assert koleo_loss(features.float()).dtype == torch.float32
