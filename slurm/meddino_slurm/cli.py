@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "--parts",
         type=int,
         metavar="N",
-        help="curate build as an array of N parts, then a merge; again: only what has not ended well",
+        help="curate build or a study as an array of N parts, then a merge; again: only what has not ended well",
     )
     arguments.add_argument(
         "--chain-stages", action="store_true", help="pretrain as one job for each stage instead of one for all"

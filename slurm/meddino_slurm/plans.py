@@ -53,25 +53,28 @@ def plan_stages(site: SiteConfig, arguments: Sequence[str]) -> list[Planned]:
     return planned
 
 
-def plan_parts(site: SiteConfig, arguments: Sequence[str], parts: int) -> list[Planned]:
-    """Plan a curation array of the parts that have not ended well yet, and the merge that waits for them.
+def plan_parts(site: SiteConfig, command: str, arguments: Sequence[str], parts: int) -> list[Planned]:
+    """Plan an array of the parts that have not ended well yet, and the merge that waits for them.
 
     Raises:
-        MedDINOError: The arguments are not those of `meddino-curate build`, or name a part already.
+        MedDINOError: It is neither `curate build` nor a study, or names a part already.
     """
     if parts < 2:
-        raise MedDINOError(f"--parts is {parts}: give 2 or more; without it one job builds everything")
-    if not arguments or arguments[0] != "build":
-        raise MedDINOError("--parts divides `curate build SOURCE... --out CORPUS`; other commands run as one job")
+        raise MedDINOError(f"--parts is {parts}: give 2 or more; without it one job does everything")
+    if command != "study" and (command != "curate" or not arguments or arguments[0] != "build"):
+        raise MedDINOError(
+            "--parts divides `curate build SOURCE... --out CORPUS` and `study KIND ... --out RESULTS`, "
+            f"not '{command}'; other commands run as one job"
+        )
     if any(word == "--part" or word.startswith("--part=") for word in arguments):
         raise MedDINOError("--parts gives each job its --part; leave it out of the command")
-    works = [make_work(site, "curate", arguments, part=f"{part}/{parts}") for part in range(1, parts + 1)]
+    works = [make_work(site, command, arguments, part=f"{part}/{parts}") for part in range(1, parts + 1)]
     open_ = tuple(work for work in works if not has_ended_well(work))
     out = works[0].out
     # Without --part the same line does what no part has done, which is nothing but putting the parts together.
-    merge = replace(make_work(site, "curate", arguments), key="curate-merge")
+    merge = replace(make_work(site, command, arguments), key=f"{command}-merge")
     merging = Planned(f"merge {out.name}", (merge,), waits=bool(open_))
-    return [Planned(f"curate {out.name}", open_), merging] if open_ else [merging]
+    return [Planned(f"{command} {out.name}", open_), merging] if open_ else [merging]
 
 
 def has_ended_well(work: Work) -> bool:

@@ -48,9 +48,7 @@ def submit_command(arguments: argparse.Namespace, site: SiteConfig) -> None:
 def _plan(arguments: argparse.Namespace, site: SiteConfig) -> list[Planned]:
     command, given = arguments.command, arguments.arguments
     if arguments.parts is not None:
-        if command != "curate":
-            raise MedDINOError(f"--parts divides 'curate build', not '{command}'")
-        return plan_parts(site, given, arguments.parts)
+        return plan_parts(site, command, given, arguments.parts)
     if arguments.chain_stages:
         if command != "pretrain":
             raise MedDINOError(f"--chain-stages belongs to 'pretrain', not to '{command}'")

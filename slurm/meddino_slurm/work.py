@@ -87,7 +87,7 @@ def make_work(
         command: One of `PROGRAMS`.
         arguments: As for the command itself.
         jobs: Folder name for the traces of a command that has no --out.
-        part: "3/8" for one part of a curation array.
+        part: "3/8" for one part of an array.
 
     Raises:
         MedDINOError: No --out among the arguments.

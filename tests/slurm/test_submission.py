@@ -143,7 +143,7 @@ def test_set__overrides_a_key_of_the_profile(no_slurm, tmp_path):
         (["--set", "pretrain.time=soon", "pretrain", "s", "--out", "r"], "'pretrain.time' is 'soon': a time limit is minutes"),
         (["pretrain"], "'pretrain' needs its arguments"),
         (["--dry-run", "pretrain", "smoke"], "'pretrain' needs --out FOLDER"),
-        (["--dry-run", "--parts", "4", "pretrain", "smoke", "--out", "r"], "--parts divides 'curate build', not 'pretrain'"),
+        (["--dry-run", "--parts", "4", "pretrain", "smoke", "--out", "r"], "--parts divides `curate build"),
         (["--dry-run", "--chain-stages", "eval", "knn", "--out", "r"], "--chain-stages belongs to 'pretrain'"),
         (["--dry-run", "--after", "nowhere", "eval", "knn", "--out", "r"], "no job was ever submitted for nowhere"),
     ],

@@ -51,7 +51,7 @@ def test_make_work__without_out_says_what_to_do():
 
 
 def test_plan_parts__one_job_a_part_then_a_merge(tmp_path):
-    array, merge = plan_parts(profile(), ["build", "scans", "--out", str(tmp_path / "corpus")], 3)
+    array, merge = plan_parts(profile(), "curate", ["build", "scans", "--out", str(tmp_path / "corpus")], 3)
     assert [work.argv[-2:] for work in array.works] == [("--part", "1/3"), ("--part", "2/3"), ("--part", "3/3")]
     assert merge.waits
     assert merge.works[0].arguments == ("build", "scans", "--out", str(tmp_path / "corpus"))
@@ -60,12 +60,12 @@ def test_plan_parts__one_job_a_part_then_a_merge(tmp_path):
 
 def test_plan_parts__again_only_what_has_not_ended_well(tmp_path):
     arguments = ["build", "scans", "--out", str(tmp_path / "corpus")]
-    array, _ = plan_parts(profile(), arguments, 3)
+    array, _ = plan_parts(profile(), "curate", arguments, 3)
     for number, decision in enumerate(("done", "failed", "done")):
         record = Record(array.works[number])
         record.start("5", ["n1"], "nothing yet")
         record.end(decision, 0, "")
-    again, merge = plan_parts(profile(), arguments, 3)
+    again, merge = plan_parts(profile(), "curate", arguments, 3)
     assert [work.key for work in again.works] == ["curate-2-of-3"]
     assert merge.waits
     record.start("6", ["n1"], "")
@@ -74,25 +74,35 @@ def test_plan_parts__again_only_what_has_not_ended_well(tmp_path):
 
 def test_plan_parts__all_done_leaves_the_merge(tmp_path):
     arguments = ["build", "scans", "--out", str(tmp_path / "corpus")]
-    for work in plan_parts(profile(), arguments, 2)[0].works:
+    for work in plan_parts(profile(), "curate", arguments, 2)[0].works:
         record = Record(work)
         record.start("5", ["n1"], "nothing yet")
         record.end("done", 0, "")
-    (merge,) = plan_parts(profile(), arguments, 2)
+    (merge,) = plan_parts(profile(), "curate", arguments, 2)
     assert not merge.waits
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parts", "message"),
+    ("command", "arguments", "parts", "message"),
     [
-        (["build", "s", "--out", "c"], 1, "--parts is 1: give 2 or more"),
-        (["verify", "c"], 4, "--parts divides `curate build"),
-        (["build", "s", "--out", "c", "--part", "1/4"], 4, "leave it out"),
+        ("curate", ["build", "s", "--out", "c"], 1, "--parts is 1: give 2 or more"),
+        ("curate", ["verify", "c"], 4, "--parts divides `curate build"),
+        ("pretrain", ["smoke", "--out", "r"], 4, "not 'pretrain'"),
+        ("curate", ["build", "s", "--out", "c", "--part", "1/4"], 4, "leave it out"),
     ],
 )
-def test_plan_parts__refuses(arguments, parts, message):
+def test_plan_parts__refuses(command, arguments, parts, message):
     with pytest.raises(MedDINOError, match=message):
-        plan_parts(profile(), arguments, parts)
+        plan_parts(profile(), command, arguments, parts)
+
+
+def test_plan_parts__of_a_study(tmp_path):
+    line = ["compare", "--config", "study_acceptance", "--out", str(tmp_path / "study")]
+    array, merge = plan_parts(profile(), "study", line, 2)
+    assert [work.key for work in array.works] == ["study-1-of-2", "study-2-of-2"]
+    assert array.works[0].argv[1:] == ("study", *line, "--part", "1/2")
+    assert merge.works[0].argv[1:] == ("study", *line)
+    assert merge.waits
 
 
 def test_plan_stages__one_job_for_each_stage_of_the_recipe():
