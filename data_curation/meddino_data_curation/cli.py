@@ -1,15 +1,11 @@
 """The command `meddino-curate`."""
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
-from meddino.core.errors import ShardError
-from meddino.core.logging import get_logger
-from meddino.data.remote import corpus_location
+from meddino_data_curation.reading_commands import add_reading_commands
+from meddino_data_curation.writing_commands import add_writing_commands
 
-_logger = get_logger(__name__)
 _EXAMPLE = "meddino-curate phantom --out cohort && meddino-curate build cohort/ct --out corpus"
 
 
@@ -17,135 +13,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     parser = command_parser("meddino-curate", "Turn CT volumes into a corpus to pretrain on.", _EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    _add_build(commands)
-    _add_plan(commands)
-    _add_merge_and_audit(commands)
-    _add_phantom(commands)
-    _add_readers(commands)
+    add_writing_commands(commands)
+    add_reading_commands(commands)
     return run_command(parser, argv, lambda arguments: arguments.handle(arguments))
-
-
-def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("build", help="read volumes, write a corpus; the same command again goes on")
-    parser.add_argument("inputs", nargs="*", metavar="SOURCE|key=value", help="folders or files; overrides of config keys")
-    parser.add_argument("--out", type=Path, required=True, help="the corpus; <out>.private gets salt and source map")
-    parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
-    parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
-    parser.add_argument("--exclude", action="append", default=[], help="held-out volumes, or a list of ids; may be repeated")
-    parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
-    parser.set_defaults(handle=_build, overrides=[])  # gets the key=value words that stand behind options
-
-
-def _build(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.arguments import curation_config
-    from meddino_data_curation.build import Part, build
-
-    config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name, arguments.exclude)
-    build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
-
-
-def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("plan", help="which public sets lie under a root, what is missing, which licences apply")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="licences.allow=[ID, ...]")
-    parser.add_argument("--root", type=Path, required=True, help="folder under which the sets lie")
-    parser.add_argument("--at", action="append", default=[], metavar="SET=DIR", help="where a set lies that is named otherwise")
-    parser.add_argument("--sets", default="", metavar="A,B", help="only these sets of the registry")
-    parser.add_argument("--registry", type=Path, help="folder with one YAML a set; the 17 of CT-3M if not given")
-    parser.add_argument("--config", action="append", default=[], help="a config with licences.allow; may be repeated")
-    parser.add_argument("--out", type=Path, help="YAML to write, for `build --config`; test data is held out in it")
-    parser.add_argument("--with-test-data", action="store_true", help="take the sets' own test data in, as the paper did")
-    parser.set_defaults(handle=_plan)
-
-
-def _plan(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from meddino_data_curation.arguments import run_plan
-
-    run_plan(arguments, Console())
-
-
-def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("merge", help="join the parts of a job array to one corpus")
-    parser.add_argument("parts", nargs="+", type=Path, help="what `build --part i/n` wrote to; one folder if they shared it")
-    parser.add_argument("--out", type=Path, help="the corpus; the first part if not given")
-    parser.set_defaults(handle=_merge)
-    parser = commands.add_parser("audit", help="name every overlap of a corpus with data that must stay unseen")
-    parser.add_argument("corpus", type=Path, help="folder written by `meddino-curate build`")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, help="folders of volumes, or other corpora")
-    parser.add_argument("--name", action="append", default=[], help="what each is called in the record, in their order")
-    parser.add_argument("--salt-file", type=Path, help="the corpus's salt; <corpus>.private/salt if not given")
-    parser.set_defaults(handle=_audit)
-
-
-def _merge(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.merge import merge
-
-    merge(arguments.parts, arguments.out or arguments.parts[0])
-
-
-def _audit(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.audit import audit
-
-    results = audit(arguments.corpus, arguments.against, arguments.name, arguments.salt_file)
-    for result in results:
-        for line in result.lines:
-            print(f"{result.name}: {line}")
-        print(f"{result.name}: {result.entry['overlaps']} overlaps with {result.entry['volumes']} volumes")
-    if any(result.lines for result in results):
-        raise ShardError(f"{arguments.corpus} overlaps with data that must stay unseen; build it again with --exclude")
-
-
-def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("phantom", help="write the embedded cohort of procedural CT patients")
-    parser.add_argument("--out", type=Path, required=True, help="new or empty folder; gets ct/ and segmentation/")
-    parser.add_argument("--patients", type=int, default=16, help="patients in ct/; half as many more in segmentation/")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes")
-    parser.set_defaults(handle=_phantom)
-
-
-def _phantom(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.phantom.cohort import CohortSizes, write_cohort
-
-    write_cohort(arguments.out, CohortSizes.scaled(arguments.patients), arguments.seed)
-    _logger.info("wrote the phantom cohort to %s", arguments.out)
-
-
-def _add_readers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    for name, about, handle in (
-        ("verify", "recompute every checksum of a corpus", _verify),
-        ("show", "print what a corpus holds", _show),
-        ("sample", "draw some slices onto a contact sheet", _sample),
-    ):
-        parser = commands.add_parser(name, help=about)
-        parser.add_argument("corpus", type=corpus_location, help="folder written by `meddino-curate build`, or its URL")
-        parser.set_defaults(handle=handle)
-        if name == "sample":
-            parser.add_argument("--out", type=Path, required=True, help="PNG to write")
-            parser.add_argument("--count", type=int, default=40, help="slices")
-            parser.add_argument("--seed", type=int, default=0, help="which slices")
-
-
-def _verify(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.verify import verify
-
-    problems = verify(arguments.corpus)
-    for problem in problems:
-        print(problem)
-    if problems:
-        raise ShardError(f"{arguments.corpus}: {len(problems)} problems")
-    print("every checksum is right")
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from meddino_data_curation.show import show
-
-    show(arguments.corpus, Console())
-
-
-def _sample(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.show import write_contact_sheet
-
-    write_contact_sheet(arguments.corpus, arguments.out, arguments.count, arguments.seed)

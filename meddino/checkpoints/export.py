@@ -91,15 +91,7 @@ def export_model(
     check_free_space(out.parent, (1 + len(formats)) * size + (16 << 20), "the export")
     command = _command(formats, stage, role, dtype, heads, onnx_layers)
     with atomic_directory(out) as partial:
-        write_weights(partial / WEIGHTS_FILE, found.tensors)
-        if heads:
-            flat = {f"{head}.{name}": value for head, part in found.heads.items() for name, value in part.items()}
-            write_weights(partial / HEADS_FILE, flat)
-        config = _config(found, sha256_file(partial / WEIGHTS_FILE), {**found.metrics, **(metrics or {})}, command)
-        write_config(partial, config)
-        write_text(partial / CARD_FILE, model_card(config))
-        if found.volumes is not None:
-            write_text(partial / VOLUMES_FILE, found.volumes)
+        config = _write_own(partial, found, heads, {**found.metrics, **(metrics or {})}, command)
         expected = assemble(config, found.tensors, where=str(source))
         slices = check_slices(expected.patch_size, corpus)
         _check_own(partial, expected, slices)
@@ -110,6 +102,20 @@ def export_model(
                 FORMATS[name](partial / name, expected, options)
     _log.info("exported %s (%s parameters) to %s", config.architecture.name, f"{config.weights.parameters:,}", out)
     return out
+
+
+def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str, Any], command: str) -> ModelConfig:
+    """Write what every export holds: weights, config, card, and the list of volumes if there is one."""
+    write_weights(folder / WEIGHTS_FILE, found.tensors)
+    if heads:
+        flat = {f"{head}.{name}": value for head, part in found.heads.items() for name, value in part.items()}
+        write_weights(folder / HEADS_FILE, flat)
+    config = _config(found, sha256_file(folder / WEIGHTS_FILE), metrics, command)
+    write_config(folder, config)
+    write_text(folder / CARD_FILE, model_card(config))
+    if found.volumes is not None:
+        write_text(folder / VOLUMES_FILE, found.volumes)
+    return config
 
 
 def _check_own(folder: Path, expected: Model, slices: Sequence[Tensor]) -> None:

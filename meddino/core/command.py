@@ -73,6 +73,11 @@ def run_command(
     return EXIT_DONE
 
 
+def write_line(text: str) -> None:
+    """Print a line of a result that the user asked for; messages go through the log."""
+    print(text)
+
+
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; `key=value` may stand anywhere, which argparse does not see after an option."""
     arguments, left = parser.parse_known_args(argv)

@@ -1,0 +1,49 @@
+"""The commands of `meddino-curate` that only read a corpus: verify, show, sample."""
+
+import argparse
+from pathlib import Path
+
+from meddino.core.command import write_line
+from meddino.core.errors import ShardError
+from meddino.data.remote import corpus_location
+
+
+def add_reading_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add `verify`, `show` and `sample`."""
+    for name, about, handle in (
+        ("verify", "recompute every checksum of a corpus", _verify),
+        ("show", "print what a corpus holds", _show),
+        ("sample", "draw some slices onto a contact sheet", _sample),
+    ):
+        parser = commands.add_parser(name, help=about)
+        parser.add_argument("corpus", type=corpus_location, help="folder written by `meddino-curate build`, or its URL")
+        parser.set_defaults(handle=handle)
+        if name == "sample":
+            parser.add_argument("--out", type=Path, required=True, help="PNG to write")
+            parser.add_argument("--count", type=int, default=40, help="slices")
+            parser.add_argument("--seed", type=int, default=0, help="which slices")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.verify import verify
+
+    problems = verify(arguments.corpus)
+    for problem in problems:
+        write_line(problem)
+    if problems:
+        raise ShardError(f"{arguments.corpus}: {len(problems)} problems")
+    write_line("every checksum is right")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from meddino_data_curation.show import show
+
+    show(arguments.corpus, Console())
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from meddino_data_curation.show import write_contact_sheet
+
+    write_contact_sheet(arguments.corpus, arguments.out, arguments.count, arguments.seed)
