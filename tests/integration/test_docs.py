@@ -53,7 +53,7 @@ def _run_examples(document: Path, folder: Path) -> None:
         assert run.returncode == 0, f"{document.name}: {example}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def reader_folder(tmp_path_factory) -> Path:
     """A folder with `my_scans/` (CT volumes) and `Dataset900_Phantom/` (with labels), after the README's examples."""
     folder = tmp_path_factory.mktemp("reader")

@@ -50,14 +50,14 @@ def _pretrain(corpus: Path, run: Path) -> list[str]:
     return [str(BIN / "meddino-pretrain"), str(RECIPE), "--corpus", str(corpus), "--out", str(run)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cohort(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole_way") / "cohort"
     _done("meddino-curate", "phantom", "--out", folder, "--patients", 2)
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def first(cohort) -> Path:
     """One uninterrupted way: corpus, run, model."""
     root = cohort.parent / "first"
@@ -114,7 +114,7 @@ def test_segment__exported_and_random_model(cohort, first):
         assert list((out / "predictions").rglob("*.nii.gz"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def wrong(first, tmp_path_factory) -> Path:
     """Wrong inputs, side by side."""
     root = tmp_path_factory.mktemp("wrong")

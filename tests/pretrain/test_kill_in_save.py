@@ -77,7 +77,11 @@ def alone(tmp_path_factory, make_corpus_once) -> Path:
     return run
 
 
-@pytest.mark.parametrize("place", PLACES)
+# One place before the checkpoint counts and one after, in every run of the tests; the others where there is more time.
+ALWAYS = ("half of meta.json", "while the old one is deleted")
+
+
+@pytest.mark.parametrize("place", [pytest.param(place, marks=() if place in ALWAYS else pytest.mark.slow) for place in PLACES])
 def test_save__killed_anywhere_in_it(place, alone, make_corpus_once, tmp_path):
     run = tmp_path / "run"
     given = {"PLACE": place, "RECIPE": str(TINY), "OVERRIDES": FAST, "CORPUS": str(make_corpus_once), "RUN": str(run)}

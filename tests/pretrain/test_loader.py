@@ -137,7 +137,8 @@ def test_loader__files_open_before_a_fork_are_read_at_places_of_ones_own(make_co
     corpus = make_corpus(count=8)
     expected = [corpus.read(index) for index in range(8)]
     # A forked process shares the position in these files, so reading must neither use nor move it.
-    for stream in corpus._files.values():
+    assert corpus.shards._files
+    for stream in corpus.shards._files.values():
         assert stream.tell() == 0
         stream.seek(77)
     assert all(np.array_equal(corpus.read(index), hu) for index, hu in enumerate(expected))
