@@ -22,7 +22,7 @@ lint: $(VENV)/installed-dev ## ruff, mypy, import rules
 	$(BIN)/lint-imports
 
 unit: $(VENV)/installed-dev ## the test suite without what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not slurm" $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)

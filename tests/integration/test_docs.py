@@ -64,7 +64,6 @@ def reader_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_document__every_example_runs(document, reader_folder):

@@ -14,8 +14,6 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["scripts"])
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:

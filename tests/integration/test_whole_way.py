@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 RECIPE = PROJECT / "tests" / "pretrain" / "tiny.yaml"
 STAGES = ("stage1_pretrain", "stage2_gram", "stage3_highres")
 
-pytestmark = [pytest.mark.xdist_group("whole_way"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
 def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -35,6 +35,7 @@ RECIPE = (
     "stages.stage3_highres.gram_teacher.step=6",
     *(f"stages.{stage}.global_batch=8" for stage in ("stage1_pretrain", "stage2_gram", "stage3_highres")),
     "saving.every_steps=3",
+    "loader.workers=0",  # what is killed and held below is to be the training process
     "saving.tensorboard=false",
 )
 LAST = "stage3_highres"
