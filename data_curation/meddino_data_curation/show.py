@@ -12,8 +12,8 @@ from rich.table import Table
 from meddino.core.files import atomic_write
 from meddino.core.seeds import numpy_rng
 from meddino.data.corpus import Corpus
+from meddino_data_curation.thumbnails import WINDOW_HU, in_proportion, window_picture
 
-_WINDOW_HU = (-160, 240)  # the usual soft-tissue window
 _LUNG_WINDOW_HU = (-1350, 150)
 
 
@@ -75,19 +75,10 @@ def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int, tile
         file.write(stream.getvalue())
 
 
-def window_picture(hu: NDArray[np.int16], window_hu: tuple[float, float]) -> Image.Image:
-    """Return an 8-bit picture of HU."""
-    low, high = window_hu
-    grey = np.clip((hu.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
-    return Image.fromarray(grey.astype(np.uint8))
-
-
 def _tile(hu: NDArray[np.int16], spacing_mm: NDArray[np.float64], tile_px: int) -> Image.Image:
     lung = float(np.mean((hu > -950) & (hu < -600))) > 0.12
-    picture = window_picture(hu, _LUNG_WINDOW_HU if lung else _WINDOW_HU)
-    height, width = hu.shape[0] * spacing_mm[0], hu.shape[1] * spacing_mm[1]
-    scale = tile_px / max(height, width)
-    picture = picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.BILINEAR)
+    picture = window_picture(hu, _LUNG_WINDOW_HU if lung else WINDOW_HU)
+    picture = in_proportion(picture, (spacing_mm[0], spacing_mm[1]), tile_px, Image.Resampling.BILINEAR)
     tile = Image.new("L", (tile_px, tile_px), 0)
     tile.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
     return tile

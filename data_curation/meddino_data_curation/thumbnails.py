@@ -2,6 +2,7 @@
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ def slice_thumbnail(hu: NDArray[np.int16], spacing_mm: tuple[float, float], size
         spacing_mm: Between rows, between columns.
         size_px: Of the longer side.
     """
-    return _encoded(hu.astype(np.float32), spacing_mm, WINDOW_HU, size_px)
+    return _encoded(hu, spacing_mm, WINDOW_HU, size_px)
 
 
 def refused_thumbnail(volume: Volume) -> str:
@@ -47,12 +48,30 @@ def refused_thumbnail(volume: Volume) -> str:
     return _encoded(np.nan_to_num(plane, nan=low, posinf=high, neginf=low), (spacing[1], spacing[2]), window, THUMBNAIL_PX)
 
 
-def _encoded(plane: NDArray[np.float32], spacing_mm: tuple[float, float], window: tuple[float, float], size_px: int) -> str:
+def window_picture(plane: NDArray[Any], window: tuple[float, float]) -> Image.Image:
+    """Return an 8-bit picture of [rows, cols], black at the window's lower end and white at its upper one."""
     low, high = window
-    grey = np.clip((plane - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
-    height, width = plane.shape[0] * spacing_mm[0], plane.shape[1] * spacing_mm[1]
+    grey = np.clip((plane.astype(np.float32) - low) * (255 / (high - low)), 0, 255)
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def in_proportion(
+    picture: Image.Image, spacing_mm: tuple[float, float], size_px: int, resampling: Image.Resampling
+) -> Image.Image:
+    """Return a picture with square pixels.
+
+    Args:
+        picture: Of one slice.
+        spacing_mm: Between rows, between columns.
+        size_px: Of the longer side.
+        resampling: How pixels are computed.
+    """
+    height, width = picture.height * spacing_mm[0], picture.width * spacing_mm[1]
     scale = size_px / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return picture.resize((max(1, round(width * scale)), max(1, round(height * scale))), resampling)
+
+
+def _encoded(plane: NDArray[Any], spacing_mm: tuple[float, float], window: tuple[float, float], size_px: int) -> str:
     stream = io.BytesIO()
-    Image.fromarray(grey).resize(size, Image.Resampling.BOX).save(stream, "PNG")
+    in_proportion(window_picture(plane, window), spacing_mm, size_px, Image.Resampling.BOX).save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode()

@@ -25,3 +25,7 @@ class Volume:
     places_mm: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
     owner: object = None
+
+    def place_mm(self, z: int) -> float:
+        """Return the position of a slice along axis 0 from the first one."""
+        return self.places_mm[z] if self.places_mm else self.geometry.spacing_mm[0] * z

@@ -185,8 +185,7 @@ class _Curation:
         return volume
 
     def _write_slices(self, volume: Volume, stream: IO[bytes]) -> None:
-        count = volume.geometry.shape[0]
-        places = list(volume.places_mm) if volume.places_mm else [volume.geometry.spacing_mm[0] * z for z in range(count)]
+        places = [volume.place_mm(z) for z in range(volume.geometry.shape[0])]
         wanted = strided(places, self.config.slices.z_stride_mm)
         for z, hu in self._look(volume):
             if z not in wanted:
@@ -206,7 +205,7 @@ class _Curation:
             if z == count // 2:
                 self.middle = hu
             if z in looked_at and (vector := slice_vector(hu, (y_mm, x_mm))) is not None:
-                self.looks.append((volume.places_mm[z] if volume.places_mm else volume.geometry.spacing_mm[0] * z, vector))
+                self.looks.append((volume.place_mm(z), vector))
             yield z, hu
         self.row["content_hash"] = content.hexdigest()
 
