@@ -85,10 +85,11 @@ def slice_vector(hu: NDArray[np.int16], spacing_mm: tuple[float, float]) -> Byte
 def _averaged(values: NDArray[np.int16], step: int) -> NDArray[np.float32]:
     """Return the means of squares of `step` pixels; the sums are whole numbers, so that their order changes nothing."""
     rows, cols = values.shape[0] // step * step, values.shape[1] // step * step
-    sums = np.zeros((rows // step, cols // step), dtype=np.int32)
-    for row in range(step):
-        for col in range(step):
-            sums += values[row:rows:step, col:cols:step]
+    fits = step * step * int(HIGH_HU - LOW_HU) <= np.iinfo(np.int16).max
+    whole = values[:rows, :cols] if fits else values[:rows, :cols].astype(np.int32)
+    # Rows first: what lies side by side in memory is added in one go.
+    by_row = sum((whole[row::step] for row in range(1, step)), whole[::step])
+    sums = sum((by_row[:, col::step] for col in range(1, step)), by_row[:, ::step])
     return sums.astype(np.float32) / np.float32(step * step)
 
 

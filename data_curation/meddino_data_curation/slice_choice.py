@@ -11,6 +11,8 @@ from meddino_data_curation.config import SlicesConfig
 AIR_HU = -1000
 _BODY_ABOVE_HU = -350
 _MASK_PX = 160  # longer side of the grid the body is looked for on
+_SAMPLE_PX = 128  # about the longer side of the grid whose pixels stand for the slice's
+_FLAT_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,21 @@ def body_mask(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
     Returns:
         bool [rows, cols], found on a coarser grid.
     """
+    mask, step = _coarse_body(hu)
+    fine: NDArray[np.bool_] = np.repeat(np.repeat(mask, step, axis=0), step, axis=1)[: hu.shape[0], : hu.shape[1]]
+    return fine
+
+
+def _coarse_body(hu: NDArray[np.int16]) -> tuple[NDArray[np.bool_], int]:
+    """Return the body on every `step`-th pixel of every `step`-th row, and that step."""
     step = max(1, -(-max(hu.shape) // _MASK_PX))
     coarse = hu[::step, ::step] > _BODY_ABOVE_HU
     opened = _opened(coarse) if min(coarse.shape) >= 96 else coarse
     pieces, count = ndimage.label(opened)
     if count == 0:
-        mask = np.zeros_like(coarse)
-    else:
-        sizes = np.bincount(pieces.ravel())[1:]
-        mask = _filled(np.concatenate([[False], sizes >= 0.1 * sizes.max()])[pieces])
-    fine: NDArray[np.bool_] = np.repeat(np.repeat(mask, step, axis=0), step, axis=1)[: hu.shape[0], : hu.shape[1]]
-    return fine
+        return np.zeros_like(coarse), step
+    sizes = np.bincount(pieces.ravel())[1:]
+    return _filled(np.concatenate([[False], sizes >= 0.1 * sizes.max()])[pieces]), step
 
 
 def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -78,21 +84,33 @@ def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return filled
 
 
-def slice_statistics(hu: NDArray[np.int16]) -> tuple[SliceStatistics, NDArray[np.bool_]]:
+def slice_statistics(hu: NDArray[np.int16]) -> tuple[SliceStatistics, NDArray[np.int16]]:
     """Measure one slice.
 
+    Args:
+        hu: int16 [rows, cols].
+
     Returns:
-        The numbers, and the body mask.
+        The numbers, and the pixels that the percentiles were taken from.
     """
-    mask = body_mask(hu)
-    step = max(1, max(hu.shape) // 256)
-    values = np.sort(hu[::step, ::step], axis=None, kind="stable")  # of int16: a radix sort, faster than np.percentile
-    low, middle, high = values[np.rint(np.array([0.01, 0.5, 0.99]) * (len(values) - 1)).astype(np.intp)]
-    flat_rows = (hu[:, 1:] == hu[:, :1]).all(axis=1)
-    flat_cols = (hu[1:, :] == hu[:1, :]).all(axis=0)
+    sample = sorted_sample(hu)
+    low, middle, high = sample[np.rint(np.array([0.01, 0.5, 0.99]) * (len(sample) - 1)).astype(np.intp)]
     # Rows of clean air lie around many bodies; only what has no counterpart of noise at all is missing data.
-    padding = max(_one_sided(flat_rows), _one_sided(flat_cols))
-    return SliceStatistics(int(low), int(middle), int(high), float(mask.mean()), padding), mask
+    padding = max(_one_sided(_flat_lines(hu)), _one_sided(_flat_lines(hu.T)))
+    return SliceStatistics(int(low), int(middle), int(high), float(_coarse_body(hu)[0].mean()), padding), sample
+
+
+def sorted_sample(hu: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Return pixels spread evenly over a slice, sorted: of int16 that is a radix sort, faster than np.percentile."""
+    step = max(1, max(hu.shape) // _SAMPLE_PX)
+    return np.sort(hu[::step, ::step], axis=None, kind="stable")
+
+
+def _flat_lines(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
+    """Return which rows hold one value only."""
+    flat: NDArray[np.bool_] = (hu[:, ::_FLAT_STEP] == hu[:, :1]).all(axis=1)
+    flat[flat] = (hu[flat] == hu[flat, :1]).all(axis=1)  # few are left to be looked at pixel by pixel
+    return flat
 
 
 def _one_sided(flat: NDArray[np.bool_]) -> float:

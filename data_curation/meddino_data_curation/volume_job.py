@@ -1,6 +1,5 @@
 """One volume from its files to a piece of a shard: read, check, turn, choose slices, encode. Runs in a worker process."""
 
-import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
+from meddino.data.content import ContentHash
 from meddino.data.sample import SUFFIXES, SliceInfo, encode_slice
 from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import CurationConfig
@@ -22,7 +22,7 @@ from meddino_data_curation.hounsfield import recognise_hounsfield
 from meddino_data_curation.inplane import resample_slice
 from meddino_data_curation.orientation import OUTSIDE_HU, to_axial_lps
 from meddino_data_curation.readers import read_volume_file
-from meddino_data_curation.slice_choice import refusal, size_refusal, slice_statistics, strided
+from meddino_data_curation.slice_choice import body_mask, refusal, size_refusal, slice_statistics, sorted_sample, strided
 from meddino_data_curation.table_removal import without_table
 from meddino_data_curation.tar_members import write_member
 from meddino_data_curation.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
@@ -198,10 +198,10 @@ class _Curation:
         count = volume.geometry.shape[0]
         _, y_mm, x_mm = volume.geometry.spacing_mm
         looked_at = set(chosen_slices(count).tolist()) if self.config.duplicates.near else set()
-        content = hashlib.blake2b(repr(volume.geometry.shape).encode(), digest_size=16)
+        content = ContentHash(volume.geometry.shape)
         for z in range(count):
             hu = to_int16(volume.voxels[z], self.offset)
-            content.update(hu.data)
+            content.add(hu)
             if z == count // 2:
                 self.middle = hu
             if z in looked_at and (vector := slice_vector(hu, (y_mm, x_mm))) is not None:
@@ -216,7 +216,7 @@ class _Curation:
         return Fingerprint(np.array(places), np.stack(vectors)).to_json()
 
     def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: Volume, stream: IO[bytes]) -> None:
-        statistics, mask = slice_statistics(hu)
+        statistics, sample = slice_statistics(hu)
         problem = refusal(statistics, self.config.slices)
         if problem:
             self.left_out[problem] += 1
@@ -224,9 +224,9 @@ class _Curation:
                 self.refused[problem] = slice_thumbnail(hu, self.pixel_mm, SLICE_THUMBNAIL_PX)
             return
         if self.config.slices.remove_table:
-            hu = without_table(hu, mask)
-        step = max(1, max(hu.shape) // 128)
-        self.histogram += np.histogram(hu[::step, ::step], HISTOGRAM_EDGES_HU)[0]
+            hu = without_table(hu, body_mask(hu))
+            sample = sorted_sample(hu)
+        self.histogram += np.diff(np.searchsorted(sample, HISTOGRAM_EDGES_HU))
         thickness, *inplane = volume.geometry.spacing_mm
         hu, spacing = resample_slice(hu, (inplane[0], inplane[1]), self.config.inplane)
         shards = self.config.shards

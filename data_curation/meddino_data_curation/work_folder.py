@@ -14,7 +14,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json
 
 WORK_NAME = ".work"
-RECORD_VERSION = 2  # another number makes every volume be read again
+RECORD_VERSION = 3  # another number makes every volume be read again
 
 
 @dataclass

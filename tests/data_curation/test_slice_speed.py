@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from meddino_data_curation.fingerprint import _averaged
-from meddino_data_curation.slice_choice import _filled, _opened, slice_statistics
+from meddino_data_curation.slice_choice import _filled, _flat_lines, _opened, slice_statistics
 from scipy import ndimage
 
 from tests.data_curation.conftest import make_hu
@@ -23,7 +23,7 @@ def test_body_mask__opening_and_filling_are_scipys(seed):
 def test_slice_statistics__percentiles_are_numpys_nearest(shape):
     hu = make_hu(0, (1, *shape))[0]
     statistics, _ = slice_statistics(hu)
-    step = max(1, max(shape) // 256)
+    step = max(1, max(shape) // 128)
     expected = np.percentile(hu[::step, ::step], (1, 50, 99), method="nearest")
     assert (statistics.hu_p01, statistics.hu_p50, statistics.hu_p99) == tuple(expected)
 
@@ -34,3 +34,16 @@ def test_averaged__is_the_mean_of_each_square(step):
     rows, cols = 64 // step, 75 // step
     expected = values[: rows * step, : cols * step].reshape(rows, step, cols, step).mean(axis=(1, 3))
     assert np.allclose(_averaged(values, step), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("step", [8, 10, 12])  # sums of 64 pixels fit in int16, those of 100 do not
+def test_averaged__brightest_pixels_do_not_overflow(step):
+    assert np.all(_averaged(np.full((64, 75), 330, np.int16), step) == 330)
+
+
+def test_flat_lines__are_those_of_one_value():
+    hu = np.random.default_rng(0).integers(-1024, 1000, (70, 90)).astype(np.int16)
+    hu[[0, 1, 40, 69]] = np.array([[-1024], [7], [0], [-1024]])
+    hu[40, 33] = 1  # between the columns that are looked at first
+    for view in (hu, hu.T.copy().T, np.ascontiguousarray(hu.T).T):
+        assert np.flatnonzero(_flat_lines(view)).tolist() == [0, 1, 69]

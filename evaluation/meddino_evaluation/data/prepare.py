@@ -1,6 +1,5 @@
 """From a case on disk to slices a model reads: turned to LPS, resampled in-plane, stored slice by slice in Blosc2."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meddino.core.errors import VolumeError
+from meddino.data.content import ContentHash
 from meddino.data.geometry import Geometry
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.labels import IGNORED
@@ -160,15 +160,15 @@ def prepare_volume(
 
 
 def content_hash(images: NDArray[Any]) -> str:
-    """Name a volume by its voxels, exactly as `meddino-curate` does in volumes.parquet, whatever the file's format.
+    """Name a volume by its voxels, as `meddino-curate` does in volumes.parquet, whatever the file's format.
 
     Args:
         images: [Z, C, Y, X] in LPS order; the first channel counts.
     """
-    digest = hashlib.blake2b(repr((len(images), *images.shape[2:])).encode(), digest_size=16)
+    content = ContentHash((len(images), images.shape[2], images.shape[3]))
     for slice_ in images:
-        digest.update(np.clip(np.rint(slice_[0]), -32768, 32767).astype("<i2").tobytes())
-    return digest.hexdigest()
+        content.add(np.clip(np.rint(slice_[0]), -32768, 32767).astype(np.int16))
+    return content.hexdigest()
 
 
 def _as_intensities(images: NDArray[Any], name: str) -> NDArray[Any]:

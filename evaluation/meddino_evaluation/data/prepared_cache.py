@@ -13,7 +13,7 @@ from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
 from meddino_evaluation.data.volumes import Turn, read_geometry
 
-VERSION = 1
+VERSION = 2
 
 
 def prepare_cached(
