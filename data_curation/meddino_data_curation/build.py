@@ -70,7 +70,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
     salt = load_salt(config.privacy.salt_file, corpus)
     exclusions = read_exclusions(config.exclude, config.held_out)
     _check_licences(config)
-    found = discover(config.sources, salt)
+    found = discover(config.sources, salt, config.workers or cores())
     _check_found(found, config)
     found.candidates = apply_lists(found.candidates, exclusions, config, salt)
     inputs = _inputs_hash(found, config, exclusions.stamp + salt.fingerprint)

@@ -19,6 +19,7 @@ from meddino_data_curation.shards import drop_stale_shards, plan_shards, write_s
 from meddino_data_curation.survey import survey
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
+from meddino_data_curation.worker_pool import cores
 
 _logger = get_logger(__name__)
 
@@ -65,7 +66,7 @@ def finish(
     lost = {record.row["volume_id"] for record in kept if record.row["volume_id"] not in placed and not work.has_piece(record)}
     if lost:
         run_again([job for job in jobs if job.candidate.volume_id in lost])
-    shards = write_shards(corpus, work, plan)
+    shards = write_shards(corpus, work, plan, config.workers or cores())
     num_slices = write_slices(corpus / "slices.parquet", work, plan, config.shards.codec)
     write_volumes(corpus / "volumes.parquet", rows)
     if config.duplicates.near:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,38 +73,51 @@ def drop_stale_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShar
     return placed
 
 
-def write_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShard]) -> dict[str, dict[str, object]]:
+def write_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShard], threads: int) -> dict[str, dict[str, object]]:
     """Write the shards that are not there yet; pieces are deleted once their shard is safe.
+
+    Args:
+        corpus: Folder to write.
+        work: Has the pieces.
+        plan: What goes where.
+        threads: Shards written at once; copying and hashing leave Python's lock alone.
 
     Returns:
         By name: sha256, bytes, volumes.
+
+    Raises:
+        OSError: A full disk.
     """
     (corpus / "shards").mkdir(parents=True, exist_ok=True)
     notes = work.shard_notes()
-    for shard in plan:
-        if shard.name in notes:
-            continue
-        path = corpus / "shards" / shard.name
-        check_free_space(corpus, sum(length for _, _, length in shard.volumes), "a shard")
-        digest = hashlib.sha256()
-        with atomic_write(path) as stream:
-            for volume_id, _, _ in shard.volumes:
-                with work.piece(volume_id).open("rb") as piece:
-                    while block := piece.read(_COPY_BYTES):
-                        digest.update(block)
-                        stream.write(block)
-            digest.update(END_OF_ARCHIVE)
-            stream.write(END_OF_ARCHIVE)
-        note = {
-            "sha256": digest.hexdigest(),
-            "bytes": path.stat().st_size,
-            "volumes": [list(volume) for volume in shard.volumes],
-        }
-        write_json(work.shard_note(shard.name), note)
-        notes[shard.name] = note
-        for volume_id, _, _ in shard.volumes:
-            work.piece(volume_id).unlink()
+    with ThreadPoolExecutor(threads) as pool:
+        missing = [shard for shard in plan if shard.name not in notes]
+        for shard, note in zip(missing, pool.map(lambda shard: _write_shard(corpus, work, shard), missing), strict=True):
+            notes[shard.name] = note
     return {shard.name: notes[shard.name] for shard in plan}
+
+
+def _write_shard(corpus: Path, work: WorkFolder, shard: PlannedShard) -> dict[str, object]:
+    path = corpus / "shards" / shard.name
+    check_free_space(corpus, sum(length for _, _, length in shard.volumes), "a shard")
+    digest = hashlib.sha256()
+    with atomic_write(path) as stream:
+        for volume_id, _, _ in shard.volumes:
+            with work.piece(volume_id).open("rb") as piece:
+                while block := piece.read(_COPY_BYTES):
+                    digest.update(block)
+                    stream.write(block)
+        digest.update(END_OF_ARCHIVE)
+        stream.write(END_OF_ARCHIVE)
+    note: dict[str, object] = {
+        "sha256": digest.hexdigest(),
+        "bytes": path.stat().st_size,
+        "volumes": [list(volume) for volume in shard.volumes],
+    }
+    write_json(work.shard_note(shard.name), note)
+    for volume_id, _, _ in shard.volumes:
+        work.piece(volume_id).unlink()
+    return note
 
 
 def damaged_shards(corpus: Path, shards: dict[str, dict[str, object]]) -> list[str]:

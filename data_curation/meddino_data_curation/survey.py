@@ -54,7 +54,7 @@ def survey(sources: Sequence[SourceConfig], config: CurationConfig, salt: Salt) 
     for source in sources:
         if source not in folders:
             _read_corpus(source.path, salt, result)
-    found = discover(folders, salt)
+    found = discover(folders, salt, config.workers or cores())
     if folders and not found.candidates:
         raise ConfigError(f"no CT volume under {', '.join(str(source.path) for source in folders)}")
     jobs = [VolumeJob(item, "survey", folders[item.source].name, "", is_survey=True) for item in found.candidates]

@@ -8,14 +8,20 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from meddino.core.errors import VolumeError
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.volume_job import VolumeJob, curate_volume, record_crash
 from meddino_data_curation.work_folder import WorkFolder
 
 _QUEUED_PER_WORKER = 3
+_ITEMS_AT_ONCE = 200
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def cores() -> int:
@@ -53,15 +59,36 @@ def run_volumes(
                 on_done("rejected")
 
 
+def in_processes(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """Apply a function to every item and yield the results in their order.
+
+    Raises:
+        VolumeError: The system ended a process.
+    """
+    if workers == 1:
+        yield from map(function, items)
+        return
+    try:
+        with ProcessPoolExecutor(workers, _server()) as pool:
+            yield from pool.map(function, items, chunksize=_ITEMS_AT_ONCE)
+    except BrokenProcessPool as error:
+        raise VolumeError("a process was ended while it read headers (not enough memory?); try fewer `workers`") from error
+
+
+def _server() -> ForkServerContext:
+    """Return what starts processes: forks of a server that has imported everything and runs no thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["meddino_data_curation.volume_job"])
+    return context
+
+
 def _run_pool(
     jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, workers: int, on_done: Callable[[str], None]
 ) -> tuple[list[VolumeJob], list[VolumeJob]]:
     """Run jobs in one pool; if a process dies, return the jobs that were under way and those not yet begun."""
     waiting: Iterator[VolumeJob] = iter(jobs)
     running: dict[Future[str], VolumeJob] = {}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["meddino_data_curation.volume_job"])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (config, corpus))
+    pool = ProcessPoolExecutor(workers, _server(), _start_worker, (config, corpus))
     try:
         while True:
             while len(running) < _QUEUED_PER_WORKER * workers and (job := next(waiting, None)) is not None:

@@ -10,6 +10,10 @@ import torch
 from meddino.core.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16"]
+# fp64: for finding out whether two runs differ by more than rounding.
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp64"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class Machine:
 
     Attributes:
         device: Where tensors live.
-        compute_dtype: Data type of matrix products; weights, losses and the optimizer stay in float32.
+        compute_dtype: Data type of matrix products; weights, losses and the optimizer are `weight_dtype`.
     """
 
     device: torch.device
@@ -29,9 +33,14 @@ class Machine:
         """True where work is queued on a device and runs beside the host."""
         return self.device.type != "cpu"
 
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Data type of weights, images, losses and the optimizer: float32, or float64 where everything is computed in it."""
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes run."""
-        if self.compute_dtype == torch.float32:
+        if self.compute_dtype == self.weight_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
@@ -49,12 +58,13 @@ class Machine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def find_machine(device: str = "auto", precision: Precision = "auto", local_rank: int = 0) -> Machine:
+def find_machine(device: str = "auto", precision: TrainingPrecision = "auto", local_rank: int = 0) -> Machine:
     """Choose the device and the arithmetic.
 
     Args:
         device: "auto" takes the accelerator where there is one, else the CPU; or "cpu", "cuda", "cuda:1", ...
-        precision: "auto" is bf16 on an accelerator that has it and fp32 on the CPU, where bf16 is 20 times slower.
+        precision: "auto" is bf16 on an accelerator that has it and fp32 on the CPU, where bf16 is 20 times slower;
+            fp64 is for comparing runs.
         local_rank: Which of the machine's accelerators this process takes.
 
     Raises:
@@ -80,7 +90,7 @@ def find_machine(device: str = "auto", precision: Precision = "auto", local_rank
         torch.accelerator.set_device_index(chosen.index or 0)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return Machine(chosen, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Machine(chosen, DTYPES[precision])
 
 
 def use_cpu_threads(count: int | None = None) -> None:

@@ -17,7 +17,7 @@ class ContentHash:
 
     def add(self, hu: NDArray[np.int16]) -> None:
         """Take the next slice, int16 [rows, cols], from the feet up."""
-        self._digest.update(memoryview(np.ascontiguousarray(hu, dtype="<i2")).cast("B"))
+        self._digest.update(np.ascontiguousarray(hu, dtype="<i2").view(np.uint8).data)
 
     def hexdigest(self) -> str:
         """Return 32 hexadecimal digits."""

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from meddino.core.precision import at_least_float32
 from meddino.losses.prototype_cross_entropy import prototype_cross_entropy
 from meddino.losses.sinkhorn import SinkhornTargets
 
@@ -37,8 +38,8 @@ def dino_loss(
     pairs = crops * teachers - (min(crops, teachers) if ignore_diagonal else 0)
     if pairs < 1 or batch < 1:
         raise ValueError(f"no pair of crops to compare: {crops} student crops, {teachers} teacher crops, batch {batch}")
-    log_probs = functional.log_softmax(student_logits.float() / student_temperature, dim=-1)
-    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, teacher_probs.float())
+    log_probs = functional.log_softmax(at_least_float32(student_logits) / student_temperature, dim=-1)
+    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, at_least_float32(teacher_probs))
     if ignore_diagonal:
         same_crop = torch.eye(crops, teachers, dtype=torch.bool, device=cross_entropy.device)
         cross_entropy = cross_entropy.masked_fill(same_crop, 0.0)
@@ -89,16 +90,16 @@ def dino_terms(
     local_crops = len(local_bottleneck)
     if crops < 2 or len(targets) != crops * batch:
         raise ValueError(f"need targets for at least two global crops; {crops} crops of {batch} images, {len(targets)} targets")
-    device = global_bottleneck.device
+    device, dtype = global_bottleneck.device, targets.kernel.dtype
     image = torch.arange(batch, device=device)
     every = torch.arange(crops, device=device)[None] * batch + image[:, None]  # [B, T]
     others = torch.stack([torch.cat([every[:, :crop], every[:, crop + 1 :]], dim=1) for crop in range(crops)])  # [S, B, T - 1]
     # A global row has one teacher crop fewer: its last place repeats a teacher row at weight zero.
     global_rows = torch.cat([others, others[..., :1]], dim=-1).flatten(0, 1)
-    global_weights = torch.full(global_rows.shape, global_weight / (batch * crops * (crops - 1)), device=device)
+    global_weights = torch.full(global_rows.shape, global_weight / (batch * crops * (crops - 1)), dtype=dtype, device=device)
     global_weights[:, -1] = 0.0
     local_rows = every.repeat(local_crops, 1)
-    local_weights = torch.full(local_rows.shape, local_weight / max(1, batch * crops * local_crops), device=device)
+    local_weights = torch.full(local_rows.shape, local_weight / max(1, batch * crops * local_crops), dtype=dtype, device=device)
     total, by_row = prototype_cross_entropy(
         torch.cat([global_bottleneck.reshape(-1, dim), local_bottleneck.reshape(-1, dim)]),
         prototypes,

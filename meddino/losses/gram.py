@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from meddino.core.precision import at_least_float32
+
 Negatives = Literal["keep", "remove", "remove_teacher"]
 
 
@@ -41,7 +43,7 @@ def gram_loss(
             "resize its map to the student's grid first"
         )
     with torch.autocast(student_tokens.device.type, enabled=False):
-        student, teacher = student_tokens.float(), teacher_tokens.detach().float()
+        student, teacher = at_least_float32(student_tokens), at_least_float32(teacher_tokens.detach())
         if normalise:
             student, teacher = functional.normalize(student, dim=-1), functional.normalize(teacher, dim=-1)
         if not per_image:

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from meddino.core.precision import at_least_float32
 from meddino.losses.prototype_cross_entropy import prototype_cross_entropy
 from meddino.losses.sinkhorn import SinkhornTargets
 
@@ -27,8 +28,8 @@ def ibot_loss(
 
     Source: Zhou et al. 2022; DINOv3.
     """
-    log_probs = functional.log_softmax(student_masked_logits.float() / student_temperature, dim=-1)
-    cross_entropy = -(teacher_probs.float() * log_probs).sum(-1)
+    log_probs = functional.log_softmax(at_least_float32(student_masked_logits) / student_temperature, dim=-1)
+    cross_entropy = -(at_least_float32(teacher_probs) * log_probs).sum(-1)
     return (cross_entropy * mask_weights).sum() / num_images
 
 
@@ -51,7 +52,7 @@ def ibot_term(
         student_temperature: Divides the student's logits, > 0.
     """
     rows = torch.arange(len(bottleneck), device=bottleneck.device)[:, None]
-    weights = (mask_weights.float() / num_images)[:, None]
+    weights = (mask_weights.to(targets.kernel.dtype) / num_images)[:, None]
     return prototype_cross_entropy(bottleneck, prototypes, targets, rows, weights, student_temperature)[0]
 
 

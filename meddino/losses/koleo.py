@@ -43,4 +43,5 @@ def koleo_loss(
             similarity.diagonal(offset=first).fill_(-torch.inf)
             neighbours = similarity.argmax(dim=1)
         distances = functional.pairwise_distance(own, others[neighbours], p=2, eps=eps)
-        return -torch.log(distances + eps).mean().float()
+        loss = -torch.log(distances + eps).mean()
+        return loss.to(torch.promote_types(features.dtype, torch.float32))

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meddino.core.precision import at_least_float32
 from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 
@@ -99,7 +100,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         # Autocast is off in the backward pass: what it would choose is asked for here.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bottleneck.dtype
         comparison = _Comparison(targets, target_rows, weights)
-        by_row = bottleneck.new_empty(len(bottleneck), dtype=torch.float32)
+        by_row = bottleneck.new_empty(len(bottleneck), dtype=targets.kernel.dtype)
         for rows, logits, _ in _logits(bottleneck, prototypes, temperature, dtype):
             by_row[rows] = comparison.losses(logits, rows.start, into_gradient=False)
             del logits  # before the next ones are made
@@ -135,20 +136,21 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 def _logits(
     bottleneck: Tensor, prototypes: Tensor, temperature: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield stretches of rows with their logits over the temperature (float32) and the features they came from."""
+    """Yield stretches of rows with their logits over the temperature (float32 at least) and the features they came from."""
     weight = prototypes.to(dtype)
     step = PRODUCT_ROWS.get(bottleneck.device.type, PRODUCT_ROWS_ACCELERATOR)
     for start in range(0, len(bottleneck), step):
         rows = slice(start, min(start + step, len(bottleneck)))
         features = bottleneck[rows].to(dtype) / temperature
-        yield rows, product(features, weight).float(), features
+        yield rows, at_least_float32(product(features, weight)), features
 
 
 def _add_product(total: Tensor | None, gradient: Tensor, features: Tensor) -> Tensor:
-    """Return total + gradient^T features in float32; the first product starts the total."""
+    """Return total + gradient^T features, in float32 at least; the first product starts the total."""
     first = total is None
     if total is None:
-        total = features.new_empty(gradient.shape[1], features.shape[1], dtype=torch.float32)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        total = features.new_empty(gradient.shape[1], features.shape[1], dtype=dtype)
     step = PRODUCT_PROTOTYPES.get(total.device.type, PRODUCT_PROTOTYPES_ACCELERATOR)
     for start in range(0, len(total), step):
         part = slice(start, start + step)

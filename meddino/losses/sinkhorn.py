@@ -21,9 +21,10 @@ class SinkhornTargets:
     Two vectors instead of a second [n, K] tensor; `probabilities` multiplies out the rows that are asked for.
 
     Attributes:
-        kernel: [n, K] float32, exp(logits / temperature) with each row and each column brought to a maximum of 1.
-        row_scale: [n] float32.
-        column_scale: [K] float32.
+        kernel: [n, K] exp(logits / temperature) with each row and each column brought to a maximum of 1; float32, or
+            float64 where the logits are.
+        row_scale: [n] of the same type.
+        column_scale: [K] likewise.
     """
 
     kernel: Float[Tensor, "n prototypes"]
@@ -53,7 +54,7 @@ def sinkhorn_targets(
     """Balance teacher logits over the batches of all processes.
 
     Args:
-        logits: Teacher logits of this process's rows; float32 is computed in.
+        logits: Teacher logits of this process's rows; computed in float32, or in float64 where they are.
         temperature: Teacher temperature, > 0.
         iterations: Rounds of prototypes first, then rows; >= 1.
         overwrite: The logits' memory may become the kernel; saves one [n, K] tensor.
@@ -72,8 +73,9 @@ def sinkhorn_targets(
     rows, prototypes = logits.shape
     # One message tells how many rows there are in all; each process may hold another number of them.
     total_rows = float(all_reduce_sum(torch.tensor(float(rows))))
-    kernel = logits if overwrite and logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-    column_max = logits.amax(0).float() if rows else logits.new_full((prototypes,), -torch.inf, dtype=torch.float32)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    kernel = logits if overwrite and logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
+    column_max = logits.amax(0).to(dtype) if rows else logits.new_full((prototypes,), -torch.inf, dtype=dtype)
     column_max = all_reduce_max(column_max)
     row_scale = kernel.new_empty(rows)
     for part in row_chunks(rows, prototypes, logits.device):

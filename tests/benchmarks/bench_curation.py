@@ -1,18 +1,21 @@
 """Speed of curation over its floor: reading the same files with SimpleITK and encoding the kept slices with Blosc2.
 
-    python -m tests.benchmarks.bench_curation SOURCE... [--enlarge 512] [--workers 2] [--repeats 3] [--profile]
+    python -m tests.benchmarks.bench_curation SOURCE... [--enlarge 512 --slice-mm 1] [--workers 2] [--repeats 3] [--profile]
 
 The build and its floor take turns in one run and the smallest times are compared; processor time (user + system) stands
 beside wall time, because whatever else runs on the machine stretches the one and hardly the other. A build with several
 workers is measured by the processor time of all its processes: what one worker takes alone, over what the busiest core
 takes among several, is how much faster they are where each has a core to itself. The report's drawings take a second
 whatever the size of a corpus, so that the end of a build (duplicates, shards, manifests, report) is also told apart.
-`--enlarge` first writes the volumes again at the size of a scanner's slices, with 12 HU of noise, as .nii.gz and as DICOM:
-small files measure start-up only.
+Cores that share their arithmetic units give two processes less than twice the speed whatever they do, so the floor's own work
+is timed in several processes too.
+`--enlarge` and `--slice-mm` first write the volumes again at the size and distance of a scanner's slices, with 12 HU of noise,
+as .nii.gz and as DICOM: small files measure start-up only.
 """
 
 import argparse
 import cProfile
+import multiprocessing
 import pstats
 import sys
 import tempfile
@@ -124,15 +127,24 @@ def build_timed(config: CurationConfig, out: Path, timing: Timing) -> None:
         build_module.finish = plain
 
 
-def enlarged(sources: Sequence[Path], out: Path, side_px: int) -> Path:
-    """Write every volume of eight slices and more again with slices of a scanner's size; the first also as DICOM."""
+def enlarged(sources: Sequence[Path], out: Path, side_px: int, slice_mm: float = 0.0) -> Path:
+    """Write every volume of eight slices and more again with slices of a scanner's size; the first also as DICOM.
+
+    Args:
+        sources: Folders of .nii.gz files.
+        out: Folder to write.
+        side_px: Rows and columns.
+        slice_mm: Largest distance of slices; 0 leaves their number.
+    """
     rng = np.random.default_rng(0)
     files = [file for source in sources for file in sorted(source.rglob("*.nii.gz"))]
     for number, file in enumerate(files):
         image = sitk.ReadImage(str(file), sitk.sitkFloat32)
         if image.GetDimension() != 3 or image.GetSize()[2] < 8 or image.GetSize()[0] < 100:
             continue
-        size = [side_px, side_px, image.GetSize()[2]]
+        thick_mm = image.GetSpacing()[2]
+        count = round(image.GetSize()[2] * max(1.0, thick_mm / slice_mm if slice_mm else 1.0))
+        size = [side_px, side_px, count]
         spacing = [step * old / new for step, old, new in zip(image.GetSpacing(), image.GetSize(), size, strict=True)]
         placed = (sitk.Transform(), sitk.sitkBSpline, image.GetOrigin(), spacing, image.GetDirection(), -1000.0)
         hu = sitk.GetArrayFromImage(sitk.Resample(image, size, *placed))
@@ -169,6 +181,28 @@ def floor(candidates: Sequence[Candidate], kept: dict[str, int], config: Curatio
             encode_slice(to_int16(voxels[z], 0), config.shards.codec, config.shards.level)
 
 
+def floors_at_once(candidates: Sequence[Candidate], kept: dict[str, int], config: CurationConfig, processes: int) -> float:
+    """Return how much sooner several processes end the floor's work than one, start-up left out: what the cores can give."""
+    largest_first = sorted(candidates, key=lambda candidate: -sum(path.stat().st_size for path in candidate.files))
+    with multiprocessing.get_context("spawn").Pool(processes, _read_alone) as pool:
+        pool.map(_nothing, range(8 * processes), chunksize=1)  # until every process has imported what it needs
+        start = time.perf_counter()
+        one_by_one = pool.starmap_async(floor, [(largest_first, kept, config)], chunksize=1)
+        one_by_one.get()
+        alone, start = time.perf_counter() - start, time.perf_counter()
+        pool.starmap(floor, [([candidate], kept, config) for candidate in largest_first], chunksize=1)
+        return alone / (time.perf_counter() - start)
+
+
+def _read_alone() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+
+def _nothing(_: int) -> None:
+    time.sleep(0.1)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What one benchmark found.
@@ -179,6 +213,7 @@ class Measured:
         voxel_mb: Million bytes of int16 voxels of the kept slices.
         floor: Reading and encoding only.
         builds: By number of workers.
+        cores_gain: By number of processes, how much sooner they end the floor's work than one.
     """
 
     volumes: int
@@ -186,6 +221,7 @@ class Measured:
     voxel_mb: float
     floor: Timing
     builds: dict[int, Timing]
+    cores_gain: dict[int, float]
 
 
 def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repeats: int) -> Measured:
@@ -197,6 +233,7 @@ def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repea
     privacy = PrivacyConfig(salt_file=folder / "salt")
     candidates = discover(named, Salt(SALT.encode())).candidates
     floor_timing, builds = Timing(), {count: Timing() for count in workers}
+    gains = {count: 0.0 for count in workers if count > 1}
     volumes, kept, voxel_mb = 0, {}, 0.0
     for turn in range(repeats):
         for count in workers:
@@ -210,7 +247,9 @@ def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repea
             kept = {row["volume_id"]: row["num_slices_kept"] or row["shape"][0] for row in rows}
             voxel_mb = 2e-6 * sum(kept[row["volume_id"]] * row["shape"][1] * row["shape"][2] for row in rows)
         timed(partial(floor, candidates, kept, CurationConfig()), floor_timing)
-    return Measured(volumes, sum(kept.values()), voxel_mb, floor_timing, builds)
+        for count, gain in gains.items():
+            gains[count] = max(gain, floors_at_once(candidates, kept, CurationConfig(), count))
+    return Measured(volumes, sum(kept.values()), voxel_mb, floor_timing, builds, gains)
 
 
 def as_table(measured: Measured) -> str:
@@ -232,8 +271,8 @@ def as_table(measured: Measured) -> str:
     if 1 in measured.builds:
         alone = measured.builds[1]
         lines += [
-            f"{count} workers over one: {alone.wall_s / timing.wall_s:.2f} x by the clock, "
-            f"{alone.cpu_s / timing.busiest_s:.2f} x where each has a core to itself"
+            f"{count} workers over one: {alone.wall_s / timing.wall_s:.2f} x by the clock, where the floor's own work in "
+            f"{count} processes gains {measured.cores_gain[count]:.2f} x; {alone.cpu_s / timing.busiest_s:.2f} x by CPU"
             for count, timing in measured.builds.items()
             if count > 1
         ]
@@ -260,13 +299,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_curation", description=__doc__.split("\n")[0])
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--enlarge", type=int, default=0, help="[px] write the volumes again with slices of this side")
+    parser.add_argument("--slice-mm", type=float, default=0.0, help="with --enlarge: largest distance of slices")
     parser.add_argument("--workers", type=int, default=2, help="measured beside one worker; 1: not measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="also print where one worker's time goes")
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="bench-curation-") as name:
         folder = Path(name)
-        sources = [enlarged(given.sources, folder / "enlarged", given.enlarge)] if given.enlarge else given.sources
+        sources = given.sources
+        if given.enlarge:
+            sources = [enlarged(sources, folder / "enlarged", given.enlarge, given.slice_mm)]
         sys.stdout.write(as_table(measure(sources, folder, sorted({1, given.workers}), given.repeats)) + "\n")
         if given.profile:
             sys.stdout.write(profiled(sources, folder) + "\n")

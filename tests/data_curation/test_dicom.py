@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from meddino_data_curation import discovery
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.dicom_reader import read_dicom_volume
 from meddino_data_curation.discovery import discover
@@ -35,6 +36,18 @@ def test_series__unordered_files_without_extension_in_subfolders(tmp_path):
     ((read, notes),) = volumes(tmp_path)
     assert np.array_equal(read, hu)
     assert notes == ()
+
+
+def test_discover__several_processes_find_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(discovery, "_MANY_FILES", 2)
+    write_series(tmp_path / "a", make_hu(0))
+    write_series(tmp_path / "b", make_hu(1), [f"{z}.dcm" for z in range(6)], series="two")
+    (tmp_path / "b" / "3.dcm").write_bytes(b"no DICOM")
+    (tmp_path / "b" / "notes").write_text("nor this")
+    sources = [SourceConfig(name="test", path=tmp_path)]
+    alone, together = (discover(sources, Salt(b"for tests"), workers) for workers in (1, 2))
+    assert alone == together
+    assert together.files == {"DICOM file": 11, "unreadable": 1, "other": 1}
 
 
 def test_series__several_in_one_folder_stay_apart(tmp_path):
