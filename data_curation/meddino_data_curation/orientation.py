@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from scipy import ndimage
 
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry
-from meddino_data_curation.volume import Volume
+from meddino_data_curation.volume import AxialVolume, Volume
 
 AXIAL_LPS: NDArray[np.float64] = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 OUTSIDE_HU = -1024
@@ -17,11 +18,11 @@ OUTSIDE_HU = -1024
 
 def to_axial_lps(
     volume: Volume, max_tilt_deg: float, outside: int = OUTSIDE_HU, max_voxels: int = 1 << 62
-) -> tuple[Volume, float]:
+) -> tuple[AxialVolume, float]:
     """Turn a volume to axial slices.
 
     Axes are permuted and flipped to the nearest ones, which changes no voxel. A volume whose axes then still lie further off
-    than `max_tilt_deg` is resampled onto an upright grid with its own spacing (linear).
+    than `max_tilt_deg` is resampled onto an upright grid with its own spacing (linear), each slice when it is asked for.
 
     Args:
         volume: As read.
@@ -40,7 +41,7 @@ def to_axial_lps(
     cosines = np.clip(np.einsum("ij,ij->i", turned.geometry.axes, AXIAL_LPS), -1, 1)
     tilt_deg = float(np.degrees(np.arccos(cosines)).max())
     if tilt_deg <= max_tilt_deg:
-        return turned, tilt_deg
+        return AxialVolume(turned.voxels, turned.geometry, turned.places_mm, turned.notes, turned.owner), tilt_deg
     return _resampled(turned, outside, max_voxels), tilt_deg
 
 
@@ -77,8 +78,7 @@ def _permuted(volume: Volume, order: tuple[int, ...], signs: NDArray[np.float64]
     return replace(volume, voxels=voxels, geometry=geometry, places_mm=places, notes=notes)
 
 
-def _resampled(volume: Volume, outside: int, max_voxels: int) -> Volume:
-    # SciPy reads the stored voxels where they lie, turned over or not; ITK would hold a copy of them beside the result.
+def _resampled(volume: Volume, outside: int, max_voxels: int) -> AxialVolume:
     old = volume.geometry
     corners = old.corners_mm()
     low, high = corners.min(axis=0), corners.max(axis=0)
@@ -87,24 +87,49 @@ def _resampled(volume: Volume, outside: int, max_voxels: int) -> Volume:
     if int(np.prod(size, dtype=object)) > max_voxels:
         raise VolumeError(f"{np.prod(size, dtype=object)} voxels once upright; limits.max_volume_voxels is {max_voxels}")
     to_voxels = np.linalg.inv(old.axes * spacing[:, None])
-    voxels = np.empty(tuple(size.tolist()), dtype=volume.voxels.dtype)
-    fits = np.iinfo(voxels.dtype) if voxels.dtype.kind in "iu" else None
-    ndimage.affine_transform(
-        volume.voxels,
-        ((AXIAL_LPS * spacing[:, None]) @ to_voxels).T,
-        (low - np.asarray(old.origin_mm)) @ to_voxels,
-        output=voxels,
-        output_shape=voxels.shape,
-        order=1,
-        cval=outside if fits is None else min(max(outside, fits.min), fits.max),
-        prefilter=False,
-    )
-    geometry = Geometry(
-        (voxels.shape[0], voxels.shape[1], voxels.shape[2]),
-        old.spacing_mm,
-        (float(low[0]), float(low[1]), float(low[2])),
-        AXIAL_LPS,
-    )
-    return replace(
-        volume, voxels=voxels, geometry=geometry, places_mm=None, notes=(*volume.notes, "oblique: resampled upright")
-    )
+    matrix, offset = ((AXIAL_LPS * spacing[:, None]) @ to_voxels).T, (low - np.asarray(old.origin_mm)) @ to_voxels
+    shape = (int(size[0]), int(size[1]), int(size[2]))
+    geometry = Geometry(shape, old.spacing_mm, (float(low[0]), float(low[1]), float(low[2])), AXIAL_LPS)
+    planes = _UprightPlanes(volume.voxels, shape, matrix, offset, outside)
+    return AxialVolume(planes, geometry, None, (*volume.notes, "oblique: resampled upright"), volume.owner)
+
+
+class _UprightPlanes:
+    """Slices of an upright grid, each computed from the stored voxels when it is asked for.
+
+    The upright grid round a tilted block has up to several times its voxels: it is never held. SciPy reads the stored voxels
+    where they lie, turned over or not; ITK would hold a copy of them.
+
+    Args:
+        voxels: [Z, Y, X] as stored, in the nearest order of axes.
+        shape: Slices, rows, columns of the upright grid.
+        matrix: From upright to stored voxel indices, [3, 3].
+        offset: Stored index of the upright grid's first voxel, [3].
+        outside: Value beyond the stored voxels.
+    """
+
+    def __init__(
+        self,
+        voxels: NDArray[Any],
+        shape: tuple[int, int, int],
+        matrix: NDArray[np.float64],
+        offset: NDArray[np.float64],
+        outside: int,
+    ) -> None:
+        self.shape, self.dtype = shape, voxels.dtype
+        self._voxels, self._matrix, self._offset = voxels, matrix, offset
+        fits = np.iinfo(voxels.dtype) if voxels.dtype.kind in "iu" else None
+        self._outside = outside if fits is None else min(max(outside, fits.min), fits.max)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, z: int, /) -> NDArray[Any]:
+        if not 0 <= z < len(self):
+            raise IndexError(z)
+        plane: NDArray[Any] = np.empty(self.shape[1:], dtype=self.dtype)
+        offset = self._offset + self._matrix[:, 0] * z
+        ndimage.affine_transform(
+            self._voxels, self._matrix, offset, output=plane[None], order=1, cval=self._outside, prefilter=False
+        )
+        return plane

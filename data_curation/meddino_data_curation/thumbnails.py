@@ -38,7 +38,7 @@ def refused_thumbnail(volume: Volume) -> str:
     if volume.voxels.dtype.kind not in "iuf":
         return ""
     turned, _ = to_axial_lps(volume, max_tilt_deg=180.0)  # axes are only permuted: no voxel is computed
-    plane = np.asarray(turned.voxels[len(turned.voxels) // 2], dtype=np.float32)
+    plane = np.asarray(turned.planes[len(turned.planes) // 2], dtype=np.float32)
     known = plane[np.isfinite(plane)]
     if known.size == 0 or (known.min() >= 0 and known.max() <= 255 and (known == np.rint(known)).all()):
         return ""

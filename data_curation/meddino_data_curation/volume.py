@@ -1,8 +1,9 @@
-"""A volume in memory, as its file has it, and the readers' common part."""
+"""A volume as its file has it, and a volume turned to the corpus's orientation."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from meddino.data.geometry import Geometry
@@ -21,6 +22,43 @@ class Volume:
     """
 
     voxels: NDArray[Any]
+    geometry: Geometry
+    places_mm: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
+    owner: object = None
+
+
+class Planes(Protocol):
+    """Axial slices by number: an array, or what computes them one at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slices, rows, columns."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the values."""
+
+    def __len__(self) -> int:
+        """Return the number of slices."""
+
+    def __getitem__(self, z: int, /) -> NDArray[Any]:
+        """Return one slice, [rows, cols]."""
+
+
+@dataclass
+class AxialVolume:
+    """A volume whose array axes run to Superior, Posterior, Left.
+
+    Attributes:
+        planes: Its slices from the feet up, any real type.
+        geometry: The grid, as in `Volume`.
+        places_mm: As in `Volume`.
+        notes: As in `Volume`.
+        owner: Whoever owns the memory behind `planes`.
+    """
+
+    planes: Planes
     geometry: Geometry
     places_mm: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from meddino_data_curation.slice_choice import body_mask, refusal, size_refusal,
 from meddino_data_curation.table_removal import without_table
 from meddino_data_curation.tar_members import write_member
 from meddino_data_curation.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
-from meddino_data_curation.volume import Volume
+from meddino_data_curation.volume import AxialVolume
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
 
 HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
@@ -163,7 +163,7 @@ class _Curation:
         """Return the middle slice as far as it was seen."""
         return slice_thumbnail(self.middle, self.pixel_mm) if self.middle is not None else self.not_hu
 
-    def _read(self) -> Volume:
+    def _read(self) -> AxialVolume:
         candidate, config = self.job.candidate, self.config
         if isinstance(candidate, DicomCandidate):
             volume = read_dicom_volume(candidate, config.limits)
@@ -177,14 +177,14 @@ class _Curation:
         self.offset = verdict.offset
         if verdict.note:
             volume = replace(volume, notes=(*volume.notes, verdict.note))
-        volume, tilt_deg = to_axial_lps(
+        axial, tilt_deg = to_axial_lps(
             volume, config.orientation.max_tilt_deg, OUTSIDE_HU - self.offset, config.limits.max_volume_voxels
         )
         self.row["tilt_deg"] = round(tilt_deg, 3)
-        self.pixel_mm = volume.geometry.spacing_mm[1:]
-        return volume
+        self.pixel_mm = axial.geometry.spacing_mm[1:]
+        return axial
 
-    def _write_slices(self, volume: Volume, stream: IO[bytes]) -> None:
+    def _write_slices(self, volume: AxialVolume, stream: IO[bytes]) -> None:
         places = [volume.place_mm(z) for z in range(volume.geometry.shape[0])]
         wanted = strided(places, self.config.slices.z_stride_mm)
         for z, hu in self._look(volume):
@@ -193,14 +193,14 @@ class _Curation:
                 continue
             self._write_slice(hu, z, places[z], volume, stream)
 
-    def _look(self, volume: Volume) -> Iterator[tuple[int, NDArray[np.int16]]]:
+    def _look(self, volume: AxialVolume) -> Iterator[tuple[int, NDArray[np.int16]]]:
         """Go through all slices in HU, on the way hashing them and noting what they look like."""
         count = volume.geometry.shape[0]
         _, y_mm, x_mm = volume.geometry.spacing_mm
         looked_at = set(chosen_slices(count).tolist()) if self.config.duplicates.near else set()
         content = ContentHash(volume.geometry.shape)
         for z in range(count):
-            hu = to_int16(volume.voxels[z], self.offset)
+            hu = to_int16(volume.planes[z], self.offset)
             content.add(hu)
             if z == count // 2:
                 self.middle = hu
@@ -215,7 +215,7 @@ class _Curation:
         places, vectors = zip(*self.looks, strict=True)
         return Fingerprint(np.array(places), np.stack(vectors)).to_json()
 
-    def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: Volume, stream: IO[bytes]) -> None:
+    def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: AxialVolume, stream: IO[bytes]) -> None:
         statistics, sample = slice_statistics(hu)
         problem = refusal(statistics, self.config.slices)
         if problem:

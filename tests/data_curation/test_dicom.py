@@ -25,7 +25,7 @@ def candidates(folder: Path):
 def volumes(folder: Path):
     """HU [Z, Y, X] from the feet up, and the notes, of every usable candidate."""
     read = [read_dicom_volume(item, LIMITS) for item in candidates(folder) if not item.problem]
-    return [(np.ascontiguousarray(to_axial_lps(volume, 35.0)[0].voxels), volume.notes) for volume in read]
+    return [(np.ascontiguousarray(to_axial_lps(volume, 35.0)[0].planes), volume.notes) for volume in read]
 
 
 def test_series__unordered_files_without_extension_in_subfolders(tmp_path):

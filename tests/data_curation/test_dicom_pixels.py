@@ -77,7 +77,7 @@ def test_enhanced__frames_in_any_order_come_out_from_the_feet_up(tmp_path, order
     volume = read_dicom_volume(candidate, LIMITS)
     assert volume.geometry.spacing_mm == (2.0, 0.8, 0.8)
     upright, _ = to_axial_lps(volume, 35.0)
-    assert np.array_equal(upright.voxels, hu)
+    assert np.array_equal(upright.planes, hu)
 
 
 def test_enhanced__every_frame_has_its_own_rescale(tmp_path):

@@ -60,7 +60,7 @@ def real_volumes(shared_data):
         read = read_dicom_volume(candidate, limits) if is_dicom else None
         volume = read or read_volume_file(candidate.files[0], candidate.format, limits)
         upright, _ = to_axial_lps(volume, 35.0)
-        hu = np.stack([to_int16(plane, 0) for plane in upright.voxels])
+        hu = np.stack([to_int16(plane, 0) for plane in upright.planes])
         name = "lungdx_dicom" if is_dicom else candidate.place
         patient = re.search(r"TCGA-\w\w-\w+|A0\d{5}|STS_\d+|LIDC-IDRI-\d+|CRLM-CT-\d+|A0001|spine|lungdx", name).group()
         volumes.append((name, "A0001" if patient == "lungdx" else patient, hu, upright.geometry.spacing_mm))

@@ -89,7 +89,7 @@ def test_nifti__sform_and_qform_that_disagree_are_noted_and_sheared_axes_too(tmp
     volume = read_volume_file(sheared, "nifti", LIMITS)
     assert any("degrees off a right angle" in note for note in volume.notes)
     turned, _ = to_axial_lps(volume, 35.0)
-    assert np.array_equal(turned.voxels, hu)  # noted, not bent: no voxel was changed
+    assert np.array_equal(turned.planes, hu)  # noted, not bent: no voxel was changed
 
 
 def test_nifti__oblique_axes_are_resampled_upright_and_values_lie_where_they_were(tmp_path):
@@ -104,12 +104,12 @@ def test_nifti__oblique_axes_are_resampled_upright_and_values_lie_where_they_wer
     assert "oblique: resampled upright" in upright.notes
     assert upright.geometry.is_axial_lps
     image = sitk.ReadImage(str(path), sitk.sitkFloat64)
-    z, y, x = (int(size) for size in upright.voxels.shape)
+    z, y, x = (int(size) for size in upright.planes.shape)
     checked = 0
     for index in np.random.default_rng(0).integers(0, [x, y, z], (400, 3)):
         place = np.asarray(upright.geometry.origin_mm) + index * np.asarray(upright.geometry.spacing_mm)[::-1]
         stored = np.asarray(image.TransformPhysicalPointToContinuousIndex(place.tolist()))
-        value = upright.voxels[index[2], index[1], index[0]]
+        value = upright.planes[index[2]][index[1], index[0]]
         if (stored > 0).all() and (stored < np.array([59, 49, 39])).all():
             assert value == pytest.approx(2 * stored[2] + 3 * stored[1] - stored[0], abs=0.51)
             checked += 1
