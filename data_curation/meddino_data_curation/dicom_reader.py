@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry
 from meddino_data_curation.config import LimitsConfig
-from meddino_data_curation.dicom_frames import NativeFrames, native_frames
+from meddino_data_curation.dicom_frames import Frames, open_frames
 from meddino_data_curation.dicom_series import DicomCandidate, StackedSlice
 from meddino_data_curation.volume import Volume
 
 _MAX_UNREADABLE_FRACTION = 0.5
+_WRONG = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what pydicom raises for damaged files
 _UNEVEN_FRACTION = 0.05
 _INT16 = np.iinfo(np.int16)
 
@@ -59,16 +60,25 @@ def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDA
         if stacked.file != opened:  # a multi-frame file is read once
             block = owner = None  # two multi-frame files are never held at once
             opened, (block, owner) = stacked.file, _open_file(candidate.files[stacked.file], several)
-        yield index, stacked, block[stacked.frame] if block is not None and stacked.frame < len(block) else None
+        yield index, stacked, _frame(block, stacked.frame)
     del owner
 
 
-def _open_file(path: Path, is_multi_frame: bool) -> tuple[NativeFrames | NDArray[Any] | None, sitk.Image | None]:
+def _frame(block: Frames | NDArray[Any] | None, number: int) -> NDArray[Any] | None:
+    if block is None or number >= len(block):
+        return None
+    try:
+        return block[number]
+    except (RuntimeError, *_WRONG):
+        return None  # compressed, and damaged
+
+
+def _open_file(path: Path, is_multi_frame: bool) -> tuple[Frames | NDArray[Any] | None, sitk.Image | None]:
     frames = None
     if is_multi_frame:
         try:
-            frames = native_frames(path)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            frames = open_frames(path)
+        except _WRONG:
             frames = None  # whatever is wrong with it, GDCM may still read it
     return (frames, None) if frames is not None else _read_file(path)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from meddino_data_curation.cli import main
+from pydicom.uid import RLELossless
 
 from tests.data_curation.conftest import SALT, make_hu, write_volume
-from tests.data_curation.dicom_files import write_enhanced, write_series
+from tests.data_curation.dicom_files import enhanced_ct, write_enhanced, write_series
 
 
 def status_bytes(name: str) -> int:
@@ -48,6 +49,11 @@ def write_tall(folder: Path, kind: str, slices: int, side_px: int = 512) -> Path
         return folder
     if kind == "enhanced":
         write_enhanced(folder / "enhanced", hu)
+        return folder
+    if kind == "packed":
+        item = enhanced_ct(hu)
+        item.compress(RLELossless)
+        item.save_as(folder / "packed", enforce_file_format=True)
         return folder
     image = sitk.GetImageFromArray(hu)
     image.SetSpacing((0.8, 0.8, 1.0))

@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from meddino_data_curation.dicom_frames import native_frames
+from meddino_data_curation.dicom_frames import open_frames
 from meddino_data_curation.dicom_reader import read_dicom_volume
 from meddino_data_curation.orientation import to_axial_lps
 from PIL import Image
@@ -80,9 +80,12 @@ def test_enhanced__frames_in_any_order_come_out_from_the_feet_up(tmp_path, order
     assert np.array_equal(upright.planes, hu)
 
 
-def test_enhanced__every_frame_has_its_own_rescale(tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_enhanced__every_frame_has_its_own_rescale(tmp_path, packed):
     hu = make_hu(0)
     item = enhanced_ct(hu)
+    if packed:
+        item.compress(pydicom.uid.RLELossless)
     for z, frame in enumerate(item.PerFrameFunctionalGroupsSequence):
         scale = Dataset()
         scale.RescaleSlope, scale.RescaleIntercept = 1, -1024 + 10 * z
@@ -92,23 +95,35 @@ def test_enhanced__every_frame_has_its_own_rescale(tmp_path):
     assert np.array_equal(read, hu + 10 * np.arange(6, dtype=np.int16)[:, None, None])
 
 
-def test_enhanced__unused_bits_are_cleared_and_compressed_files_go_through_gdcm(tmp_path):
+def test_enhanced__unused_bits_are_cleared_and_a_short_file_is_left_to_gdcm(tmp_path):
     hu = make_hu(0)
     stored = (hu.astype(np.int32) + 1024).astype(np.uint16)
     path = tmp_path / "enhanced"
     enhanced_ct(hu, BitsStored=12, HighBit=11, PixelData=(stored | 0xF000).tobytes()).save_as(path, enforce_file_format=True)
-    frames = native_frames(path)
+    frames = open_frames(path)
     assert len(frames) == 6
     assert np.array_equal(np.stack([frames[z] for z in range(6)]), np.minimum(hu, 4095 - 1024))
-    item = enhanced_ct(hu)
-    item.compress(pydicom.uid.RLELossless)
-    item.save_as(path, enforce_file_format=True)
-    assert native_frames(path) is None
-    ((read, _),) = volumes(tmp_path)
-    assert np.array_equal(read, hu)
     short = enhanced_ct(hu, PixelData=stored[:3].tobytes())
     short.save_as(path, enforce_file_format=True)
-    assert native_frames(path) is None
+    assert open_frames(path) is None
+
+
+@pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])
+def test_enhanced__compressed_frames_in_any_order_and_a_damaged_one_is_left_out(tmp_path, compressor):
+    hu, order = make_hu(0), [3, 0, 5, 1, 4, 2]
+    item = enhanced_ct(hu, order, PixelRepresentation=1)
+    item.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence[0].RescaleIntercept = 0
+    frames = [packed_by_itk(hu[z], compressor, tmp_path) for z in order]
+    item.file_meta.TransferSyntaxUID = JPEGLosslessSV1 if compressor == "JPEG" else JPEG2000Lossless
+    for damaged in (False, True):
+        if damaged:
+            frames[0] = frames[0][:40]
+        item.PixelData = encapsulate(frames)
+        item["PixelData"].VR = "OB"
+        item.save_as(tmp_path / "enhanced", enforce_file_format=True)
+        ((read, notes),) = volumes(tmp_path)
+        assert np.array_equal(read, np.delete(hu, 3, axis=0) if damaged else hu)
+        assert ("1 slices cannot be read" in notes) == damaged
 
 
 def test_enhanced__two_files_of_a_series_are_two_volumes(tmp_path):

@@ -12,7 +12,9 @@ FIXED_BYTES = 48 << 20  # blocks of files, one slice's work, the report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["nii", "nii.gz", "scaled", "sagittal", "nrrd", "mha", "dicom", "enhanced", "oblique"])
+@pytest.mark.parametrize(
+    "kind", ["nii", "nii.gz", "scaled", "sagittal", "nrrd", "mha", "dicom", "enhanced", "packed", "oblique"]
+)
 def test_build__peak_memory_is_two_volumes(tmp_path, kind):
     slices = 240
     volume = write_tall(tmp_path / "in", kind, slices)
