@@ -17,7 +17,7 @@ def check_sizes(patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (8 * patch_size, 8 * patch_size), (6 * patch_size, 10 * patch_size)
 
 
-def check_slices(patch_size: int, corpus: Path | None = None) -> list[Float[Tensor, "2 h w"]]:
+def check_slices(patch_size: int, corpus: Path | str | None = None) -> list[Float[Tensor, "2 h w"]]:
     """Return two slices in Hounsfield units at each of two sizes.
 
     Args:

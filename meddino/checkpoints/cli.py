@@ -8,6 +8,7 @@ from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ConfigError
+from meddino.data.remote import corpus_location
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--heads", action="store_true", help="also write the DINO and iBOT heads")
     parser.add_argument("--onnx-layers", type=_numbers, default=(), metavar="N,N", help="ONNX: also patch maps of these blocks")
     parser.add_argument("--metrics", type=Path, metavar="JSON", help="file with figures for config.json and the card")
-    parser.add_argument("--corpus", type=Path, help="compare on slices of this corpus instead of made ones")
+    parser.add_argument("--corpus", type=corpus_location, help="compare on slices of this corpus or URL instead of made ones")
     return run_command(parser, argv, _export)
 
 

@@ -57,7 +57,7 @@ def export_model(
     heads: bool = False,
     onnx_layers: Sequence[int] = (),
     metrics: Mapping[str, Any] | None = None,
-    corpus: Path | None = None,
+    corpus: Path | str | None = None,
 ) -> Path:
     """Write a model folder; it appears under its name when everything in it was loaded again and compared.
 

@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from meddino_data_curation.cli import main
 
 from meddino.core.errors import ConfigError, ShardError
@@ -185,6 +186,20 @@ def test_pretrain__trains_on_a_url(server, tmp_path):
     short = ["--stage", "stage1_pretrain", "stages.stage1_pretrain.steps=3"]
     assert pretrain([str(PROJECT / "tests/pretrain/tiny.yaml"), "--corpus", url, "--out", str(tmp_path / "run"), *short]) == 0
     assert len(kept_slices(tmp_path)) > 0
+
+
+def test_evaluation_and_export__look_into_a_corpus_behind_a_url(corpus_folder, server):
+    from meddino_evaluation.representation.evaluate import _corpus
+    from meddino_evaluation.segmentation.leakage import LeakageCheck
+
+    from meddino.checkpoints.check_slices import check_slices
+
+    url, local = f"{server.url}/corpus", Corpus(corpus_folder)
+    assert _corpus(url) == _corpus(str(corpus_folder))
+    check = LeakageCheck({"corpus_hash": local.content_hash}, url)
+    check.look("seen", local.volumes.column("content_hash")[0].as_py())
+    assert list(check.overlap) == ["seen"]
+    assert all(map(torch.equal, check_slices(16, url), check_slices(16, corpus_folder)))
 
 
 def test_location__urls_and_paths_are_told_apart():

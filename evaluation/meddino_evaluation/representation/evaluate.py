@@ -13,6 +13,7 @@ from meddino.core.files import canonical_json
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
+from meddino.data.remote import corpus_location
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.representation.datasets import Case, LabelledSet, labels_array
 from meddino_evaluation.representation.evaluation_config import ProtocolName, RepresentationConfig
@@ -163,10 +164,10 @@ def choose_splits(dataset: LabelledSet, config: RepresentationConfig) -> list[Sp
     )
 
 
-def _corpus(root: Path | None) -> tuple[frozenset[str], str | None]:
+def _corpus(root: str | None) -> tuple[frozenset[str], str | None]:
     if root is None:
         return frozenset(), None
-    corpus = Corpus(root)
+    corpus = Corpus(corpus_location(root))
     _log.info("comparing with %d slices of the pretraining corpus %s", len(corpus), root)
     return frozenset(slice_hash(corpus.read(number)) for number in range(len(corpus))), corpus.content_hash
 

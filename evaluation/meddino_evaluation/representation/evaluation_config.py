@@ -34,7 +34,9 @@ class SplitConfig(StrictConfig):
     test_fraction: Annotated[float, Field(gt=0, lt=1, description="share of the patients for the test")] = 0.2
     seed: Annotated[int, Field(ge=0, description="of splits and of training")] = 0
     file: Annotated[Path | None, Field(description="JSON with lists train, val, test of case ids; null: see repeats")] = None
-    corpus: Annotated[Path | None, Field(description="pretraining corpus to compare with; null: not compared")] = None
+    corpus: Annotated[
+        str | None, Field(description="pretraining corpus to compare with, a folder or a URL; null: not compared")
+    ] = None
     allow_pretraining_overlap: Annotated[
         bool, Field(description="go on, with a note in every table, where evaluated images are in the pretraining corpus")
     ] = False

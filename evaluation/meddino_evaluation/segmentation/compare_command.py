@@ -11,6 +11,7 @@ from markupsafe import Markup
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json, write_text
 from meddino.core.html import Section, figure, join, page, table, text
+from meddino.data.remote import corpus_location
 from meddino_evaluation.representation.results import Table
 from meddino_evaluation.segmentation.comparison import Variant, compare, read_variant
 from meddino_evaluation.segmentation.report import picture_path
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", action="append", default=[], metavar="NAME:MODE", help="leave out a combination")
     parser.add_argument("--results", action="append", default=[], metavar="NAME=FOLDER", help="a finished run to compare with")
     parser.add_argument("--data", type=Path, help="data set; needed with --model")
-    parser.add_argument("--corpus", type=Path, help="corpus the models were pretrained on: test volumes in it are marked")
+    parser.add_argument("--corpus", type=corpus_location, help="corpus or URL that models learned from: its volumes are marked")
     add_test_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder; the same command again goes on there")
     parser.add_argument("--config", default="segment", help="YAML file or shipped name")

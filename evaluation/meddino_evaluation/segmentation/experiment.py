@@ -138,7 +138,7 @@ def sliding_window(config: SegmentConfig) -> SlidingWindow:
     return SlidingWindow(config.training.crop_px, inference.step, inference.gaussian, inference.mirror, inference.batch_size)
 
 
-def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path | None = None) -> Experiment:
+def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path | str | None = None) -> Experiment:
     """Read and check everything before anything long starts.
 
     Raises:

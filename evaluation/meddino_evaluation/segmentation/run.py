@@ -27,7 +27,7 @@ def segment(
     model: str,
     data: Path,
     out: Path,
-    corpus: Path | None = None,
+    corpus: Path | str | None = None,
     tests: Mapping[str, Path] = NO_TESTS,
 ) -> dict[str, Any]:
     """Train, then test.

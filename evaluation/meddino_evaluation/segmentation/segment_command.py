@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meddino.core.errors import ConfigError
+from meddino.data.remote import corpus_location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="export, run, weights file, random:<backbone> or random:<export folder>")
     parser.add_argument("--data", required=True, type=Path, help="data set in nnU-Net's raw layout")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; the same command again goes on there")
-    parser.add_argument("--corpus", type=Path, help="corpus the model was pretrained on: test volumes in it are marked")
+    parser.add_argument(
+        "--corpus", type=corpus_location, help="corpus or URL that the model learned from: its volumes are marked"
+    )
     add_test_argument(parser)
     parser.add_argument(
         "--config", default="segment", help="YAML file or shipped name (segment: the paper's setting; demo: minutes)"

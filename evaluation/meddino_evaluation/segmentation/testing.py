@@ -90,7 +90,7 @@ class FoldNetworks:
     components: tuple[tuple[str, ...], ...]
 
 
-def open_test_set(experiment: Experiment, name: str, root: Path, out: Path, corpus: Path | None) -> TestSet:
+def open_test_set(experiment: Experiment, name: str, root: Path, out: Path, corpus: Path | str | None) -> TestSet:
     """Open a test set from elsewhere and refuse what cannot be compared with the training data.
 
     Raises:

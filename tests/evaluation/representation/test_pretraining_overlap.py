@@ -19,7 +19,7 @@ def test_evaluate__a_test_image_in_the_corpus_is_found(shared_data, backbone, qu
     own_home = os.environ | {"XDG_CONFIG_HOME": str(tmp_path)}  # the curation keeps its salt there
     subprocess.run(words, check=True, capture_output=True, timeout=120, env=own_home)
     dataset = open_dataset(load_dataset_config("ct_contrast"), shared_data)
-    config = quick(protocols=("knn",), split=SplitConfig(repeats=1, corpus=tmp_path / "corpus"))
+    config = quick(protocols=("knn",), split=SplitConfig(repeats=1, corpus=str(tmp_path / "corpus")))
     with pytest.raises(ConfigError, match="TCGA-92-8064") as error:
         evaluate(backbone, dataset, config, tmp_path / "out")
     assert "seen (without labels) in pretraining" in str(error.value)
