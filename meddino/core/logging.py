@@ -32,5 +32,5 @@ def setup_logging(verbose: bool = False, rank: int = 0) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("matplotlib", "PIL", "fvcore", "torch", "urllib3", "numexpr"):
+    for noisy in ("matplotlib", "PIL", "fvcore", "torch", "urllib3", "numexpr", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

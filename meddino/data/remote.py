@@ -173,6 +173,8 @@ def _cause(error: BaseException, status: int | None) -> str:
         return f"the server answers {status} ({getattr(error, 'message', '') or 'no reason given'})"
     if isinstance(error, PermissionError):
         return "the server refuses access; look at your credentials"
+    if type(error).__name__ == "NoCredentialsError":  # botocore's, which is imported for s3 only
+        return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
     if isinstance(error, TimeoutError):
         return f"no answer within {_TIMEOUT_S:.0f} s"
     return f"the server cannot be reached, or broke off ({type(error).__name__}: {error})"

@@ -202,6 +202,38 @@ def test_evaluation_and_export__look_into_a_corpus_behind_a_url(corpus_folder, s
     assert all(map(torch.equal, check_slices(16, url), check_slices(16, corpus_folder)))
 
 
+def test_corpus__over_s3_gives_the_same_slices(corpus_folder, tmp_path, monkeypatch, capsys):
+    """Against a server that speaks S3: pip install 'moto[server]' s3fs."""
+    pytest.importorskip("s3fs", reason="needs s3fs (pip install 'meddino[remote]')")
+    server = pytest.importorskip("moto.server", reason="needs a server of S3 (pip install 'moto[server]')")
+    boto3 = pytest.importorskip("boto3")
+    running = server.ThreadedMotoServer(port=0)
+    running.start()
+    try:
+        host, port = running.get_host_and_port()
+        given = {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "us-east-1"}
+        for name, value in {**given, "ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("MEDDINO_CACHE_DIR", str(tmp_path / "cache"))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="scans")
+        for path in corpus_folder.rglob("*"):
+            if path.is_file():
+                client.upload_file(str(path), "scans", f"deep/{path.relative_to(corpus_folder).as_posix()}")
+        local, remote = Corpus(corpus_folder), Corpus("s3://scans/deep")
+        assert all(np.array_equal(remote.read(index), local.read(index)) for index in range(len(local)))
+        assert main(["verify", "s3://scans/deep"]) == 0
+        assert main(["show", "s3://scans/none"]) == 2
+        assert "no such file on the server" in capsys.readouterr().err
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        assert main(["show", "s3://scans/deep"]) == 2
+        assert "no credentials were found" in capsys.readouterr().err
+    finally:
+        running.stop()
+
+
 def test_location__urls_and_paths_are_told_apart():
     assert corpus_location("https://host/a//b") == "https://host/a//b"
     assert corpus_location("s3://bucket/corpus") == "s3://bucket/corpus"
