@@ -181,8 +181,10 @@ def floor(candidates: Sequence[Candidate], kept: dict[str, int], config: Curatio
             encode_slice(to_int16(voxels[z], 0), config.shards.codec, config.shards.level)
 
 
-def floors_at_once(candidates: Sequence[Candidate], kept: dict[str, int], config: CurationConfig, processes: int) -> float:
-    """Return how much sooner several processes end the floor's work than one, start-up left out: what the cores can give."""
+def floors_at_once(
+    candidates: Sequence[Candidate], kept: dict[str, int], config: CurationConfig, processes: int
+) -> tuple[float, float]:
+    """Return the seconds that one process and several take for the floor's work, start-up left out: what the cores can give."""
     largest_first = sorted(candidates, key=lambda candidate: -sum(path.stat().st_size for path in candidate.files))
     with multiprocessing.get_context("spawn").Pool(processes, _read_alone) as pool:
         pool.map(_nothing, range(8 * processes), chunksize=1)  # until every process has imported what it needs
@@ -191,7 +193,7 @@ def floors_at_once(candidates: Sequence[Candidate], kept: dict[str, int], config
         one_by_one.get()
         alone, start = time.perf_counter() - start, time.perf_counter()
         pool.starmap(floor, [([candidate], kept, config) for candidate in largest_first], chunksize=1)
-        return alone / (time.perf_counter() - start)
+        return alone, time.perf_counter() - start
 
 
 def _read_alone() -> None:
@@ -213,7 +215,7 @@ class Measured:
         voxel_mb: Million bytes of int16 voxels of the kept slices.
         floor: Reading and encoding only.
         builds: By number of workers.
-        cores_gain: By number of processes, how much sooner they end the floor's work than one.
+        floors: By number of processes, seconds that one and that so many take for the floor's work.
     """
 
     volumes: int
@@ -221,7 +223,7 @@ class Measured:
     voxel_mb: float
     floor: Timing
     builds: dict[int, Timing]
-    cores_gain: dict[int, float]
+    floors: dict[int, tuple[float, float]]
 
 
 def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repeats: int) -> Measured:
@@ -233,7 +235,7 @@ def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repea
     privacy = PrivacyConfig(salt_file=folder / "salt")
     candidates = discover(named, Salt(SALT.encode())).candidates
     floor_timing, builds = Timing(), {count: Timing() for count in workers}
-    gains = {count: 0.0 for count in workers if count > 1}
+    floors = {count: (float("inf"), float("inf")) for count in workers if count > 1}
     volumes, kept, voxel_mb = 0, {}, 0.0
     for turn in range(repeats):
         for count in workers:
@@ -247,9 +249,10 @@ def measure(sources: Sequence[Path], folder: Path, workers: Sequence[int], repea
             kept = {row["volume_id"]: row["num_slices_kept"] or row["shape"][0] for row in rows}
             voxel_mb = 2e-6 * sum(kept[row["volume_id"]] * row["shape"][1] * row["shape"][2] for row in rows)
         timed(partial(floor, candidates, kept, CurationConfig()), floor_timing)
-        for count, gain in gains.items():
-            gains[count] = max(gain, floors_at_once(candidates, kept, CurationConfig(), count))
-    return Measured(volumes, sum(kept.values()), voxel_mb, floor_timing, builds, gains)
+        for count, least in floors.items():
+            alone, together = floors_at_once(candidates, kept, CurationConfig(), count)
+            floors[count] = min(alone, least[0]), min(together, least[1])
+    return Measured(volumes, sum(kept.values()), voxel_mb, floor_timing, builds, floors)
 
 
 def as_table(measured: Measured) -> str:
@@ -270,12 +273,13 @@ def as_table(measured: Measured) -> str:
             lines[-1] += f"{timing.end_s:>8.2f}s{measured.floor.cpu_s / (timing.cpu_s - timing.end_s):>9.2f}"
     if 1 in measured.builds:
         alone = measured.builds[1]
-        lines += [
-            f"{count} workers over one: {alone.wall_s / timing.wall_s:.2f} x by the clock, where the floor's own work in "
-            f"{count} processes gains {measured.cores_gain[count]:.2f} x; {alone.cpu_s / timing.busiest_s:.2f} x by CPU"
-            for count, timing in measured.builds.items()
-            if count > 1
-        ]
+        for count, timing in measured.builds.items():
+            if count > 1:
+                one, several = measured.floors[count]
+                lines.append(
+                    f"{count} workers over one: {alone.wall_s / timing.wall_s:.2f} x by the clock, where the floor's own work "
+                    f"in {count} processes gains {one / several:.2f} x; {alone.cpu_s / timing.busiest_s:.2f} x by CPU"
+                )
     return "\n".join(lines)
 
 
