@@ -70,8 +70,11 @@ def _attend_block_diagonal(
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
+    lengths = [group.tokens for group in groups for _ in range(group.batch)]
+    if not lengths:
+        return projected[:, 2]  # drop path left nothing at all, and kernels want at least one crop
     rotated = [_rotated(part, group) for part, group in zip(split_groups(projected, groups), groups, strict=True)]
     query, key, value = (join_groups([tensors[kind] for tensors in rotated])[None] for kind in range(3))
-    lengths = [group.tokens for group in groups for _ in range(group.batch)]
-    attended: Tensor = memory_efficient_attention(query, key, value, attn_bias=BlockDiagonalMask.from_seqlens(lengths))
+    mask = BlockDiagonalMask.from_seqlens(lengths, device=query.device)
+    attended: Tensor = memory_efficient_attention(query, key, value, attn_bias=mask)
     return attended[0]

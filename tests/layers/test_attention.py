@@ -54,14 +54,15 @@ def test_forward__a_group_that_drop_path_emptied():
     assert torch.equal(built.qkv.weight.grad, torch.zeros_like(built.qkv.weight))
 
 
-def test_forward__block_diagonal_path(monkeypatch):
-    # xformers has no kernel for the CPU; a stand-in with its interface materialises the mask it is given.
+def stand_in_for_xformers(monkeypatch):
+    """Put modules with xformers' interface in its place; the mask is materialised for torch's attention."""
+
     class BlockDiagonalMask:
         def __init__(self, lengths):
             self.lengths = lengths
 
         @classmethod
-        def from_seqlens(cls, lengths):
+        def from_seqlens(cls, lengths, device):
             return cls(lengths)
 
         def materialize(self):
@@ -77,9 +78,35 @@ def test_forward__block_diagonal_path(monkeypatch):
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
+
+
+def xformers_without_its_kernels(monkeypatch):
+    """Let xformers check what it is given, make its mask and compute by its own slow formula: it has no kernel for the CPU."""
+    ops = pytest.importorskip("xformers.ops", reason="xformers is not installed; a stand-in is tested")
+    from xformers.attn_bias_utils import ref_attention_bmhk
+    from xformers.ops.fmha.common import Inputs
+
+    def memory_efficient_attention(query, key, value, attn_bias):
+        Inputs(query, key, value, attn_bias).validate_inputs()
+        return ref_attention_bmhk(query, key, value, attn_bias)
+
+    monkeypatch.setattr(ops, "memory_efficient_attention", memory_efficient_attention)
+
+
+@pytest.mark.parametrize("install", [stand_in_for_xformers, xformers_without_its_kernels])
+def test_forward__block_diagonal_path(monkeypatch, install):
+    install(monkeypatch)
     monkeypatch.setattr(attention, "uses_xformers", lambda _device: True)
     built, x = layer(), torch.randn(29, 24)
-    torch.testing.assert_close(built(x, GROUPS), slow(built, x, GROUPS), atol=1e-5, rtol=1e-5)
+    found, expected = built(x, GROUPS), slow(built, x, GROUPS)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    emptied = (CropGroup(0, 7, GROUPS[0].table), CropGroup(0, 5, GROUPS[1].table))
+    assert built(x[:0], emptied).shape == (0, 24)
+    # And the gradient of all weights is that of attention within each group.
+    monkeypatch.setattr(attention, "uses_xformers", lambda _device: False)
+    weights, aim = list(built.parameters()), torch.randn_like(found)
+    ours, each = (torch.autograd.grad(out, weights, aim) for out in (found, built(x, GROUPS)))
+    torch.testing.assert_close(ours, each, atol=1e-4, rtol=1e-4)
 
 
 def test_uses_xformers__never_on_the_cpu():
