@@ -2,7 +2,8 @@
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+import secrets
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,11 @@ from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import is_main
 from meddino.models.vision_transformer import ViTConfig
 from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.recipe_changes import begun_stages, may_change, place_of
 
 RUN_FORMAT = "meddino-run"
 RUN_VERSION = 1
-# What may differ when a run goes on: none of it changes what is learnt, beyond rounding.
-CHANGEABLE = ("corpus", "machine", "loader", "saving")
+HEALTH_REFERENCE = "health_reference.safetensors"
 logger = get_logger(__name__)
 
 
@@ -37,12 +38,14 @@ class RunFolder:
         config: Its recipe.
         corpus_hash: Names the corpus it learns from.
         corpus_lineage: Its data sets and licences, for the lineage of the weights.
+        run_id: Random, kept in run.json: tells this run from others of the same folder name, where runs of many meet.
     """
 
     folder: Path
     config: PretrainConfig
     corpus_hash: str
     corpus_lineage: dict[str, Any]
+    run_id: str
 
     def stage_folder(self, name: str) -> Path:
         """Return a stage's folder."""
@@ -114,40 +117,51 @@ def open_run(folder: Path, config: PretrainConfig, corpus: Corpus) -> Iterator[R
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     try:
-        on_main(lambda: _begin(folder, config, corpus, lock))
-        yield RunFolder(folder, config, corpus.content_hash, corpus_lineage(corpus))
+        run_id = on_main(lambda: _begin(folder, config, corpus, lock))
+        yield RunFolder(folder, config, corpus.content_hash, corpus_lineage(corpus), run_id)
     finally:
         if lock is not None:
             lock.close()
 
 
-def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> None:
+def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> str:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise MedDINOError(f"another process is training into {folder}; wait for it or choose another --out") from error
-    if (folder / "run.json").is_file():
-        info = _read_info(folder)
-        _refuse_other_config(folder, config)
+    fresh: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "id": secrets.token_hex(6), "changes": []}
+    known = (folder / "run.json").is_file()
+    if not known and any(path.name != ".lock" for path in folder.iterdir()):
+        raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
+    info = {**fresh, **_read_info(folder)} if known else fresh
+    begun = begun_stages(folder, _stages_of(folder)) if known else []
+    if begun:
         if info["corpus_hash"] != corpus.content_hash:
             raise MedDINOError(
                 f"run {folder} learns from a corpus with the content {info['corpus_hash'][:12]}; {corpus.root} has "
                 f"{corpus.content_hash[:12]} now; give the same corpus or another --out"
             )
-    elif any(path.name != ".lock" for path in folder.iterdir()):
-        raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
+        if changed := _changes(folder, config, begun):
+            info["changes"] = [*info["changes"], {"after": place_of(folder, begun), "keys": changed}]
+    else:
+        # No step was taken: a first command that was wrong binds nobody.
+        info = {**info, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
+        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
     write_text(folder / "config.yaml", to_yaml(config))
     write_volume_list(folder, corpus)
-    if not (folder / "run.json").is_file():
-        # Last: what has a run.json also has a config.yaml.
-        info = {"format": RUN_FORMAT, "version": RUN_VERSION, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
-        write_json(folder / "run.json", info)
+    write_json(folder / "run.json", info)  # last: what has a run.json also has a config.yaml
+    return str(info["id"])
 
 
-def _refuse_other_config(folder: Path, config: PretrainConfig) -> None:
+def _stages_of(folder: Path) -> list[str]:
+    return list(load_config(PretrainConfig, [folder / "config.yaml"]).stages)
+
+
+def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list[str]:
+    """Return what differs from the recipe that a run was begun with, all of it allowed; refuse what is not."""
     old = load_config(PretrainConfig, [folder / "config.yaml"]).model_dump(mode="json")
     changed = differences(old, config.model_dump(mode="json"))
-    grave = [line for line in changed if not line.startswith(tuple(f"{section}." for section in CHANGEABLE))]
+    grave = [line for line in changed if not may_change(line, begun)]
     if grave:
         raise ConfigError(
             f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(grave)}; "
@@ -155,6 +169,10 @@ def _refuse_other_config(folder: Path, config: PretrainConfig) -> None:
         )
     for line in changed:
         logger.info("goes on with another %s", line)
+    if any(line.startswith("health.slices:") for line in changed):
+        logger.warning("health.slices is another: drift is measured against the next look from here on")
+        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
+    return changed
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -85,9 +85,33 @@ def test_pretrain__changed_config_under_a_run(capsys, begun, make_corpus_once):
     assert "optimizer.layerwise_decay: 0.9 -> 0.5" in line and "seed: 0 -> 3" in line
 
 
-def test_pretrain__where_it_runs_may_change(begun, make_corpus_once):
+def test_pretrain__where_it_runs_and_how_it_is_looked_at_may_change(begun, make_corpus_once):
     again = [TINY, "--corpus", str(make_corpus_once), "--out", str(begun), "--stage", "stage1_pretrain", *ONE_STEP]
-    assert main([*again, "saving.keep_last=3", "loader.prefetch=4"]) == 0
+    free = ["saving.keep_last=3", "loader.prefetch=4", "health.every_steps=7", "health.slices=4", "diagnosis.min_rank=3.0"]
+    free += ["machine.activation_checkpointing=true", "stages.stage1_pretrain.accumulation=2", "stages.stage3_highres.steps=2"]
+    assert main([*again, *free]) == 0
+    (change,) = json.loads((begun / "run.json").read_text())["changes"]
+    assert change["after"] == {"stage": "stage1_pretrain", "step": 1}
+    assert "stages.stage1_pretrain.accumulation: 1 -> 2" in change["keys"] and len(change["keys"]) == len(free)
+
+
+def test_pretrain__the_length_of_a_stage_that_has_begun_may_not_change(capsys, begun, make_corpus_once):
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", begun, *ONE_STEP, "stages.stage1_pretrain.steps=2")
+    assert "stages.stage1_pretrain.steps: 1 -> 2" in line
+
+
+@pytest.mark.parametrize("wrong", ["init.weights=/nope", "stages.stage1_pretrain.accumulation=3", "corpus"])
+def test_pretrain__a_wrong_first_command_binds_nobody(capsys, make_corpus, make_corpus_once, tmp_path, wrong):
+    run = [TINY, "--out", str(tmp_path / "run"), "--stage", "stage1_pretrain", *ONE_STEP]
+    corpus, key = (
+        (make_corpus(count=8, name="other").root, "init.weights=/nope") if wrong == "corpus" else (make_corpus_once, wrong)
+    )
+    refused(capsys, *run, "--corpus", corpus, key, "seed=7")
+    before = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert main([*run, "--corpus", str(make_corpus_once)]) == 0
+    after = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert after["id"] == before["id"] and "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
+    assert "seed: 0 -> 7" in refused(capsys, *run, "--corpus", make_corpus_once, "seed=7")
 
 
 def test_pretrain__checkpoint_of_another_architecture(capsys, begun, make_corpus_once, tmp_path):

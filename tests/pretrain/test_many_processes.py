@@ -62,7 +62,7 @@ def wait_for_step(processes: list[subprocess.Popen], metrics: Path, step: int) -
 
 
 @pytest.mark.distributed
-def test_processes__one_then_two_then_one(make_corpus_once, tmp_path, run_ranks, monkeypatch):
+def test_processes__one_then_two_with_accumulation_then_one(make_corpus_once, tmp_path, run_ranks, monkeypatch):
     config = load_config(PretrainConfig, [TINY], BASE)
     run_pretraining(config, make_corpus_once, tmp_path / "alone", [STAGE])
     run = tmp_path / "changing"
@@ -70,8 +70,11 @@ def test_processes__one_then_two_then_one(make_corpus_once, tmp_path, run_ranks,
     monkeypatch.setattr(StopRequest, "agreed", lambda self: asked.append(1) or len(asked) == 3)
     with pytest.raises(StoppedEarly):
         run_pretraining(config, make_corpus_once, run, [STAGE])
+    halves = [*BASE, f"stages.{STAGE}.accumulation=2"]
     run_ranks(
-        STOP_AT_STEP.format(after=3, recipe=str(TINY), overrides=BASE, corpus=str(make_corpus_once), run=str(run), stage=STAGE)
+        STOP_AT_STEP.format(
+            after=3, recipe=str(TINY), overrides=halves, corpus=str(make_corpus_once), run=str(run), stage=STAGE
+        )
     )
     assert latest_checkpoint(run / STAGE / "checkpoints").step == 6
     run_pretraining(config, make_corpus_once, run, [STAGE])

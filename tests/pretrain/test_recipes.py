@@ -3,17 +3,23 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from meddino_pretrain.build import build_networks
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.origins import read_init
 from pydantic import BaseModel
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
-from meddino.models.registry import backbone_config
+from meddino.models.registry import backbone_config, build_backbone
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 PAPER = ("ct3m_vitb", "ct3m_vitl", "ct3m_vits")
+# What the recipes say they run on: cards, and bytes of one.
+SMALLEST_MACHINE = {**dict.fromkeys(PAPER, (2, 80e9)), "single_gpu": (1, 24e9)}
+# docs/scaling.md: bytes a token and width, of each block, of the one at work under checkpointing, and of a teacher's.
+KEPT, KEPT_CHECKPOINTED, TEACHER = 45, 4.5, 26
 
 
 def leaves(value, prefix=""):
@@ -59,6 +65,56 @@ def test_recipes__the_paper_stages(name):
     assert [stage.losses.gram_weight for stage in stages.values()] == [0, 2, 2]
     assert {stage.global_batch for stage in stages.values()} == {512}
     assert [size.weight for size in stages["stage3_highres"].crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
+
+
+def kept_bytes(backbone, images: int) -> int:
+    """Bytes that a forward pass in bf16 keeps for its backward pass, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in backbone.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        backbone(torch.zeros(images, 3, 64, 64))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("checkpointing", "wanted"), [(False, KEPT), (True, KEPT_CHECKPOINTED)])
+def test_recipes__what_a_token_keeps_is_what_the_arithmetic_says(checkpointing, wanted):
+    backbone = build_backbone("vits16").train()
+    backbone.activation_checkpointing = checkpointing
+    few, many = (kept_bytes(backbone, images) for images in (2, 6))  # the difference: weights cast to bf16 are in both
+    assert (many - few) / (4 * 21 * 384 * 12) == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize("name", SMALLEST_MACHINE)
+def test_recipes__every_stage_fits_the_smallest_machine_it_names(name):
+    cards, card_bytes = SMALLEST_MACHINE[name]
+    config = load_config(PretrainConfig, [name], kind="pretrain")
+    with torch.device("meta"):
+        student, _ = build_networks(config)
+    trained = sum(parameter.numel() for parameter in student.parameters())
+    gram = sum(parameter.numel() for parameter in student.backbone.parameters())
+    width, depth, patch = student.backbone.embed_dim, len(student.backbone.blocks), student.backbone.patch_size
+    one_block = (KEPT_CHECKPOINTED * depth + KEPT) if config.machine.activation_checkpointing else KEPT * depth
+
+    def tokens(side: int | None) -> int:
+        return 0 if side is None else (side // patch) ** 2 + 5
+
+    for stage in config.stages.values():
+        slices, left = divmod(stage.global_batch, cards * stage.accumulation)
+        assert not left and stage.global_batch % (8 // cards * cards * stage.accumulation) == 0
+        worst = max(
+            one_block * (2 * tokens(size.global_px) + stage.crops.num_local * tokens(size.local_px))
+            + TEACHER * 2 * max(tokens(size.gram_px), tokens(size.global_px))
+            for size in stage.crops.sizes
+        )
+        total = 20 * trained + 4 * gram + slices * width * worst
+        assert total < 0.8 * card_bytes, f"{total / 1e9:.1f} GB"
 
 
 def test_recipes__released_weights_have_to_be_given():
