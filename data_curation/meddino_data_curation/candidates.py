@@ -2,14 +2,17 @@
 
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from meddino.core.errors import ConfigError
+from meddino.core.errors import ConfigError, VolumeError
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.path_globs import glob_pattern
 from meddino_data_curation.privacy import Salt
+from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
 VOLUME_SUFFIXES = {
     ".nii": "nifti",
@@ -48,7 +51,7 @@ class Candidate:
         volume_id: Salted hash of where it comes from.
         source: Index into the config's sources.
         format: "nifti", "nrrd", "metaimage" or "dicom".
-        files: Absolute paths, in a fixed order.
+        files: Absolute paths, in a fixed order; of a header with files of voxels, the header comes first.
         place: What the private source map says: path inside the source, or the series.
         patient_key: Salted hash of the patient, or None where nothing tells.
         series_key: Salted hash of the DICOM series or of the file.
@@ -170,19 +173,28 @@ def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, s
     """Return the candidate of one volume file."""
     suffix = volume_suffix(found.path.name)
     stem = found.inside[: -len(suffix)] if suffix else found.inside
+    voxel_files = _voxel_files(found, format)
     match = re.search(source.patient_pattern, found.inside) if source.patient_pattern else None
     patient = match.group(1) if match else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name)
     return Candidate(
         volume_id=salt.key("volume", source.name, found.inside),
         source=source_number,
         format=format,
-        files=(found.path,),
+        files=(found.path, *voxel_files.files),
         place=found.inside,
         patient_key=patient_key(salt, source.name, patient, is_id=match is not None),
         series_key=salt.key("series", source.name, found.inside),
-        stamp=found.stamp,
+        stamp=found.stamp + voxel_files.stamp,
         problem=found.problem,
     )
+
+
+def _voxel_files(found: FoundFile, format: str) -> VoxelFiles:
+    """Return where the voxels lie that are not in the file itself; a header that is wrong is told of when it is read."""
+    if format in ("nrrd", "metaimage") and not found.problem:
+        with suppress(VolumeError, OSError):
+            return find_voxel_files(found.path, format)
+    return VoxelFiles((), "unknown")
 
 
 def _found(path: Path, inside: str) -> FoundFile:
@@ -190,6 +202,8 @@ def _found(path: Path, inside: str) -> FoundFile:
         status = path.stat()
     except OSError as error:
         return FoundFile(path, inside, 0, 0, f"file cannot be read: {_plain(error)}")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        return FoundFile(path, inside, 0, 0, "file cannot be read: it is a pipe, a socket or a device")
     problem = "" if os.access(path, os.R_OK) else "file cannot be read: no permission"
     if not problem and status.st_size == 0:
         problem = "file is empty"

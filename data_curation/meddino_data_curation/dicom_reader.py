@@ -13,6 +13,7 @@ from meddino.data.geometry import Geometry
 from meddino_data_curation.config import LimitsConfig
 from meddino_data_curation.dicom_frames import Frames, open_frames
 from meddino_data_curation.dicom_series import DicomCandidate, StackedSlice
+from meddino_data_curation.readers import raise_if_memory_ran_out
 from meddino_data_curation.volume import Volume
 
 _MAX_UNREADABLE_FRACTION = 0.5
@@ -28,6 +29,7 @@ def read_dicom_volume(candidate: DicomCandidate, limits: LimitsConfig) -> Volume
 
     Raises:
         VolumeError: Too large, or more than half of the slices cannot be read.
+        MemoryError: There is not enough memory for it.
     """
     count = len(candidate.stack)
     voxels = count * candidate.rows * candidate.cols
@@ -69,7 +71,9 @@ def _frame(block: Frames | NDArray[Any] | None, number: int) -> NDArray[Any] | N
         return None
     try:
         return block[number]
-    except (RuntimeError, *_WRONG):
+    except (RuntimeError, *_WRONG) as error:
+        if isinstance(error, RuntimeError):
+            raise_if_memory_ran_out(error)
         return None  # compressed, and damaged
 
 
@@ -91,7 +95,8 @@ def _read_file(path: Path) -> tuple[NDArray[Any] | None, sitk.Image | None]:
     reader.SetFileName(str(path))
     try:
         image = reader.Execute()
-    except RuntimeError:
+    except RuntimeError as error:
+        raise_if_memory_ran_out(error)
         return None, None
     pixels: NDArray[Any] = sitk.GetArrayViewFromImage(image)
     return (pixels if pixels.ndim == 3 else pixels[None]), image

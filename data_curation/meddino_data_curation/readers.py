@@ -1,6 +1,7 @@
 """NIfTI, NRRD and MetaImage through SimpleITK, checked before memory is taken."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry, geometry_from_xyz
-from meddino_data_curation.candidates import has_dicom_magic, volume_suffix
+from meddino_data_curation.candidates import has_dicom_magic
 from meddino_data_curation.config import LimitsConfig
 from meddino_data_curation.nifti import GZIP_ERRORS, opened, read_nifti_header, read_nifti_voxels
 from meddino_data_curation.volume import Volume
+from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
 _IMAGE_IO = {"nifti": "NiftiImageIO", "nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
 _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "dicom": "DICOM"}
-_DEFLATE_MAX_RATIO = 1032  # of zlib: a smaller file cannot hold what its header promises
 _PIXEL_BYTES = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
 
 # A shear that rounding brought into the matrix would otherwise refuse the file; nifti.py notes a real one.
@@ -34,12 +35,15 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
 
     Raises:
         VolumeError: It is damaged, of another format, too large, or has the wrong number of axes. The message names no path.
+        MemoryError: There is not enough memory for it.
     """
     sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
     found = sniff_format(path)
     if found != format:
         holds = f"holds {_FORMAT_NAMES[found]}" if found else "is none"
         raise VolumeError(f"file is named as {_FORMAT_NAMES[format]} and {holds}")
+    # Before ITK, which opens whatever file a header names. How many bytes scaled NIfTI voxels have ITK does not tell.
+    voxel_files = VoxelFiles((), "unknown") if format == "nifti" else find_voxel_files(path, format)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO(_IMAGE_IO[format])
@@ -48,7 +52,7 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
     except RuntimeError as error:
         raise VolumeError(f"{_FORMAT_NAMES[format]} header cannot be read{_known_cause(error)}") from error
     size = reader.GetSize()
-    _check_size(size, reader, path, limits)
+    voxel_files.check_promise(path, _checked_bytes(size, reader, limits))
     if len(size) == 4:
         reader.SetExtractSize([*size[:3], 0])  # one time point: a volume with a useless fourth axis
     voxels, geometry, owner, notes = _nifti(path, reader) if format == "nifti" else _through_itk(reader)
@@ -73,7 +77,8 @@ def _nifti(path: Path, reader: sitk.ImageFileReader) -> tuple[NDArray[Any], Geom
 def _through_itk(reader: sitk.ImageFileReader) -> tuple[NDArray[Any], Geometry, sitk.Image, tuple[str, ...]]:
     try:
         image = reader.Execute()
-    except (RuntimeError, MemoryError) as error:
+    except RuntimeError as error:
+        raise_if_memory_ran_out(error)
         raise VolumeError(f"voxels cannot be read: file is truncated or damaged{_known_cause(error)}") from error
     if image.GetDimension() == 2:
         image = sitk.JoinSeries(image)
@@ -108,7 +113,8 @@ def sniff_format(path: Path) -> str | None:
     return "dicom" if has_dicom_magic(path) else None
 
 
-def _check_size(size: tuple[int, ...], reader: sitk.ImageFileReader, path: Path, limits: LimitsConfig) -> None:
+def _checked_bytes(size: tuple[int, ...], reader: sitk.ImageFileReader, limits: LimitsConfig) -> int:
+    """Return how many bytes of voxels a header promises, if that is a size that may be read."""
     if len(size) not in (2, 3, 4):
         raise VolumeError(f"image has {len(size)} axes; a volume has 3")
     if min(size) < 1:
@@ -123,19 +129,19 @@ def _check_size(size: tuple[int, ...], reader: sitk.ImageFileReader, path: Path,
     if voxels > limits.max_volume_voxels:
         raise VolumeError(f"{voxels} voxels; limits.max_volume_voxels is {limits.max_volume_voxels}")
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    promised = voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1)
-    suffix = volume_suffix(path.name)
-    if suffix in (".nhdr", ".mhd"):
-        return  # the voxels lie in another file
-    if promised > path.stat().st_size * _DEFLATE_MAX_RATIO:
-        raise VolumeError(f"header promises {promised} bytes, which a file of {path.stat().st_size} bytes cannot hold")
+    return voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1)
 
 
 def _known_cause(error: BaseException) -> str:
     """Return the cause in words of ours: ITK's messages quote paths."""
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text:
-        return " (not enough memory)"
-    if "orthonormal" in text:
-        return " (axes are not at right angles)"
-    return ""
+    return " (axes are not at right angles)" if "orthonormal" in str(error).lower() else ""
+
+
+def raise_if_memory_ran_out(error: RuntimeError) -> None:
+    """Raise MemoryError where that is what ITK's error means: it has one type for everything.
+
+    Raises:
+        MemoryError: Without a message.
+    """
+    if re.search(r"bad_alloc|allocate memory|out of memory", str(error), re.IGNORECASE):
+        raise MemoryError from error

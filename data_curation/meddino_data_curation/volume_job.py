@@ -29,6 +29,7 @@ from meddino_data_curation.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbna
 from meddino_data_curation.volume import AxialVolume
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
 
+NO_MEMORY = "not enough memory to read it; fewer `workers` leave more for each, limits.max_volume_voxels refuses it at once"
 HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
 _INT16 = np.iinfo(np.int16)
 
@@ -68,18 +69,24 @@ def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> s
             raise VolumeError(job.candidate.problem)
         record = curation.run()
     except VolumeError as error:
-        row.update(status="rejected", reason=str(error), num_slices_kept=0)
-        work.piece(row["volume_id"]).unlink(missing_ok=True)
+        _reject(row, str(error), work)
         record = VolumeRecord(job.job, row, thumbnail=curation.thumbnail(), refused=curation.refused)
+    except MemoryError:  # NumPy's own is one of these
+        _reject(row, NO_MEMORY, work)
+        record = VolumeRecord(job.job, row)
     work.write_record(record)
     return str(record.row["status"])
+
+
+def _reject(row: dict[str, Any], reason: str, work: WorkFolder) -> None:
+    row.update(status="rejected", reason=reason, num_slices_kept=0)
+    work.piece(row["volume_id"]).unlink(missing_ok=True)
 
 
 def record_crash(job: VolumeJob, work: WorkFolder) -> None:
     """Record a volume whose reading ended the process."""
     row = _empty_row(job)
-    row.update(status="rejected", reason="reading it ended the process (not enough memory, or a fault in a decoder)")
-    work.piece(row["volume_id"]).unlink(missing_ok=True)
+    _reject(row, "reading it ended the process (not enough memory, or a fault in a decoder)", work)
     work.write_record(VolumeRecord(job.job, row))
 
 
