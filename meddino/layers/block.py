@@ -85,7 +85,7 @@ def _add_residual(
     kept: KeptSamples | None,
 ) -> Float[Tensor, "tokens dim"]:
     if kept is None:
-        return x + branch(x, groups)
+        return branch(x, groups).add_(x)  # in place: one tensor of all tokens less
     rows = kept.rows(groups)
     residual = branch(x.index_select(0, rows), kept.subset(groups)) * kept.row_scales(groups, x)
     return x.index_add(0, rows, residual.to(x.dtype))

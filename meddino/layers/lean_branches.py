@@ -2,9 +2,9 @@
 
 Autograd keeps the result of every operation that the next one's gradient needs: 8,100 numbers for each token of a
 384-wide block. Here the LayerNorms and the perceptron's hidden layer are computed again in the backward pass, LayerScale
-is folded into the last projection, queries and keys are rotated in place, and attention writes into one packed tensor:
-2,304 numbers, and no copies between crops. The formulas are those of `block`, `attention` and
-`feed_forward`, which tests compare with these, gradients included.
+is folded into the last projection, queries and keys are rotated in place, and attention writes into one packed tensor;
+the values too are projected again: 1,920 numbers, and no copies between crops. The formulas are those of `block`,
+`attention` and `feed_forward`, which tests compare with these, gradients included.
 """
 
 from collections.abc import Sequence
@@ -212,72 +212,84 @@ class _AttentionBranch(torch.autograd.Function):
         groups: tuple[CropGroup, ...],
     ) -> Tensor:
         normed, mean, inverse_std = _Norm.forward(x, norm_weight, norm_bias, eps)
-        qkv = product(normed, qkv_weight, qkv_bias)
+        queries_keys = product(normed, *_rows(qkv_weight, qkv_bias, slice(0, 2 * x.shape[1])))
+        values = product(normed, *_rows(qkv_weight, qkv_bias, slice(2 * x.shape[1], None)))
         del normed
         attended = torch.empty_like(x)
         log_sums = []
-        for part, output, group in _attention_parts(qkv, attended, num_heads, groups):
+        parts = _by_group((queries_keys, values, attended), num_heads, groups)
+        for (part, value, output), group in zip(parts, groups, strict=True):
             if group.batch == 0:
                 log_sums.append(x.new_empty(0))
                 continue
             rotate_in_place(part, group, backwards=False)
-            query, key, value = (tensor.transpose(1, 2) for tensor in part.unbind(2))
-            result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)
-            output.copy_(result.transpose(1, 2))
+            query, key = part.transpose(1, 3).unbind(2)
+            result, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value[:, :, 0].transpose(1, 2)
+            )
+            output[:, :, 0].copy_(result.transpose(1, 2))
             log_sums.append(log_sum)
         ctx.eps, ctx.num_heads, ctx.groups = eps, num_heads, groups
-        weights = (norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, gamma)
-        ctx.save_for_backward(x, mean, inverse_std, qkv, attended, *weights, *log_sums)
+        weights = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma)
+        ctx.save_for_backward(x, mean, inverse_std, queries_keys, attended, *weights, *log_sums)
         return product(attended, *_scaled(proj_weight, proj_bias, gamma))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, inverse_std, qkv, attended, *weights_and_sums = ctx.saved_tensors
-        norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, gamma = weights_and_sums[:6]
-        log_sums = weights_and_sums[6:]
+        x, mean, inverse_std, queries_keys, attended, *weights_and_sums = ctx.saved_tensors
+        norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma = weights_and_sums[:7]
+        log_sums = weights_and_sums[7:]
         grad, wanted = grads[0].contiguous(), ctx.needs_input_grad
         by_proj: tuple[Tensor | None, ...] = (None, None, None)
         if any(wanted[5:8]):
             by_proj = _unscaled_gradients(product(grad.t(), attended.t()), grad.sum(0), proj_weight, proj_bias, gamma)
         grad_attended = product(grad, _scaled(proj_weight, proj_bias, gamma)[0].t())
-        grad_qkv = _attention_gradient(grad_attended, qkv, attended, log_sums, ctx.num_heads, ctx.groups)
-        by_qkv_weight = None
-        if wanted[3]:
-            by_qkv_weight = _weight_gradient(grad_qkv, _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0])
+        normed = _Norm.forward(x, norm_weight, norm_bias, ctx.eps)[0]
+        values = product(normed, *_rows(qkv_weight, qkv_bias, slice(2 * x.shape[1], None)))
+        grad_qkv = _attention_gradient(grad_attended, queries_keys, values, attended, log_sums, ctx.num_heads, ctx.groups)
+        del grad_attended, values
+        by_qkv_weight = _weight_gradient(grad_qkv, normed) if wanted[3] else None
+        del normed
         by_qkv_bias = grad_qkv.sum(0) if wanted[4] else None
         grad_normed = product(grad_qkv, qkv_weight.t())
         by_norm = _Norm.backward(grad_normed, x, mean, inverse_std, norm_weight, norm_bias, list(wanted[:3]))
         return *by_norm, by_qkv_weight, by_qkv_bias, *by_proj, None, None, None
 
 
-def _attention_parts(
-    qkv: Tensor, attended: Tensor, num_heads: int, groups: Sequence[CropGroup]
-) -> list[tuple[Tensor, Tensor, CropGroup]]:
-    """Return for each group the views [batch, tokens, 3, heads, head_dim] and [batch, tokens, heads, head_dim]."""
-    width = attended.shape[1] // num_heads  # named, for it cannot be inferred where drop path leaves no token
-    inputs = split_groups(qkv.view(len(qkv), 3, num_heads, width), groups)
-    outputs = split_groups(attended.view(len(attended), num_heads, width), groups)
-    return list(zip(inputs, outputs, groups, strict=True))
+def _rows(weight: Tensor, bias: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Return a projection to some of the outputs."""
+    return weight[rows], None if bias is None else bias[rows]
+
+
+def _by_group(packed: Sequence[Tensor], num_heads: int, groups: Sequence[CropGroup]) -> list[tuple[Tensor, ...]]:
+    """Return for each group the views [batch, tokens, kinds, heads, head_dim] of tensors [tokens, kinds * dim].
+
+    The last one holds one kind; the others' number of kinds follows from it.
+    """
+    dim = packed[-1].shape[1]  # named, for it cannot be inferred where drop path leaves no token
+    views = [tensor.view(len(tensor), tensor.shape[1] // dim, num_heads, dim // num_heads) for tensor in packed]
+    return list(zip(*(split_groups(view, groups) for view in views), strict=True))
 
 
 def _attention_gradient(
     grad_attended: Tensor,
-    qkv: Tensor,
+    queries_keys: Tensor,
+    values: Tensor,
     attended: Tensor,
     log_sums: Sequence[Tensor],
     num_heads: int,
     groups: Sequence[CropGroup],
 ) -> Tensor:
-    grad_qkv = torch.empty_like(qkv)
-    parts = _attention_parts(qkv, attended, num_heads, groups)
-    grad_parts = _attention_parts(grad_qkv, grad_attended, num_heads, groups)
-    for (part, output, group), (grad_part, grad_output, _), log_sum in zip(parts, grad_parts, log_sums, strict=True):
+    grad_qkv = attended.new_empty(len(attended), 3 * attended.shape[1])
+    parts = _by_group((grad_qkv, queries_keys, values, attended, grad_attended), num_heads, groups)
+    for (grad_part, part, *single), group, log_sum in zip(parts, groups, log_sums, strict=True):
         if group.batch == 0:
             continue
-        query, key, value = (tensor.transpose(1, 2) for tensor in part.unbind(2))
+        query, key = part.transpose(1, 3).unbind(2)
+        value, output, grad_output = (tensor[:, :, 0].transpose(1, 2) for tensor in single)
         found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_output.transpose(1, 2), query, key, value, output.transpose(1, 2), log_sum, 0.0, False
+            grad_output, query, key, value, output, log_sum, 0.0, False
         )
         for place, gradient in enumerate(found):
             grad_part[:, :, place].copy_(gradient.transpose(1, 2))
@@ -285,8 +297,8 @@ def _attention_gradient(
     return grad_qkv
 
 
-def rotate_in_place(part: Float[Tensor, "batch tokens 3 heads dim"], group: CropGroup, backwards: bool) -> None:
-    """Rotate queries and keys by their positions, or gradients back by them; values stay."""
+def rotate_in_place(part: Float[Tensor, "batch tokens kinds heads dim"], group: CropGroup, backwards: bool) -> None:
+    """Rotate queries and keys, the first two kinds, by their positions, or gradients back by them; values stay."""
     sin, cos = group.table.sin, group.table.cos
     half = sin.shape[-1] // 2
     angles_sin, angles_cos = (values[:, None, None, :half] for values in (sin, cos))

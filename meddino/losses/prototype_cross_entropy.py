@@ -60,29 +60,40 @@ class _Comparison:
     target_rows: Tensor
     weights: Tensor
 
-    def losses(self, logits: Float[Tensor, "m k"], first_row: int, into_gradient: bool) -> Float[Tensor, " m"]:
-        """Return each row's loss; the logits (already over the temperature) become their gradient if that is asked for."""
+    def losses(self, logits: Float[Tensor, "m k"], first_row: int, softmax: Float[Tensor, "m 2"]) -> Float[Tensor, " m"]:
+        """Return each row's loss, and note for the gradient what its softmax needs: the row's maximum and its sum.
+
+        The logits, already over the temperature, are used up.
+        """
         losses = logits.new_empty(len(logits))
-        for part in row_chunks(logits.shape[0], logits.shape[1], logits.device):
-            rows = slice(first_row + part.start, first_row + part.stop)
-            losses[part] = self._chunk(logits[part], self.target_rows[rows], self.weights[rows], into_gradient)
+        for part, rows, assigned in self._assignments(logits, first_row):
+            chunk, total_weight = logits[part], self.weights[rows].sum(1)
+            # Less the row's maximum, in the assignment's product too: large logits would cost digits in both terms.
+            torch.amax(chunk, 1, out=softmax[part, 0])
+            chunk.sub_(softmax[part, :1])
+            agreement = torch.linalg.vecdot(assigned, chunk)
+            torch.sum(chunk.exp_(), 1, out=softmax[part, 1])
+            losses[part] = total_weight * softmax[part, 1].log() - agreement
         return losses
 
-    def _chunk(self, logits: Tensor, target_rows: Tensor, weights: Tensor, into_gradient: bool) -> Tensor:
+    def into_gradient(self, logits: Float[Tensor, "m k"], first_row: int, softmax: Float[Tensor, "m 2"]) -> None:
+        """Turn logits, already over the temperature, into the gradient of `losses`, which noted `softmax`."""
+        for part, rows, assigned in self._assignments(logits, first_row):
+            largest, normaliser = softmax[part].unbind(1)
+            scale = self.weights[rows].sum(1) / normaliser
+            logits[part].sub_(largest[:, None]).exp_().mul_(scale[:, None]).sub_(assigned)
+
+    def _assignments(self, logits: Tensor, first_row: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield for a few rows at a time: where they lie in the logits, where in all rows, and the weighted assignments."""
         targets = self.targets
-        scales = targets.row_scale[target_rows] * weights  # [m, r]
-        assigned = targets.kernel[target_rows[:, 0]].mul_(scales[:, :1])
-        for other in range(1, target_rows.shape[1]):
-            assigned.addcmul_(targets.kernel[target_rows[:, other]], scales[:, other, None])
-        assigned.mul_(targets.column_scale)
-        # Less the row's maximum, in the assignment's product too: large logits would cost digits in both terms.
-        logits.sub_(logits.amax(1, keepdim=True))
-        agreement: Tensor = torch.linalg.vecdot(assigned, logits)
-        total_weight: Tensor = weights.sum(1)
-        normaliser = logits.exp_().sum(1)
-        if into_gradient:
-            logits.mul_((total_weight / normaliser)[:, None]).sub_(assigned)
-        return total_weight * normaliser.log() - agreement
+        for part in row_chunks(logits.shape[0], logits.shape[1], logits.device):
+            rows = slice(first_row + part.start, first_row + part.stop)
+            target_rows = self.target_rows[rows]
+            scales = targets.row_scale[target_rows] * self.weights[rows]  # [m, r]
+            assigned = targets.kernel[target_rows[:, 0]].mul_(scales[:, :1])
+            for other in range(1, target_rows.shape[1]):
+                assigned.addcmul_(targets.kernel[target_rows[:, other]], scales[:, other, None])
+            yield part, rows, assigned.mul_(targets.column_scale)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -101,10 +112,11 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bottleneck.dtype
         comparison = _Comparison(targets, target_rows, weights)
         by_row = bottleneck.new_empty(len(bottleneck), dtype=targets.kernel.dtype)
+        softmax = by_row.new_empty(len(by_row), 2)
         for rows, logits, _ in _logits(bottleneck, prototypes, temperature, dtype):
-            by_row[rows] = comparison.losses(logits, rows.start, into_gradient=False)
+            by_row[rows] = comparison.losses(logits, rows.start, softmax[rows])
             del logits  # before the next ones are made
-        ctx.save_for_backward(bottleneck, prototypes)
+        ctx.save_for_backward(bottleneck, prototypes, softmax)
         ctx.comparison, ctx.temperature, ctx.dtype = comparison, temperature, dtype
         ctx.mark_non_differentiable(by_row)
         return by_row.sum(), by_row
@@ -112,7 +124,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        bottleneck, prototypes = ctx.saved_tensors
+        bottleneck, prototypes, softmax = ctx.saved_tensors
         given: _Comparison = ctx.comparison
         comparison = _Comparison(given.targets, given.target_rows, given.weights * grads[0])
         ctx.comparison = None  # the graph may outlive this call, and the kernel is large
@@ -121,7 +133,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         grad_prototypes: Tensor | None = None
         columns = prototypes.to(ctx.dtype).t()
         for rows, logits, features in _logits(bottleneck, prototypes, ctx.temperature, ctx.dtype):
-            comparison.losses(logits, rows.start, into_gradient=True)
+            comparison.into_gradient(logits, rows.start, softmax[rows])
             gradient = logits.to(ctx.dtype)
             if grad_bottleneck is not None:
                 grad_bottleneck[rows] = product(gradient, columns).div_(ctx.temperature)
