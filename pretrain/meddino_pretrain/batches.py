@@ -31,7 +31,7 @@ class RawBatch:
         mask_indices: [M] places of the masked patches in the flattened masks.
         mask_weights: [M] 1 / (masked patches in the same crop).
         keys: The B slices' keys.
-        damaged: One line for each damaged slice that was stood in for.
+        damaged: (key, what is wrong) of each damaged slice that was stood in for.
         data_wait_s: How long the training process waited for this batch.
     """
 
@@ -47,7 +47,7 @@ class RawBatch:
     mask_indices: Int64[Tensor, " m"]
     mask_weights: Float[Tensor, " m"]
     keys: list[str]
-    damaged: list[str] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
     data_wait_s: float = 0.0
 
     def pin_memory(self) -> "RawBatch":
@@ -73,7 +73,7 @@ class Batch:
         mask_weights: [M] 1 / (masked patches in the same crop).
         keys: The B slices' keys.
         data_wait_s: How long the training process waited for it.
-        damaged: One line for each damaged slice that was stood in for.
+        damaged: (key, what is wrong) of each damaged slice that was stood in for.
     """
 
     step: int
@@ -86,7 +86,7 @@ class Batch:
     mask_weights: Float[Tensor, " m"]
     keys: list[str]
     data_wait_s: float
-    damaged: list[str] = field(default_factory=list)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
 
 
 def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> Batch:
@@ -95,14 +95,17 @@ def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> 
     def there(tensor: Tensor) -> Tensor:
         return tensor.to(machine.device, non_blocking=True)
 
+    def images(hu: Tensor, intensity: Tensor, undistorted: bool = False) -> Tensor:
+        return apply_intensity(there(hu), intensity, contract, undistorted).to(machine.weight_dtype)
+
     gram = None
     if raw.gram_hu is not None:
-        gram = apply_intensity(there(raw.gram_hu), raw.global_intensity, contract, undistorted=True)
+        gram = images(raw.gram_hu, raw.global_intensity, undistorted=True)
     return Batch(
         step=raw.step,
         micro_step=raw.micro_step,
-        global_crops=apply_intensity(there(raw.global_hu), raw.global_intensity, contract),
-        local_crops=apply_intensity(there(raw.local_hu), raw.local_intensity, contract),
+        global_crops=images(raw.global_hu, raw.global_intensity),
+        local_crops=images(raw.local_hu, raw.local_intensity),
         gram_teacher_crops=gram,
         masks=there(raw.masks),
         mask_indices=there(raw.mask_indices),

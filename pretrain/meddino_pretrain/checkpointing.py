@@ -18,10 +18,12 @@ from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
 from meddino_pretrain.background_save import BackgroundSaver, FrozenState
 from meddino_pretrain.config import SavingConfig
+from meddino_pretrain.damaged_slices import DamagedSlices
 from meddino_pretrain.metrics import MetricsWriter
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
+DAMAGED = "damaged_slices"
 logger = get_logger(__name__)
 
 
@@ -42,6 +44,7 @@ class StageCheckpoints:
         saving: SavingConfig,
         steps: int,
         snapshot_steps: frozenset[int],
+        damaged: DamagedSlices,
     ) -> None:
         """Say what belongs to the state.
 
@@ -53,9 +56,10 @@ class StageCheckpoints:
             saving: How often, and how many stay.
             steps: Length of the stage; its last step is always saved.
             snapshot_steps: After which steps a snapshot is taken.
+            damaged: Those that the run has met; written into every checkpoint's meta.
         """
         self.folder, self.saving, self.steps, self.snapshot_steps = folder, saving, steps, snapshot_steps
-        self.meta = meta
+        self.meta, self.damaged = meta, damaged
         self.step = self.bad_in_a_row = 0
         self._state = state
         self._teacher_backbone = teacher_backbone
@@ -86,7 +90,8 @@ class StageCheckpoints:
             state = {**self._state, "counters": {"bad_in_a_row": self.bad_in_a_row}}
             writes.append((self.folder / CHECKPOINTS / checkpoint_name(step), self._frozen.copy(state)))
         if writes:
-            self._saver.start(lambda: self._write(writes, {**self.meta, "step": step}, prune=due))
+            meta = {**self.meta, "step": step, DAMAGED: sorted(self.damaged.keys)}
+            self._saver.start(lambda: self._write(writes, meta, prune=due))
 
     def finish(self) -> None:
         """Wait until everything is on disk, and raise what went wrong on the way."""
@@ -106,6 +111,11 @@ class StageCheckpoints:
 def snapshot_folder(stage_folder: Path, step: int) -> Path:
     """Return where a stage keeps the teacher's backbone of a step."""
     return stage_folder / SNAPSHOTS / checkpoint_name(step)
+
+
+def damaged_keys(checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    """Return the keys of the damaged slices that a run had met when it saved."""
+    return () if checkpoint is None else tuple(checkpoint.meta.get(DAMAGED, ()))
 
 
 def last_checkpoint(stage_folder: Path) -> Checkpoint | None:

@@ -6,9 +6,9 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated, Any, Protocol, runtime_checkable
@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ShardError
-from meddino.core.logging import get_logger
 from meddino.data.contract import InputContract
 from meddino_pretrain.augment import AugmentConfig, distort_slice, draw_intensity
 from meddino_pretrain.batches import RawBatch
@@ -30,7 +29,8 @@ from meddino_pretrain.crops import GLOBAL_CROPS, CropsConfig, crop_sizes_for_ste
 from meddino_pretrain.masks import MaskingConfig, masks_for_crops
 from meddino_pretrain.sample_order import BatchShare, SampleOrder
 
-logger = get_logger(__name__)
+# Slices tried for one place of a batch: where so many drawn at random are damaged, the rest is too.
+MAX_TRIED = 100
 
 
 class LoaderConfig(StrictConfig):
@@ -86,7 +86,6 @@ class SampleMaker:
         patch_size: Side of a patch [px].
         order: Which slice comes when.
         share: Which places of a step are this rank's.
-        max_damaged: Damaged slices allowed at one place of a step.
     """
 
     corpus: SliceSource
@@ -97,13 +96,12 @@ class SampleMaker:
     patch_size: int
     order: SampleOrder
     share: BatchShare
-    max_damaged: int
 
     def make(self, step: int, micro_step: int) -> RawBatch:
         """Read, crop and mask one micro-batch: a pure function of the seed, the step and the places.
 
         Raises:
-            ShardError: A place found no readable slice within the allowed number of stand-ins.
+            ShardError: A place found no readable slice, nor a stand-in for it.
         """
         seed, sizes = self.order.seed, crop_sizes_for_step(self.crops, self.order.seed, step)
         places = self.share.places(micro_step)
@@ -115,11 +113,11 @@ class SampleMaker:
             gram_hu = torch.empty(GLOBAL_CROPS, batch, sizes.gram_px, sizes.gram_px, dtype=torch.int16)
         intensity = np.empty((GLOBAL_CROPS + num_local, batch, 4), dtype=np.float32)
         keys: list[str] = []
-        damaged: list[str] = []
+        damaged: list[tuple[str, str]] = []
         for i, number in enumerate(self.order.numbers(step, places)):
             index, hu, complaints = self._read(number)
             keys.append(self.corpus.key(index))
-            damaged += complaints
+            damaged += [(self.corpus.key(bad), wrong) for bad, wrong in complaints.items()]
             y_mm, x_mm = self.corpus.spacing_mm[index].tolist()
             boxes = draw_boxes(self.crops, seed, number, hu.shape, (y_mm, x_mm))
             distorted = distort_slice(hu, self.augment, seed, number)
@@ -150,18 +148,21 @@ class SampleMaker:
             damaged=damaged,
         )
 
-    def _read(self, number: int) -> tuple[int, NDArray[np.int16], list[str]]:
+    def _read(self, number: int) -> tuple[int, NDArray[np.int16], dict[int, str]]:
         complaints: dict[int, str] = {}
         for index in itertools.chain([self.order.slice_of(number)], self.order.stand_ins(number)):
             if index in complaints:
                 continue
             try:
-                return index, self.corpus.read(index), list(complaints.values())
+                return index, self.corpus.read(index), complaints
             except ShardError as error:
                 complaints[index] = str(error)
-            if len(complaints) > self.max_damaged:
+            if len(complaints) == MAX_TRIED:
                 break
-        raise _too_many_damaged(self.corpus, complaints.values(), self.max_damaged)
+        raise ShardError(
+            f"none of {len(complaints)} slices tried in corpus {self.corpus.root} can be read; "
+            f"the last one: {list(complaints.values())[-1]}"
+        )
 
 
 class _Batches(Dataset[RawBatch | ShardError]):
@@ -224,11 +225,10 @@ class Loader:
 
     Attributes:
         maker: Makes the batches.
-        config: Workers, prefetch, limit of damaged slices.
+        config: Workers, prefetch.
         first_step: Where to begin; reached without reading what comes before.
         last_step: Where to end (not included).
         pin_memory: Whether batches go to an accelerator.
-        damaged: One line for each damaged slice met so far by this process.
     """
 
     maker: SampleMaker
@@ -236,7 +236,6 @@ class Loader:
     first_step: int
     last_step: int
     pin_memory: bool = False
-    damaged: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
@@ -246,7 +245,7 @@ class Loader:
         """Yield micro-batches; each says how long it was waited for.
 
         Raises:
-            ShardError: More damaged slices than the config allows.
+            ShardError: A place found no readable slice, nor a stand-in for it.
         """
         source = self._source()
         while True:
@@ -254,8 +253,6 @@ class Loader:
             item = next(source, None)
             if item is None:
                 return
-            if isinstance(item, RawBatch):
-                item = self._counted(item)
             if isinstance(item, ShardError):
                 del source  # ends the workers now, not whenever the error's traceback is collected
                 raise item
@@ -282,15 +279,6 @@ class Loader:
         for worker in set(multiprocessing.active_children()) - before:
             atexit.register(_end_worker, worker)
         return iterator
-
-    def _counted(self, batch: RawBatch) -> RawBatch | ShardError:
-        for line in batch.damaged:
-            if line not in self.damaged:
-                logger.warning("damaged slice, another stands in for it: %s", line)
-            self.damaged[line] = self.damaged.get(line, 0) + 1
-        if len(self.damaged) > self.config.max_damaged:
-            return _too_many_damaged(self.maker.corpus, self.damaged, self.config.max_damaged)
-        return batch
 
 
 def build_loader(
@@ -319,7 +307,7 @@ def build_loader(
         masking: How global crops are masked.
         augment: How intensities change.
         contract: The model's input contract.
-        loader: Workers, prefetch, limit of damaged slices.
+        loader: Workers, prefetch.
         patch_size: Side of a patch [px].
         seed: The stage's seed; another stage takes another, or it sees the same slices in the same order.
         global_batch: Slices in one optimizer step, over all ranks and micro-batches.
@@ -343,7 +331,6 @@ def build_loader(
         patch_size=patch_size,
         order=SampleOrder(seed, len(corpus), global_batch),
         share=BatchShare(global_batch, rank, world_size, accumulation),
-        max_damaged=loader.max_damaged,
     )
     return Loader(maker, loader, first_step, last_step, pin_memory)
 
@@ -353,10 +340,3 @@ def _mask_places(masks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     counts = masks.sum(axis=1)
     weights = (1.0 / np.maximum(counts, 1)).astype(np.float32)[indices // masks.shape[1]]
     return torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(weights)
-
-
-def _too_many_damaged(corpus: SliceSource, lines: Collection[str], allowed: int) -> ShardError:
-    return ShardError(
-        f"{len(lines)} damaged slices in corpus {corpus.root}, loader.max_damaged allows {allowed}; "
-        f"the last one: {list(lines)[-1]}"
-    )

@@ -12,7 +12,7 @@ from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
-from meddino_pretrain.checkpointing import last_checkpoint, snapshot_folder
+from meddino_pretrain.checkpointing import damaged_keys, last_checkpoint, snapshot_folder
 from meddino_pretrain.config import GramTeacherConfig, InitConfig
 from meddino_pretrain.fixed_slices import fixed_slices
 from meddino_pretrain.gram_choice import GramChoice, choose_gram_teacher
@@ -34,12 +34,14 @@ class Origin:
         gram_teacher: Snapshot folder of the Gram teacher, or None.
         gram_choice: How it was chosen, where that was measured.
         words: One line for people.
+        damaged: Keys of the damaged slices that the stages before met.
     """
 
     weights: Path | None
     gram_teacher: Path | None
     gram_choice: GramChoice | None
     words: str
+    damaged: tuple[str, ...] = ()
 
     def record(self, run: Path, steps: int) -> dict[str, Any]:
         """Return it as JSON for run.json, paths relative to the run."""
@@ -67,7 +69,7 @@ def find_origin(run: RunFolder, name: str, backbone: ViTConfig, corpus: Corpus, 
         CheckpointError: The stage before is not finished, or a snapshot for the Gram teacher is missing.
     """
     stage = run.config.stages[name]
-    weights, words = None, f"fresh weights (init.weights = {SCRATCH})"
+    weights, before, words = None, None, f"fresh weights (init.weights = {SCRATCH})"
     if stage.starts_from is None and run.config.init.weights != SCRATCH:
         words = f"{run.config.init.weights}"
     if stage.starts_from is not None:
@@ -80,14 +82,14 @@ def find_origin(run: RunFolder, name: str, backbone: ViTConfig, corpus: Corpus, 
             )
         weights, words = before.folder, f"student, teacher and heads of {before.meta['stage']} after step {before.step}"
     if stage.gram_teacher is None:
-        return Origin(weights, None, None, words)
+        return Origin(weights, None, None, words, damaged_keys(before))
     choice, step = None, stage.gram_teacher.step
     if step == "auto":
         choice = _measure(run, stage.gram_teacher, backbone, corpus, machine)
         step = choice.step
     gram = snapshot_folder(run.stage_folder(stage.gram_teacher.stage), step)
     words += f"; Gram teacher: EMA teacher of {stage.gram_teacher.stage} after step {step}"
-    return Origin(weights, gram, choice, words + (f" ({choice.words})" if choice else ""))
+    return Origin(weights, gram, choice, words + (f" ({choice.words})" if choice else ""), damaged_keys(before))
 
 
 def load_origin(origin: Origin, objective: DINOv3Objective) -> None:
@@ -141,7 +143,7 @@ def take_init(weights: BackboneWeights, heads: str, networks: Mapping[str, DINOv
 def _measure(run: RunFolder, config: GramTeacherConfig, backbone: ViTConfig, corpus: Corpus, machine: Machine) -> GramChoice:
     size_px = run.config.stages[config.stage].crops.sizes[0].global_px
     fixed = fixed_slices(corpus, run.config.input_contract, config.choice.slices, size_px)
-    see = VisionTransformer(backbone).to(machine.device).eval()
+    see = VisionTransformer(backbone).to(machine.device, machine.weight_dtype).eval()
     scores = {}
     for step in sorted(run.config.snapshots(config.stage)):
         load_training_state(snapshot_folder(run.stage_folder(config.stage), step), {"backbone": see})

@@ -1,6 +1,7 @@
 """The stage graph of a run: one stage after the other, each from where it stands."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from meddino.checkpoints.flat_state import OptimizerState
@@ -20,9 +21,10 @@ from meddino_pretrain.build import (
     build_stage_optimizer,
     build_trainer,
 )
-from meddino_pretrain.checkpointing import StageCheckpoints, last_checkpoint
+from meddino_pretrain.checkpointing import StageCheckpoints, damaged_keys, last_checkpoint
 from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.corpus_audit import check_audit
+from meddino_pretrain.damaged_slices import DamagedSlices
 from meddino_pretrain.fixed_slices import FixedSlices, fixed_slices
 from meddino_pretrain.health import HealthProbe
 from meddino_pretrain.metrics import MetricsWriter
@@ -39,7 +41,13 @@ HEALTH_REFERENCE = "health_reference.safetensors"
 logger = get_logger(__name__)
 
 
-def run_pretraining(config: PretrainConfig, corpus_folder: Path | str, out: Path, stages: Sequence[str] = ()) -> None:
+def run_pretraining(
+    config: PretrainConfig,
+    corpus_folder: Path | str,
+    out: Path,
+    stages: Sequence[str] = (),
+    caught: StopRequest | None = None,
+) -> None:
     """Run the stages of a recipe, or go on where an earlier call stopped.
 
     Args:
@@ -47,6 +55,7 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path | str, out: Path
         corpus_folder: A corpus of `meddino-curate`, or its URL.
         out: The run's folder.
         stages: Only these; all if empty.
+        caught: Where signals are noted already; None catches them from here on.
 
     Raises:
         MedDINOError: Wrong input, told in one line.
@@ -58,7 +67,7 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path | str, out: Path
     backbone = backbone_config(config.backbone.name, **config.backbone.changes)
     for stage in config.stages.values():
         stage.crops.check_patch_size(backbone.patch_size)
-    with start_distributed() as place, stop_on_signals() as stop:
+    with start_distributed() as place, nullcontext(caught) if caught else stop_on_signals() as stop:
         machine = find_machine(config.machine.device, config.machine.precision, place.local_rank)
         if not machine.is_accelerator:
             use_cpu_threads()
@@ -70,6 +79,7 @@ def run_pretraining(config: PretrainConfig, corpus_folder: Path | str, out: Path
             fixed = fixed_slices(corpus, config.input_contract, config.health.slices, first_size)
             peak = measure_peak(machine)
             for name in stages or config.stages:
+                stop.check(f"before {name}")
                 run_stage(run, name, corpus, fixed, machine, peak, stop)
             if is_main():
                 write_report(run.folder, config)
@@ -88,6 +98,8 @@ def run_stage(
     stage = _as_chosen(run, name)
     if stage is None:
         return
+    damaged = DamagedSlices(corpus.location, config.loader.max_damaged, origin.damaged if origin else damaged_keys(begun))
+    damaged.check()
     objective = _build_objective(run, stage, seed, machine, origin)
     optimizer = build_stage_optimizer(config.optimizer, objective)
     checkpoints = StageCheckpoints(
@@ -98,6 +110,7 @@ def run_stage(
         saving=config.saving,
         steps=stage.steps,
         snapshot_steps=config.snapshots(name),
+        damaged=damaged,
     )
     if begun is not None:
         checkpoints.resume(begun)

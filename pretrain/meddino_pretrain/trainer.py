@@ -10,6 +10,7 @@ from torch import Tensor
 from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.logging import get_logger
+from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_strings, all_reduce_mean, world_size
 from meddino_pretrain.batches import Batch
 from meddino_pretrain.checkpointing import StageCheckpoints
@@ -65,14 +66,14 @@ class Trainer:
         self.objective, self.optimizer, self.schedules, self.steps = objective, optimizer, schedules, steps
         self.checkpoints, self.metrics, self.progress, self.watch, self.stop = checkpoints, metrics, progress, watch, stop
         self.speed, self.machine, self.clip_grad_norm, self.max_bad_steps = speed, machine, clip_grad_norm, max_bad_steps
-        self.step = checkpoints.step
+        self.step, self.damaged = checkpoints.step, checkpoints.damaged
 
     def fit(self) -> None:
         """Train to the stage's end.
 
         Raises:
             StoppedEarly: A signal came; the state is saved.
-            MedDINOError: Too many bad steps in a row.
+            MedDINOError: Too many bad steps in a row, or too many damaged slices; the latter with the state saved.
         """
         for batches in self.steps:
             start = time.perf_counter()
@@ -80,8 +81,13 @@ class Trainer:
             self.step += 1
             self.write_down(record, batches, time.perf_counter() - start)
             self.stop_if_diverged(record)
+            if record["damaged_slices"]:  # of all processes, so that all come here or none
+                self.damaged.add([each for batch in batches for each in batch.damaged])
             stop = self.stop.agreed()
-            self.checkpoints.after_step(self.step, self.metrics, now=stop)
+            self.checkpoints.after_step(self.step, self.metrics, now=stop or self.damaged.too_many)
+            if self.damaged.too_many:
+                self.checkpoints.finish()
+                self.damaged.check()
             if stop and self.step < self.schedules.steps:
                 self.checkpoints.finish()
                 raise StoppedEarly(f"stopped by a signal after step {self.step}, all is saved; run the same command again")
@@ -158,5 +164,5 @@ class Trainer:
         damaged = losses["total"].new_tensor(float(world_size() * sum(len(batch.damaged) for batch in batches)))
         norms = {f"grad_norm/{name}": norm for name, norm in norms.items()}
         named = {**losses, **norms, **observed, "damaged_slices": damaged}
-        flat = all_reduce_mean(torch.stack([value.float().reshape(()) for value in named.values()]))
+        flat = all_reduce_mean(torch.stack([at_least_float32(value).reshape(()) for value in named.values()]))
         return dict(zip(named, flat.tolist(), strict=True))

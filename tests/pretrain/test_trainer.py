@@ -12,7 +12,7 @@ from meddino_pretrain.stages import run_pretraining
 
 from meddino.checkpoints.safetensors_storage import read_tensors
 from meddino.core.config import load_config
-from meddino.core.errors import MedDINOError, ShardError
+from meddino.core.errors import MedDINOError
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 
@@ -73,7 +73,7 @@ def test_trainer__good_steps_between_bad_ones_start_the_count_again(run_with_nan
     assert [record["skipped"] for record in read_metrics(run / STAGE / "metrics.jsonl")] == [True, False, True, False]
 
 
-def test_trainer__damaged_slices_are_counted_and_stop_the_run_at_the_limit(request, make_corpus, tmp_path, caplog):
+def test_trainer__damaged_slices_are_counted(request, make_corpus, tmp_path, caplog):
     corpus = make_corpus(count=8, name="damaged")
     for index in (2, 5):
         shard = corpus.root / "shards" / corpus.slices.column("shard")[index].as_py()
@@ -96,5 +96,3 @@ def test_trainer__damaged_slices_are_counted_and_stop_the_run_at_the_limit(reque
     assert [record["damaged_slices"] for record in run("again")] == counted
     assert "another stands in for it" in caplog.text
     assert f"met {sum(counted)} times" in (tmp_path / "run" / "report.html").read_text()
-    with pytest.raises(ShardError, match=r"2 damaged slices .* loader.max_damaged allows 1"):
-        run("strict", "loader.max_damaged=1")
