@@ -151,7 +151,7 @@ def model_flops(student: "DINOv3Network", batch: Batch, gram: bool) -> float:
 
     from torch.utils.flop_counter import FlopCounterMode
 
-    network = copy.deepcopy(student).to("meta").eval()
+    network = copy.deepcopy(student).to("meta", batch.global_crops.dtype).eval()
 
     def count(crops: torch.Tensor, masked: int) -> float:
         with FlopCounterMode(display=False) as counter, torch.no_grad():

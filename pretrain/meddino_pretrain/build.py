@@ -63,8 +63,8 @@ def build_objective(
         student: From `build_networks`, not yet spread.
         teacher: Likewise.
     """
-    student.to(machine.device)
-    teacher.to(machine.device).requires_grad_(False)
+    student.to(machine.device, machine.weight_dtype)
+    teacher.to(machine.device, machine.weight_dtype).requires_grad_(False)
     gram_teacher = copy.deepcopy(teacher.backbone) if stage.gram_teacher is not None else None
     leash_teacher = copy.deepcopy(teacher.backbone) if stage.losses.leash_weight > 0 else None
     student.backbone.activation_checkpointing = config.machine.activation_checkpointing

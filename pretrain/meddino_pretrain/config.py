@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from meddino.checkpoints.coverage import GapsConfig
 from meddino.core.config import StrictConfig
-from meddino.core.device import Precision
+from meddino.core.device import TrainingPrecision
 from meddino.data.contract import InputContract
 from meddino.distributed.parallel import Parallel
 from meddino_pretrain.augment import AugmentConfig
@@ -26,7 +26,8 @@ class MachineConfig(StrictConfig):
 
     device: Annotated[str, Field(description="auto: an accelerator if there is one, else the CPU; or cpu, cuda, cuda:1")]
     precision: Annotated[
-        Precision, Field(description="auto: bf16 on an accelerator that has it, fp32 on the CPU; or fp32, bf16")
+        TrainingPrecision,
+        Field(description="auto: bf16 on an accelerator that has it, fp32 on the CPU; or fp32, bf16, fp64 (to compare runs)"),
     ]
     parallel: Annotated[
         Parallel, Field(description="auto: DDP where there are several processes; fsdp2 cuts weights over them")

@@ -81,8 +81,8 @@ class HealthProbe:
         cls_use, patch_use = PrototypeUse(teacher_temperature), PrototypeUse(teacher_temperature)
         cls_parts, patch_parts, scores = [], [], []
         for start in range(0, len(self.fixed), CHUNK):
-            images = self.fixed.first_view[start : start + CHUNK].to(self.machine.device)
-            mirrored = self.fixed.second_view[start : start + CHUNK].to(self.machine.device)
+            images = self.fixed.first_view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype)
+            mirrored = self.fixed.second_view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype)
             with self.machine.autocast():
                 output, cls_logits, patch_logits = teacher.look(images, _EVERY_PATCH)
                 other, *_ = teacher.look(mirrored, _EVERY_PATCH)

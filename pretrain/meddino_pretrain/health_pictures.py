@@ -40,7 +40,7 @@ def health_pictures(
     """
     places = np.linspace(0, len(fixed) - 1, min(count, len(fixed))).round().astype(int).tolist()
     with machine.autocast():
-        output = see(fixed.first_view[places].to(machine.device))
+        output = see(fixed.first_view[places].to(machine.device, machine.weight_dtype))
     maps = patch_map(output).cpu()
     slices = [np.repeat(fixed.grey[place].numpy()[..., None], 3, axis=2) for place in places]
     rows = [[_tile(picture) for picture in slices], [_tile(picture) for picture in patch_pca_images(list(maps))]]

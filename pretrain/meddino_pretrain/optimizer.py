@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from meddino.core.precision import at_least_float32
+
 BACKBONE = "backbone"
 
 
@@ -119,7 +121,7 @@ def clip_by_module(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
             norm = norm.full_tensor()
         if math.isfinite(max_norm):
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
-        norms[name] = norm.detach().float()
+        norms[name] = at_least_float32(norm.detach())
     return norms
 
 

@@ -69,7 +69,7 @@ def snapshot_scores(see: Callable[[Tensor], ViTOutput], fixed: FixedSlices, mach
         views = []
         for view in (fixed.first_view, fixed.second_view):
             with machine.autocast():
-                output = see(view[start : start + CHUNK].to(machine.device))
+                output = see(view[start : start + CHUNK].to(machine.device, machine.weight_dtype))
             views.append(patch_map(output))
         scores.append(patch_consistency(views[0], views[1], fixed.body[start : start + CHUNK]).cpu())
     return torch.cat(scores)

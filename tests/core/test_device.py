@@ -25,3 +25,11 @@ def test_find_machine__absent_device_is_named():
         find_machine("cuda")
     with pytest.raises(ConfigError, match="device 'teapot' is unknown"):
         find_machine("teapot")
+
+
+def test_find_machine__float64_throughout_by_request():
+    machine = find_machine("cpu", "fp64")
+    assert machine.compute_dtype == machine.weight_dtype == torch.float64
+    with machine.autocast():
+        assert torch.ones(2, 2).mm(torch.ones(2, 2)).dtype == torch.float32  # nothing is cast on the way
+    assert find_machine("cpu", "bf16").weight_dtype == torch.float32

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from meddino.core.config import StrictConfig
 from meddino.core.device import Machine
+from meddino.core.precision import at_least_float32
 from meddino.distributed.parallel import gradient_sync
 from meddino.layers.drop_path import CropNumbers, ForwardDraws
 from meddino.losses.gram import Negatives, resize_patch_map
@@ -175,7 +176,7 @@ class DINOv3Objective:
         if self.leash_teacher is None:
             return None
         seen = self.leash_teacher(batch.global_crops)
-        return Leash(self.config.leash, seen.cls_token.float(), seen.patch_tokens.float())
+        return Leash(self.config.leash, at_least_float32(seen.cls_token), at_least_float32(seen.patch_tokens))
 
     def _gram_tokens(self, batch: Batch) -> Tensor | None:
         if self.config.gram_weight == 0 or self.gram_teacher is None or batch.gram_teacher_crops is None:
@@ -183,7 +184,8 @@ class DINOv3Objective:
         seen = self.gram_teacher(batch.gram_teacher_crops)
         side = self.student.backbone.patch_size
         grid = (batch.global_crops.shape[-2] // side, batch.global_crops.shape[-1] // side)
-        maps = seen.patch_tokens.float().transpose(1, 2).unflatten(2, seen.grid)
+        tokens = at_least_float32(seen.patch_tokens)
+        maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *seen.grid)
         return resize_patch_map(maps, grid).flatten(2).transpose(1, 2)
 
     def _koleo_pulls(self, batches: Sequence[Batch], draws: Sequence[ForwardDraws]) -> list[KoLeoPull | None]:

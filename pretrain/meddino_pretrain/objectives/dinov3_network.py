@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_with_grad, rank
 from meddino.layers.drop_path import ForwardDraws
 from meddino.layers.projection_head import ProjectionHead
@@ -51,9 +52,9 @@ class Leash:
         """Return how far the student's tokens went: mean squared difference over CLS tokens and patches it sees."""
         if self.kind == "gram":
             return gram_loss(seen.patch_tokens, self.patch_tokens)
-        of_cls = (seen.cls_token.float() - self.cls_token).square().mean()
-        of_patches = (seen.patch_tokens.float() - self.patch_tokens).square().mean(dim=-1)
-        visible = (~masks).float()
+        of_cls = (at_least_float32(seen.cls_token) - self.cls_token).square().mean()
+        of_patches = (at_least_float32(seen.patch_tokens) - self.patch_tokens).square().mean(dim=-1)
+        visible = (~masks).to(of_patches.dtype)
         return of_cls + (of_patches * visible).sum() / visible.sum().clamp(min=1.0)
 
 
@@ -154,7 +155,7 @@ class DINOv3Network(nn.Module):
         """Return the teacher's logits of all global crops (unmasked) and of the patches that the student has masked."""
         seen = self.backbone(batch.global_crops)
         masked = seen.patch_tokens.flatten(0, 1)[batch.mask_indices]
-        return self.dino_head(seen.cls_token).float(), self.ibot_head(masked).float()
+        return at_least_float32(self.dino_head(seen.cls_token)), at_least_float32(self.ibot_head(masked))
 
     @torch.no_grad()
     def look(
@@ -163,21 +164,21 @@ class DINOv3Network(nn.Module):
         """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
         seen: ViTOutput = self.backbone(images)
         patches = seen.patch_tokens[:, ::every].flatten(0, 1)
-        return seen, self.dino_head(seen.cls_token).float(), self.ibot_head(patches).float()
+        return seen, at_least_float32(self.dino_head(seen.cls_token)), at_least_float32(self.ibot_head(patches))
 
     @torch.no_grad()
     def global_cls(self, batch: Batch, draws: ForwardDraws) -> Float[Tensor, "gb d"]:
         """Return the student's CLS tokens of the masked global crops as `forward` will compute them."""
         alone = replace(draws, groups=draws.groups[:1])
         cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, draws=alone).cls_token
-        return cls_token.float()
+        return at_least_float32(cls_token)
 
     @staticmethod
     def _koleo(cls_token: Tensor, pull: KoLeoPull | None) -> Tensor:
         if pull is None:
             return mean_koleo(cls_token)
         # The value of the whole batch with this micro-batch's share of its gradient.
-        moved = (cls_token.float() * pull.gradient).sum()
+        moved = (at_least_float32(cls_token) * pull.gradient).sum()
         return pull.value + moved - moved.detach()
 
 
@@ -185,6 +186,6 @@ def mean_koleo(cls_token: Float[Tensor, "gb d"]) -> Float[Tensor, ""]:
     """Return the mean over both global crops of KoLeo among the images of each, neighbours from all processes."""
     terms = []
     for crop in cls_token.chunk(GLOBAL_CROPS):
-        everyone = all_gather_with_grad(crop.float())
+        everyone = all_gather_with_grad(at_least_float32(crop))
         terms.append(koleo_loss(crop, everyone=everyone, first=rank() * len(crop)))
     return torch.stack(terms).mean()
