@@ -35,14 +35,14 @@ def command_parser(program: str, description: str, example: str) -> argparse.Arg
 
 
 def run_command(
-    parser: argparse.ArgumentParser, argv: Sequence[str] | None, handle: Callable[[argparse.Namespace], None]
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, handle: Callable[[argparse.Namespace], int | None]
 ) -> int:
     """Parse the arguments, run the command, and turn what went wrong into an exit code.
 
     Args:
         parser: From `command_parser`.
         argv: Arguments; the process's own if None.
-        handle: The work. It raises; it never calls `sys.exit`.
+        handle: The work. It raises; it never calls `sys.exit`. What started other processes returns their exit code.
 
     Returns:
         0 done, 2 wrong input (one line on stderr), 75 stopped early and wants to be run again. Other faults raise,
@@ -51,7 +51,7 @@ def run_command(
     arguments = _parse(parser, argv)
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
-        handle(arguments)
+        return handle(arguments) or EXIT_DONE
     except MedDINOError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -70,7 +70,6 @@ def run_command(
             file=sys.stderr,
         )
         return EXIT_WRONG_INPUT
-    return EXIT_DONE
 
 
 def write_line(text: str) -> None:

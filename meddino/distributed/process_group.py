@@ -61,7 +61,8 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
 
     Args:
         timeout_s: How long a collective waits for the others before it gives up with an error. A process that dies is
-            noticed at once over gloo, since its connection closes.
+            noticed at once over gloo, since its connection closes; over NCCL perhaps only then, so launchers end the
+            others of a dead process themselves.
 
     Raises:
         ConfigError: The launcher's environment makes no sense.

@@ -1,12 +1,17 @@
 """`meddino-pretrain`: train a recipe on a corpus; the same command again goes on."""
 
 import argparse
+import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from meddino.core.command import command_parser, run_command
+from meddino.core.errors import ConfigError
 from meddino.data.remote import corpus_location
+from meddino_pretrain.launcher import is_launched, launch
+from meddino_pretrain.signals import stop_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +36,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--corpus", type=corpus_location, required=True, help="folder written by meddino-curate, or its URL")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, new or begun")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be given several times)")
-    return run_command(parser, arguments, _pretrain)
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of this machine that train together, e.g. one a GPU"
+    )
+    return run_command(parser, arguments, functools.partial(_pretrain, arguments))
 
 
-def _pretrain(arguments: argparse.Namespace) -> None:
-    from meddino.core.config import load_config
-    from meddino_pretrain.config import PretrainConfig
-    from meddino_pretrain.stages import run_pretraining
+def _pretrain(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes {arguments.processes} must be at least 1")
+    if arguments.processes > 1 and not is_launched(os.environ):
+        return launch([sys.executable, "-m", "meddino_pretrain.cli", *argv], arguments.processes)
+    with stop_on_signals() as stop:  # before the imports, which take seconds
+        from meddino.core.config import load_config
+        from meddino_pretrain.config import PretrainConfig
+        from meddino_pretrain.stages import run_pretraining
 
-    config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
-    run_pretraining(config, arguments.corpus, arguments.out, arguments.stage)
+        config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+        run_pretraining(config, arguments.corpus, arguments.out, arguments.stage, stop)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A polite end: a signal asks the run to stop, and all processes agree on the step after which they do."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from meddino.core.errors import StoppedEarly
 from meddino.core.logging import get_logger
-from meddino.distributed.collectives import any_rank
+from meddino_pretrain.launcher import launcher_pid
 
 # SIGTERM: a scheduler's time limit or pre-emption; SIGUSR1 and SIGUSR2: SLURM's --signal and submitit's warning.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -14,14 +16,35 @@ logger = get_logger(__name__)
 
 
 class StopRequest:
-    """Remembers that a signal came."""
+    """Remembers that a signal came, or that the launcher is gone: nobody could stop this process any more."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._launcher = launcher_pid(os.environ)
 
     def agreed(self) -> bool:
         """True if any process got a signal. Every process asks at the same step, so all save together."""
-        return any_rank(self.signal_name is not None)
+        # Later: this module is loaded before anything that takes seconds, so that signals are caught from then on.
+        from meddino.distributed.collectives import any_rank
+
+        return any_rank(self._came())
+
+    def check(self, where: str) -> None:
+        """Stop all processes if any got a signal; for places between stages, where everything is saved.
+
+        Raises:
+            StoppedEarly: A signal came.
+        """
+        from meddino.distributed.collectives import any_rank
+
+        if any_rank(self._came()):
+            raise StoppedEarly(f"stopped by a signal {where}, all is saved; run the same command again")
+
+    def _came(self) -> bool:
+        if self.signal_name is None and self._launcher is not None and os.getppid() != self._launcher:
+            logger.warning("the process that launched this one is gone; stopping as if a signal had come")
+            self.signal_name = "launcher gone"
+        return self.signal_name is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # Nothing else here: a handler runs between any two instructions.
