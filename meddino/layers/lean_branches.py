@@ -293,6 +293,7 @@ def _attention_gradient(
         )
         for place, gradient in enumerate(found):
             grad_part[:, :, place].copy_(gradient.transpose(1, 2))
+        del found, gradient  # before the rotation takes as much
         rotate_in_place(grad_part, group, backwards=True)
     return grad_qkv
 
