@@ -83,33 +83,61 @@ def test_init__weights_are_taken_and_told(make_corpus_once, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["parent"] == parent
 
 
+def small_recipe(weights: Path) -> list[str]:
+    """What a ViT-S recipe needs to be trained on 96 slices of 32 px in half a minute; how it continues is left as shipped."""
+    stage = f"stages.{STAGE}"
+    head = "{prototypes: 48, hidden_dim: 24, bottleneck_dim: 12, layers: 3}"
+    return [
+        f"init.weights={weights}",
+        "machine.device=cpu",
+        "loader.workers=0",
+        "saving.every_steps=500",
+        "health.every_steps=0",
+        "backbone.name=vitnano8",
+        "backbone.changes={embed_dim: 32, depth: 2, num_heads: 2, layerscale_init: 1.0, drop_path: 0.0, rope_rescale: null}",
+        f"heads.dino={head}",
+        f"heads.ibot={head}",
+        f"{stage}.steps=500",
+        f"{stage}.global_batch=16",
+        f"{stage}.crops.sizes=[{{global_px: 32, local_px: 16, gram_px: null, weight: 1.0}}]",
+        f"{stage}.crops.num_local=2",
+        f"{stage}.snapshot_steps=[]",
+        # Raised from 2e-4 after 30,000 steps of warm-up: there even the careless run keeps its 0.909 for 500 steps. Without
+        # a warm-up it ends at 0.924 with 2e-4, at 0.916 with 1e-3, at 0.883 with 2.5e-3 and at 0.725 with this rate.
+        f"{stage}.schedule.lr=0.005",
+        f"{stage}.schedule.warmup_steps=0",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_init__fresh_heads_do_not_destroy_the_features(tmp_path, write_slices):
+    """A shipped recipe's continuing against the same recipe without it, 500 steps each at one learning rate.
+
+    Found: kNN accuracy 0.909 before, 0.909 as shipped, 0.925 where the backbone follows after 150 steps, 0.725 without.
+    """
     backbone = trained_backbone()
     before = knn_accuracy(backbone)
     assert before > 0.85
     save_file(backbone.state_dict(), tmp_path / "released.safetensors")
     corpus = write_slices(tmp_path / "corpus", labelled(96, 3)[0])
+    base = small_recipe(tmp_path / "released.safetensors")
 
-    def after(*overrides: str) -> float:
-        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        base = [
-            f"init.weights={tmp_path / 'released.safetensors'}",
-            "backbone.changes.drop_path=0.0",
-            "backbone.changes.rope_rescale=null",
-            f"stages.{STAGE}.steps=500",
-            f"stages.{STAGE}.global_batch=16",
-            "saving.every_steps=500",
-            f"stages.{STAGE}.schedule.lr=0.005",
-        ]
-        run_pretraining(load_config(PretrainConfig, [TINY], [*base, *overrides]), corpus, run, [STAGE])
-        backbone.load_state_dict(read_tensors(latest_checkpoint(run / STAGE / "checkpoints").folder, "teacher.backbone."))
+    def after(name: str, *overrides: str) -> float:
+        config = load_config(PretrainConfig, ["ct3m_vits"], [*base, *overrides], kind="pretrain")
+        run_pretraining(config, corpus, tmp_path / name, [STAGE])
+        folder = latest_checkpoint(tmp_path / name / STAGE / "checkpoints").folder
+        backbone.load_state_dict(read_tensors(folder, "teacher.backbone."))
         return knn_accuracy(backbone)
 
     schedule = f"stages.{STAGE}.schedule"
-    # The shipped recipes' way, at this test's length: heads alone at first, then the backbone at a tenth of the rate.
-    careful = after(f"{schedule}.freeze_backbone_steps=150", f"{schedule}.backbone_lr_multiplier=0.1")
-    careless = after(f"{schedule}.freeze_backbone_steps=0", f"{schedule}.backbone_lr_multiplier=1.0")
-    figures = f"kNN before {before:.3f}, careful {careful:.3f}, careless {careless:.3f}"
-    assert careful >= before - 0.03 > careless, figures
+    # As shipped, the heads alone learn in the first 1,000 steps: 500 steps leave the backbone where it was.
+    default = after("default")
+    records = [json.loads(line) for line in (tmp_path / "default" / STAGE / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records]
+    assert np.mean(losses[-50:]) < np.mean(losses[:50]) - 0.02  # and the heads did learn
+    # What comes after those steps: 150 of 500 frozen, then the backbone at the shipped tenth of the rate.
+    thawed = after("thawed", f"{schedule}.freeze_backbone_steps=150")
+    careless = after("careless", f"{schedule}.freeze_backbone_steps=0", f"{schedule}.backbone_lr_multiplier=1.0")
+    figures = f"kNN before {before:.3f}, default {default:.3f}, thawed {thawed:.3f}, careless {careless:.3f}"
+    assert default >= before - 0.03 and thawed >= before - 0.03 > careless, figures
