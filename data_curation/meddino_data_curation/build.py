@@ -82,6 +82,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
             work.sweep()
         jobs = _jobs(found, config, salt, part or Part())
         _write_source_map(found, config, corpus, part)
+        work.write_found(found.files)
         write_json(private_folder(corpus) / "build.json", config.model_dump(mode="json"))
         _run(jobs, config, corpus, work)
         if part is not None:
@@ -97,6 +98,8 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
         "%s: %d slices of %d volumes kept, %d refused, %d duplicates",
         corpus, totals["slices"], totals["accepted"], totals["rejected"], totals["duplicate"],
     )  # fmt: skip
+    if found.unused:
+        _logger.warning("%d files could not be used: %s", found.unused.total(), _unused_text(found))
 
 
 def _check_out(corpus: Path) -> None:
@@ -114,11 +117,16 @@ def _check_found(found: Discovery, config: CurationConfig) -> None:
     if not found.candidates:
         where = ", ".join(str(source.path) for source in config.sources)
         seen = sum(found.files.values())
-        raise ConfigError(f"no CT volume under {where}: {seen} files, none of them DICOM, NIfTI, NRRD, MHA or MHD")
+        unused = f" ({_unused_text(found)})" if found.unused else ""
+        raise ConfigError(f"no CT volume under {where}: {seen} files, none of them DICOM, NIfTI, NRRD, MHA or MHD{unused}")
     with_volumes = {candidate.source for candidate in found.candidates}
     for number, source in enumerate(config.sources):
         if number not in with_volumes:
             _logger.warning("source '%s' holds no file that may be a volume; is its path right, and its include?", source.name)
+
+
+def _unused_text(found: Discovery) -> str:
+    return "; ".join(f"{count} x {kind}" for kind, count in found.unused.most_common())
 
 
 def _check_licences(config: CurationConfig) -> None:

@@ -22,25 +22,6 @@ VOLUME_SUFFIXES = {
     ".mha": "metaimage",
     ".mhd": "metaimage",
 }
-# Parts of volumes, and what lies beside them everywhere. Never opened, never counted.
-_COMPANIONS = {
-    ".raw",
-    ".zraw",
-    ".img",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".md",
-    ".xml",
-    ".pdf",
-    ".html",
-    ".xlsx",
-    ".yaml",
-    ".yml",
-}
-_COMPANION_NAMES = {"DICOMDIR", "LICENSE", "LICENCE", "README", "Thumbs.db", ".DS_Store"}
-_DICOM_MAGIC_AT = 128
 
 
 @dataclass(frozen=True)
@@ -135,17 +116,6 @@ def volume_suffix(name: str) -> str | None:
     """Return the ending that makes a file a volume by its name, or None."""
     lower = name.lower()
     return next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None)
-
-
-def is_companion(name: str) -> bool:
-    """Tell whether a file is known to be no volume."""
-    return name in _COMPANION_NAMES or name.startswith("._") or PurePosixPath(name.lower()).suffix in _COMPANIONS
-
-
-def has_dicom_magic(path: Path) -> bool:
-    """Tell whether a file's 129th byte begins DICOM's "DICM"."""
-    with path.open("rb") as stream:
-        return stream.read(_DICOM_MAGIC_AT + 4)[_DICOM_MAGIC_AT:] == b"DICM"
 
 
 def patient_keys(salt: Salt, source: str, patient: str) -> tuple[str, str]:

@@ -80,6 +80,16 @@ class SlicesConfig(StrictConfig):
     z_stride_mm: Annotated[float, Field(ge=0, description="[mm] least distance between kept slices; 0 keeps all")] = 0.0
     min_size_px: Annotated[int, Field(ge=1, description="[px] shorter side; smaller slices are refused")] = 40
     max_size_px: Annotated[int, Field(ge=1, le=16384, description="[px] longer side; larger slices are refused")] = 2048
+    min_pixel_mm: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="[mm] shorter pixel side; less is no clinical CT (a 50 mm field at 512 px has 0.098), or metres; ours",
+        ),
+    ] = 0.09
+    max_pixel_mm: Annotated[
+        float, Field(gt=0, description="[mm] longer pixel side; more shows nothing (an 800 mm field at 80 px has 10); ours")
+    ] = 10.0
     max_aspect: Annotated[float, Field(ge=1, description="longer over shorter side in mm; more is refused")] = 4.0
     max_pixel_aspect: Annotated[float, Field(ge=1, description="longer over shorter pixel side; more is refused")] = 3.0
     remove_table: Annotated[bool, Field(description="set everything away from the body to air (-1000 HU)")] = False

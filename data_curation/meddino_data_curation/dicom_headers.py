@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import math
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 
 _TAGS = [
@@ -23,6 +26,12 @@ _TAGS = [
     "DimensionOrganizationType",
 ]  # fmt: skip
 _REFORMATTED = {"MPR", "REFORMATTED", "CSA MPR", "PROJECTION IMAGE", "MIP", "MAX_IP", "MIN_IP", "MINIP", "VOLREN", "VRT", "SSD"}
+# pydicom raises each of these for bytes that only look like DICOM at first; a wrong length may ask for all the memory.
+_NO_DICOM = (
+    InvalidDicomError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError,
+    MemoryError, OverflowError, struct.error,
+)  # fmt: skip
+_CT_KINDS = (CTImageStorage, EnhancedCTImageStorage)
 _SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
 
 
@@ -87,8 +96,10 @@ class DicomHeader:
 def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
     """Read one file's header.
 
+    An element without weight that is malformed (an instance number, a tilt, a thickness) counts as absent.
+
     Returns:
-        None if the file is no DICOM.
+        None if the file is no DICOM, or its header is damaged.
 
     Raises:
         OSError: It cannot be read.
@@ -96,9 +107,11 @@ def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
     try:
         with silent_pydicom():
             dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            return _header(dataset, path, inside, stamp) if "SOPClassUID" in dataset else None
-    except (InvalidDicomError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError):
-        return None  # pydicom raises each of these for bytes that only look like DICOM at first
+            kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+            is_cut = "SOPClassUID" not in dataset and "Rows" not in dataset and kind in _CT_KINDS
+            return _header(dataset, kind, path, inside, stamp) if kind and not is_cut else None
+    except _NO_DICOM:
+        return None
 
 
 @contextmanager
@@ -115,13 +128,13 @@ def silent_pydicom() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader:
-    who = "\x1f".join(str(dataset.get(name, "")) for name in ("PatientID", "PatientName", "PatientBirthDate"))
-    refusal = _refusal(dataset)
+def _header(dataset: Any, kind: Any, path: Path, inside: str, stamp: str) -> DicomHeader:
+    who = "\x1f".join(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
+    refusal = _refusal(dataset, kind)
     planes: tuple[Plane, ...] = ()
     if not refusal:
         try:
-            planes = _planes(dataset)
+            planes = _planes(dataset, kind)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError):
             refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
     return DicomHeader(
@@ -129,47 +142,47 @@ def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader:
         inside=inside,
         stamp=stamp,
         patient=hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
-        patient_id=str(dataset.get("PatientID", "") or ""),
-        study_uid=str(dataset.get("StudyInstanceUID", "") or ""),
-        series_uid=str(dataset.get("SeriesInstanceUID", "") or ""),
-        instance_uid=str(dataset.get("SOPInstanceUID", "") or ""),
+        patient_id=_text(dataset, "PatientID"),
+        study_uid=_text(dataset, "StudyInstanceUID"),
+        series_uid=_text(dataset, "SeriesInstanceUID"),
+        instance_uid=_text(dataset, "SOPInstanceUID"),
         refusal=refusal,
         number=_integer(dataset, "InstanceNumber"),
         pass_number=(_integer(dataset, "AcquisitionNumber"), _integer(dataset, "TemporalPositionIdentifier")),
         rows=_integer(dataset, "Rows"),
         cols=_integer(dataset, "Columns"),
         planes=planes,
-        tilt_deg=float(dataset.get("GantryDetectorTilt", 0) or 0),
+        tilt_deg=_number(dataset, "GantryDetectorTilt"),
     )
 
 
-def _refusal(dataset: Any) -> str:
+def _refusal(dataset: Any, kind: Any) -> str:
     """Return why a file is no slice of a CT volume; only words of ours and coded values, never header text."""
-    kind, modality = dataset.SOPClassUID, str(dataset.get("Modality", ""))
-    image_type = {str(part).upper() for part in (dataset.get("ImageType") or [])}
+    modality = _text(dataset, "Modality")
+    image_type = {part.strip().upper() for part in _text(dataset, "ImageType").split("\\")}
     kind_name = kind.name if kind.name != str(kind) else "an unknown kind of object"
     modality_name = modality if modality.isalpha() and len(modality) <= 4 else "not CT"
     reasons = (
         ("Secondary Capture" in kind_name, "DICOM: secondary capture (may have text burned into the picture)"),
-        (kind not in (CTImageStorage, EnhancedCTImageStorage), f"DICOM: not a CT image but {kind_name}"),
+        (kind not in _CT_KINDS, f"DICOM: not a CT image but {kind_name}"),
         (modality not in ("CT", ""), f"DICOM: modality is {modality_name}"),
         (bool(image_type & _SCOUTS), "DICOM: localiser or scout"),
         (bool(image_type & _REFORMATTED), "DICOM: derived (reformatted, projected or rendered)"),
-        (str(dataset.get("BurnedInAnnotation", "NO")).upper() == "YES", "DICOM: text is burned into the picture"),
+        (_text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
         (_integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
-        (_integer(dataset, "Rows") < 1 or _integer(dataset, "Columns") < 1, "DICOM: no pixels"),
+        (_integer(dataset, "Rows") < 1 or _integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
     )
     return next((reason for applies, reason in reasons if applies), "")
 
 
-def _planes(dataset: Any) -> tuple[Plane, ...]:
-    if dataset.SOPClassUID != EnhancedCTImageStorage:
+def _planes(dataset: Any, kind: Any) -> tuple[Plane, ...]:
+    if kind != EnhancedCTImageStorage:
         return (
             _plane(
                 dataset.ImagePositionPatient,
                 dataset.ImageOrientationPatient,
                 dataset.PixelSpacing,
-                dataset.get("SliceThickness"),
+                _number(dataset, "SliceThickness"),
             ),
         )
     shared = dataset.SharedFunctionalGroupsSequence[0]
@@ -183,7 +196,7 @@ def _planes(dataset: Any) -> tuple[Plane, ...]:
                 position.ImagePositionPatient,
                 orientation.ImageOrientationPatient,
                 measures.PixelSpacing,
-                measures.get("SliceThickness"),
+                _number(measures, "SliceThickness"),
             )
         )
     return tuple(planes)
@@ -193,7 +206,7 @@ def _group(frame: Any, shared: Any, name: str) -> Any:
     return (frame if name in frame else shared)[name][0]
 
 
-def _plane(position: Any, orientation: Any, spacing: Any, thickness: Any) -> Plane:
+def _plane(position: Any, orientation: Any, spacing: Any, thickness_mm: float) -> Plane:
     x, y, z = (float(value) for value in position)
     directions = [float(value) for value in orientation]
     first, second = np.asarray(directions[:3]), np.asarray(directions[3:6])
@@ -204,7 +217,7 @@ def _plane(position: Any, orientation: Any, spacing: Any, thickness: Any) -> Pla
     first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
     if abs(float(first @ second)) > 0.05:
         raise ValueError("rows and columns are not at right angles")
-    return Plane((x, y, z), _triple(first), _triple(second), (rows_mm, cols_mm), float(thickness or 0))
+    return Plane((x, y, z), _triple(first), _triple(second), (rows_mm, cols_mm), thickness_mm)
 
 
 def _triple(vector: Any) -> tuple[float, float, float]:
@@ -212,8 +225,22 @@ def _triple(vector: Any) -> tuple[float, float, float]:
 
 
 def _integer(dataset: Any, name: str, default: int = 0) -> int:
-    value = dataset.get(name)
+    return int(_number(dataset, name, default))
+
+
+def _number(dataset: Any, name: str, default: float = 0) -> float:
+    """Return an element's number; the default where it is absent, several, or none: pydicom converts on access."""
     try:
-        return int(value) if value not in (None, "") else default
-    except (TypeError, ValueError):
+        value = float(dataset.get(name))
+    except (TypeError, ValueError, OverflowError):
         return default
+    return value if math.isfinite(value) else default
+
+
+def _text(dataset: Any, name: str) -> str:
+    """Return an element's words, several of them with backslashes between; "" where it is absent or cannot be read."""
+    try:
+        value = dataset.get(name)
+    except (TypeError, ValueError, LookupError):
+        return ""
+    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")

@@ -13,6 +13,8 @@ from meddino_data_curation.dicom_headers import DicomHeader, Plane
 from meddino_data_curation.privacy import Salt
 
 _SAME_PLACE_MM = 0.01
+_SAME_SPACING_MM = 0.0005  # over 512 pixels a third of one
+_SAME_COSINE = 0.005  # 0.3 degrees
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class DicomCandidate(Candidate):
 def group_series(headers: Iterable[DicomHeader], source_number: int, source: SourceConfig, salt: Salt) -> list[DicomCandidate]:
     """Group files into volumes.
 
-    Files belong together when they name the same series AND the same patient, have the same size, spacing and orientation,
-    and are of the same pass. Files that are no CT slices make one refused candidate a series and reason.
+    Files belong together when they name the same series AND the same patient, have the same size, nearly the same spacing and
+    orientation, and are of the same pass. Files that are no CT slices make one refused candidate a series and reason.
     """
     series: dict[tuple[str, str], list[DicomHeader]] = defaultdict(list)
     patients: dict[str, set[str]] = defaultdict(set)
@@ -75,17 +77,21 @@ class _SeriesMaker:
 
     def candidates(self, members: list[DicomHeader]) -> list[DicomCandidate]:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
-        stacks: dict[tuple[object, ...], list[DicomHeader]] = defaultdict(list)
+        usable: list[DicomHeader] = []
         for header in members:
             if header.refusal:
                 refused[header.refusal].append(header)
             else:
-                stacks[_stack_key(header)].append(header)
+                usable.append(header)
         made = [self._refused(reason, headers) for reason, headers in sorted(refused.items())]
-        for number, key in enumerate(sorted(stacks, key=repr)):
-            for part, passed in enumerate(_passes(stacks[key])):
-                made.append(self._stack(passed, f"{number}.{part}"))
-        return made
+        parts = [
+            (f"{number}.{part}", passed)
+            for number, stack in enumerate(_stacks(usable))
+            for part, passed in enumerate(_passes(stack))
+        ]
+        if len(parts) > 1:
+            self.notes += (f"its series holds {len(parts)} volumes",)
+        return made + [self._stack(passed, part) for part, passed in parts]
 
     def _base(self, headers: Sequence[DicomHeader], part: str) -> dict[str, object]:
         first = headers[0]
@@ -117,29 +123,65 @@ class _SeriesMaker:
         return DicomCandidate(**base, notes=notes, stack=slices, rows=headers[0].rows, cols=headers[0].cols)  # type: ignore[arg-type]
 
 
-def _stack_key(header: DicomHeader) -> tuple[object, ...]:
-    plane = header.planes[0]
-    return (
-        header.rows,
-        header.cols,
-        tuple(round(value, 4) for value in plane.spacing_mm),
-        tuple(round(value, 2) + 0.0 for value in (*plane.along_rows, *plane.along_cols)),
-        header.instance_uid if len(header.planes) > 1 else "",  # a multi-frame file is a stack by itself
-    )
+def _stacks(headers: Sequence[DicomHeader]) -> list[list[DicomHeader]]:
+    """Return files of the same size and nearly the same spacing and orientation, in an order that depends on nothing else.
+
+    Nearly: rounding would part two slices that lie on either side of its edge, however close they are.
+    """
+    stacks: list[list[DicomHeader]] = []
+    by_shape: dict[tuple[object, ...], list[list[DicomHeader]]] = defaultdict(list)
+    for header in headers:
+        # A multi-frame file is a stack by itself.
+        alike = by_shape[header.rows, header.cols, header.instance_uid if len(header.planes) > 1 else ""]
+        stack = next((stack for stack in alike if _are_parallel(stack[0].planes[0], header.planes[0])), None)
+        if stack is None:
+            stack = []
+            alike.append(stack)
+            stacks.append(stack)
+        stack.append(header)
+    return sorted(stacks, key=lambda stack: (stack[0].rows, stack[0].cols, stack[0].planes[0].spacing_mm, stack[0].inside))
+
+
+def _are_parallel(first: Plane, second: Plane) -> bool:
+    spacing = np.subtract(first.spacing_mm, second.spacing_mm)
+    cosines = np.subtract((*first.along_rows, *first.along_cols), (*second.along_rows, *second.along_cols))
+    return bool(np.abs(spacing).max() <= _SAME_SPACING_MM and np.abs(cosines).max() <= _SAME_COSINE)
 
 
 def _passes(headers: list[DicomHeader]) -> list[list[DicomHeader]]:
-    """Split several passes over the same places (phases, times); a single pass stays whole."""
+    """Split several passes over the same places (phases, times); a single pass stays whole.
+
+    Places that are taken twice are two passes only where acquisition or temporal position tells them apart without tearing up
+    the rest: scanners that count an acquisition for each slice, and one slice sent twice, are still one pass.
+    """
     unique: dict[str, DicomHeader] = {}
     for header in headers:
         unique.setdefault(header.instance_uid or header.inside, header)
-    places = [_place(header.planes[0], header.planes[0]) for header in unique.values()]
-    if len({round(place / _SAME_PLACE_MM) for place in places}) == len(places):
-        return [headers]
-    passes: dict[tuple[int, int], list[DicomHeader]] = defaultdict(list)
+    times, doubled = _times_taken(list(unique.values()))
+    best, fewest = [headers], doubled
+    for names in (slice(0, 2), slice(0, 1), slice(1, 2)):
+        passes = _by_pass(unique.values(), names)
+        left = sum(_times_taken(passed)[1] for passed in passes)
+        are_few = len(passes) <= times or (len(passes) <= 2 * times and 3 * doubled >= len(unique))
+        if are_few and 2 * left < doubled and left < fewest:
+            best, fewest = _by_pass(headers, names), left
+    return best
+
+
+def _by_pass(headers: Iterable[DicomHeader], names: slice) -> list[list[DicomHeader]]:
+    passes: dict[tuple[int, ...], list[DicomHeader]] = defaultdict(list)
     for header in headers:
-        passes[header.pass_number].append(header)
+        passes[tuple(header.pass_number)[names]].append(header)
     return [passes[key] for key in sorted(passes)]
+
+
+def _times_taken(headers: Sequence[DicomHeader]) -> tuple[int, int]:
+    """Return how often the place is taken that is taken most often, and how many slices lie where another one does."""
+    reference = headers[0].planes[0]
+    places = np.sort([_place(header.planes[0], reference) for header in headers])
+    begins = np.flatnonzero(np.diff(places, prepend=-np.inf) > _SAME_PLACE_MM)
+    times = np.diff(begins, append=len(places))
+    return int(times.max()), len(places) - len(begins)
 
 
 def _sorted_slices(headers: Sequence[DicomHeader]) -> tuple[tuple[StackedSlice, ...], int]:

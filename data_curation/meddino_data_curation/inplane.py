@@ -26,11 +26,22 @@ def resample_slice(
     with the step when shrinking (Pillow's), so that fine noise does not fold into coarse pixels.
     """
     if config.spacing_mm is not None:
-        rows, cols = (max(1, round(size * step / config.spacing_mm)) for size, step in zip(hu.shape, spacing_mm, strict=True))
-        hu, spacing_mm = _resized(hu, (rows, cols), spacing_mm)
+        shape = shape_at_spacing((hu.shape[0], hu.shape[1]), spacing_mm, config.spacing_mm)
+        hu, spacing_mm = _resized(hu, shape, spacing_mm)
     if config.size_px is not None:
         hu, spacing_mm = _resized(hu, (config.size_px, config.size_px), spacing_mm)
     return hu, spacing_mm
+
+
+def shape_at_spacing(shape: tuple[int, int], spacing_mm: tuple[float, float], wanted_mm: float) -> tuple[int, int]:
+    """Return the rows and columns of a slice resampled to a spacing.
+
+    Args:
+        shape: Rows, columns.
+        spacing_mm: Between rows, between columns.
+        wanted_mm: In both directions.
+    """
+    return max(1, round(shape[0] * spacing_mm[0] / wanted_mm)), max(1, round(shape[1] * spacing_mm[1] / wanted_mm))
 
 
 def _resized(

@@ -145,6 +145,7 @@ def write_corpus_json(
             for name, note in shards.items()
         },
         "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
+        "files": WorkFolder(corpus).read_found(),
         "audit": list(audits),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
         "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],

@@ -2,6 +2,9 @@
 
 import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,9 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry, geometry_from_xyz
-from meddino_data_curation.candidates import has_dicom_magic
+from meddino_data_curation.candidates import volume_suffix
 from meddino_data_curation.config import LimitsConfig
+from meddino_data_curation.file_kinds import HEAD_BYTES, has_dicom_magic, read_head, volume_format
 from meddino_data_curation.nifti import GZIP_ERRORS, opened, read_nifti_header, read_nifti_voxels
 from meddino_data_curation.volume import Volume
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
@@ -30,7 +34,7 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
 
     Args:
         path: The file.
-        format: "nifti", "nrrd" or "metaimage", from its name.
+        format: "nifti", "nrrd" or "metaimage", from its name or its first bytes.
         limits: What it may ask of the machine.
 
     Raises:
@@ -45,10 +49,11 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
     # Before ITK, which opens whatever file a header names. How many bytes scaled NIfTI voxels have ITK does not tell.
     voxel_files = VoxelFiles((), "unknown") if format == "nifti" else find_voxel_files(path, format)
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     reader.SetImageIO(_IMAGE_IO[format])
     try:
-        reader.ReadImageInformation()
+        with _named_as_nifti(path) if format == "nifti" else nullcontext(path) as readable:
+            reader.SetFileName(str(readable))
+            reader.ReadImageInformation()
     except RuntimeError as error:
         raise VolumeError(f"{_FORMAT_NAMES[format]} header cannot be read{_known_cause(error)}") from error
     size = reader.GetSize()
@@ -59,6 +64,18 @@ def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
     if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
         raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
     return Volume(voxels, geometry, notes=notes, owner=owner)
+
+
+@contextmanager
+def _named_as_nifti(path: Path) -> Iterator[Path]:
+    """Give a file the ending by which ITK knows NIfTI, where it has none."""
+    if volume_suffix(path.name):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="nifti-") as folder:
+        link = Path(folder, "volume.nii.gz" if read_head(path)[:2] == b"\x1f\x8b" else "volume.nii")
+        link.symlink_to(path.absolute())
+        yield link
 
 
 def _nifti(path: Path, reader: sitk.ImageFileReader) -> tuple[NDArray[Any], Geometry, None, tuple[str, ...]]:
@@ -93,24 +110,15 @@ def sniff_format(path: Path) -> str | None:
         VolumeError: It cannot be opened.
     """
     try:
-        with path.open("rb") as stream:
-            head = stream.read(600)
+        head = read_head(path)
         if head[:2] == b"\x1f\x8b":
             with opened(path) as packed:
-                head = packed.read(600)
+                head = packed.read(HEAD_BYTES)
     except GZIP_ERRORS as error:
         raise VolumeError("gzip data is truncated or damaged") from error
     except OSError as error:
         raise VolumeError(f"file cannot be read: {(error.strerror or 'input/output error').lower()}") from error
-    if head[:4] in (b"\x5c\x01\x00\x00", b"\x00\x00\x01\x5c") and head[344:347] in (b"n+1", b"ni1"):
-        return "nifti"
-    if head[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c") and head[4:6] in (b"n+", b"ni"):
-        return "nifti"
-    if head[:4] == b"NRRD":
-        return "nrrd"
-    if b"ObjectType" in head[:100] or b"NDims" in head[:300]:
-        return "metaimage"
-    return "dicom" if has_dicom_magic(path) else None
+    return volume_format(head) or ("dicom" if has_dicom_magic(head) else None)
 
 
 def _checked_bytes(size: tuple[int, ...], reader: sitk.ImageFileReader, limits: LimitsConfig) -> int:

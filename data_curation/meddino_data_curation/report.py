@@ -45,6 +45,7 @@ def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Se
     )
     sections = [
         Section("Sets", _sets(config, rows)),
+        Section("Files", _files(work)),
         Section("Held-out data", _audit_section(audits)),
         Section("Licences and citations", _licences(config)),
         Section("Kept", _kept(rows, work)),
@@ -81,6 +82,13 @@ def _sets(config: CurationConfig, rows: Rows) -> Markup:
         )
     header = ("set", "volumes found", "kept", "slices kept", "patients", "refused", "duplicates", "formats")
     return table(header, lines)
+
+
+def _files(work: WorkFolder) -> Markup:
+    found = sorted(work.read_found().items(), key=lambda item: (-item[1], item[0]))
+    about = "A volume file makes one line of volumes.parquet; DICOM files make one a stack. What could not be read or is of a "
+    more = 'format that is not read may have been meant as a volume; "other" is what lies beside volumes.'
+    return join(text(about + more), table(("files", "how many"), found))
 
 
 def _kept(rows: Rows, work: WorkFolder) -> Markup:

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from meddino_data_curation.config import SlicesConfig
+from meddino_data_curation.config import InplaneConfig, SlicesConfig
+from meddino_data_curation.inplane import shape_at_spacing
 
 AIR_HU = -1000
 _BODY_ABOVE_HU = -350
@@ -133,27 +134,42 @@ def refusal(statistics: SliceStatistics, config: SlicesConfig) -> str:
     return ""
 
 
-def size_refusal(shape: tuple[int, int], spacing_mm: tuple[float, float], config: SlicesConfig) -> str:
+def size_refusal(
+    shape: tuple[int, int], spacing_mm: tuple[float, float], config: SlicesConfig, inplane: InplaneConfig | None = None
+) -> str:
     """Return why slices of this size are refused, or "".
 
     Args:
         shape: Rows, columns.
         spacing_mm: Between rows, between columns.
         config: The limits.
+        inplane: How slices will be resampled: a spacing that is wrong makes them too large or too small only then.
     """
-    rows, cols = shape
     y_mm, x_mm = spacing_mm
-    if min(rows, cols) < config.min_size_px:
-        return f"slices of {rows} x {cols} px; slices.min_size_px is {config.min_size_px}"
-    if max(rows, cols) > config.max_size_px:
-        return f"slices of {rows} x {cols} px; slices.max_size_px is {config.max_size_px}"
-    pixel_aspect = max(y_mm, x_mm) / min(y_mm, x_mm)
-    if pixel_aspect > config.max_pixel_aspect:
-        return f"pixels of {y_mm:.3g} x {x_mm:.3g} mm; slices.max_pixel_aspect is {config.max_pixel_aspect:g}"
-    aspect = max(rows * y_mm, cols * x_mm) / min(rows * y_mm, cols * x_mm)
-    if aspect > config.max_aspect:
-        return f"slices of {rows * y_mm:.0f} x {cols * x_mm:.0f} mm; slices.max_aspect is {config.max_aspect:g}"
-    return ""
+    field_mm = shape[0] * y_mm, shape[1] * x_mm
+    pixels, fields = f"pixels of {y_mm:.3g} x {x_mm:.3g} mm", f"slices of {field_mm[0]:.0f} x {field_mm[1]:.0f} mm"
+    reasons = [
+        *_too_small_or_large(shape, "", config),
+        (min(y_mm, x_mm) < config.min_pixel_mm, f"{pixels}; slices.min_pixel_mm is {config.min_pixel_mm:g}"),
+        (max(y_mm, x_mm) > config.max_pixel_mm, f"{pixels}; slices.max_pixel_mm is {config.max_pixel_mm:g}"),
+        (
+            max(y_mm, x_mm) > config.max_pixel_aspect * min(y_mm, x_mm),
+            f"{pixels}; slices.max_pixel_aspect is {config.max_pixel_aspect:g}",
+        ),
+        (max(field_mm) > config.max_aspect * min(field_mm), f"{fields}; slices.max_aspect is {config.max_aspect:g}"),
+    ]
+    if inplane is not None and inplane.spacing_mm is not None:
+        resampled = shape_at_spacing(shape, spacing_mm, inplane.spacing_mm)
+        reasons += _too_small_or_large(resampled, f" at inplane.spacing_mm {inplane.spacing_mm:g}", config)
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _too_small_or_large(shape: tuple[int, int], where: str, config: SlicesConfig) -> list[tuple[bool, str]]:
+    slices = f"slices of {shape[0]} x {shape[1]} px{where}"
+    return [
+        (min(shape) < config.min_size_px, f"{slices}; slices.min_size_px is {config.min_size_px}"),
+        (max(shape) > config.max_size_px, f"{slices}; slices.max_size_px is {config.max_size_px}"),
+    ]
 
 
 def strided(places_mm: list[float], stride_mm: float) -> set[int]:

@@ -138,7 +138,7 @@ class _Curation:
             for _ in self._look(volume):
                 pass
             return VolumeRecord(self.job.job, self.row, fingerprint=self._fingerprint())
-        problem = size_refusal(shape[1:], spacing[1:], self.config.slices)
+        problem = size_refusal(shape[1:], spacing[1:], self.config.slices, self.config.inplane)
         if problem:
             raise VolumeError(problem)
         if shape[0] < self.config.slices.min_per_volume:

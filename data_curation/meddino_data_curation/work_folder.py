@@ -4,14 +4,14 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from meddino.core.errors import ConfigError
-from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json
+from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json, write_json
 
 WORK_NAME = ".work"
 RECORD_VERSION = 3  # another number makes every volume be read again
@@ -88,6 +88,16 @@ class WorkFolder:
     def volume_ids(self) -> Iterator[str]:
         """Yield the ids of all records, sorted."""
         yield from sorted(path.stem for path in (self.root / "volumes").glob("*/*.json"))
+
+    def write_found(self, files: Mapping[str, int]) -> None:
+        """Keep how many files the sources hold, by what became of them, for the report."""
+        write_json(self.root / "found.json", dict(files))
+
+    def read_found(self) -> dict[str, int]:
+        """Return what `write_found` kept."""
+        path = self.root / "found.json"
+        found: dict[str, int] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return found
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written."""

@@ -13,6 +13,7 @@ from meddino_data_curation.hounsfield import recognise_hounsfield
 
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
+from tests.data_curation.dicom_files import ct_slice, write_series
 from tests.data_curation.test_build import run_build
 from tests.data_curation.test_held_out import rows_by_place
 
@@ -120,3 +121,77 @@ def test_recognise_hounsfield__stored_values_are_repaired_or_refused():
     assert recognise_hounsfield(make_hu(0), HounsfieldConfig()).offset == 0
     assert recognise_hounsfield(np.clip(make_hu(0), -160, 240), HounsfieldConfig()).offset == 0
     assert recognise_hounsfield(stored, HounsfieldConfig(check=False)).offset == 0
+
+
+def test_build__damaged_dicom_without_ending_is_a_row_each(tmp_path, salt_file, capsys):
+    """Nothing of a folder of DICOM files goes without a word: cut headers, empty files, what cannot be opened."""
+    hu = make_hu(0, (8, 64, 72))
+    folder = tmp_path / "in" / "series"
+    paths = write_series(folder, hu)
+    for path, length in zip(paths, (0, 150, 400, 700), strict=False):
+        path.write_bytes(path.read_bytes()[:length])
+    (folder / "notes.txt").write_bytes(b"")
+    (folder / "remarks").write_text("written by hand")
+    (tmp_path / "in" / "elsewhere").mkdir()
+    (tmp_path / "in" / "elsewhere" / "nothing").write_bytes(b"")
+    os.mkfifo(folder / "pipe")
+    assert run_build(tmp_path / "in", tmp_path / "out", salt_file, "workers=1", "limits.max_rejected_fraction=1") == 0
+    rows = Corpus(tmp_path / "out").volumes.to_pylist()
+    assert [row["shape"] for row in rows if row["status"] == "accepted"] == [[4, 64, 72]]
+    refused = sorted(row["reason"] for row in rows if row["status"] == "rejected")
+    assert refused == [
+        "DICOM: header is truncated or damaged",
+        "DICOM: no pixels, or its header is truncated",
+        "DICOM: not a CT image but an unknown kind of object",
+        "file cannot be read: it is a pipe, a socket or a device",
+        "file is empty",
+    ]
+    counts = Corpus(tmp_path / "out").info["files"]
+    assert counts == {
+        "DICOM file": 6,
+        "other": 2,
+        "unreadable: DICOM: header is truncated or damaged": 1,
+        "unreadable: file cannot be read: it is a pipe, a socket or a device": 1,
+        "unreadable: file is empty": 2,
+    }
+    assert "4 files could not be used" in capsys.readouterr().err
+    assert "unreadable: file is empty" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_build__volumes_without_ending_are_read_and_formats_that_are_not_are_counted(tmp_path, salt_file, capsys):
+    source = tmp_path / "in"
+    for seed, name in enumerate(("a.nii", "b.nii.gz", "c.nrrd", "d.mha", "e.nrrd")):
+        path = write_volume(source / name, make_hu(seed))
+        path.rename(source / (f"{name[0]} without" if name[0] != "e" else "e.nrrd.gz"))
+    (source / "e.nrrd.gz").write_bytes(gzip.compress((source / "e.nrrd.gz").read_bytes()))
+    (source / "f.hdr").write_bytes(nifti_header((72, 64, 6)).replace(b"n+1\0", b"ni1\0"))
+    (source / "f.img").write_bytes(make_hu(5).tobytes())
+    (source / "g.zip").write_bytes(b"PK\3\4")
+    (source / "h").write_bytes(gzip.compress(b"something"))
+    (source / "i").write_bytes(gzip.compress((source / "c without").read_bytes()))
+    ct_slice(make_hu(6)[2], 0.0).save_as(source / "old scanner.img", enforce_file_format=True)
+    assert run_build(source, tmp_path / "out", salt_file, "workers=1") == 0
+    corpus = Corpus(tmp_path / "out")
+    assert {corpus.read(index).tobytes() for index in range(len(corpus))} == {
+        *(plane.tobytes() for seed in range(4) for plane in make_hu(seed)),
+        make_hu(6)[2].tobytes(),
+    }
+    assert corpus.info["files"] == {
+        "DICOM file": 1,
+        "not read: Analyze or NIfTI in two files (.hdr, .img)": 2,
+        "not read: NRRD or MetaImage packed as a whole": 1,
+        "not read: an archive, or packed": 2,
+        "other": 1,
+        "volume file": 4,
+    }
+    assert "5 files could not be used" in capsys.readouterr().err
+
+
+def test_build__only_files_that_are_not_read_are_named(tmp_path, salt_file, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "f.hdr").write_bytes(b"\0" * 348)
+    (tmp_path / "in" / "g").write_bytes(b"")
+    assert run_build(tmp_path / "in", tmp_path / "out", salt_file) == 2
+    said = capsys.readouterr().err
+    assert "1 x not read: Analyze or NIfTI in two files (.hdr, .img)" in said
+    assert "1 x unreadable: file is empty" in said

@@ -47,7 +47,11 @@ def test_discover__several_processes_find_what_one_does(tmp_path, monkeypatch):
     sources = [SourceConfig(name="test", path=tmp_path)]
     alone, together = (discover(sources, Salt(b"for tests"), workers) for workers in (1, 2))
     assert alone == together
-    assert together.files == {"DICOM file": 11, "unreadable": 1, "other": 1}
+    assert together.files == {
+        "DICOM file": 11,
+        "unreadable: file is named as DICOM and is none, or damaged": 1,
+        "other": 1,
+    }
 
 
 def test_series__several_in_one_folder_stay_apart(tmp_path):
@@ -157,3 +161,88 @@ def test_series__pydicoms_real_slice(tmp_path):
     expected = pydicom.dcmread(tmp_path / "CT_small")
     hu = expected.pixel_array.astype(np.int32) * int(expected.RescaleSlope) + int(expected.RescaleIntercept)
     assert np.array_equal(read[0], hu)
+
+
+def test_series__an_acquisition_for_each_slice_and_one_slice_twice_stay_one_volume(tmp_path):
+    """A place taken twice is no reason to tear up what the acquisition number does not explain."""
+    hu = make_hu(0, (8, 64, 72))
+    for z, plane in enumerate(hu):
+        ct_slice(plane, 5.0 * z, AcquisitionNumber=z + 1).save_as(tmp_path / f"{z}", enforce_file_format=True)
+    ct_slice(hu[3], 15.0, AcquisitionNumber=99).save_as(tmp_path / "sent again", enforce_file_format=True)
+    ((read, notes),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+    assert notes == ("1 duplicated slices left out",)
+
+
+def test_series__passes_are_told_by_what_tells_them_apart(tmp_path):
+    """Two phases whose acquisition number runs through all slices, and one slice of the first twice."""
+    for phase in (1, 2):
+        for z, plane in enumerate(make_hu(phase)):
+            changes = {"AcquisitionNumber": 10 * phase + z, "TemporalPositionIdentifier": phase}
+            ct_slice(plane, 5.0 * z, **changes).save_as(tmp_path / f"{phase}{z}", enforce_file_format=True)
+    twice = ct_slice(make_hu(1)[2], 10.0, AcquisitionNumber=50, TemporalPositionIdentifier=1)
+    twice.save_as(tmp_path / "twice", enforce_file_format=True)
+    found = volumes(tmp_path)
+    assert {read.tobytes() for read, _ in found} == {make_hu(1).tobytes(), make_hu(2).tobytes()}
+    assert sorted(notes for _, notes in found) == [
+        ("its series holds 2 volumes",),
+        ("its series holds 2 volumes", "1 duplicated slices left out"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        lambda sign: {"PixelSpacing": [f"{4.50005 + sign * 1e-6:.7f}"] * 2},
+        lambda sign: {"ImageOrientationPatient": [1, 0.005 + sign * 3e-5, 0, -0.005 - sign * 3e-5, 1, 0]},
+        lambda sign: {"ImageOrientationPatient": [1, sign * 1e-9, 0, 0, 1, sign * 1e-9]},
+    ],
+)
+def test_series__values_at_the_edge_of_rounding_stay_one_volume(tmp_path, changes):
+    hu = make_hu(0, (8, 64, 72))
+    for z, plane in enumerate(hu):
+        ct_slice(plane, 5.0 * z, **changes((-1) ** z)).save_as(tmp_path / f"{z}", enforce_file_format=True)
+    ((read, notes),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+    assert notes == ()
+
+
+def test_series__stacks_of_other_orientation_and_spacing_stay_apart(tmp_path):
+    write_series(tmp_path / "a", make_hu(0))
+    write_series(tmp_path / "b", make_hu(1), PixelSpacing=[4.4, 4.4])
+    write_series(tmp_path / "c", make_hu(2), ImageOrientationPatient=[1, 0, 0, 0, 0.99, 0.14])
+    found = volumes(tmp_path)
+    assert len(found) == 3
+    assert all("its series holds 3 volumes" in notes for _, notes in found)
+
+
+@pytest.mark.parametrize("name", ["GantryDetectorTilt", "SliceThickness", "InstanceNumber", "AcquisitionNumber"])
+def test_series__an_unimportant_element_that_is_malformed_loses_no_slice(tmp_path, name):
+    hu = make_hu(0)
+    paths = write_series(tmp_path, hu)
+    for path in paths[:2]:
+        item = pydicom.dcmread(path)
+        setattr(item, name, 1)
+        item.save_as(path, enforce_file_format=True)
+        data = path.read_bytes()
+        tag = pydicom.tag.Tag(name)
+        at = data.index(tag.group.to_bytes(2, "little") + tag.element.to_bytes(2, "little"))
+        length = int.from_bytes(data[at + 6 : at + 8], "little")
+        path.write_bytes(data[: at + 8] + b"x-y-"[:length] + data[at + 8 + length :])
+    ((read, _),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+
+
+def test_series__files_without_preamble_and_ending_are_read(tmp_path):
+    hu = make_hu(0)
+    for path in write_series(tmp_path, hu):
+        data = path.read_bytes()
+        (tmp_path / path.name).write_bytes(data[132:])
+    ((read, notes),) = volumes(tmp_path)
+    assert np.array_equal(read, hu)
+    assert notes == ()
+    for path in tmp_path.iterdir():  # without the group of the file itself either
+        data = path.read_bytes()
+        path.write_bytes(data[data.index(b"\x08\x00\x08\x00") :])
+    ((again, notes),) = volumes(tmp_path)
+    assert np.array_equal(again, hu)

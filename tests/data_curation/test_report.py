@@ -162,7 +162,7 @@ def test_report__opens_in_a_browser_without_network_or_errors(corpus_folder, tmp
         [CHROMIUM, *QUIET, *more, "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
         capture_output=True, text=True, timeout=200, check=True,
     )  # fmt: skip
-    assert "<title>9 pictures, 0 bad, 8 sections</title>" in run.stdout
+    assert "<title>9 pictures, 0 bad, 9 sections</title>" in run.stdout
     messages = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     assert len(messages) == 1, messages
     assert "the probe ran" in messages[0]

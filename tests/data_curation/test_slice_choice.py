@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from meddino_data_curation.config import SlicesConfig
+from meddino_data_curation.config import InplaneConfig, SlicesConfig
 from meddino_data_curation.slice_choice import body_mask, refusal, size_refusal, slice_statistics, strided
 from meddino_data_curation.table_removal import without_table
 from scipy import ndimage
@@ -120,11 +120,43 @@ def _flat_before(hu: np.ndarray) -> int:
         ((100, 500), (0.7, 0.7), "slices.max_aspect is 4"),
         ((100, 300), (0.7, 0.7), ""),
         ((250, 500), (2.0, 1.0), ""),  # square in mm
+        ((512, 512), (0.0016, 0.0016), "pixels of 0.0016 x 0.0016 mm; slices.min_pixel_mm is 0.09"),  # metres
+        ((512, 512), (0.098, 0.098), ""),
+        ((64, 64), (50, 50), "pixels of 50 x 50 mm; slices.max_pixel_mm is 10"),
+        ((64, 64), (5.5, 5.5), ""),
     ],
 )
 def test_size_refusal__limits_of_size_and_aspect(shape, spacing_mm, words):
     told = size_refusal(shape, spacing_mm, DEFAULTS)
     assert words in told if words else not told
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm", "words"),
+    [
+        ((512, 512), (0.97, 0.97), ""),
+        ((2000, 2000), (9.0, 9.0), "slices of 40000 x 40000 px at inplane.spacing_mm 0.45; slices.max_size_px is 2048"),
+        ((64, 64), (0.2, 0.2), "slices of 28 x 28 px at inplane.spacing_mm 0.45; slices.min_size_px is 40"),
+    ],
+)
+def test_size_refusal__looks_at_the_grid_that_slices_are_resampled_to(shape, spacing_mm, words):
+    assert size_refusal(shape, spacing_mm, DEFAULTS) == ""
+    assert size_refusal(shape, spacing_mm, DEFAULTS, InplaneConfig(spacing_mm=0.45)) == words
+
+
+def test_build__a_wrong_spacing_is_refused_before_memory_is_taken(tmp_path, salt_file):
+    write_volume(tmp_path / "in" / "good.nii.gz", make_hu(0))
+    write_volume(tmp_path / "in" / "metres.nii.gz", make_hu(1), spacing_mm=(0.005, 0.0045, 0.0045))
+    write_volume(tmp_path / "in" / "coarse.nii.gz", make_hu(2, (6, 300, 300)), spacing_mm=(5.0, 9.0, 9.0))
+    assert (
+        run_build(tmp_path / "in", tmp_path / "out", salt_file, "workers=1", "inplane.spacing_mm=0.45", "inplane.size_px=256")
+        == 0
+    )
+    reasons = {row["status"]: row["reason"] for row in Corpus(tmp_path / "out").volumes.to_pylist()}
+    assert reasons.keys() == {"accepted", "rejected"}
+    words = sorted(row["reason"] for row in Corpus(tmp_path / "out").volumes.to_pylist() if row["reason"])
+    assert "slices.min_pixel_mm" in words[0]
+    assert "6000 x 6000 px at inplane.spacing_mm 0.45" in words[1]
 
 
 def test_strided__neighbours_nearer_than_the_stride_are_left_out_in_mm_not_in_slices():
