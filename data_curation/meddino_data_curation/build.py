@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
 from meddino_data_curation.config import CurationConfig, needs_decision
 from meddino_data_curation.discovery import Discovery, discover
-from meddino_data_curation.exclusions import apply_lists, read_exclusions
-from meddino_data_curation.finish import finish
+from meddino_data_curation.exclusions import Listed, apply_lists, read_exclusions
+from meddino_data_curation.finish import finish, survey_held_out
+from meddino_data_curation.patient_ids import without_common_names
 from meddino_data_curation.privacy import Salt, load_salt, private_folder, write_source_map
 from meddino_data_curation.progress import progress
 from meddino_data_curation.volume_job import VolumeJob
@@ -66,13 +68,14 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
         ConfigError: Sources, salt or output folder are wrong.
         VolumeError: No volume could be used, or too many were refused.
     """
-    _check_out(corpus)
+    check_out(corpus)
     salt = load_salt(config.privacy.salt_file, corpus)
-    exclusions = read_exclusions(config.exclude, config.held_out)
+    exclusions = read_exclusions(config)
     _check_licences(config)
     found = discover(config.sources, salt, config.workers or cores())
     _check_found(found, config)
-    found.candidates = apply_lists(found.candidates, exclusions, config, salt)
+    found.candidates = without_common_names(found.candidates, config.sources, salt)
+    listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
     inputs = _inputs_hash(found, config, exclusions.stamp + salt.fingerprint)
     if _is_finished(corpus, inputs):
         return
@@ -80,7 +83,8 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
     with work.locked(shared=part is not None):
         if part is None:
             work.sweep()
-        jobs = _jobs(found, config, salt, part or Part())
+        held_out = survey_held_out(exclusions.data, config, salt, work, reads=part is None)
+        jobs = _jobs(found, config, salt, part or Part(), listed)
         _write_source_map(found, config, corpus, part)
         work.write_found(found.files)
         write_json(private_folder(corpus) / "build.json", config.model_dump(mode="json"))
@@ -90,8 +94,9 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
             write_json(work.root / "parts" / f"{name}.json", {"index": part.index, "count": part.count, "inputs": inputs})
             _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
             return
-        info = finish(jobs, config, exclusions.data, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
-        write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs, "content_hash": info["content_hash"]})
+        # Before the corpus: killed between the two, the same command still knows it as its own.
+        write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs})
+        info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
         work.remove()
     totals = info["totals"]
     _logger.info(
@@ -102,7 +107,12 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
         _logger.warning("%d files could not be used: %s", found.unused.total(), _unused_text(found))
 
 
-def _check_out(corpus: Path) -> None:
+def check_out(corpus: Path) -> None:
+    """Refuse an output folder that holds other things than a corpus, finished or not.
+
+    Raises:
+        ConfigError: It does, or is a file.
+    """
     if corpus.exists() and not corpus.is_dir():
         raise ConfigError(f"--out {corpus} is a file; name a new or empty folder")
     own = {"shards", "slices.parquet", "volumes.parquet", "fingerprints.parquet", "corpus.json", "report.html", ".work"}
@@ -157,17 +167,24 @@ def _is_finished(corpus: Path, inputs: str) -> bool:
             f"{corpus} is a finished corpus of other files or another config; choose another --out, or remove it first"
         )
     _logger.info("%s is finished already; nothing to do", corpus)
+    work = WorkFolder(corpus)
+    if work.exists():  # killed after its last file
+        with suppress(ConfigError), work.locked(shared=False):
+            work.remove()
     return True
 
 
-def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part) -> list[VolumeJob]:
+def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, listed: Listed) -> list[VolumeJob]:
     text = _config_text(config)
     jobs = []
     for candidate in found.candidates:
         if part.holds(candidate.volume_id):
             source = config.sources[candidate.source]
-            job = job_hash(salt.fingerprint, text, candidate.volume_id, candidate.stamp, candidate.problem)
-            jobs.append(VolumeJob(candidate, job, source.name, source.licence))
+            # What a list names is looked at as held-out data is: its copies have other names and must stay out too.
+            is_listed = candidate.volume_id in listed.volumes
+            parts = (candidate.volume_id, candidate.stamp, candidate.problem, *(["listed"] if is_listed else []))
+            job = job_hash(salt.fingerprint, text, *parts)
+            jobs.append(VolumeJob(candidate, job, source.name, source.licence, is_survey=is_listed))
     return jobs
 
 

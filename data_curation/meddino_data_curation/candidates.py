@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from meddino.core.errors import ConfigError, VolumeError
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.path_globs import glob_pattern
+from meddino_data_curation.patient_ids import patient_id
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
@@ -39,6 +40,8 @@ class Candidate:
         study_key: Salted hash of the DICOM study, or None.
         stamp: Sizes and times of the files: another stamp means they have to be read again.
         problem: Why it is refused without being read, or "".
+        patient: The patient's id as written; only ever hashed with the salt.
+        patient_is_known: Whether patient_key means the same person in every source.
     """
 
     volume_id: str
@@ -52,6 +55,8 @@ class Candidate:
     stamp: str = ""
     problem: str = ""
     notes: tuple[str, ...] = field(default=())
+    patient: str = field(default="", repr=False)
+    patient_is_known: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,44 +123,28 @@ def volume_suffix(name: str) -> str | None:
     return next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None)
 
 
-def patient_keys(salt: Salt, source: str, patient: str) -> tuple[str, str]:
-    """Return a patient's key among all sources, and inside one.
-
-    Ids such as LIDC-IDRI-0314 mean the same patient wherever they turn up; "1", "case_07" or "anonymous" do not.
-    """
-    return salt.key("patient", patient), salt.key("patient", source, patient)
-
-
-def patient_key(salt: Salt, source: str, patient: str, is_id: bool) -> str:
-    """Return the key of a patient.
-
-    Args:
-        salt: Of the corpus.
-        source: Name of the source.
-        patient: As written.
-        is_id: False for what was only guessed from a file's name.
-    """
-    everywhere, here = patient_keys(salt, source, patient)
-    return everywhere if is_id and len(patient) >= 8 and any(sign.isdigit() for sign in patient) else here
-
-
 def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str) -> Candidate:
     """Return the candidate of one volume file."""
     suffix = volume_suffix(found.path.name)
     stem = found.inside[: -len(suffix)] if suffix else found.inside
     voxel_files = _voxel_files(found, format)
     match = re.search(source.patient_pattern, found.inside) if source.patient_pattern else None
-    patient = match.group(1) if match else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name)
+    named = match.group(1) if match else None
+    # A DICOM file that cannot be read is IM0001 in every folder.
+    patient = named or ("" if format == "dicom" else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name))
+    who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=found.inside)
     return Candidate(
         volume_id=salt.key("volume", source.name, found.inside),
         source=source_number,
         format=format,
         files=(found.path, *voxel_files.files),
         place=found.inside,
-        patient_key=patient_key(salt, source.name, patient, is_id=match is not None),
+        patient_key=who.key,
         series_key=salt.key("series", source.name, found.inside),
         stamp=found.stamp + voxel_files.stamp,
         problem=found.problem,
+        patient=patient,
+        patient_is_known=who.is_known,
     )
 
 

@@ -12,6 +12,16 @@ from meddino.data.sample import Codec
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
+def _with_group(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"no regular expression ({error})") from error
+    if pattern and groups < 1:
+        raise ValueError("needs one group in parentheses")
+    return pattern
+
+
 class SourceConfig(StrictConfig):
     """One set of volumes."""
 
@@ -24,6 +34,10 @@ class SourceConfig(StrictConfig):
         str,
         Field(description="regex on a file's path inside the source; its first group is the patient; empty: the file's name"),
     ] = ""
+    same_ids: Annotated[
+        bool,
+        Field(description="for held-out data: its patient ids mean the same in every source, however short ('P7', 'case_12')"),
+    ] = False
     include: Annotated[
         str, Field(description="glob on the path inside the source ({a,b} and [0-9] too); only files that match are read")
     ] = "**/*"
@@ -38,13 +52,7 @@ class SourceConfig(StrictConfig):
     @field_validator("patient_pattern")
     @classmethod
     def _has_a_group(cls, pattern: str) -> str:
-        try:
-            groups = re.compile(pattern).groups
-        except re.error as error:
-            raise ValueError(f"no regular expression ({error})") from error
-        if pattern and groups < 1:
-            raise ValueError("needs one group in parentheses")
-        return pattern
+        return _with_group(pattern)
 
 
 class HounsfieldConfig(StrictConfig):
@@ -165,6 +173,28 @@ def needs_decision(licence: str) -> bool:
     return bool(_RESTRICTED.search(licence))
 
 
+class ExclusionConfig(StrictConfig):
+    """How `exclude` is understood, and what may be missing of it. All ours."""
+
+    patient_pattern: Annotated[
+        str, Field(description="regex on a path inside the folders under `exclude`; its first group is the patient")
+    ] = ""
+    same_ids: Annotated[
+        bool, Field(description="patient ids there mean the same in every source, however short ('P7', 'case_12')")
+    ] = False
+    allow_unread: Annotated[
+        bool, Field(description="go on although held-out volumes cannot be read, so that scans of them may come in")
+    ] = False
+    allow_unmatched_lists: Annotated[
+        bool, Field(description="go on although a list names nothing in the sources: it is meant for other ones")
+    ] = False
+
+    @field_validator("patient_pattern")
+    @classmethod
+    def _has_a_group(cls, pattern: str) -> str:
+        return _with_group(pattern)
+
+
 class CurationConfig(StrictConfig):
     """A whole curation."""
 
@@ -178,6 +208,7 @@ class CurationConfig(StrictConfig):
     held_out: Annotated[
         tuple[SourceConfig, ...], Field(description="held-out sets with a name; what `meddino-curate plan` writes")
     ] = ()
+    exclusion: ExclusionConfig = ExclusionConfig()
     workers: Annotated[int | None, Field(ge=1, description="processes; null: one for each core this process may use")] = None
     hounsfield: HounsfieldConfig = HounsfieldConfig()
     orientation: OrientationConfig = OrientationConfig()
@@ -191,9 +222,11 @@ class CurationConfig(StrictConfig):
 
     def public(self) -> dict[str, object]:
         """Return the config as it may stand in a corpus: without paths and without what only the machine decides."""
-        values = self.model_dump(mode="json", exclude={"workers": True, "privacy": True, "exclude": True, "held_out": True})
+        hidden = {"workers", "privacy", "exclude", "held_out", "exclusion"}
+        values = self.model_dump(mode="json", exclude=hidden)
         for source in values["sources"]:
             source.pop("path")
             source.pop("patient_pattern")  # a pattern may quote a name
+            source.pop("same_ids")
             source.pop("include")
         return values

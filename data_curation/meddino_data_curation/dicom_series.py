@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from meddino_data_curation.candidates import Candidate, patient_key
+from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.dicom_headers import DicomHeader, Plane
+from meddino_data_curation.patient_ids import patient_id
 from meddino_data_curation.privacy import Salt
 
 _SAME_PLACE_MM = 0.01
@@ -95,7 +96,8 @@ class _SeriesMaker:
 
     def _base(self, headers: Sequence[DicomHeader], part: str) -> dict[str, object]:
         first = headers[0]
-        patient = first.patient_id or self.patient
+        stand_in = f"{self.patient} {first.study_uid or self.uid}"
+        who = patient_id(self.salt, self.source.name, first.patient_id, "header", stand_in)
         stamps = hashlib.sha256("\n".join(header.stamp for header in headers).encode("utf-8", "surrogateescape")).hexdigest()
         return {
             "volume_id": self.salt.key("volume", self.source.name, self.uid, self.patient, part),
@@ -103,7 +105,9 @@ class _SeriesMaker:
             "format": "dicom",
             "files": tuple(header.path for header in headers),
             "place": f"series {self.uid} ({part}), {len(headers)} files, first: {first.inside}",
-            "patient_key": patient_key(self.salt, self.source.name, patient, bool(first.patient_id)),
+            "patient_key": who.key,
+            "patient": first.patient_id,
+            "patient_is_known": who.is_known,
             "series_key": self.salt.key("series", self.uid),
             "study_key": self.salt.key("study", first.study_uid) if first.study_uid else None,
             "stamp": stamps,

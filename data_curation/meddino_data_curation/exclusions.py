@@ -2,16 +2,26 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 
 from meddino.core.errors import ConfigError
-from meddino_data_curation.candidates import Candidate, find_files, patient_keys, volume_suffix
+from meddino.core.files import write_text
+from meddino.core.logging import get_logger
+from meddino_data_curation.candidates import Candidate, find_files
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.privacy import Salt
+from meddino_data_curation.exclusion_lists import (
+    LIST_SUFFIXES,
+    ExclusionList,
+    ListOutcome,
+    match_lists,
+    read_list,
+    unmatched_text,
+)
+from meddino_data_curation.privacy import Salt, private_folder
 
-_LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".lst", ".list"}
-_MAX_LIST_BYTES = 64 << 20
+UNMATCHED = "unmatched_lines.txt"
+_logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -19,67 +29,105 @@ class Exclusions:
     """What must not come in.
 
     Attributes:
-        lines: Of all lists: patient ids, series UIDs, volume ids, paths or file names.
+        lists: Of patient ids, series and study UIDs, volume ids, paths or file names.
         data: Folders and files of held-out volumes.
         stamp: Differs when anything of it has changed.
     """
 
-    lines: frozenset[str]
+    lists: tuple[ExclusionList, ...]
     data: tuple[SourceConfig, ...]
     stamp: str
 
 
-def read_exclusions(paths: Sequence[Path], named: Sequence[SourceConfig] = ()) -> Exclusions:
+@dataclass(frozen=True)
+class Listed:
+    """What lists named.
+
+    Attributes:
+        volumes: Ids of the volumes.
+        outcomes: One a list.
+    """
+
+    volumes: frozenset[str] = frozenset()
+    outcomes: tuple[ListOutcome, ...] = ()
+
+
+def read_exclusions(config: CurationConfig) -> Exclusions:
     """Sort held-out things into lists and data.
 
     Args:
-        paths: Lists, folders of volumes, files or corpora.
-        named: Held-out data that has a name already.
+        config: Its `exclude` and `held_out`.
 
     Raises:
-        ConfigError: One does not exist, or a list is no text.
+        ConfigError: One does not exist, a list is no text, or two have one name.
     """
-    lines: set[str] = set()
+    lists: list[ExclusionList] = []
     data: list[SourceConfig] = []
-    for path in paths:
+    how = config.exclusion
+    for path in config.exclude:
         if not path.exists():
             raise ConfigError(f"--exclude {path}: no such file or folder")
-        if path.is_file() and path.suffix.lower() in _LIST_SUFFIXES:
-            lines |= _lines(path)
-            continue
-        data.append(SourceConfig(name=f"excluded-{len(data) + 1}", path=path))
-    data += named
+        if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+            lists.append(read_list(path, f"list-{len(lists) + 1}"))
+        else:
+            name = f"excluded-{len(data) + 1}"
+            data.append(SourceConfig(name=name, path=path, patient_pattern=how.patient_pattern, same_ids=how.same_ids))
+    data += config.held_out
+    names = [source.name for source in data]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two held-out sets are called '{twice[0]}'; give each its own name")
     digest = hashlib.sha256()
     for source in data:
+        digest.update(source.model_dump_json().encode("utf-8", "surrogateescape"))
         for file in find_files(source):
             digest.update(f"{file.stamp}\n".encode("utf-8", "surrogateescape"))
-    digest.update("\n".join(sorted(lines)).encode("utf-8", "surrogateescape"))
-    return Exclusions(frozenset(lines), tuple(data), digest.hexdigest())
+    for item in lists:
+        digest.update("\n".join([item.name, *item.lines, ""]).encode("utf-8", "surrogateescape"))
+    return Exclusions(tuple(lists), tuple(data), digest.hexdigest())
 
 
-def _lines(path: Path) -> set[str]:
-    if path.stat().st_size > _MAX_LIST_BYTES:
-        raise ConfigError(f"--exclude {path}: {path.stat().st_size} bytes are no list of ids")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--exclude {path}: a list is UTF-8 text with one id or path a line") from error
-    cells = (line.split("\t")[0].split(",")[0].strip().strip('"') for line in text.splitlines())
-    return {cell for cell in cells if cell and not cell.startswith("#")}
+def apply_lists(
+    candidates: Sequence[Candidate], exclusions: Exclusions, config: CurationConfig, salt: Salt, corpus: Path
+) -> Listed:
+    """Find the volumes that lists name, and say how many lines name none.
 
+    Args:
+        candidates: All of all sources.
+        exclusions: From `read_exclusions`.
+        config: The curation.
+        salt: Of the corpus.
+        corpus: Its private folder gets the lines that name nothing: they may be names of patients.
 
-def apply_lists(candidates: Sequence[Candidate], exclusions: Exclusions, config: CurationConfig, salt: Salt) -> list[Candidate]:
-    """Refuse the candidates that a list names, before anything of them is read."""
-    if not exclusions.lines:
-        return list(candidates)
-    series = {salt.key("series", line) for line in exclusions.lines}
-    patients = {key for line in exclusions.lines for source in config.sources for key in patient_keys(salt, source.name, line)}
-    named = []
-    for candidate in candidates:
-        path = PurePosixPath(candidate.place)
-        suffix = volume_suffix(path.name) or ""
-        stem = path.name[: len(path.name) - len(suffix)]
-        words = {candidate.volume_id, candidate.place, path.name, stem, stem.removesuffix("_0000")}
-        hit = words & exclusions.lines or candidate.series_key in series or candidate.patient_key in patients
-        named.append(replace(candidate, problem="held out: named by an exclusion list") if hit else candidate)
-    return named
+    Raises:
+        ConfigError: A list names nothing at all, and the config does not allow it.
+    """
+    volumes, outcomes = match_lists(exclusions.lists, candidates, config.sources, salt)
+    paths = {item.name: item.path for item in exclusions.lists}
+    where = private_folder(corpus) / UNMATCHED
+    if any(outcome.unmatched for outcome in outcomes):
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.parent.chmod(0o700)
+        write_text(where, unmatched_text(outcomes, paths))
+        where.chmod(0o600)
+    else:
+        where.unlink(missing_ok=True)
+    for outcome in outcomes:
+        lines, matched = outcome.entry["lines"], outcome.entry["matched"]
+        told = f"{matched} of {lines} lines match, {outcome.entry['volumes']} volumes are left out for them"
+        if outcome.unmatched:
+            _logger.warning(
+                "exclusion %s: %s; %d lines match NOTHING in the sources, so nothing is left out for them: see %s",
+                outcome.name, told, len(outcome.unmatched), where,
+            )  # fmt: skip
+        else:
+            _logger.info("exclusion %s: %s", outcome.name, told)
+        if not matched and not config.exclusion.allow_unmatched_lists:
+            what = (
+                f"none of its {lines} lines matches anything in the sources (they are in {where})" if lines else "it is empty"
+            )
+            raise ConfigError(
+                f"--exclude {paths[outcome.name]}: {what}; a line is a patient id, a series or study UID, or a path, with or "
+                "without the source in front; if the list is meant for other sources: exclusion.allow_unmatched_lists=true"
+            )
+    return Listed(frozenset(volumes), tuple(outcomes))

@@ -2,21 +2,24 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
-from meddino_data_curation.audit import audit_entry
+from meddino.data.audits import audit_text
+from meddino_data_curation.comparison import audit_entry, unread_problem
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.duplicates import exclude_overlaps, find_overlaps, mark_exact, mark_near
+from meddino_data_curation.duplicates import Overlap, exclude_overlaps, find_overlaps, mark_exact, mark_near, with_relatives
+from meddino_data_curation.exclusions import Listed
 from meddino_data_curation.fingerprint import Fingerprint
 from meddino_data_curation.manifests import write_corpus_json, write_fingerprints, write_slices, write_volumes
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.report import report_page
 from meddino_data_curation.shards import drop_stale_shards, plan_shards, write_shards
-from meddino_data_curation.survey import survey
+from meddino_data_curation.survey import Survey, survey, volumes_of
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.worker_pool import cores
@@ -24,10 +27,24 @@ from meddino_data_curation.worker_pool import cores
 _logger = get_logger(__name__)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out set.
+
+    Attributes:
+        name: In the record.
+        found: What is in it.
+    """
+
+    name: str
+    found: Survey
+
+
 def finish(
     jobs: Sequence[VolumeJob],
     config: CurationConfig,
-    held_out: Sequence[SourceConfig],
+    held_out: Sequence[HeldOut],
+    listed: Listed,
     corpus: Path,
     work: WorkFolder,
     salt: Salt,
@@ -38,7 +55,8 @@ def finish(
     Args:
         jobs: All volumes, each with a record in the work folder.
         config: The curation.
-        held_out: Volumes whose scans and patients must stay out.
+        held_out: Volumes whose scans and patients must stay out, and what they are.
+        listed: Volumes that lists name.
         corpus: Folder to write.
         work: Its work folder.
         salt: For the keys of held-out volumes.
@@ -57,7 +75,8 @@ def finish(
         mark_exact(rows, preference)
     if config.duplicates.near:
         mark_near(rows, prints, preference)
-    audits = [_exclude(source, rows, prints, config, salt) for source in held_out]
+    lists = _exclude_listed(listed, rows)
+    audits = [_exclude(held, rows, prints) for held in held_out]
     kept = [record for record in records if record.row["status"] == "accepted"]
     if not kept:
         raise VolumeError(f"none of {len(rows)} volumes could be used: {_reasons(rows)}")
@@ -71,19 +90,59 @@ def finish(
     write_volumes(corpus / "volumes.parquet", rows)
     if config.duplicates.near:
         write_fingerprints(corpus / "fingerprints.parquet", {name: prints[name] for name in _ids(kept) if name in prints})
-    write_text(corpus / "report.html", report_page(config, rows, work, audits))
-    return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits)
+    write_text(corpus / "report.html", report_page(config, rows, work, audits, lists))
+    return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits, lists)
 
 
-def _exclude(
-    source: SourceConfig, rows: list[dict[str, Any]], prints: dict[str, Fingerprint], config: CurationConfig, salt: Salt
-) -> dict[str, Any]:
-    held_out = survey([source], config, salt)
-    overlaps = find_overlaps(rows, prints, held_out.rows, held_out.prints)
-    exclude_overlaps(rows, overlaps)
-    left_out = len({overlap.volume_id for overlap in overlaps})
-    _logger.info("%s: %d held-out volumes, %d volumes left out for them", source.name, len(held_out.rows), left_out)
-    return {**audit_entry(source.name, held_out, []), "left_out": left_out}
+def survey_held_out(
+    sources: Sequence[SourceConfig], config: CurationConfig, salt: Salt, work: WorkFolder, reads: bool
+) -> list[HeldOut]:
+    """Read the held-out data, before anything is curated: what is wrong with it should not be told days later.
+
+    Args:
+        sources: Folders, files or corpora.
+        config: The curation.
+        salt: Of the corpus.
+        work: Keeps what was read, so that a killed build need not read it again.
+        reads: False only looks whether volumes are there: parts leave the reading to `merge`.
+
+    Raises:
+        ConfigError: A set holds no volume, or some of it cannot be read.
+    """
+    names = [source.name for source in config.sources]
+    held_out = []
+    for source in sources:
+        if not reads:
+            volumes_of([source], salt, config.workers or cores())
+            continue
+        found = survey([source], config, salt, names, work.root / "held-out" / source.name)
+        allowed = config.exclusion.allow_unread
+        if problem := unread_problem(f"held-out data '{source.name}'", found, allowed, "exclusion.allow_unread=true"):
+            raise ConfigError(problem)
+        held_out.append(HeldOut(source.name, found))
+    return held_out
+
+
+def _exclude(held: HeldOut, rows: list[dict[str, Any]], prints: dict[str, Fingerprint]) -> dict[str, Any]:
+    overlaps = find_overlaps(rows, prints, held.found.rows, held.found.prints)
+    entry = audit_entry(held.name, rows, prints, held.found, [])
+    left_out = exclude_overlaps(rows, overlaps)
+    _logger.info("%s: %s; %d volumes left out", held.name, audit_text(entry).partition(" with ")[2], left_out)
+    return {**entry, "left_out": left_out}
+
+
+def _exclude_listed(listed: Listed, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Refuse what lists name, its copies, and what else is of its patient."""
+    named = [Overlap(row["volume_id"], -1, "exact") for row in rows if row["volume_id"] in listed.volumes]
+    related = with_relatives(rows, named)
+    for row in rows:
+        if row["volume_id"] in listed.volumes:
+            row.update(status="rejected", reason="held out: named by an exclusion list", num_slices_kept=0)
+            row.update(duplicate_of=None, duplicate_kind=None)
+    others = exclude_overlaps(rows, related, "is named by an exclusion list")
+    if others:
+        _logger.info("%d more volumes left out: copies of listed ones, or of the same patient", others)
+    return [outcome.entry for outcome in listed.outcomes]
 
 
 def _ids(records: Sequence[VolumeRecord]) -> list[str]:
@@ -97,6 +156,8 @@ def _records(jobs: Sequence[VolumeJob], work: WorkFolder) -> tuple[list[VolumeRe
         record = work.read_record(job.candidate.volume_id)
         if record is None:
             raise ConfigError(f"the work folder {work.root} was changed while it was in use; run the same command again")
+        ids = job.candidate
+        record.row.update(patient_key=ids.patient_key, patient_is_known=ids.patient_is_known)
         if record.fingerprint:
             prints[record.row["volume_id"]] = Fingerprint.from_json(record.fingerprint)
         record.slices, record.thumbnail, record.histogram, record.fingerprint, record.refused = {}, "", [], None, {}

@@ -14,6 +14,7 @@ from meddino.core.files import atomic_write, sha256_file, write_json
 from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.fingerprint import Fingerprint
+from meddino_data_curation.patient_ids import RULES_VERSION
 from meddino_data_curation.shards import PlannedShard
 from meddino_data_curation.work_folder import WorkFolder
 
@@ -25,6 +26,7 @@ VOLUMES_WRITTEN = pa.schema(
     [
         *VOLUMES_SCHEMA,
         pa.field("study_key", pa.string()),
+        pa.field("patient_is_known", pa.bool_()),  # patient_key means the same person in every source
         pa.field("tilt_deg", pa.float64()),
         pa.field("notes", pa.string()),
         pa.field("slices_left_out", pa.map_(pa.string(), pa.int32())),  # by reason
@@ -117,6 +119,7 @@ def write_corpus_json(
     num_slices: int,
     salt_fingerprint: str,
     audits: Sequence[Mapping[str, Any]] = (),
+    lists: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write corpus.json, the last file: with it the corpus is finished.
 
@@ -142,11 +145,13 @@ def write_corpus_json(
         },
         "shards": {
             name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
+        "files": WorkFolder(corpus).read_found(),
             for name, note in shards.items()
         },
         "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
-        "files": WorkFolder(corpus).read_found(),
+        "patient_ids": RULES_VERSION,
         "audit": list(audits),
+        "exclusion_lists": list(lists),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
         "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],
     }

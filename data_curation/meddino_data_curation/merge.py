@@ -7,22 +7,56 @@ from pathlib import Path
 
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
-from meddino_data_curation.build import build
+from meddino.core.files import PARTIAL_SUFFIX
+from meddino.core.logging import get_logger
+from meddino_data_curation.build import build, check_out
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.privacy import private_folder
 from meddino_data_curation.work_folder import WorkFolder
 
+_logger = get_logger(__name__)
+
 
 def merge(parts: Sequence[Path], out: Path) -> None:
-    """Join parts and finish the corpus.
+    """Join parts and finish the corpus; the same command again goes on, and has nothing to do once it is finished.
 
     Args:
         parts: Output folders of `build --part`; all parts may have shared one.
         out: The corpus; may be one of them.
 
     Raises:
-        ConfigError: A part is missing or unfinished, or parts do not belong together.
+        ConfigError: A part is missing or unfinished, parts do not belong together, or `out` holds something else.
     """
+    finished = _finished_inputs(out)
+    if finished and all(folder.resolve() == out.resolve() for folder in parts):
+        _logger.info("%s is finished already; nothing to do", out)  # its notes of parts went with its work folder
+        return
+    inputs = _common_inputs([folder for folder in parts if not (finished and folder.resolve() == out.resolve())])
+    if finished == inputs:
+        _logger.info("%s is finished already; nothing to do", out)
+        return
+    if finished or (out / "corpus.json").exists():
+        raise ConfigError(f"--out {out} is a finished corpus of other files or another config; name a new folder")
+    check_out(out)
+    with WorkFolder(out).locked(shared=False):
+        for folder in parts:
+            if folder.resolve() != out.resolve():
+                _take_over(folder, out)
+    config = private_folder(parts[0]) / "build.json"
+    values = json.loads(config.read_text(encoding="utf-8"))
+    build(check_config(CurationConfig, values, where=str(config)), out)
+
+
+def _finished_inputs(out: Path) -> str:
+    """Return what a finished corpus was made of, or "" where there is none."""
+    path = private_folder(out) / "inputs.json"
+    if not (out / "corpus.json").is_file() or not path.is_file():
+        return ""
+    return str(json.loads(path.read_text(encoding="utf-8"))["inputs"])
+
+
+def _common_inputs(parts: Sequence[Path]) -> str:
+    """Return what all parts were made of."""
     notes = []
     for folder in parts:
         written = sorted((WorkFolder(folder).root / "parts").glob("*.json"))
@@ -36,23 +70,31 @@ def merge(parts: Sequence[Path], out: Path) -> None:
     missing = sorted(set(range(1, counts.pop() + 1)) - {note["index"] for note in notes})
     if missing:
         raise ConfigError(f"parts are missing: {', '.join(str(index) for index in missing)}; build them, then merge again")
-    if out not in parts and out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--out {out} is not empty; name a new folder or one of the parts")
-    for folder in parts:
-        if folder.resolve() != out.resolve():
-            _take_over(folder, out)
-    config = private_folder(parts[0]) / "build.json"
-    values = json.loads(config.read_text(encoding="utf-8"))
-    build(check_config(CurationConfig, values, where=str(config)), out)
+    return str(inputs.pop())
 
 
 def _take_over(folder: Path, out: Path) -> None:
-    """Copy what a part has done; the part itself stays as it is."""
-    done = WorkFolder(folder).root / "volumes"
-    if done.is_dir():  # a part may have had no volume to do
-        shutil.copytree(done, WorkFolder(out).root / "volumes", dirs_exist_ok=True)
-    salt = private_folder(folder) / "salt"
-    if salt.exists() and not (private_folder(out) / "salt").exists():
-        private_folder(out).mkdir(parents=True, exist_ok=True)
-        private_folder(out).chmod(0o700)
-        shutil.copy2(salt, private_folder(out) / "salt")
+    """Copy what a part has done, file by whole file; the part itself stays as it is."""
+    work, target = WorkFolder(folder), WorkFolder(out)
+    in_shards = {volume_id for note in target.shard_notes().values() for volume_id, _, _ in note["volumes"]}
+    for path in sorted((work.root / "volumes").glob("*/*")):  # none where a part had no volume to do
+        if path.suffix != PARTIAL_SUFFIX and not (path.stem in in_shards and path.suffix != ".json"):
+            _copy_once(path, target.root / path.relative_to(work.root))
+    salt, own = private_folder(folder) / "salt", private_folder(out) / "salt"
+    if salt.exists() and not own.exists():
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.parent.chmod(0o700)
+        _copy_once(salt, own)
+    elif salt.exists() and salt.read_bytes() != own.read_bytes():
+        raise ConfigError(f"{own} is another salt than that of {folder}; name a new --out")
+
+
+def _copy_once(source: Path, target: Path) -> None:
+    """Copy a file unless it has been copied: a merge that was killed goes on where it stood."""
+    status = source.stat()
+    if target.exists() and (target.stat().st_size, target.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns):
+        return
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(source, partial)
+    partial.replace(target)

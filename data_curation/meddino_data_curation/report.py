@@ -10,6 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
+from meddino.data.audits import audit_text, lists_text
 from meddino_data_curation.config import CurationConfig, needs_decision
 from meddino_data_curation.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
 from meddino_data_curation.volume_job import HISTOGRAM_EDGES_HU
@@ -26,9 +27,10 @@ _SAMPLED_RECORDS = 400  # for histograms; more adds nothing to a picture
 _AUDIT_BEGIN, _AUDIT_END = "<!-- audit begins -->", "<!-- audit ends -->"
 
 Rows = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 
 
-def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Sequence[Mapping[str, Any]]) -> str:
+def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Records, lists: Records = ()) -> str:
     """Return the report as one HTML page.
 
     Args:
@@ -36,17 +38,18 @@ def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Se
         rows: Rows of volumes.parquet.
         work: Has thumbnails and histograms.
         audits: What corpus.json says of held-out data.
+        lists: What it says of exclusion lists.
     """
     status = Counter(str(row["status"]) for row in rows)
     slices = sum(int(row["num_slices_kept"]) for row in rows if row["status"] == "accepted")
     lead = (
         f"{slices} slices of {status['accepted']} volumes; {status['rejected']} volumes refused, "
         f"{status['duplicate']} duplicates of others."
+        Section("Files", _files(work)),
     )
     sections = [
         Section("Sets", _sets(config, rows)),
-        Section("Files", _files(work)),
-        Section("Held-out data", _audit_section(audits)),
+        Section("Held-out data", _audit_section(audits, lists)),
         Section("Licences and citations", _licences(config)),
         Section("Kept", _kept(rows, work)),
         Section("Refused volumes", _refused(rows, work)),
@@ -57,15 +60,16 @@ def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Se
     return page("Corpus", lead, sections, "Ids are salted hashes; no name, date or path is in this file.")
 
 
-def with_audits(report: str, audits: Sequence[Mapping[str, Any]]) -> str | None:
+def with_audits(report: str, audits: Records, lists: Records = ()) -> str | None:
     """Return a report that tells of other audits, or None where it has no place for them.
 
     Args:
         report: The page, from `report_page`.
         audits: What corpus.json says now.
+        lists: What it says of exclusion lists.
     """
     pattern = re.escape(_AUDIT_BEGIN) + ".*?" + re.escape(_AUDIT_END)
-    renewed, count = re.subn(pattern, lambda _: str(_audit_section(audits)), report, count=1, flags=re.DOTALL)
+    renewed, count = re.subn(pattern, lambda _: str(_audit_section(audits, lists)), report, count=1, flags=re.DOTALL)
     return renewed if count else None
 
 
@@ -178,12 +182,13 @@ def _licences(config: CurationConfig) -> Markup:
     return table(("set", "licence", "decision", "citation"), lines)
 
 
-def _audit_section(audits: Sequence[Mapping[str, Any]]) -> Markup:
-    """Return the audits between marks, by which `with_audits` finds them again."""
-    return join(Markup(_AUDIT_BEGIN), _audits(audits), Markup(_AUDIT_END))
+def _audit_section(audits: Records, lists: Records) -> Markup:
+    """Return audits and lists between marks, by which `with_audits` finds them again."""
+    named = text(f"Left out by lists: {lists_text(lists)}.", "note") if lists else Markup("")
+    return join(Markup(_AUDIT_BEGIN), _audits(audits), named, Markup(_AUDIT_END))
 
 
-def _audits(audits: Sequence[Mapping[str, Any]]) -> Markup:
+def _audits(audits: Records) -> Markup:
     if not audits:
         return text("Compared with no held-out data. Before testing a model trained on this: meddino-curate audit.", "warning")
     lines = []
@@ -191,10 +196,17 @@ def _audits(audits: Sequence[Mapping[str, Any]]) -> Markup:
         kinds = ", ".join(f"{count} by {kind}" for kind, count in entry["overlaps_by_kind"].items())
         ids = ", ".join(volume_id[:8] for volume_id in entry["overlapping_volumes"][:_PICTURES])
         numbers = (entry["volumes"], entry["unread"], entry.get("left_out"), entry["overlaps"])
-        lines.append((entry["name"], *numbers, kinds, ids))
-    header = ("data", "volumes", "not readable", "left out here for it", "overlaps that remain", "kinds", "volumes concerned")
+        compared = audit_text(entry).partition("compared by ")[2]
+        lines.append((entry["name"], *numbers, kinds, ids, compared))
+    header = (
+        "data", "volumes", "not readable", "left out here for it", "overlaps that remain", "kinds", "volumes concerned",
+        "compared by (how many of its volumes)",
+    )  # fmt: skip
     if any(entry["overlaps"] for entry in audits):
         warning = text("This corpus holds data that must stay unseen: build it again with --exclude.", "warning")
+        return join(warning, table(header, lines))
+    if any(entry["unread"] for entry in audits):
+        warning = text("Some held-out volumes could not be read: scans of them may be in this corpus.", "warning")
         return join(warning, table(header, lines))
     return join(text("No overlap with the data below is known.", "note"), table(header, lines))
 

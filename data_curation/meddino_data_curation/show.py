@@ -11,6 +11,7 @@ from rich.table import Table
 
 from meddino.core.files import atomic_write
 from meddino.core.seeds import numpy_rng
+from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
 from meddino_data_curation.thumbnails import WINDOW_HU, in_proportion, window_picture
 
@@ -45,8 +46,15 @@ def show(root: Path | str, console: Console) -> None:
     reasons = corpus.volumes.filter(np.asarray(corpus.volumes.column("status").to_pylist()) == "rejected").column("reason")
     for entry in sorted(reasons.value_counts().to_pylist(), key=lambda item: -item["counts"])[:10]:
         console.print(f"refused {entry['counts']} x {entry['values']}")
-    against = info.get("audit", [])
-    console.print(f"audited against: {', '.join(item['name'] for item in against) or 'nothing'}")
+    lists = info.get("exclusion_lists", [])
+    if lists:
+        console.print(f"left out by lists: {lists_text(lists)}")
+    audits = info.get("audit", [])
+    if not any(says_something(entry) for entry in audits):
+        console.print("audited against: nothing")
+    for entry in audits:
+        left_out = f"; {entry['left_out']} volumes were left out for it" if "left_out" in entry else ""
+        console.print(f"audited against {entry['name']}: {audit_text(entry)}{left_out}", markup=False)
 
 
 def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int, tile_px: int = 192) -> None:

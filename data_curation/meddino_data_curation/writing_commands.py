@@ -24,7 +24,7 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", type=Path, required=True, help="the corpus; <out>.private gets salt and source map")
     parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
     parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
-    parser.add_argument("--exclude", action="append", default=[], help="held-out volumes, or a list of ids; may be repeated")
+    parser.add_argument("--exclude", action="append", default=[], help="held-out volumes, a corpus, or a list of ids or paths")
     parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
     parser.set_defaults(handle=_build, overrides=[])  # gets the key=value words that stand behind options
 
@@ -68,6 +68,9 @@ def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.Argument
     parser.add_argument("--against", nargs="+", type=Path, required=True, help="folders of volumes, or other corpora")
     parser.add_argument("--name", action="append", default=[], help="what each is called in the record, in their order")
     parser.add_argument("--salt-file", type=Path, help="the corpus's salt; <corpus>.private/salt if not given")
+    parser.add_argument("--patient-pattern", default="", help="regex on paths inside the data; its first group is the patient")
+    parser.add_argument("--same-ids", action="store_true", help="patient ids mean the same there as in the corpus, even 'P7'")
+    parser.add_argument("--allow-unread", action="store_true", help="volumes that cannot be read are counted, no error")
     parser.set_defaults(handle=_audit)
 
 
@@ -78,15 +81,23 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.audit import audit
+    from meddino.data.audits import audit_clauses
+    from meddino_data_curation.audit import AuditOptions, audit
 
-    results = audit(arguments.corpus, arguments.against, arguments.name, arguments.salt_file)
+    options = AuditOptions(
+        arguments.salt_file, arguments.patient_pattern, arguments.same_ids, allow_unread=arguments.allow_unread
+    )
+    results = audit(arguments.corpus, arguments.against, arguments.name, options)
     for result in results:
         for line in result.lines:
             write_line(f"{result.name}: {line}")
-        write_line(f"{result.name}: {result.entry['overlaps']} overlaps with {result.entry['volumes']} volumes")
+        for clause in audit_clauses(result.entry):
+            write_line(f"{result.name}: {clause}")
     if any(result.lines for result in results):
         raise ShardError(f"{arguments.corpus} overlaps with data that must stay unseen; build it again with --exclude")
+    problems = [result.problem for result in results if result.problem]
+    if problems:
+        raise ShardError("; ".join(problems))
 
 
 def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from meddino.checkpoints.model_folder import DataRecord
 from meddino.checkpoints.training_volumes import list_record, volume_list
+from meddino.data.audits import says_something
 from meddino.data.corpus import Corpus
 
 
@@ -23,11 +24,12 @@ def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
         "corpus_hash": corpus.content_hash,
         "data": [record.model_dump(mode="json") for record in records],
         "training_volumes": list_record(volume_list(corpus)).model_dump(mode="json"),
-        "audited_against": [_audit_text(entry) for entry in corpus.info.get("audit", [])],
+        "audited_against": [_audit_text(entry) for entry in corpus.info.get("audit", []) if says_something(entry)],
     }
 
 
 def _audit_text(entry: dict[str, Any]) -> str:
-    """Return a test set's name; with what was found of it, where anything was."""
-    overlaps = int(entry.get("overlaps", 0))
-    return f"{entry['name']} ({overlaps} overlaps)" if overlaps else str(entry["name"])
+    """Return a test set's name; with what was found of it, and how much of it could not be read."""
+    counts = {"overlaps": int(entry.get("overlaps", 0)), "volumes unread": int(entry.get("unread", 0))}
+    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{entry['name']} ({told})" if told else str(entry["name"])

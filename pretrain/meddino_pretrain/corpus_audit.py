@@ -1,5 +1,6 @@
 """What a corpus was compared with before anything is learnt from it."""
 
+import logging
 from typing import Annotated
 
 from pydantic import Field
@@ -7,6 +8,7 @@ from pydantic import Field
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
+from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
 
 _logger = get_logger(__name__)
@@ -30,7 +32,9 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
     Raises:
         ConfigError: An audit found an overlap, and the config does not accept it.
     """
-    audits = corpus.info.get("audit", [])
+    audits = [entry for entry in corpus.info.get("audit", []) if says_something(entry)]
+    if corpus.info.get("exclusion_lists"):
+        _logger.info("corpus built without what lists name: %s", lists_text(corpus.info["exclusion_lists"]))
     if not audits:
         _logger.warning(
             "corpus %s was audited against nothing: data that you will test on may be in it; before that: "
@@ -38,7 +42,8 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
         )  # fmt: skip
         return
     for entry in audits:
-        _logger.info("corpus audited against %s: %d volumes, %d overlaps", entry["name"], entry["volumes"], entry["overlaps"])
+        level = logging.WARNING if entry["unread"] else logging.INFO
+        _logger.log(level, "corpus audited against %s: %s", entry["name"], audit_text(entry))
     leaking = [f"{entry['name']} ({entry['overlaps']})" for entry in audits if entry["overlaps"]]
     if not leaking:
         return

@@ -20,12 +20,14 @@ from meddino.data.corpus import Corpus
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
-def entry(name: str, overlaps: int) -> dict:
+def entry(name: str, overlaps: int, **changes) -> dict:
     """What `meddino-curate audit` records of one data set."""
-    return {
-        "name": name, "volumes": 30, "unread": 0, "content_hash": "0" * 64, "overlaps": overlaps,
+    values = {
+        "name": name, "volumes": 30, "no_ct": 0, "unread": 0, "content_hash": "0" * 64, "overlaps": overlaps,
         "overlaps_by_kind": {"near": overlaps} if overlaps else {}, "overlapping_volumes": ["v000"][:overlaps],
+        "compared": {"exact": 30, "near": 30, "series": 30, "study": 30, "patient": 30}, "not_compared": {},
     }  # fmt: skip
+    return {**values, **changes}
 
 
 @pytest.fixture
@@ -45,9 +47,36 @@ def test_check_audit__says_what_it_was_compared_with(audited, caplog):
     with caplog.at_level(logging.INFO):
         check_audit(Corpus(audited(entry("btcv-test", 0), entry("amos22-test", 0))), CorpusConfig())
     assert [record.getMessage() for record in caplog.records] == [
-        "corpus audited against btcv-test: 30 volumes, 0 overlaps",
-        "corpus audited against amos22-test: 30 volumes, 0 overlaps",
+        "corpus audited against btcv-test: 0 overlaps with 30 volumes; "
+        "compared by exact (30), near (30), series (30), study (30), patient (30)",
+        "corpus audited against amos22-test: 0 overlaps with 30 volumes; "
+        "compared by exact (30), near (30), series (30), study (30), patient (30)",
     ]
+
+
+def test_check_audit__says_what_could_not_be_compared(audited, caplog):
+    compared = {"exact": 28, "near": 27, "series": 0, "study": 0, "patient": 12}
+    why_not = dict.fromkeys(("series", "study"), "no DICOM") | {"patient": "18 of its 30 volumes lack an id"}
+    found = audited(entry("btcv-test", 0, volumes=28, unread=2, compared=compared, not_compared=why_not))
+    check_audit(Corpus(found), CorpusConfig())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "corpus audited against btcv-test: 0 overlaps with 28 volumes; 2 MORE COULD NOT BE READ; compared by exact (28), "
+        "near (27), patient (12); NOT by series, study: no DICOM; only in part by patient: 18 of its 30 volumes lack an id"
+    )
+    assert corpus_lineage(Corpus(found))["audited_against"] == ["btcv-test (2 volumes unread)"]
+
+
+def test_check_audit__one_that_read_nothing_is_none(audited, caplog):
+    corpus = Corpus(audited(entry("truncated", 0, volumes=0, unread=1)))
+    check_audit(corpus, CorpusConfig())
+    (record,) = caplog.records
+    assert "audited against nothing" in record.getMessage()
+    assert corpus_lineage(corpus)["audited_against"] == []
+    # What its ids told all the same is an overlap.
+    with pytest.raises(ConfigError, match=r"truncated \(1\)"):
+        check_audit(Corpus(audited(entry("truncated", 1, volumes=0, unread=1))), CorpusConfig())
 
 
 def test_check_audit__never_audited_is_a_warning(audited, caplog):
