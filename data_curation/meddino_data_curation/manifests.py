@@ -145,11 +145,11 @@ def write_corpus_json(
         },
         "shards": {
             name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
-        "files": WorkFolder(corpus).read_found(),
             for name, note in shards.items()
         },
         "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
         "patient_ids": RULES_VERSION,
+        "files": WorkFolder(corpus).read_found(),
         "audit": list(audits),
         "exclusion_lists": list(lists),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),

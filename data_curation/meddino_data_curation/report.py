@@ -45,10 +45,10 @@ def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Re
     lead = (
         f"{slices} slices of {status['accepted']} volumes; {status['rejected']} volumes refused, "
         f"{status['duplicate']} duplicates of others."
-        Section("Files", _files(work)),
     )
     sections = [
         Section("Sets", _sets(config, rows)),
+        Section("Files", _files(work)),
         Section("Held-out data", _audit_section(audits, lists)),
         Section("Licences and citations", _licences(config)),
         Section("Kept", _kept(rows, work)),
