@@ -22,7 +22,7 @@ from meddino_data_curation.manifests import REPORT, read_fingerprints
 from meddino_data_curation.patient_ids import RULES_VERSION
 from meddino_data_curation.privacy import Salt, load_salt, private_folder
 from meddino_data_curation.report import with_audits
-from meddino_data_curation.survey import Survey, survey
+from meddino_data_curation.survey import SALTED, Survey, survey
 
 _logger = get_logger(__name__)
 
@@ -82,9 +82,8 @@ def audit(root: Path, against: Sequence[Path], names: Sequence[str], options: Au
     corpus = Corpus(root)
     salt, hidden = _salt(corpus, options.salt_file)
     prints = read_fingerprints(root / "fingerprints.parquet")
-    rows = [{**row, **_hidden_keys(corpus, hidden)} for row in pq.read_table(root / "volumes.parquet").to_pylist()]
-    if not hidden and corpus.info.get("patient_ids") != RULES_VERSION:
-        hidden = "the corpus is of an earlier version"
+    hidden_columns = {f"{kind}_key": None for kind in hidden}
+    rows = [{**row, **hidden_columns} for row in pq.read_table(root / "volumes.parquet").to_pylist()]
     sources = _named(against, names, corpus.info.get("audit", []), options)
     trained_on = [source["name"] for source in corpus.info["sources"]]
     results = []
@@ -158,21 +157,15 @@ def _lines(overlaps: Sequence[Overlap], held_out: Survey) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _salt(corpus: Corpus, salt_file: Path | None) -> tuple[Salt, str]:
-    """Return the corpus's salt, or another one and why keys cannot be compared."""
+def _salt(corpus: Corpus, salt_file: Path | None) -> tuple[Salt, dict[str, str]]:
+    """Return the corpus's salt, or another one, and why which keys cannot be compared, by kind."""
     default = private_folder(corpus.root) / "salt"
     path = salt_file or (default if default.exists() else None)
     if path is None:  # content is compared all the same
         why = f"the corpus's salt is not at hand ({default.parent.name}/salt, or --salt-file)"
-        return Salt(hashlib.sha256(str(corpus.content_hash).encode()).digest()), why
+        return Salt(hashlib.sha256(str(corpus.content_hash).encode()).digest()), dict.fromkeys(SALTED, why)
     salt = load_salt(path, corpus.root)
     if salt.fingerprint != corpus.info.get("salt_fingerprint"):
         raise ConfigError(f"the salt in {path} is not the one {corpus.root} was made with; patients cannot be compared")
-    return salt, ""
-
-
-def _hidden_keys(corpus: Corpus, why: str) -> dict[str, None]:
-    """Return the columns that cannot be compared, each as None; `why` is "" if the salt is known."""
-    if why:
-        return {"patient_key": None, "study_key": None, "series_key": None}
-    return {} if corpus.info.get("patient_ids") == RULES_VERSION else {"patient_key": None}
+    is_current = corpus.info.get("patient_ids") == RULES_VERSION
+    return salt, {} if is_current else {"patient": "the corpus is of an earlier version; build it again"}

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from meddino_data_curation.duplicates import Overlap, Row
 from meddino_data_curation.survey import Survey
 
-_IDS = ("series", "study", "patient")
 _NEEDED = {
     "exact": "voxels that could be read",
     "near": "a fingerprint (duplicates.near=false, or no usable slice)",
@@ -47,7 +46,12 @@ def _reasons(counts: Counter[str]) -> str:
 
 
 def audit_entry(
-    name: str, rows: Sequence[Row], prints: Container[str], held_out: Survey, overlaps: Sequence[Overlap], hidden: str = ""
+    name: str,
+    rows: Sequence[Row],
+    prints: Container[str],
+    held_out: Survey,
+    overlaps: Sequence[Overlap],
+    hidden: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return what corpus.json says of one comparison; names nobody.
 
@@ -57,14 +61,14 @@ def audit_entry(
         prints: Ids of the volumes that have a fingerprint.
         held_out: The set.
         overlaps: What was found.
-        hidden: Why the corpus's own keys cannot be compared, or "".
+        hidden: Why keys of the corpus's own cannot be compared, by kind.
 
     Returns:
         name; volumes read, no_ct and unread; a hash of their content; the overlaps by kind; `compared`: how many of the set
         by which kind; `not_compared`: why not, for kinds by which none or not all were.
     """
     content = "\n".join(sorted(str(row["content_hash"]) for row in held_out.rows if row["content_hash"]))
-    compared, not_compared = _comparable(rows, prints, held_out, hidden)
+    compared, not_compared = _comparable(rows, prints, held_out, {**(hidden or {}), **held_out.hidden})
     return {
         "name": name,
         "volumes": held_out.volumes,
@@ -80,19 +84,18 @@ def audit_entry(
 
 
 def _comparable(
-    rows: Sequence[Row], prints: Container[str], held_out: Survey, hidden: str
+    rows: Sequence[Row], prints: Container[str], held_out: Survey, hidden: Mapping[str, str]
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Return how many held-out volumes could be compared by which kind, and why not all with all."""
     same_ids = any(row.get("patient_keys") for row in held_out.rows)
     own = _numbers([row for row in rows if row["status"] == "accepted"], prints, same_ids)
     others = _numbers(held_out.rows, held_out.prints, False)
-    secret = hidden or held_out.hidden
     compared: dict[str, int] = {}
     why_not: dict[str, str] = {}
     for kind, needed in _NEEDED.items():
         compared[kind] = others[kind] if own[kind] else 0
-        if kind in _IDS and secret and not compared[kind]:
-            why_not[kind] = secret
+        if kind in hidden:
+            compared[kind], why_not[kind] = 0, hidden[kind]
         elif not compared[kind]:
             why_not[kind] = f"no volume of {'the corpus' if not own[kind] else 'it'} has {needed}"
         elif kind in ("near", "patient"):
@@ -114,5 +117,5 @@ def _numbers(rows: Sequence[Row], prints: Container[str], same_ids: bool) -> dic
         "near": sum(row["volume_id"] in prints for row in rows),
         "series": sum(row["format"] == "dicom" and bool(row["series_key"]) for row in rows),
         "study": sum(bool(row.get("study_key")) for row in rows),
-        "patient": sum(bool(row["patient_key"] if same_ids else row.get("patient_is_known")) for row in rows),
+        "patient": sum(bool(row["patient_key"] and (same_ids or row.get("patient_is_known"))) for row in rows),
     }

@@ -16,7 +16,7 @@ from meddino.core.files import canonical_json
 from meddino.data.corpus import Corpus
 from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.discovery import discover
+from meddino_data_curation.discovery import Discovery, discover
 from meddino_data_curation.fingerprint import Fingerprint
 from meddino_data_curation.manifests import read_fingerprints
 from meddino_data_curation.patient_ids import RULES_VERSION, key_inside, without_common_names
@@ -30,6 +30,7 @@ from meddino_data_curation.worker_pool import cores, run_volumes
 _NO_CT = re.compile(
     r"looks like a label map|DICOM: (secondary capture|not a CT image|modality is|localiser|derived|text is burned|colour)"
 )
+SALTED = ("series", "study", "patient")  # kinds that are compared by salted hashes
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Survey:
         volumes: How many were read.
         no_ct: Reasons, with counts, of what was looked at and is no CT.
         unread: Reasons, with counts, of what could not be read.
-        hidden: Why keys of it cannot be compared, or "".
+        hidden: Why keys of it cannot be compared, by kind.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -53,7 +54,7 @@ class Survey:
     volumes: int = 0
     no_ct: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
-    hidden: str = ""
+    hidden: dict[str, str] = field(default_factory=dict)
 
 
 def survey(
@@ -80,7 +81,7 @@ def survey(
         if _is_corpus(source):
             _read_corpus(source.path, salt, result)
     folders = [source for source in sources if not _is_corpus(source)]
-    candidates = volumes_of(folders, salt, config.workers or cores())
+    candidates, result.unread = volumes_of(folders, salt, config.workers or cores())
     text = canonical_json({name: getattr(config, name).model_dump(mode="json") for name in ("hounsfield", "orientation")})
     jobs = []
     for item in candidates:
@@ -95,8 +96,8 @@ def survey(
     return result
 
 
-def volumes_of(sources: Sequence[SourceConfig], salt: Salt, workers: int) -> list[Candidate]:
-    """Return what may be a volume in held-out data, corpora left aside.
+def volumes_of(sources: Sequence[SourceConfig], salt: Salt, workers: int) -> tuple[list[Candidate], Counter[str]]:
+    """Return what may be a volume in held-out data, corpora left aside, and which files hold volumes that are not read.
 
     Raises:
         ConfigError: A source does not exist or holds no volume.
@@ -104,11 +105,18 @@ def volumes_of(sources: Sequence[SourceConfig], salt: Salt, workers: int) -> lis
     folders = [source for source in sources if not _is_corpus(source)]
     found = discover(folders, salt, workers)
     if folders and not found.candidates:
+        seen = "; ".join(f"{count} files {reason}" for reason, count in sorted(found.unused.items()))
         raise ConfigError(
-            f"no CT volume under {', '.join(str(source.path) for source in folders)}: held-out data is a folder of volumes, "
-            "a corpus, or a list (.txt, .csv) with an id or path a line"
+            f"no CT volume under {', '.join(str(source.path) for source in folders)}{f' ({seen})' if seen else ''}: "
+            "held-out data is a folder of volumes, a corpus, or a list (.txt, .csv) with an id or path a line"
         )
-    return without_common_names(found.candidates, folders, salt)
+    return without_common_names(found.candidates, folders, salt), _hidden_in_files(found)
+
+
+def _hidden_in_files(found: Discovery) -> Counter[str]:
+    """Return the files in which scans may hide: archives, other formats, no permission. An empty one hides nothing."""
+    rows = Counter(f"unreadable: {item.problem}" for item in found.candidates if item.problem)
+    return Counter({reason: count for reason, count in (found.unused - rows).items() if "file is empty" not in reason})
 
 
 def _is_corpus(source: SourceConfig) -> bool:
@@ -160,15 +168,13 @@ def _add_keys(row: dict[str, Any], candidate: Candidate, source: SourceConfig, n
 
 def _read_corpus(root: Path, salt: Salt, result: Survey) -> None:
     corpus = Corpus(root)
-    hidden: dict[str, Any] = {}
     if corpus.info.get("salt_fingerprint") != salt.fingerprint:
-        result.hidden = "it is a corpus with another salt"
-        hidden = {"patient_key": None, "study_key": None, "series_key": None, "patient_is_known": False}
+        result.hidden.update(dict.fromkeys(SALTED, "it is a corpus with another salt"))
     elif corpus.info.get("patient_ids") != RULES_VERSION:
-        result.hidden = "it is a corpus of an earlier version"
-        hidden = {"patient_key": None, "patient_is_known": False}
+        result.hidden["patient"] = "it is a corpus of an earlier version"
+    columns = {f"{kind}_key": None for kind in result.hidden}
     table = pq.read_table(root / "volumes.parquet").to_pylist()
-    rows = [{**row, **hidden} for row in table if row["status"] in ("accepted", "duplicate")]
+    rows = [{**row, **columns} for row in table if row["status"] in ("accepted", "duplicate")]
     result.rows += rows
     result.volumes += len(rows)
     result.places.update({row["volume_id"]: f"volume {row['volume_id']}" for row in rows})
