@@ -135,6 +135,7 @@ def line_chart(
     y_label: str,
     log_y: bool = False,
     marks: Mapping[str, float] | None = None,
+    levels: Mapping[str, float] | None = None,
 ) -> "Figure":
     """Return a small line chart.
 
@@ -145,6 +146,7 @@ def line_chart(
         y_label: With its unit.
         log_y: Logarithmic y axis.
         marks: Name to x position of a vertical line, e.g. where a stage begins.
+        levels: Name to y position of a horizontal line, e.g. what chance would give.
     """
     # The object interface: pyplot keeps every figure alive in a global registry.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -156,14 +158,29 @@ def line_chart(
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, linewidth=1.4)
     lines = _name_marks(axes, marks or {})
+    for name, height in (levels or {}).items():
+        axes.axhline(height, color="0.6", linewidth=0.8, linestyle="--")
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 2), "textcoords": "offset points"}
+        axes.annotate(name, (1.0, height), **place, fontsize=7, color="0.4", ha="right")
     if log_y:
         axes.set_yscale("log")
+    else:
+        _name_plain_numbers(axes)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, fontsize=10, pad=6 + 8 * lines)
     axes.grid(alpha=0.25)
     if len(series) > 1:
         axes.legend(fontsize=7, frameon=False)
     return drawing
+
+
+def _name_plain_numbers(axes: Any) -> None:
+    """Write values at the y axis as they are, and give what hardly changes an axis on which that is seen."""
+    axes.ticklabel_format(axis="y", useOffset=False)
+    low, high = axes.get_ylim()
+    size = max(abs(low), abs(high))
+    if high - low < 1e-3 * size:
+        axes.set_ylim(low - 5e-3 * size, high + 5e-3 * size)
 
 
 def _name_marks(axes: Any, marks: Mapping[str, float]) -> int:

@@ -1,5 +1,6 @@
 """What the numbers of a run mean, in words: rules over metrics.jsonl. No rule knows a label."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,8 @@ from pydantic import Field
 from meddino.core.config import StrictConfig
 
 Record = Mapping[str, Any]
+# A begun run keeps its schedules: they cannot be changed under it.
+NEW_RUN = "Begin a new run (another --out; init.weights takes one of this run's checkpoints)"
 
 
 class DiagnosisConfig(StrictConfig):
@@ -74,12 +77,14 @@ class Run:
         config: Limits.
         prototypes: Outputs K of the DINO head.
         from_released_weights: True if the backbone began with features worth keeping.
+        max_bad_steps: Skipped steps in a row after which the run stops.
     """
 
     records: Sequence[Record]
     config: DiagnosisConfig
     prototypes: int
     from_released_weights: bool
+    max_bad_steps: int
 
     @property
     def window(self) -> Sequence[Record]:
@@ -93,22 +98,28 @@ class Run:
 
 
 def verdicts(
-    records: Sequence[Record], config: DiagnosisConfig, *, prototypes: int, from_released_weights: bool
+    records: Sequence[Record],
+    config: DiagnosisConfig,
+    *,
+    prototypes: int,
+    from_released_weights: bool,
+    max_bad_steps: int,
 ) -> list[Verdict]:
     """Apply every rule to a stage's records so far.
 
     Args:
-        records: One a step, as in metrics.jsonl, in order.
+        records: One a step, as in metrics.jsonl, in order; older ones may be thinned, `window_steps` are looked at together.
         config: Limits.
         prototypes: Outputs K of the DINO head.
         from_released_weights: True if the stage began with features worth keeping; only then is drift an alarm.
+        max_bad_steps: Skipped steps in a row after which the run stops.
 
     Returns:
         What was found, the grave first; empty if nothing is wrong.
     """
     if not records:
         return []
-    run = Run(records, config, prototypes, from_released_weights)
+    run = Run(records, config, prototypes, from_released_weights, max_bad_steps)
     found = [(rule(run), grave, name) for name, grave, rule in RULES]
     step = int(records[-1]["step"])
     return [Verdict(name, grave, step, words) for words, grave, name in found if words is not None]
@@ -131,8 +142,8 @@ def _collapsed(run: Run) -> str | None:
     if not signs:
         return None
     return (
-        f"The features have collapsed: {'; '.join(signs)}. Go back to an earlier checkpoint with a lower learning rate or a "
-        "longer warm-up, and look at KoLeo's weight and the teacher temperature"
+        f"The features have collapsed: {'; '.join(signs)}. {NEW_RUN} with a lower learning rate or a longer warm-up, and "
+        "look at KoLeo's weight and the teacher temperature"
     )
 
 
@@ -160,6 +171,8 @@ def _diverging(run: Run) -> str | None:
     signs = []
     if skipped * 5 >= len(run.window) and skipped > 1:
         signs.append(f"{skipped} of the last {len(run.window)} steps were skipped, their loss or gradient not being finite")
+    elif (last := _last_skipped(run.records)) >= run.max_bad_steps:
+        signs.append(f"the last {last} steps were skipped, their loss or gradient not being finite")
     if len(losses) >= 3 * size:
         medians = [statistics.median(losses[i : i + size]) for i in range(0, len(losses) - size + 1, size)]
         best, now = min(medians), statistics.median(losses[-size:])
@@ -173,7 +186,11 @@ def _diverging(run: Run) -> str | None:
                 signs.append(f"the gradient norm of {name.removeprefix('grad_norm/')} grew from {before:.3g} to {now:.3g}")
     if not signs:
         return None
-    return f"The run is diverging: {'; '.join(signs)}. Lower the learning rate, or lengthen its warm-up"
+    return f"The run is diverging: {'; '.join(signs)}. {NEW_RUN} with a lower learning rate or a longer warm-up"
+
+
+def _last_skipped(records: Sequence[Record]) -> int:
+    return sum(1 for _ in itertools.takewhile(lambda record: bool(record.get("skipped")), reversed(records)))
 
 
 def _loader_bound(run: Run) -> str | None:

@@ -1,14 +1,21 @@
 """What a run writes down about itself: metrics.jsonl (one object a step) and TensorBoard."""
 
+import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
 
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.core.files import write_text
+from meddino.core.files import atomic_write
+from meddino.distributed.collectives import is_main
+from meddino_pretrain.config import SavingConfig
 
 # Times differ between two runs with the same seed; they stand apart so that what is left can be compared byte by byte.
 TIMING = "timing"
@@ -22,21 +29,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    with path.open("rb") as stream:
+        return [record for _, record in _complete_lines(stream, path)]
+
+
+def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """Return the record of one line.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}, line {number}: no JSON object ({error}); remove the line or the file") from error
+
+
+def _complete_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     # Every complete line ends with a line feed, so what follows the last one was cut off.
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}, line {number}: no JSON object ({error}); remove the line or the file") from error
-    return records
+    for number, line in enumerate(stream, start=1):
+        if line.endswith(b"\n"):
+            yield line, parse_line(line, path, number)
 
 
 class MetricsWriter:
     """Appends one JSON object a step and mirrors its numbers to TensorBoard."""
 
-    def __init__(self, folder: Path, step: int, tensorboard: bool, wandb_project: str | None = None) -> None:
+    def __init__(self, folder: Path, step: int, tensorboard: bool, wandb_project: str | None = None, run_id: str = "") -> None:
         """Open the files of one stage.
 
         Args:
@@ -44,21 +63,23 @@ class MetricsWriter:
             step: Steps done so far; later records, from before a kill, are cut away.
             tensorboard: Also write TensorBoard events.
             wandb_project: Also log to this Weights & Biases project.
+            run_id: Tells runs there apart that have a folder of the same name.
 
         Raises:
             ConfigError: Weights & Biases is asked for and not installed.
         """
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        write_text(self.path, "".join(_line(record) for record in kept))
+        if self.path.is_file():
+            with self.path.open("rb") as old, atomic_write(self.path) as new:
+                new.writelines(line for line, record in _complete_lines(old, self.path) if record["step"] <= step)
         self._stream = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, folder)
+        self._wandb = None if wandb_project is None else _start_wandb(wandb_project, folder, run_id)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one step's record: "step", numbers, and "timing" with what the clock said."""
@@ -71,6 +92,13 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, record["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=record["step"])
+
+    def write_pictures(self, pictures: Mapping[str, bytes], step: int) -> None:
+        """Show PNG files in TensorBoard."""
+        if self._board is not None:
+            for name, png in pictures.items():
+                with Image.open(io.BytesIO(png)) as picture:
+                    self._board.add_image(f"pictures/{name}", np.asarray(picture), step, dataformats="HWC")
 
     def sync(self) -> None:
         """Make everything so far durable; called before a checkpoint counts as saved."""
@@ -86,13 +114,25 @@ class MetricsWriter:
             self._wandb.finish()
 
 
-def _start_wandb(project: str, folder: Path) -> Any:
+@contextmanager
+def open_metrics(folder: Path, step: int, saving: SavingConfig, run_id: str) -> Iterator[MetricsWriter | None]:
+    """Write a stage's metrics for as long as the block lasts; None in all processes but the first."""
+    writer = MetricsWriter(folder, step, saving.tensorboard, saving.wandb_project, run_id) if is_main() else None
+    try:
+        yield writer
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _start_wandb(project: str, folder: Path, run_id: str) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ConfigError("saving.wandb_project is set and wandb is not installed: pip install 'meddino[wandb]'") from error
     name = f"{folder.parent.name}-{folder.name}"
-    return wandb.init(project=project, name=name, id=name, resume="allow", dir=str(folder))
+    # Two people's folders may have the same name; with the same id they would write into one another's run.
+    return wandb.init(project=project, name=name, id=f"{run_id}-{folder.name}", resume="allow", dir=str(folder))
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -23,6 +23,10 @@ class StepProgress:
         self._task = bar.add_task(stage, total=steps, completed=first_step, words="") if bar else None
         self._start = self._last_line = time.monotonic()
 
+    def left_s(self, step: int) -> float:
+        """Return how long the rest of the stage will take after a step [s], looks and saves included, as so far."""
+        return (time.monotonic() - self._start) / max(1, step - self.first_step) * (self.steps - step)
+
     def advance(self, record: Mapping[str, Any]) -> None:
         """Show one more step; `record` is its line of metrics.jsonl."""
         step, now = record["step"], time.monotonic()
@@ -32,7 +36,7 @@ class StepProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, words=words)
         elif is_main() and (now - self._last_line >= LINE_EVERY_S or step in (self.first_step + 1, self.steps)):
-            left_s = (now - self._start) / (step - self.first_step) * (self.steps - step)
+            left_s = record["timing"]["eta_s"]
             logger.info("%s step %d/%d  %s  about %.0f s left", self.stage, step, self.steps, words, left_s)
             self._last_line = now
 

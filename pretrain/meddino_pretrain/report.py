@@ -1,6 +1,7 @@
-"""run/report.html: how the training went, in words and pictures."""
+"""run/report.html: how the training goes, in words and pictures."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,119 +11,146 @@ from markupsafe import Markup
 from meddino.core.files import write_text
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.diagnosis import verdicts
+from meddino_pretrain.diagnosis import Verdict, verdicts
 from meddino_pretrain.health import MEANINGS
-from meddino_pretrain.metrics import read_metrics
+from meddino_pretrain.history import History
+from meddino_pretrain.report_curves import TERMS, stage_charts
 
-TERMS = ("loss", "dino_global", "dino_local", "ibot", "koleo", "gram", "leash")
 REFRESH_S = 30
+PICTURES = "pictures"
+CHART_PX = 500  # two beside one another
 Records = Sequence[dict[str, Any]]
 
 
-def write_report(run: Path, config: PretrainConfig, finished: bool = True) -> Path:
-    """Write the report of a run from what lies in its folder and return its path.
+class RunReport:
+    """The report of a run, written again and again while it goes on: only what is new is read and drawn."""
 
-    Args:
-        run: The run's folder.
-        config: Its recipe.
-        finished: False lets the page reload itself.
-    """
-    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    sections = []
-    for name in config.stages:
-        records = read_metrics(run / name / "metrics.jsonl")
-        origin = info["stages"].get(name)
-        if origin is not None:
-            sections.append(Section(name, _stage(run / name, config, origin, records)))
-    page_text = page(
-        "Pretraining",
-        f"{config.backbone.name} on corpus {str(info['corpus_hash'])[:12]}, seed {config.seed}",
-        sections,
-        footer=f"Written by meddino-pretrain into {run.name}/report.html",
-        refresh_s=0 if finished else REFRESH_S,
-    )
-    path = run / "report.html"
-    write_text(path, page_text)
-    return path
+    def __init__(self, run: Path, config: PretrainConfig) -> None:
+        """Take what it is about.
 
+        Args:
+            run: The run's folder.
+            config: Its recipe.
+        """
+        self.run, self.config = run, config
+        newest = config.diagnosis.window_steps
+        self._histories = {name: History(run / name / "metrics.jsonl", newest) for name in config.stages}
+        self._drawn: dict[str, tuple[object, Markup]] = {}
 
-def _stage(folder: Path, config: PretrainConfig, origin: dict[str, Any], records: Records) -> Markup:
-    good = [record for record in records if record["loss"] is not None]
-    parts = [text(f"Starts from {origin['words']}.")]
-    if choice := origin.get("gram_choice"):
-        parts += _gram_choice(choice)
-    if not records:
-        return join(*parts, text("No step was taken in this stage.", "note"))
-    parts += [
-        text(f"{verdict.name.replace('_', ' ')}: {verdict.words}.", "warning" if verdict.grave else "note")
-        for verdict in verdicts(
-            records,
-            config.diagnosis,
-            prototypes=config.heads.dino.prototypes,
-            from_released_weights=config.init.weights != "scratch",
+    def verdicts(self, stage: str) -> list[Verdict]:
+        """Return what is to be said of a stage by now."""
+        history = self._histories[stage]
+        history.read_on()
+        return verdicts(
+            history.records,
+            self.config.diagnosis,
+            prototypes=self.config.heads.dino.prototypes,
+            from_released_weights=self.config.init.weights != "scratch",
+            max_bad_steps=self.config.optimizer.max_bad_steps,
         )
-    ]
-    if damaged := sum(record.get("damaged_slices", 0) for record in records):
-        parts.append(
-            text(f"Damaged slices were met {damaged} times, and others stood in for them; the log names them.", "note")
+
+    def write(self, finished: bool) -> Path:
+        """Write report.html from what lies in the run's folder and return its path.
+
+        Args:
+            finished: False lets the page reload itself.
+        """
+        info = json.loads((self.run / "run.json").read_text(encoding="utf-8"))
+        sections = [
+            Section(name, self._stage(name, info["stages"][name])) for name in self.config.stages if name in info["stages"]
+        ]
+        page_text = page(
+            "Pretraining",
+            f"{self.config.backbone.name} on corpus {str(info['corpus_hash'])[:12]}, seed {self.config.seed}",
+            sections,
+            footer=f"Written by meddino-pretrain into {self.run.name}/report.html",
+            refresh_s=0 if finished else REFRESH_S,
         )
-    if good:
-        present = [term for term in TERMS if term in good[0]]
-        parts.append(table(("term", "first step", "last step"), [(term, good[0][term], good[-1][term]) for term in present]))
-        parts.append(_speed(records))
-        parts += _curves(good, present)
-    parts += _health(records)
-    parts += _pictures(folder)
-    return join(*parts)
+        path = self.run / "report.html"
+        write_text(path, page_text)
+        return path
+
+    def _stage(self, name: str, origin: dict[str, Any]) -> Markup:
+        found, history = self.verdicts(name), self._histories[name]
+        pictures = sorted((self.run / name / PICTURES).glob("*.png"))
+        state = (history.count, len(pictures), json.dumps(origin, sort_keys=True))
+        # A stage that is over is drawn once.
+        if name not in self._drawn or self._drawn[name][0] != state:
+            self._drawn[name] = (state, self._draw(origin, found, history, pictures))
+        return self._drawn[name][1]
+
+    def _draw(self, origin: dict[str, Any], found: Sequence[Verdict], history: History, pictures: Sequence[Path]) -> Markup:
+        records = history.records
+        parts = [text(f"Starts from {origin['words']}.")]
+        if choice := origin.get("gram_choice"):
+            parts += _gram_choice(choice)
+        if not records:
+            return join(*parts, text("No step was taken in this stage.", "note"))
+        parts += [
+            text(f"{verdict.name.replace('_', ' ')}: {verdict.words}.", "warning" if verdict.grave else "note")
+            for verdict in found
+        ]
+        if damaged := round(history.totals["damaged_slices"]):
+            words = f"Damaged slices were met {damaged} times, and others stood in for them; the log names them."
+            parts.append(text(words, "note"))
+        parts.append(_speed(records, history, int(origin["steps"])))
+        good = [record for record in records if record["loss"] is not None]
+        if good:
+            present = [term for term in TERMS if term in good[0]]
+            rows = [(term, good[0][term], good[-1][term]) for term in present]
+            parts.append(table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows))
+            parts += [figure(chart, width_px=CHART_PX) for chart in stage_charts(good, self.config.heads.dino.prototypes)]
+            if history.every > 1:
+                parts.append(text(f"Curves show every {history.every}th step, all looks, and the newest steps."))
+        return join(*parts, *_health(records), *_pictures(pictures))
 
 
-def _curves(good: Records, present: list[str]) -> list[Markup]:
-    def series(*names: str) -> dict[str, tuple[list[float], list[float]]]:
-        return {
-            name: ([r["step"] for r in good if r.get(name) is not None], [r[name] for r in good if r.get(name) is not None])
-            for name in names
-        }
-
-    norms = [name for name in good[0] if name.startswith("grad_norm/")]
-    return [
-        figure(line_chart(series(*present), "loss terms", "step", "loss")),
-        figure(line_chart(series("lr"), "learning rate", "step", "lr")),
-        figure(line_chart(series(*norms), "gradient norm before clipping", "step", "L2 norm", log_y=True)),
-        figure(line_chart(series("teacher_entropy"), "entropy of the targets", "step", "nats")),
-    ]
-
-
-def _speed(records: Records) -> Markup:
+def _speed(records: Records, history: History, steps: int) -> Markup:
     timings = [record["timing"] for record in records]
-    total_s = sum(timing["step_s"] for timing in timings)
-    wait_s = sum(timing["data_wait_s"] for timing in timings)
     # The first step also starts readers and kernels.
-    steady = sorted(timing["step_s"] for timing in timings[1:] or timings)
-    rates = [timing["images_per_s"] for timing in timings]
+    steady = timings[1:] or timings
+
+    def median(name: str) -> float:
+        return statistics.median(float(timing[name]) for timing in steady)
+
+    totals = history.totals
+    step, left_s = int(records[-1]["step"]), timings[-1].get("eta_s")
     return table(
         (
-            "steps",
-            "time [s]",
+            "step",
+            "of",
+            "time left",
+            "steps [s]",
+            "looks [s]",
             "median step [s]",
-            "slices/s (best)",
+            "median slices/s",
             "waiting for data [%]",
-            "TFLOP/s (best)",
-            "share of peak",
+            "median TFLOP/s",
+            "median share of peak",
             "memory [MiB]",
         ),
         [
             (
-                len(records),
-                total_s,
-                steady[len(steady) // 2],
-                max(rates),
-                100 * wait_s / max(total_s, 1e-9),
-                max(timing["tflops"] for timing in timings),
-                max(timing["share_of_peak"] for timing in timings),
-                max(timing["peak_memory_mib"] for timing in timings),
+                step,
+                steps,
+                "-" if left_s is None else _clock(left_s),
+                totals["step_s"],
+                totals["look_s"],
+                median("step_s"),
+                median("images_per_s"),
+                100 * totals["data_wait_s"] / max(totals["step_s"], 1e-9),
+                median("tflops"),
+                median("share_of_peak"),
+                history.peak_memory_mib,
             )
         ],
     )
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}"
 
 
 def _gram_choice(choice: dict[str, Any]) -> list[Markup]:
@@ -148,11 +176,11 @@ def _health(records: Records) -> list[Markup]:
     return [table(("teacher on fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means"), rows)]
 
 
-def _pictures(folder: Path) -> list[Markup]:
+def _pictures(files: Sequence[Path]) -> list[Markup]:
     parts = []
     for name, words in (("pca", "patch tokens as colours (PCA)"), ("similarity", "cosine similarity to the marked patch")):
-        files = sorted((folder / "pictures").glob(f"{name}-*.png"))
-        for file in dict.fromkeys([*files[:1], *files[-1:]]):
+        of_kind = [file for file in files if file.stem.startswith(f"{name}-")]
+        for file in dict.fromkeys([*of_kind[:1], *of_kind[-1:]]):
             step = int(file.stem.rsplit("-", 1)[1])
             parts.append(figure(file.read_bytes(), f"{words}, teacher after step {step}"))
     return parts

@@ -27,17 +27,16 @@ from meddino_pretrain.corpus_audit import check_audit
 from meddino_pretrain.damaged_slices import DamagedSlices
 from meddino_pretrain.fixed_slices import FixedSlices, fixed_slices
 from meddino_pretrain.health import HealthProbe
-from meddino_pretrain.metrics import MetricsWriter
+from meddino_pretrain.metrics import open_metrics
 from meddino_pretrain.objectives.dinov3 import DINOv3Objective
 from meddino_pretrain.origins import Origin, find_origin, load_origin, read_init, take_init
 from meddino_pretrain.progress import show_progress
-from meddino_pretrain.report import write_report
-from meddino_pretrain.run_folder import RunFolder, open_run
+from meddino_pretrain.report import RunReport
+from meddino_pretrain.run_folder import HEALTH_REFERENCE, RunFolder, open_run
 from meddino_pretrain.signals import StopRequest, stop_on_signals
 from meddino_pretrain.speed import measure_peak
 from meddino_pretrain.watch import Watch
 
-HEALTH_REFERENCE = "health_reference.safetensors"
 logger = get_logger(__name__)
 
 
@@ -77,16 +76,23 @@ def run_pretraining(
             # The same size in every stage, so that looks can be compared along the whole run.
             first_size = next(iter(config.stages.values())).crops.sizes[0].global_px
             fixed = fixed_slices(corpus, config.input_contract, config.health.slices, first_size)
-            peak = measure_peak(machine)
+            peak, report = measure_peak(machine), RunReport(run.folder, config)
             for name in stages or config.stages:
                 stop.check(f"before {name}")
-                run_stage(run, name, corpus, fixed, machine, peak, stop)
+                run_stage(run, name, corpus, fixed, machine, peak, stop, report)
             if is_main():
-                write_report(run.folder, config)
+                report.write(finished=True)
 
 
 def run_stage(
-    run: RunFolder, name: str, corpus: Corpus, fixed: FixedSlices, machine: Machine, peak: float, stop: StopRequest
+    run: RunFolder,
+    name: str,
+    corpus: Corpus,
+    fixed: FixedSlices,
+    machine: Machine,
+    peak: float,
+    stop: StopRequest,
+    report: RunReport,
 ) -> None:
     """Run one stage to its end; returns at once if it is there already, or is to be left out."""
     config, folder, seed = run.config, run.stage_folder(name), derive_seed(run.config.seed, "stage", name)
@@ -116,26 +122,16 @@ def run_stage(
         checkpoints.resume(begun)
         logger.info("%s goes on after step %d of %d", name, begun.step, stage.steps)
     _check_room(folder, objective)
-    watch = Watch(
-        run.folder,
-        name,
-        config,
-        HealthProbe(fixed, config.health, machine, run.folder / HEALTH_REFERENCE),
-        objective.teacher,
-    )
-    if begun is None:
-        watch.begin(stage.schedule.teacher_temperature_start)
+    probe = HealthProbe(fixed, config.health, machine, run.folder / HEALTH_REFERENCE)
     loader = build_stage_loader(config, stage, seed, corpus, machine, checkpoints.step)
-    saving = config.saving
-    metrics = MetricsWriter(folder, checkpoints.step, saving.tensorboard, saving.wandb_project) if is_main() else None
-    try:
+    with open_metrics(folder, checkpoints.step, config.saving, run.run_id) as metrics:
+        watch = Watch(run.folder, name, config, probe, objective.teacher, report, metrics)
+        if begun is None:
+            watch.begin(stage.schedule.teacher_temperature_start)
         with show_progress(name, checkpoints.step, stage.steps, stage.global_batch) as progress:
             build_trainer(
                 config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, peak, stop, machine
             ).fit()
-    finally:
-        if metrics is not None:
-            metrics.close()
     barrier()
 
 

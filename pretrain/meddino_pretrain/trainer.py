@@ -87,9 +87,11 @@ class Trainer:
             self.checkpoints.after_step(self.step, self.metrics, now=stop or self.damaged.too_many)
             if self.damaged.too_many:
                 self.checkpoints.finish()
+                self.watch.end(finished=True)
                 self.damaged.check()
             if stop and self.step < self.schedules.steps:
                 self.checkpoints.finish()
+                self.watch.end(finished=False)
                 raise StoppedEarly(f"stopped by a signal after step {self.step}, all is saved; run the same command again")
         self.checkpoints.finish()
 
@@ -140,6 +142,8 @@ class Trainer:
             "images_per_s": self.progress.images_per_step / (step_s + wait_s),
             "peak_memory_mib": self.machine.peak_memory_mib(),
             **self.speed.figures(batches, step_s + wait_s),
+            "look_s": self.watch.take_seconds(),
+            "eta_s": self.progress.left_s(self.step),
         }
         full = {"step": self.step, **record, **looked, "timing": timing}
         if self.metrics is not None:
@@ -151,10 +155,13 @@ class Trainer:
         """Raise after too many skipped steps in a row."""
         count = self.checkpoints.bad_in_a_row
         if count >= self.max_bad_steps:
+            self.watch.end(finished=True)
             raise MedDINOError(
                 f"{count} steps in a row up to step {self.step} had a loss or gradient that is not finite "
                 f"(optimizer.max_bad_steps = {self.max_bad_steps}); last samples: {', '.join(record['keys'][:8])}. "
-                "The weights are those before the first of them. Lower schedule.lr, or look at the samples"
+                "The weights are those before the first of them; report.html shows how it came. Look at the samples. If this "
+                "was bf16, machine.precision=fp32 may be given to it; a lower schedule.lr needs a new one (another --out), and "
+                "init.weights takes a checkpoint of this one"
             )
 
     def _numbers(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[str, float]:

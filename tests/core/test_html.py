@@ -36,6 +36,15 @@ def test_page__is_self_contained():
     assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
 
 
+def test_line_chart__says_values_as_they_are():
+    drawing = html.line_chart({"a": ([0, 1, 2], [6.23832, 6.238321, 6.238319])}, "t", "x", "y", levels={"ln K": 6.2383246})
+    drawing.canvas.draw()
+    axes = drawing.axes[0]
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert {label.get_text()[:3] for label in axes.get_yticklabels()} <= {"6.2"}
+    assert [text.get_text() for text in axes.texts] == ["ln K"]
+
+
 def test_table__numbers_and_gaps():
     made = html.table(["a", "b", "c", "d"], [[1234, 0.123456, None, "x & y"]])
     assert "1,234" in made

@@ -34,8 +34,8 @@ def run_of(steps: int = 300, **changes) -> list[dict]:
     return records
 
 
-def found(records, from_released_weights=False):
-    return verdicts(records, CONFIG, prototypes=K, from_released_weights=from_released_weights)
+def found(records, from_released_weights=False, max_bad_steps=5):
+    return verdicts(records, CONFIG, prototypes=K, from_released_weights=from_released_weights, max_bad_steps=max_bad_steps)
 
 
 def only(records, name, **options):
@@ -99,6 +99,13 @@ def test_verdicts__diverging_skipped_steps():
     verdict = only(run_of(skipped=lambda step: step > 290), "diverging")
     assert "9 of the last 20 steps were skipped" in verdict.words
     assert found(run_of(skipped=lambda step: step == 295)) == []  # one in a while happens
+
+
+def test_verdicts__diverging_where_the_run_stops():
+    verdict = only(
+        run_of(loss=lambda step: 8.0 if step < 298 else None, skipped=lambda step: step >= 298), "diverging", max_bad_steps=2
+    )
+    assert "the last 2 steps were skipped" in verdict.words and "Begin a new run (another --out" in verdict.words
 
 
 def test_verdicts__loader_bound():

@@ -48,6 +48,8 @@ def test_wandb__gets_the_numbers_of_every_step(request, wandb, make_corpus_once,
     run_pretraining(config, make_corpus_once, tmp_path / "run", [STAGE])
     (options,) = wandb.runs
     assert options["project"] == "ct" and options["name"] == f"run-{STAGE}" and options["resume"] == "allow"
+    run_id = json.loads((tmp_path / "run" / "run.json").read_text())["id"]
+    assert len(run_id) == 12 and options["id"] == f"{run_id}-{STAGE}"
     assert [step for step, _ in wandb.logged] == [1, 2, 3] and wandb.finished == 1
     for (_, numbers), record in zip(wandb.logged, read_metrics(tmp_path / "run" / STAGE / "metrics.jsonl"), strict=True):
         assert numbers["loss"] == record["loss"] and numbers["images_per_s"] == record["timing"]["images_per_s"]

@@ -60,12 +60,16 @@ def test_trainer__a_nan_step_changes_nothing(run_with_nan, make_corpus_once):
 
 
 def test_trainer__too_many_in_a_row_end_the_run(run_with_nan, tmp_path):
-    with pytest.raises(MedDINOError, match=r"2 steps in a row up to step 3.*last samples: s0"):
+    with pytest.raises(
+        MedDINOError, match=r"2 steps in a row up to step 3.*last samples: s0.*needs a new one \(another --out\)"
+    ):
         run_with_nan({1, 2, 3}, "optimizer.max_bad_steps=2")
     records = read_metrics(tmp_path / "run" / STAGE / "metrics.jsonl")
     assert [record["skipped"] for record in records] == [False, True, True]
     first, last = state(tmp_path / "run", 1), state(tmp_path / "run", 2)
     assert all(torch.equal(first[name], last[name]) for name in first)
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "diverging: The run is diverging: 2 of the last 3 steps were skipped" in report and "http-equiv" not in report
 
 
 def test_trainer__good_steps_between_bad_ones_start_the_count_again(run_with_nan):
