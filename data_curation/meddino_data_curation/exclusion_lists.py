@@ -20,6 +20,7 @@ from meddino_data_curation.privacy import Salt
 LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".lst", ".list"}
 _TABLES = {".csv": ",;\t", ".tsv": "\t"}
 _MAX_LIST_BYTES = 64 << 20
+_LOOKED_AT = 1000  # lines
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class ListOutcome:
         name: Of the list.
         entry: What corpus.json records: counts and a salted hash; a plain one would give short ids away.
         unmatched: Lines that name nothing in the sources; for the owner's eyes.
+        volumes: Ids of the volumes that it names.
     """
 
     name: str
     entry: dict[str, Any]
     unmatched: tuple[str, ...]
+    volumes: frozenset[str]
 
 
 def read_list(path: Path, name: str) -> ExclusionList:
@@ -98,7 +101,7 @@ def match_lists(
             "name": item.name, "lines": len(item.lines), "matched": len(matched), "volumes": len(volumes), "hash": digest
         }  # fmt: skip
         unmatched = tuple(line for number, line in enumerate(item.lines) if number not in matched)
-        outcomes.append(ListOutcome(item.name, entry, unmatched))
+        outcomes.append(ListOutcome(item.name, entry, unmatched, frozenset(volumes)))
     return named, outcomes
 
 
@@ -126,7 +129,8 @@ class _LineIndex:
         self._in_folder = cache(self._folder_hits)
 
     def _add(self, text: str, number: int) -> None:
-        self.words[text].add(number)
+        for word in _file_names(text):
+            self.words[word].add(number)
         for kind in ("series", "study"):
             self.keys[self.salt.key(kind, text)].add(number)
         self.keys[key_everywhere(self.salt, text)].add(number)
@@ -137,10 +141,11 @@ class _LineIndex:
             if place in (".", ".."):
                 continue
             self.inside[place].add(number)
-            whole = os.path.abspath(place)  # noqa: PTH100
-            self.absolute[whole].add(number)
-            if "\0" not in whole:
-                self.absolute[_composed(os.path.realpath(whole))].add(number)
+            for folder in (".", self.item.path.parent):  # the working folder, the list's own
+                whole = os.path.abspath(os.path.join(folder, place))  # noqa: PTH100, PTH118
+                self.absolute[whole].add(number)
+                if "\0" not in whole:
+                    self.absolute[_composed(os.path.realpath(whole))].add(number)
 
     def hits(self, candidate: Candidate) -> set[int]:
         """Return the lines that name a volume."""
@@ -209,6 +214,12 @@ def _file_names(name: str) -> Iterator[str]:
 def _composed(text: str) -> str:
     """Return a text with accents composed: file systems and spreadsheets differ in it."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def count_existing(outcome: ListOutcome) -> int:
+    """Return how many lines that name nothing in the sources are files or folders elsewhere."""
+    some = (line for line in outcome.unmatched[:_LOOKED_AT] if "/" in line and "\0" not in line)
+    return sum(os.path.exists(os.path.expanduser(line)) for line in some)  # noqa: PTH110, PTH111
 
 
 def unmatched_text(outcomes: Sequence[ListOutcome], lists: Mapping[str, Path]) -> str:

@@ -14,6 +14,7 @@ from meddino_data_curation.exclusion_lists import (
     LIST_SUFFIXES,
     ExclusionList,
     ListOutcome,
+    count_existing,
     match_lists,
     read_list,
     unmatched_text,
@@ -113,16 +114,9 @@ def apply_lists(
     else:
         where.unlink(missing_ok=True)
     for outcome in outcomes:
-        lines, matched = outcome.entry["lines"], outcome.entry["matched"]
-        told = f"{matched} of {lines} lines match, {outcome.entry['volumes']} volumes are left out for them"
-        if outcome.unmatched:
-            _logger.warning(
-                "exclusion %s: %s; %d lines match NOTHING in the sources, so nothing is left out for them: see %s",
-                outcome.name, told, len(outcome.unmatched), where,
-            )  # fmt: skip
-        else:
-            _logger.info("exclusion %s: %s", outcome.name, told)
-        if not matched and not config.exclusion.allow_unmatched_lists:
+        _tell(outcome, where)
+        if not outcome.entry["matched"] and not config.exclusion.allow_unmatched_lists:
+            lines = outcome.entry["lines"]
             what = (
                 f"none of its {lines} lines matches anything in the sources (they are in {where})" if lines else "it is empty"
             )
@@ -131,3 +125,17 @@ def apply_lists(
                 "without the source in front; if the list is meant for other sources: exclusion.allow_unmatched_lists=true"
             )
     return Listed(frozenset(volumes), tuple(outcomes))
+
+
+def _tell(outcome: ListOutcome, where: Path) -> None:
+    lines, matched = outcome.entry["lines"], outcome.entry["matched"]
+    told = f"{matched} of {lines} lines match, {outcome.entry['volumes']} volumes are left out for them"
+    if not outcome.unmatched:
+        _logger.info("exclusion %s: %s", outcome.name, told)
+        return
+    elsewhere = count_existing(outcome)
+    hint = f"; {elsewhere} of them are files or folders outside the sources: give those to --exclude" if elsewhere else ""
+    _logger.warning(
+        "exclusion %s: %s; %d lines match NOTHING in the sources, so nothing is left out for them: see %s%s",
+        outcome.name, told, len(outcome.unmatched), where, hint,
+    )  # fmt: skip

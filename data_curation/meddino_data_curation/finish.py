@@ -9,7 +9,7 @@ from typing import Any
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
-from meddino.data.audits import audit_text
+from meddino.data.audits import audit_text, lists_text
 from meddino_data_curation.comparison import audit_entry, unread_problem
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.duplicates import Overlap, exclude_overlaps, find_overlaps, mark_exact, mark_near, with_relatives
@@ -19,7 +19,7 @@ from meddino_data_curation.manifests import write_corpus_json, write_fingerprint
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.report import report_page
 from meddino_data_curation.shards import drop_stale_shards, plan_shards, write_shards
-from meddino_data_curation.survey import Survey, survey, volumes_of
+from meddino_data_curation.survey import Survey, is_no_ct, survey, volumes_of
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.worker_pool import cores
@@ -135,6 +135,7 @@ def _exclude_listed(listed: Listed, rows: list[dict[str, Any]]) -> list[dict[str
     """Refuse what lists name, its copies, and what else is of its patient."""
     named = [Overlap(row["volume_id"], -1, "exact") for row in rows if row["volume_id"] in listed.volumes]
     related = with_relatives(rows, named)
+    unread = {row["volume_id"] for row in rows if row["status"] == "rejected" and not is_no_ct(str(row["reason"]))}
     for row in rows:
         if row["volume_id"] in listed.volumes:
             row.update(status="rejected", reason="held out: named by an exclusion list", num_slices_kept=0)
@@ -142,7 +143,10 @@ def _exclude_listed(listed: Listed, rows: list[dict[str, Any]]) -> list[dict[str
     others = exclude_overlaps(rows, related, "is named by an exclusion list")
     if others:
         _logger.info("%d more volumes left out: copies of listed ones, or of the same patient", others)
-    return [outcome.entry for outcome in listed.outcomes]
+    entries = [{**outcome.entry, "unread": len(outcome.volumes & unread)} for outcome in listed.outcomes]
+    if any(entry["unread"] for entry in entries):
+        _logger.warning("listed volumes could not be read, so that copies of them are not found: %s", lists_text(entries))
+    return entries
 
 
 def _ids(records: Sequence[VolumeRecord]) -> list[str]:

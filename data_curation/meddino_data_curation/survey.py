@@ -156,7 +156,12 @@ def _collect(job: VolumeJob, source: SourceConfig, work: WorkFolder, result: Sur
             result.prints[candidate.volume_id] = Fingerprint.from_json(record.fingerprint)
         return
     reason = str(record.row["reason"])
-    (result.no_ct if _NO_CT.match(reason) else result.unread)[reason] += 1
+    (result.no_ct if is_no_ct(reason) else result.unread)[reason] += 1
+
+
+def is_no_ct(reason: str) -> bool:
+    """Tell whether a volume was refused as something that cannot be CT, not because it could not be read."""
+    return _NO_CT.match(reason) is not None
 
 
 def _add_keys(row: dict[str, Any], candidate: Candidate, source: SourceConfig, names: Sequence[str], salt: Salt) -> None:

@@ -46,5 +46,6 @@ def lists_text(entries: Sequence[Mapping[str, Any]]) -> str:
     """Return what exclusion lists did, or "" where there was none."""
     return "; ".join(
         f"{entry['name']}: {entry['matched']} of {entry['lines']} lines matched, {entry['volumes']} volumes left out"
+        + (f", {entry['unread']} of them COULD NOT BE READ" if entry["unread"] else "")
         for entry in entries
     )

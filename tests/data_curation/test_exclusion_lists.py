@@ -15,6 +15,7 @@ from pydicom.uid import generate_uid
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.dicom_files import write_series
+from tests.data_curation.test_audit import truncated
 from tests.data_curation.test_build import run_build
 
 STUDY, SERIES = generate_uid(entropy_srcs=["study of 77"]), generate_uid(entropy_srcs=["77"])
@@ -61,6 +62,8 @@ def named_by(hospital: Path, text: str, ending: str = ".txt") -> tuple[set[str],
         ("f.nii.gz  # withdrawn", "sub/f.nii.gz"),
         ("g.nii.gz", "sub/g_0000.nii.gz"),
         ("g", "sub/g_0000.nii.gz"),
+        ("f_0000.nii.gz", "sub/f.nii.gz"),
+        ("f.nrrd", "sub/f.nii.gz"),
         ("Roe, Ann.nii.gz", "Roe, Ann.nii.gz"),
         ("Roe, Ann", "Roe, Ann.nii.gz"),
         ('"Doe, John/s1.nii.gz"', "Doe, John/s1.nii.gz"),
@@ -92,7 +95,9 @@ def test_match_lists__paths_through_a_link_and_behind_it(hospital, tmp_path):
     assert named_by(tmp_path / "link", f"{os.path.realpath(hospital)}/sub/f.nii.gz")[0] == {"sub/f.nii.gz"}
 
 
-@pytest.mark.parametrize("line", ["Roe", "su", "f.nii", "sub/f.nii.gz.bak", "IM000", "..", ".", "/", "1.2.3", "78", "/x", "X"])
+@pytest.mark.parametrize(
+    "line", ["Roe", "su", "h.nii.gz", "sub/f.nii.gz.bak", "IM000", "..", ".", "/", "1.2.3", "78", "/x", "X"]
+)
 def test_match_lists__what_names_nothing_is_counted(hospital, line):
     places, entry = named_by(hospital, f"# all of them\n\n{line}\n")
     assert places == set()
@@ -136,6 +141,20 @@ def test_build__a_list_is_recorded_by_counts_and_its_lines_stay_in_the_private_f
     assert b"list-1: 1 of 2 lines matched, 1 volumes left out" in (tmp_path / "out" / "report.html").read_bytes()
     assert main(["show", str(tmp_path / "out")]) == 0
     assert "left out by lists: list-1: 1 of 2 lines matched" in " ".join(capsys.readouterr().out.split())
+
+
+def test_build__a_listed_volume_that_cannot_be_read_is_told(tmp_path, salt_file, capsys):
+    """Nobody can say whether a copy of it is there under another name."""
+    write_volume(tmp_path / "in" / "case_0.nii.gz", make_hu(0))
+    truncated(tmp_path / "in" / "case_1.nii.gz")
+    write_volume(tmp_path / "elsewhere" / "x.nii.gz", make_hu(2))
+    (tmp_path / "list.txt").write_text(f"case_1\n{tmp_path}/elsewhere\n")
+    assert run_build(tmp_path / "in", tmp_path / "out", salt_file, "workers=1", "--exclude", str(tmp_path / "list.txt")) == 0
+    log = " ".join(capsys.readouterr().err.split())
+    assert "1 of them are files or folders outside the sources: give those to --exclude" in log
+    assert "1 volumes left out, 1 of them COULD NOT BE READ" in log
+    (row,) = [row for row in Corpus(tmp_path / "out").volumes.to_pylist() if row["status"] == "rejected"]
+    assert row["reason"] == "held out: named by an exclusion list"
 
 
 @pytest.mark.parametrize("text", ["case_9\nsub/nothing.nii.gz\n", "# nothing yet\n"])

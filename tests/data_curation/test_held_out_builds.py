@@ -1,4 +1,4 @@
-"""Held-out data in a build: whole patients go, what is wrong with it is told before anything is curated, and it is read once."""
+"""Held-out data in a build: whole patients go, what is wrong with it is told first, and it is read once."""
 
 import json
 
