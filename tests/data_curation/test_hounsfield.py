@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
-from meddino_data_curation.config import HounsfieldConfig
+from meddino_data_curation.config import CurationConfig, HounsfieldConfig, SourceConfig
+from meddino_data_curation.dicom_reader import read_dicom_volume
+from meddino_data_curation.dicom_series import DicomCandidate
+from meddino_data_curation.discovery import discover
 from meddino_data_curation.hounsfield import recognise_hounsfield
+from meddino_data_curation.privacy import Salt
+from meddino_data_curation.readers import read_volume_file
 
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
@@ -46,6 +51,13 @@ def pet(seed: int) -> np.ndarray:
         (lambda seed: ((make_hu(seed) - 65.1) / 178.0).astype(np.float32), "normalised"),
         (lambda seed: np.full((4, 50, 50), -1000, np.int16), "every voxel is -1000"),
         (lambda seed: make_hu(seed).astype(np.int32) * 16, "not in HU"),
+        (
+            lambda seed: np.select([make_hu(seed) < -500, make_hu(seed) < 200], [-1000, 0], 1000),
+            "label map: 3 different values",
+        ),
+        (lambda seed: np.digitize(make_hu(seed), [-800, -200, 0, 200]) * 100.5 - 200, "label map: 5 different values"),
+        (lambda seed: (make_hu(seed) * 0.5).astype(np.float32), "air lies at about -5"),
+        (lambda seed: np.rint(make_hu(seed) * 0.7).astype(np.int16), "air lies at about -7"),
     ],
 )
 def test_recognise_hounsfield__what_is_none_is_refused_with_what_it_is(make, words, seed):
@@ -61,6 +73,56 @@ def test_recognise_hounsfield__windows_of_ct_are_ct(window, seed):
         hu = hu.copy()
         hu[:, :6] = -2048  # outside the scanner's circle
     assert recognise_hounsfield(np.clip(hu, *window), CONFIG).offset == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("offset", [1000, 1010, 1040, 1100])
+def test_recognise_hounsfield__stored_values_with_another_offset_are_not_repaired_by_1024(offset, seed):
+    stored = np.maximum(make_hu(seed).astype(np.int32) + offset, 0)
+    with pytest.raises(VolumeError, match=r"an offset that is not certain|not in HU"):
+        recognise_hounsfield(stored, CONFIG)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("low", [-1024, -1000])
+def test_recognise_hounsfield__stored_values_with_padding_or_without_noise_are_repaired(low, seed):
+    hu = np.maximum(make_hu(seed), low)
+    hu[:, :8] = -1024  # outside the scanner's circle
+    assert recognise_hounsfield(hu.astype(np.int32) + 1024, CONFIG).offset == -1024
+
+
+def test_recognise_hounsfield__stored_values_without_air_are_refused():
+    hu = np.maximum(make_hu(0), -300)
+    with pytest.raises(VolumeError, match=r"an offset that is not certain|not in HU"):
+        recognise_hounsfield(hu.astype(np.int32) + 1024, CONFIG)
+
+
+def test_recognise_hounsfield__real_scans(shared_data):
+    """All are taken as they are and clipped; what lost its rescale is repaired by the right number or not at all."""
+    roots = [shared_data / "ct", shared_data / "segmentation/Dataset901_SarcomaCT/imagesTr"]
+    sources = [SourceConfig(name=root.parent.name, path=root) for root in roots]
+    limits = CurationConfig().limits
+    seen = repaired = wrong = scaled = 0
+    for item in discover(sources, Salt(b"for tests")).candidates:
+        is_dicom = isinstance(item, DicomCandidate)
+        hu = (read_dicom_volume(item, limits) if is_dicom else read_volume_file(item.files[0], item.format, limits)).voxels
+        seen += 1
+        for window in ((-32768, 32767), (-160, 240), (-500, 1000), (-800, 500), (-1350, 150)):
+            assert recognise_hounsfield(np.clip(hu, *window), CONFIG).offset == 0, (item.place, window)
+        repaired += verdict_offset(np.maximum(hu.astype(np.int32) + 1024, 0)) == -1024
+        wrong += verdict_offset(np.maximum(hu.astype(np.int32) + 1000, 0)) is not None
+        scaled += verdict_offset(hu * np.float32(0.5)) is None
+    assert seen == 98
+    assert repaired >= 0.75 * seen
+    assert wrong <= 0.03 * seen
+    assert scaled >= 0.85 * seen
+
+
+def verdict_offset(voxels: np.ndarray) -> int | None:
+    try:
+        return recognise_hounsfield(voxels, CONFIG).offset
+    except VolumeError:
+        return None
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
