@@ -13,10 +13,11 @@ import meddino
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
-from meddino_data_curation.config import CurationConfig, needs_decision
+from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.discovery import Discovery, discover
 from meddino_data_curation.exclusions import Listed, apply_lists, read_exclusions
 from meddino_data_curation.finish import finish, survey_held_out
+from meddino_data_curation.licences import NOT_STATED, needs_decision
 from meddino_data_curation.patient_ids import without_common_names
 from meddino_data_curation.privacy import Salt, load_salt, private_folder, write_source_map
 from meddino_data_curation.progress import progress
@@ -140,12 +141,17 @@ def _unused_text(found: Discovery) -> str:
 
 
 def _check_licences(config: CurationConfig) -> None:
-    undecided = {source.licence for source in config.sources if needs_decision(source.licence)} - set(config.licences.allow)
+    undecided = {source.licence_text for source in config.sources if needs_decision(source.licence)} - set(
+        config.licences.allow
+    )
     if undecided:
         raise ConfigError(
             f"licences that forbid commercial use or are unclear: {'; '.join(sorted(undecided))}; "
             "name those you may use in licences.allow"
         )
+    unnamed = [source.name for source in config.sources if source.licence is None]
+    if unnamed:
+        _logger.info("%s: no licence named, recorded as '%s'; right for your own scans only", ", ".join(unnamed), NOT_STATED)
 
 
 def _inputs_hash(found: Discovery, config: CurationConfig, others: str) -> str:
@@ -184,7 +190,7 @@ def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, list
             is_listed = candidate.volume_id in listed.volumes
             parts = (candidate.volume_id, candidate.stamp, candidate.problem, *(["listed"] if is_listed else []))
             job = job_hash(salt.fingerprint, text, *parts)
-            jobs.append(VolumeJob(candidate, job, source.name, source.licence, is_survey=is_listed))
+            jobs.append(VolumeJob(candidate, job, source.name, source.licence_text, is_survey=is_listed))
     return jobs
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from meddino.core.config import StrictConfig
 from meddino.data.sample import Codec
+from meddino_data_curation.licences import NOT_STATED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -27,7 +28,12 @@ class SourceConfig(StrictConfig):
 
     name: Annotated[str, Field(description="stands in manifests and reports: never a patient's name")]
     path: Annotated[Path, Field(description="a folder, or one file")]
-    licence: Annotated[str, Field(description="SPDX name or words; recorded, and checked against licences.allow")] = "unknown"
+    licence: Annotated[
+        str | None,
+        Field(
+            description="SPDX name or words; what is not known to allow use needs licences.allow; null: own data, none named"
+        ),
+    ] = None
     citation: Annotated[str, Field(description="shown in the report")] = ""
     preference: Annotated[int, Field(description="of duplicates, the one from the set with the lowest number is kept")] = 0
     patient_pattern: Annotated[
@@ -41,6 +47,11 @@ class SourceConfig(StrictConfig):
     include: Annotated[
         str, Field(description="glob on the path inside the source ({a,b} and [0-9] too); only files that match are read")
     ] = "**/*"
+
+    @property
+    def licence_text(self) -> str:
+        """What manifests and reports say of the licence."""
+        return NOT_STATED if self.licence is None else self.licence
 
     @field_validator("name")
     @classmethod
@@ -163,14 +174,6 @@ class LicencesConfig(StrictConfig):
     allow: Annotated[
         tuple[str, ...], Field(description="licences that forbid commercial use or are unclear and may be used all the same")
     ] = ()
-
-
-_RESTRICTED = re.compile(r"(^|[^a-z])(nc|non-?commercial|on request|unclear|not stated|none stated)([^a-z]|$)", re.IGNORECASE)
-
-
-def needs_decision(licence: str) -> bool:
-    """Tell whether a licence forbids commercial use or is unclear, so that somebody has to allow it by name."""
-    return bool(_RESTRICTED.search(licence))
 
 
 class ExclusionConfig(StrictConfig):

@@ -153,7 +153,7 @@ def write_corpus_json(
         "audit": list(audits),
         "exclusion_lists": list(lists),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
-        "sources": [_source_totals(source.name, source.licence, source.citation, rows) for source in config.sources],
+        "sources": [_source_totals(source.name, source.licence_text, source.citation, rows) for source in config.sources],
     }
     write_json(corpus / "corpus.json", info)
     return info

@@ -12,7 +12,8 @@ from pydantic import Field
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino_data_curation.candidates import find_files
-from meddino_data_curation.config import LicencesConfig, SourceConfig, needs_decision
+from meddino_data_curation.config import LicencesConfig, SourceConfig
+from meddino_data_curation.licences import needs_decision
 from meddino_data_curation.path_globs import escaped, glob_pattern
 from meddino_data_curation.registry import HeldOutTable, PartEntry, SetEntry
 

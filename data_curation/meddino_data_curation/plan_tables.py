@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from meddino_data_curation.config import needs_decision
+from meddino_data_curation.licences import needs_decision
 from meddino_data_curation.plan import FoundSet
 
 

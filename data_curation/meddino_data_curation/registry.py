@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from meddino.core.config import StrictConfig, load_config
 from meddino.core.errors import ConfigError
 from meddino.core.packaged import shipped_configs
-from meddino_data_curation.config import needs_decision
+from meddino_data_curation.licences import needs_decision
 
 SHIPPED_REGISTRY = "ct3m"
 LicenceKind = Literal["permissive", "non-commercial", "unclear"]

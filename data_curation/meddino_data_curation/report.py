@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino.data.audits import audit_text, lists_text
-from meddino_data_curation.config import CurationConfig, needs_decision
+from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.licences import needs_decision
 from meddino_data_curation.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
 from meddino_data_curation.volume_job import HISTOGRAM_EDGES_HU
 from meddino_data_curation.work_folder import WorkFolder
@@ -175,11 +176,14 @@ def _distributions(config: CurationConfig, rows: Rows, work: WorkFolder) -> Mark
 
 
 def _licences(config: CurationConfig) -> Markup:
-    lines = [
-        (source.name, source.licence, "allowed by licences.allow" if needs_decision(source.licence) else "", source.citation)
-        for source in config.sources
-    ]
+    lines = [(source.name, source.licence_text, _decision(source.licence), source.citation) for source in config.sources]
     return table(("set", "licence", "decision", "citation"), lines)
+
+
+def _decision(licence: str | None) -> str:
+    if licence is None:
+        return "nobody named one: right for one's own scans only"
+    return "allowed by licences.allow" if needs_decision(licence) else ""
 
 
 def _audit_section(audits: Records, lists: Records) -> Markup:

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from meddino_data_curation.config import SourceConfig, needs_decision
+from meddino_data_curation.config import SourceConfig
+from meddino_data_curation.licences import needs_decision
 from meddino_data_curation.path_globs import glob_pattern
 from meddino_data_curation.registry import load_registry
 
