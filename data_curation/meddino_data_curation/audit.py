@@ -162,7 +162,7 @@ def _salt(corpus: Corpus, salt_file: Path | None) -> tuple[Salt, dict[str, str]]
     default = private_folder(corpus.root) / "salt"
     path = salt_file or (default if default.exists() else None)
     if path is None:  # content is compared all the same
-        why = f"the corpus's salt is not at hand ({default.parent.name}/salt, or --salt-file)"
+        why = "the corpus's salt is not at hand (<corpus>.private/salt, or --salt-file)"
         return Salt(hashlib.sha256(str(corpus.content_hash).encode()).digest()), dict.fromkeys(SALTED, why)
     salt = load_salt(path, corpus.root)
     if salt.fingerprint != corpus.info.get("salt_fingerprint"):

@@ -60,15 +60,17 @@ def test_audit__volumes_that_cannot_be_read_are_counted_and_accepted_only_by_opt
     truncated(tmp_path / "testset" / "y.nii.gz")
     (tmp_path / "testset" / "more.zip").write_bytes(b"PK")
     write_volume(tmp_path / "testset" / "mask.nii.gz", (make_hu(50, SHAPE) > 0).astype("uint8"))
+    write_series(tmp_path / "testset" / "scout", make_hu(51, (1, 64, 72)), ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(tmp_path / "testset" / "mr", make_hu(52, (1, 64, 72)), series="mr", Modality="MR")
     assert run_audit(corpus, salt_file, tmp_path / "testset", "--name", "t") == 2
     printed = capsys.readouterr()
     assert "t: 0 overlaps with 1 volumes" in printed.out
     assert "t: 2 MORE COULD NOT BE READ" in printed.out
-    assert "t: 1 are no CT" in printed.out
+    assert "t: 3 are no CT" in printed.out
     assert "--allow-unread" in printed.err
     assert run_audit(corpus, salt_file, tmp_path / "testset", "--name", "t", "--allow-unread") == 0
     (entry,) = Corpus(corpus).info["audit"]
-    assert (entry["volumes"], entry["unread"], entry["no_ct"]) == (1, 2, 1)
+    assert (entry["volumes"], entry["unread"], entry["no_ct"]) == (1, 2, 3)
     capsys.readouterr()
     assert main(["show", str(corpus)]) == 0
     assert "audited against t: 0 overlaps with 1 volumes; 2 MORE COULD NOT BE READ" in " ".join(capsys.readouterr().out.split())
@@ -98,7 +100,7 @@ def test_audit__an_id_in_a_file_name_meets_the_one_in_a_header(corpus, salt_file
 def test_audit__without_the_salt_says_that_patients_were_not_compared(corpus, tmp_path, capsys):
     write_series(tmp_path / "dicom", make_hu(60, SHAPE), patient="PAT-000123")
     assert run_audit(corpus, None, tmp_path / "dicom", "--name", "t") == 0
-    why = "NOT by series, study, patient: the corpus's salt is not at hand (corpus.private/salt, or --salt-file)"
+    why = "NOT by series, study, patient: the corpus's salt is not at hand (<corpus>.private/salt, or --salt-file)"
     assert f"t: {why}" in capsys.readouterr().out
     assert set(Corpus(corpus).info["audit"][0]["not_compared"]) == {"series", "study", "patient"}
     assert main(["show", str(corpus)]) == 0
