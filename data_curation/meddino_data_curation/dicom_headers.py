@@ -32,6 +32,7 @@ _NO_DICOM = (
     MemoryError, OverflowError, struct.error,
 )  # fmt: skip
 _CT_KINDS = (CTImageStorage, EnhancedCTImageStorage)
+_MOST_THICKNESS_MM = 100.0
 _SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
 
 
@@ -152,7 +153,7 @@ def _header(dataset: Any, kind: Any, path: Path, inside: str, stamp: str) -> Dic
         rows=_integer(dataset, "Rows"),
         cols=_integer(dataset, "Columns"),
         planes=planes,
-        tilt_deg=_number(dataset, "GantryDetectorTilt"),
+        tilt_deg=_number(dataset, "GantryDetectorTilt", most=90),
     )
 
 
@@ -182,7 +183,7 @@ def _planes(dataset: Any, kind: Any) -> tuple[Plane, ...]:
                 dataset.ImagePositionPatient,
                 dataset.ImageOrientationPatient,
                 dataset.PixelSpacing,
-                _number(dataset, "SliceThickness"),
+                _number(dataset, "SliceThickness", most=_MOST_THICKNESS_MM),
             ),
         )
     shared = dataset.SharedFunctionalGroupsSequence[0]
@@ -196,7 +197,7 @@ def _planes(dataset: Any, kind: Any) -> tuple[Plane, ...]:
                 position.ImagePositionPatient,
                 orientation.ImageOrientationPatient,
                 measures.PixelSpacing,
-                _number(measures, "SliceThickness"),
+                _number(measures, "SliceThickness", most=_MOST_THICKNESS_MM),
             )
         )
     return tuple(planes)
@@ -228,13 +229,16 @@ def _integer(dataset: Any, name: str, default: int = 0) -> int:
     return int(_number(dataset, name, default))
 
 
-def _number(dataset: Any, name: str, default: float = 0) -> float:
-    """Return an element's number; the default where it is absent, several, or none: pydicom converts on access."""
+def _number(dataset: Any, name: str, default: float = 0, most: float = math.inf) -> float:
+    """Return an element's number; the default where it is absent, several, none, or larger than it can be.
+
+    What is written into manifests must be a measure: anything else in such an element may be a date or an id.
+    """
     try:
-        value = float(dataset.get(name))
+        value = float(dataset.get(name))  # pydicom converts on access
     except (TypeError, ValueError, OverflowError):
         return default
-    return value if math.isfinite(value) else default
+    return value if math.isfinite(value) and abs(value) <= most else default
 
 
 def _text(dataset: Any, name: str) -> str:
