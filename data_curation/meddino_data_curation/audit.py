@@ -18,6 +18,7 @@ from meddino.data.corpus import Corpus
 from meddino_data_curation.comparison import audit_entry, unread_problem
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.duplicates import Overlap, find_overlaps
+from meddino_data_curation.exclusion_lists import LIST_SUFFIXES
 from meddino_data_curation.manifests import REPORT, read_fingerprints
 from meddino_data_curation.patient_ids import RULES_VERSION
 from meddino_data_curation.privacy import Salt, load_salt, private_folder
@@ -112,6 +113,9 @@ def _named(
         raise ConfigError(
             f"{len(names)} --name for {len(against)} data sets; names go to those after --against, in their order"
         )
+    lists = [path for path in against if path.is_file() and path.suffix.lower() in LIST_SUFFIXES]
+    if lists:
+        raise ConfigError(f"--against {lists[0]}: an audit compares volumes; lists of ids are for `build --exclude`")
     taken = {*names, *(entry["name"] for entry in known)}
     free = (name for number in count(1) if (name := f"dataset-{number}") not in taken)
     called = [*names, *(next(free) for _ in against[len(names) :])]

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from meddino.core.errors import ConfigError, VolumeError
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.path_globs import glob_pattern
-from meddino_data_curation.patient_ids import patient_id
+from meddino_data_curation.patient_ids import named_in_path, patient_id
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
@@ -128,8 +128,7 @@ def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, s
     suffix = volume_suffix(found.path.name)
     stem = found.inside[: -len(suffix)] if suffix else found.inside
     voxel_files = _voxel_files(found, format)
-    match = re.search(source.patient_pattern, found.inside) if source.patient_pattern else None
-    named = match.group(1) if match else None
+    named = named_in_path(source.patient_pattern, found.inside)
     # A DICOM file that cannot be read is IM0001 in every folder.
     patient = named or ("" if format == "dicom" else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name))
     who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=found.inside)

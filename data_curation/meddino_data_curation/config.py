@@ -38,7 +38,9 @@ class SourceConfig(StrictConfig):
     preference: Annotated[int, Field(description="of duplicates, the one from the set with the lowest number is kept")] = 0
     patient_pattern: Annotated[
         str,
-        Field(description="regex on a file's path inside the source; its first group is the patient; empty: the file's name"),
+        Field(
+            description="regex on a path inside the source; first group is the patient, if no header says it; empty: its name"
+        ),
     ] = ""
     same_ids: Annotated[
         bool,

@@ -10,7 +10,7 @@ import numpy as np
 from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.dicom_headers import DicomHeader, Plane
-from meddino_data_curation.patient_ids import patient_id
+from meddino_data_curation.patient_ids import is_nobody, named_in_path, patient_id
 from meddino_data_curation.privacy import Salt
 
 _SAME_PLACE_MM = 0.01
@@ -97,7 +97,10 @@ class _SeriesMaker:
     def _base(self, headers: Sequence[DicomHeader], part: str) -> dict[str, object]:
         first = headers[0]
         stand_in = f"{self.patient} {first.study_uid or self.uid}"
-        who = patient_id(self.salt, self.source.name, first.patient_id, "header", stand_in)
+        # A path tells only where the header does not: folders of one patient may have been sorted by anything.
+        named = named_in_path(self.source.patient_pattern, first.inside) if is_nobody(first.patient_id) else ""
+        written = named or first.patient_id
+        who = patient_id(self.salt, self.source.name, written, "pattern" if named else "header", stand_in)
         stamps = hashlib.sha256("\n".join(header.stamp for header in headers).encode("utf-8", "surrogateescape")).hexdigest()
         return {
             "volume_id": self.salt.key("volume", self.source.name, self.uid, self.patient, part),
@@ -106,7 +109,7 @@ class _SeriesMaker:
             "files": tuple(header.path for header in headers),
             "place": f"series {self.uid} ({part}), {len(headers)} files, first: {first.inside}",
             "patient_key": who.key,
-            "patient": first.patient_id,
+            "patient": written,
             "patient_is_known": who.is_known,
             "series_key": self.salt.key("series", self.uid),
             "study_key": self.salt.key("study", first.study_uid) if first.study_uid else None,

@@ -57,6 +57,12 @@ def normal_id(written: str) -> str:
     return "-".join(tokens) or written
 
 
+def named_in_path(pattern: str, inside: str) -> str:
+    """Return what a source's `patient_pattern` finds in a path inside it, or ""."""
+    match = re.search(pattern, inside) if pattern else None
+    return (match.group(1) or "") if match else ""
+
+
 def is_nobody(written: str) -> bool:
     """Tell whether an id is a word that stands for none, such as "ANONYMOUS"."""
     return "".join(_TOKENS.findall(written.casefold())) in _NOBODY | {"", "0"}

@@ -24,7 +24,9 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--out", type=Path, required=True, help="the corpus; <out>.private gets salt and source map")
     parser.add_argument("--config", action="append", default=[], help="path or shipped name; may be repeated")
     parser.add_argument("--name", action="append", default=[], help="what a SOURCE is called in the corpus, in their order")
-    parser.add_argument("--exclude", action="append", default=[], help="held-out volumes, a corpus, or a list of ids or paths")
+    parser.add_argument(
+        "--exclude", action="append", default=[], help="held-out volumes, a corpus, or a list of ids or paths; how: exclusion.*"
+    )
     parser.add_argument("--part", help="i/n: do one share of the volumes, for job arrays; then `merge`")
     parser.set_defaults(handle=_build, overrides=[])  # gets the key=value words that stand behind options
 

@@ -29,7 +29,9 @@ def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
 
 
 def _audit_text(entry: dict[str, Any]) -> str:
-    """Return a test set's name; with what was found of it, and how much of it could not be read."""
+    """Return a test set's name; with what was found of it, and what of it could not be looked at."""
     counts = {"overlaps": int(entry.get("overlaps", 0)), "volumes unread": int(entry.get("unread", 0))}
-    told = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{entry['name']} ({told})" if told else str(entry["name"])
+    told = [f"{count} {what}" for what, count in counts.items() if count]
+    if not entry.get("compared", {"patient": 1}).get("patient"):
+        told.append("patients not compared")
+    return f"{entry['name']} ({', '.join(told)})" if told else str(entry["name"])

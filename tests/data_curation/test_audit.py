@@ -160,12 +160,14 @@ def test_audit__an_unnamed_one_never_takes_the_record_of_another(corpus, salt_fi
         (["a", "--patient-pattern", "abc"], "needs one group"),
         (["nowhere"], "no such file or folder"),
         (["empty"], "no CT volume under"),
+        (["ids.txt"], "an audit compares volumes; lists of ids are for `build --exclude`"),
     ],
 )
 def test_audit__wrong_input_is_one_clear_line(corpus, tmp_path, capsys, monkeypatch, arguments, words):
     for name in ("a", "b"):
         write_volume(tmp_path / name / "x.nii.gz", make_hu(50, SHAPE))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "ids.txt").write_text("PAT-000123\n")
     monkeypatch.chdir(tmp_path)
     before = (corpus / "corpus.json").read_bytes()
     assert run_audit(corpus, None, *arguments) == 2

@@ -88,3 +88,11 @@ def test_discover__an_optional_group_that_matched_nothing_is_no_crash(tmp_path):
     source = SourceConfig(name="s", path=tmp_path, patient_pattern="(?:id(.))?a")
     (item,) = discover([source], SALT).candidates
     assert not item.patient_is_known
+
+
+@pytest.mark.parametrize(("header", "meant"), [("ANONYMOUS", "PAT-000123"), ("LIDC-IDRI-0314", "LIDC-IDRI-0314")])
+def test_discover__the_path_tells_where_the_header_names_nobody(tmp_path, header, meant):
+    write_series(tmp_path / "PAT-000123" / "ct", make_hu(0, (2, 8, 8)), patient=header)
+    source = SourceConfig(name="s", path=tmp_path, patient_pattern="^([^/]+)/")
+    (item,) = discover([source], SALT).candidates
+    assert item.patient_key == key_everywhere(SALT, meant)

@@ -130,3 +130,5 @@ def test_lineage__carries_what_the_corpus_was_audited_against(audited):
     lineage = corpus_lineage(Corpus(audited(entry("btcv-test", 0), entry("amos22-test", 2))))
     assert lineage["audited_against"] == ["btcv-test", "amos22-test (2 overlaps)"]
     assert corpus_lineage(Corpus(audited()))["audited_against"] == []
+    nobody = entry("word-test", 0, compared={"exact": 30, "near": 30, "series": 0, "study": 0, "patient": 0})
+    assert corpus_lineage(Corpus(audited(nobody)))["audited_against"] == ["word-test (patients not compared)"]
