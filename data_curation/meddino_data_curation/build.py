@@ -172,12 +172,17 @@ def _is_finished(corpus: Path, inputs: str) -> bool:
         raise ConfigError(
             f"{corpus} is a finished corpus of other files or another config; choose another --out, or remove it first"
         )
+    say_finished(corpus)
+    return True
+
+
+def say_finished(corpus: Path) -> None:
+    """Say that there is nothing to do, and remove what a run left that was killed after its last file."""
     _logger.info("%s is finished already; nothing to do", corpus)
     work = WorkFolder(corpus)
-    if work.exists():  # killed after its last file
+    if work.exists():
         with suppress(ConfigError), work.locked(shared=False):
             work.remove()
-    return True
 
 
 def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, listed: Listed) -> list[VolumeJob]:

@@ -4,17 +4,15 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX
-from meddino.core.logging import get_logger
-from meddino_data_curation.build import build, check_out
+from meddino_data_curation.build import build, check_out, say_finished
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.privacy import private_folder
 from meddino_data_curation.work_folder import WorkFolder
-
-_logger = get_logger(__name__)
 
 
 def merge(parts: Sequence[Path], out: Path) -> None:
@@ -27,21 +25,18 @@ def merge(parts: Sequence[Path], out: Path) -> None:
     Raises:
         ConfigError: A part is missing or unfinished, parts do not belong together, or `out` holds something else.
     """
+    others = [folder for folder in parts if folder.resolve() != out.resolve()]
     finished = _finished_inputs(out)
-    if finished and all(folder.resolve() == out.resolve() for folder in parts):
-        _logger.info("%s is finished already; nothing to do", out)  # its notes of parts went with its work folder
-        return
-    inputs = _common_inputs([folder for folder in parts if not (finished and folder.resolve() == out.resolve())])
-    if finished == inputs:
-        _logger.info("%s is finished already; nothing to do", out)
+    if finished and {note["inputs"] for folder in others for note in _notes(folder)} <= {finished}:
+        say_finished(out)  # the notes of a part that was done in `out` went with its work folder
         return
     if finished or (out / "corpus.json").exists():
         raise ConfigError(f"--out {out} is a finished corpus of other files or another config; name a new folder")
+    _check_complete(parts)
     check_out(out)
     with WorkFolder(out).locked(shared=False):
-        for folder in parts:
-            if folder.resolve() != out.resolve():
-                _take_over(folder, out)
+        for folder in others:
+            _take_over(folder, out)
     config = private_folder(parts[0]) / "build.json"
     values = json.loads(config.read_text(encoding="utf-8"))
     build(check_config(CurationConfig, values, where=str(config)), out)
@@ -55,22 +50,22 @@ def _finished_inputs(out: Path) -> str:
     return str(json.loads(path.read_text(encoding="utf-8"))["inputs"])
 
 
-def _common_inputs(parts: Sequence[Path]) -> str:
-    """Return what all parts were made of."""
-    notes = []
-    for folder in parts:
-        written = sorted((WorkFolder(folder).root / "parts").glob("*.json"))
-        own = [json.loads(path.read_text(encoding="utf-8")) for path in written]
-        if not own:
-            raise ConfigError(f"{folder} holds no finished part; run its `meddino-curate build ... --part i/n` to the end")
-        notes += own
+def _notes(folder: Path) -> list[dict[str, Any]]:
+    """Return what the finished parts of a folder say of themselves: index, count, inputs."""
+    written = sorted((WorkFolder(folder).root / "parts").glob("*.json"))
+    if not written:
+        raise ConfigError(f"{folder} holds no finished part; run its `meddino-curate build ... --part i/n` to the end")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in written]
+
+
+def _check_complete(parts: Sequence[Path]) -> None:
+    notes = [note for folder in parts for note in _notes(folder)]
     counts, inputs = {note["count"] for note in notes}, {note["inputs"] for note in notes}
     if len(counts) > 1 or len(inputs) > 1:
         raise ConfigError("the parts do not belong together: other files, another config, another salt or number of parts")
     missing = sorted(set(range(1, counts.pop() + 1)) - {note["index"] for note in notes})
     if missing:
         raise ConfigError(f"parts are missing: {', '.join(str(index) for index in missing)}; build them, then merge again")
-    return str(inputs.pop())
 
 
 def _take_over(folder: Path, out: Path) -> None:

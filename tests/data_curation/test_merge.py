@@ -80,6 +80,19 @@ def test_merge__of_a_shared_folder_twice(once, tmp_path, salt_file, capsys):
     assert "finished already" in capsys.readouterr().err
 
 
+def test_merge__into_the_first_part_twice(once, tmp_path, capsys):
+    for name in ("part1", "part2"):
+        shutil.copytree(once / name, tmp_path / name)
+        shutil.copytree(once / f"{name}.private", tmp_path / f"{name}.private")
+    arguments = ["merge", str(tmp_path / "part1"), str(tmp_path / "part2")]
+    assert main(arguments) == 0
+    assert tree(tmp_path / "part1") == tree(once / "whole")
+    assert main(arguments) == 0
+    assert "finished already" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "part1"), str(tmp_path / "part3")]) == 2
+    assert "part3 holds no finished part" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["another corpus", "other things", "another salt"])
 def test_merge__into_what_is_no_merge_of_these_is_refused(once, tmp_path, salt_file, capsys, kind):
     out = tmp_path / "merged"
