@@ -15,7 +15,15 @@ _MIN_SALT_CHARACTERS = 8
 
 
 def private_folder(out: Path) -> Path:
-    """Return the folder beside a corpus that holds what must not leave the house with it."""
+    """Return the folder beside a corpus that holds what must not leave the house with it.
+
+    Raises:
+        ConfigError: The corpus is to be the root of the file system, beside which there is nothing.
+    """
+    if out.name in ("", ".."):  # "." and what ends so: their names are those of the folders they mean
+        out = out.resolve()
+    if not out.name:
+        raise ConfigError(f"--out {out} cannot be a corpus; name a new or empty folder")
     return out.with_name(f"{out.name}.private")
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from meddino.core.command import write_line
-from meddino.core.errors import ShardError
+from meddino.core.errors import ConfigError, ShardError
 from meddino.data.remote import corpus_location
 
 
@@ -46,4 +46,8 @@ def _show(arguments: argparse.Namespace) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from meddino_data_curation.show import write_contact_sheet
 
+    if arguments.count < 1:
+        raise ConfigError(f"--count {arguments.count}: a contact sheet shows at least 1 slice")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed {arguments.seed}: must be 0 or more")
     write_contact_sheet(arguments.corpus, arguments.out, arguments.count, arguments.seed)

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.files import is_disk_full
-from meddino.core.logging import setup_logging
+from meddino.core.logging import get_logger, setup_logging
+
+_logger = get_logger(__name__)
 
 EXIT_DONE = 0
 EXIT_WRONG_INPUT = 2
@@ -45,8 +47,8 @@ def run_command(
         handle: The work. It raises; it never calls `sys.exit`. What started other processes returns their exit code.
 
     Returns:
-        0 done, 2 wrong input (one line on stderr), 75 stopped early and wants to be run again. Other faults raise,
-        which shows their traceback and exits 1.
+        0 done, 2 wrong input or a file that the system does not let be read or written (one line on stderr), 75 stopped
+        early and wants to be run again. Other faults raise, which shows their traceback and exits 1.
     """
     arguments = _parse(parser, argv)
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
@@ -62,13 +64,15 @@ def run_command(
         print(f"{parser.prog}: interrupted; the same command again goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
     except OSError as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            where = f" while writing {error.filename}" if error.filename else ""
+            problem = f"no space left on the disk{where}; free some, then run the same command again"
+        elif (name := error.filename2 or error.filename) and error.strerror:  # of two, the one that was to be written
+            problem = f"{os.fsdecode(name)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+            _logger.debug("where it happened", exc_info=error)
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(
-            f"{parser.prog}: error: no space left on the disk{where}; free some, then run the same command again",
-            file=sys.stderr,
-        )
+        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return EXIT_WRONG_INPUT
 
 

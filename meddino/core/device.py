@@ -99,7 +99,12 @@ def use_cpu_threads(count: int | None = None) -> None:
     Args:
         count: None respects OMP_NUM_THREADS and otherwise takes the cores this process may run on. Two torch processes
             with full thread pools on the same cores slow each other 4 to 18 times, so launchers set OMP_NUM_THREADS.
+
+    Raises:
+        ConfigError: Fewer than one.
     """
+    if count is not None and count < 1:
+        raise ConfigError(f"{count} threads; at least 1 is needed")
     if count is None:
         count = int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)

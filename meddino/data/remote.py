@@ -13,6 +13,7 @@ from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://.")
+_PROTOCOLS = ("http", "https", "s3")
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5  # doubled from attempt to attempt
 _TIMEOUT_S = 60.0
@@ -48,8 +49,13 @@ class RemoteFolder:
         """Take the URL of a folder; nothing is asked of the server yet.
 
         Raises:
-            ShardError: What the URL needs is not installed.
+            ShardError: What the URL needs is not installed, or its protocol is none that is read.
         """
+        protocol = url.partition("://")[0].lower()
+        if protocol not in _PROTOCOLS:
+            raise ShardError(
+                f"{protocol}:// is not read; allowed: {', '.join(f'{name}://' for name in _PROTOCOLS)}, or a folder"
+            )
         self._url = url.rstrip("/")
         self.url = re.sub(r"://[^/@]*@", "://", self._url)
         self._opened: tuple[int, Any] | None = None
@@ -153,8 +159,6 @@ def _file_system(url: str) -> Any:
         return fsspec.filesystem(scheme, skip_instance_cache=True)
     except ImportError as error:
         raise ShardError(f"reading {url} needs packages that are not installed: pip install 'meddino[remote]'") from error
-    except ValueError as error:
-        raise ShardError(f"{url}: this kind of URL is not known; use http, https or s3") from error
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:

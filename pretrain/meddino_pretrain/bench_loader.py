@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from meddino.core.command import command_parser, run_command
 from meddino.core.config import check_config
 from meddino.core.device import Machine, find_machine
+from meddino.core.errors import ConfigError
 from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
 from meddino.data.remote import corpus_location
@@ -141,6 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if min(arguments.batch, arguments.steps, arguments.slice_size, arguments.patch_size) < 1 or arguments.workers < 0:
+        raise ConfigError(
+            "bench loader needs --batch, --steps, --slice-size and --patch-size of 1 or more, --workers of 0 or more"
+        )
     source = Corpus(arguments.corpus) if arguments.corpus else SyntheticSlices(side_px=arguments.slice_size)
     gram = 2 * arguments.global_size if arguments.gram else None
     plain = {"global_px": arguments.global_size, "local_px": arguments.local_size, "gram_px": gram}

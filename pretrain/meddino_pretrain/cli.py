@@ -17,14 +17,8 @@ from meddino_pretrain.signals import stop_on_signals
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:2] == ["bench", "loader"]:
-        from meddino_pretrain.bench_loader import main as bench_loader
-
-        return bench_loader(arguments[2:])
-    if arguments[:2] == ["bench", "step"]:
-        from meddino_pretrain.bench_step import main as bench_step
-
-        return bench_step(arguments[2:])
+    if arguments[:1] == ["bench"]:
+        return _bench(arguments[1:])
     parser = command_parser(
         "meddino-pretrain",
         "Train a recipe's stages on a corpus, one after the other. The same command again goes on where it stopped. "
@@ -40,6 +34,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--processes", type=int, default=1, metavar="N", help="of this machine that train together, e.g. one a GPU"
     )
     return run_command(parser, arguments, functools.partial(_pretrain, arguments))
+
+
+def _bench(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["loader"]:
+        from meddino_pretrain.bench_loader import main as bench_loader
+
+        return bench_loader(arguments[1:])
+    if arguments[:1] == ["step"]:
+        from meddino_pretrain.bench_step import main as bench_step
+
+        return bench_step(arguments[1:])
+    parser = command_parser("meddino-pretrain bench", "Measure speed; one JSON line.", "meddino-pretrain bench step --help")
+    parser.add_argument("what", choices=("step", "loader"), help="whole training steps, or reading and cropping slices")
+    return run_command(parser, arguments[:1], lambda _: None)  # says what is allowed
 
 
 def _pretrain(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:

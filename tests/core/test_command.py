@@ -22,6 +22,8 @@ def _run(error: BaseException | None) -> int:
         (StoppedEarly("run it again"), 75, "meddino-x: run it again\n"),
         (KeyboardInterrupt(), 130, "meddino-x: interrupted; the same command again goes on\n"),
         (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "no space left on the disk while writing /x/y"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "meddino-x: error: /x/y: permission denied\n"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"/x"), 2, "meddino-x: error: /x: not a directory\n"),
     ],
 )
 def test_run_command__exit_codes(error, code, said, capsys):
@@ -29,9 +31,10 @@ def test_run_command__exit_codes(error, code, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_run_command__a_fault_of_ours_shows_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        _run(ZeroDivisionError())
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EBADF, "Bad file descriptor"), OSError("no number")])
+def test_run_command__a_fault_of_ours_shows_its_traceback(error):
+    with pytest.raises(type(error)):
+        _run(error)
 
 
 def test_command_parser__help_ends_with_the_example():

@@ -142,7 +142,7 @@ def test_corpus__no_server_no_corpus_no_ranges_are_one_clear_line(server, capsys
     server.ranges = True
     with pytest.raises(ShardError, match="cannot be reached"):
         Corpus("http://127.0.0.1:9/corpus")
-    with pytest.raises(ShardError, match="kind of URL is not known"):
+    with pytest.raises(ShardError, match="gopher:// is not read"):
         Corpus("gopher://127.0.0.1/corpus")
     (tmp_path / "web" / "corpus" / "slices.parquet").write_bytes(b"changed")
     with pytest.raises(ShardError, match=r"slices.parquet: its checksum is not the one"):

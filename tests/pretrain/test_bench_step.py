@@ -103,3 +103,28 @@ def test_parameter_counts__of_each_part():
     student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 48, 32, 16))
     wanted = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
     assert parameter_counts(student) == wanted and wanted["dino_head"] - wanted["ibot_head"] == 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["bench", "step", "--threads", "0"], "0 threads; at least 1 is needed"),
+        (["bench", "step", "--threads", "-2"], "-2 threads; at least 1 is needed"),
+        (["bench", "foo"], "choose from 'step', 'loader'"),
+        (["bench"], "required: what"),
+        (["bench", "loader", "--batch", "0"], "loader"),
+        (["bench", "loader", "--workers", "-1"], "loader"),
+        (["bench", "loader", "--slice-size", "0"], "loader"),
+    ],
+)
+def test_bench__wrong_words_are_one_line_and_2(words, said, capsys):
+    from meddino_pretrain.cli import main
+
+    try:
+        code = main(words)
+    except SystemExit as left:
+        code = left.code
+    assert code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1
+    assert said in error[0]
