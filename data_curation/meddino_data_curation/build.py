@@ -57,13 +57,14 @@ class Part:
         return int(volume_id[:8], 16) % self.count == self.index - 1
 
 
-def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> None:
+def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed_before: str | None = None) -> None:
     """Build a corpus, or one part of it.
 
     Args:
         config: With at least one source.
         corpus: Folder to write.
         part: None does everything; a part leaves its volumes to `merge`.
+        listed_before: Stamp of what lists named when the parts were built; None where nothing was built before.
 
     Raises:
         ConfigError: Sources, salt or output folder are wrong.
@@ -77,7 +78,12 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
     _check_found(found, config)
     found.candidates = without_common_names(found.candidates, config.sources, salt)
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
-    inputs = _inputs_hash(found, config, exclusions.stamp + salt.fingerprint)
+    if listed_before is not None and listed.stamp != listed_before:
+        raise ConfigError(
+            "exclusion lists name other volumes than when the parts were built; run this in the folder where the parts ran "
+            "(paths in lists may count from there), or build the parts again"
+        )
+    inputs = _inputs_hash(found, config, exclusions.stamp + listed.stamp + salt.fingerprint)
     if _is_finished(corpus, inputs):
         return
     work = WorkFolder(corpus)
@@ -92,7 +98,8 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None) -> Non
         _run(jobs, config, corpus, work)
         if part is not None:
             name = f"{part.index}-of-{part.count}"
-            write_json(work.root / "parts" / f"{name}.json", {"index": part.index, "count": part.count, "inputs": inputs})
+            note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.stamp}
+            write_json(work.root / "parts" / f"{name}.json", note)
             _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
             return
         # Before the corpus: killed between the two, the same command still knows it as its own.

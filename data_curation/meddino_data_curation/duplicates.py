@@ -141,6 +141,8 @@ def with_relatives(rows: Sequence[Row], overlaps: Sequence[Overlap]) -> list[Ove
         rows: All of the corpus, duplicates marked.
         overlaps: Found so far.
     """
+    if not overlaps:
+        return []
     links: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in rows:
         for link in _links(row):

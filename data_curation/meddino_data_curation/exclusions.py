@@ -52,6 +52,11 @@ class Listed:
     volumes: frozenset[str] = frozenset()
     outcomes: tuple[ListOutcome, ...] = ()
 
+    @property
+    def stamp(self) -> str:
+        """Differs when lists name other volumes: paths in them may count from the working folder."""
+        return hashlib.sha256("\n".join(sorted(self.volumes)).encode()).hexdigest() if self.volumes else ""
+
 
 def read_exclusions(config: CurationConfig) -> Exclusions:
     """Sort held-out things into lists and data.

@@ -32,14 +32,14 @@ def merge(parts: Sequence[Path], out: Path) -> None:
         return
     if finished or (out / "corpus.json").exists():
         raise ConfigError(f"--out {out} is a finished corpus of other files or another config; name a new folder")
-    _check_complete(parts)
+    listed = _check_complete(parts)
     check_out(out)
     with WorkFolder(out).locked(shared=False):
         for folder in others:
             _take_over(folder, out)
     config = private_folder(parts[0]) / "build.json"
     values = json.loads(config.read_text(encoding="utf-8"))
-    build(check_config(CurationConfig, values, where=str(config)), out)
+    build(check_config(CurationConfig, values, where=str(config)), out, listed_before=listed)
 
 
 def _finished_inputs(out: Path) -> str:
@@ -58,7 +58,8 @@ def _notes(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in written]
 
 
-def _check_complete(parts: Sequence[Path]) -> None:
+def _check_complete(parts: Sequence[Path]) -> str | None:
+    """Return the stamp of what lists named, if all parts are there and belong together."""
     notes = [note for folder in parts for note in _notes(folder)]
     counts, inputs = {note["count"] for note in notes}, {note["inputs"] for note in notes}
     if len(counts) > 1 or len(inputs) > 1:
@@ -66,6 +67,8 @@ def _check_complete(parts: Sequence[Path]) -> None:
     missing = sorted(set(range(1, counts.pop() + 1)) - {note["index"] for note in notes})
     if missing:
         raise ConfigError(f"parts are missing: {', '.join(str(index) for index in missing)}; build them, then merge again")
+    stamp = notes[0].get("listed")  # an earlier version wrote none
+    return None if stamp is None else str(stamp)
 
 
 def _take_over(folder: Path, out: Path) -> None:

@@ -93,6 +93,23 @@ def test_merge__into_the_first_part_twice(once, tmp_path, capsys):
     assert "part3 holds no finished part" in capsys.readouterr().err
 
 
+def test_merge__elsewhere_where_a_list_means_other_volumes_is_refused(once, tmp_path, salt_file, monkeypatch, capsys):
+    """Else what the parts left out would come in."""
+    (tmp_path / "list.txt").write_text("in/case_1.nii.gz\nin/../../nothing\ncase_2\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "in").symlink_to(once / "in")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    more = ("workers=1", "--exclude", str(tmp_path / "list.txt"), "--part", "1/1")
+    source = tmp_path / "scans"
+    source.symlink_to(once / "in")
+    assert run_build(source, tmp_path / "out", salt_file, *more) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", str(tmp_path / "out")]) == 2
+    assert "exclusion lists name other volumes than when the parts were built" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["merge", str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize("kind", ["another corpus", "other things", "another salt"])
 def test_merge__into_what_is_no_merge_of_these_is_refused(once, tmp_path, salt_file, capsys, kind):
     out = tmp_path / "merged"
