@@ -88,7 +88,7 @@ def _comparable(
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Return how many held-out volumes could be compared by which kind, and why not all with all."""
     same_ids = any(row.get("patient_keys") for row in held_out.rows)
-    own = _numbers([row for row in rows if row["status"] == "accepted"], prints, same_ids)
+    own = _numbers([row for row in rows if row["status"] in ("accepted", "duplicate")], prints, same_ids)
     others = _numbers(held_out.rows, held_out.prints, False)
     compared: dict[str, int] = {}
     why_not: dict[str, str] = {}
@@ -99,11 +99,11 @@ def _comparable(
         elif not compared[kind]:
             why_not[kind] = f"no volume of {'the corpus' if not own[kind] else 'it'} has {needed}"
         elif kind in ("near", "patient"):
-            all_others = held_out.volumes if kind == "near" else others["all"]
+            whole = "looked at" if kind == "near" else "all"
             lacking = [
-                f"{whole - having} of {whose} {whole}"
-                for whole, having, whose in ((all_others, others[kind], "its"), (own["all"], own[kind], "the corpus's"))
-                if having < whole
+                f"{numbers[whole] - numbers[kind]} of {whose} {numbers[whole]}"
+                for numbers, whose in ((others, "its"), (own, "the corpus's"))
+                if numbers[kind] < numbers[whole]
             ]
             if lacking:
                 why_not[kind] = f"{' and '.join(lacking)} volumes lack {needed}"
@@ -111,10 +111,13 @@ def _comparable(
 
 
 def _numbers(rows: Sequence[Row], prints: Container[str], same_ids: bool) -> dict[str, int]:
+    # The ids of a duplicate speak for the copy that is kept; a fingerprint it need not have.
+    looked_at = [row["volume_id"] in prints for row in rows if row["status"] == "accepted"]
     return {
         "all": len(rows),
+        "looked at": len(looked_at),
         "exact": sum(bool(row["content_hash"]) for row in rows),
-        "near": sum(row["volume_id"] in prints for row in rows),
+        "near": sum(looked_at),
         "series": sum(row["format"] == "dicom" and bool(row["series_key"]) for row in rows),
         "study": sum(bool(row.get("study_key")) for row in rows),
         "patient": sum(bool(row["patient_key"] and (same_ids or row.get("patient_is_known"))) for row in rows),

@@ -97,6 +97,19 @@ def test_audit__an_id_in_a_file_name_meets_the_one_in_a_header(corpus, salt_file
     assert entry["compared"] == {"exact": 1, "near": 1, "series": 0, "study": 0, "patient": 1}
 
 
+def test_audit__ids_of_a_duplicate_count_for_the_copy_that_is_kept(salt_file, tmp_path, capsys):
+    write_volume(tmp_path / "in" / "sub" / "scan.nii.gz", make_hu(0, SHAPE))
+    write_series(tmp_path / "in" / "dicom", make_hu(0, SHAPE)[:8], patient="PAT-000123", StudyInstanceUID="1.1")
+    command = ["build", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "workers=1", f"privacy.salt_file={salt_file}"]
+    assert main(command) == 0
+    assert sorted(Corpus(tmp_path / "out").volumes.column("status").to_pylist()) == ["accepted", "duplicate"]
+    write_series(tmp_path / "held", make_hu(60, SHAPE), patient="PAT-000999", series="other", StudyInstanceUID="1.2")
+    assert run_audit(tmp_path / "out", salt_file, tmp_path / "held", "--name", "t") == 0
+    printed = capsys.readouterr().out
+    assert "t: compared by exact (1), near (1), series (1), study (1), patient (1)" in printed
+    assert "only in part by near" not in printed
+
+
 def test_audit__without_the_salt_says_that_patients_were_not_compared(corpus, tmp_path, capsys):
     write_series(tmp_path / "dicom", make_hu(60, SHAPE), patient="PAT-000123")
     assert run_audit(corpus, None, tmp_path / "dicom", "--name", "t") == 0
