@@ -1,5 +1,8 @@
 """A held-out scan takes its copies and its patient's other scans along."""
 
+import random
+
+import pytest
 from meddino_data_curation.duplicates import Overlap, exclude_overlaps, find_overlaps, with_relatives
 
 
@@ -68,3 +71,30 @@ def test_with_relatives__the_same_scan_says_more_than_the_same_patient():
     rows = [row("a", patient_key="P"), row("b", patient_key="P", content_hash="x"), row("c", content_hash="x")]
     found = with_relatives(rows, [Overlap("a", 0, "patient"), Overlap("b", 0, "patient"), Overlap("b", 1, "exact")])
     assert found[3:] == [Overlap("c", 1, "exact")]
+
+
+def _random_row(draw: random.Random, name: str) -> dict:
+    patient, study = draw.choice([None, f"p{draw.randrange(7)}"]), draw.choice([None, f"s{draw.randrange(10)}"])
+    return row(name, content_hash=f"c{draw.randrange(9)}", patient_key=patient, study_key=study)
+
+
+def _shares(first: dict, second: dict) -> bool:
+    """Whether two volumes are one scan, one study or one patient, by any column that says so."""
+    originals = {item["duplicate_of"] or item["volume_id"] for item in (first, second)}
+    same = [first[name] is not None and first[name] == second[name] for name in ("content_hash", "patient_key", "study_key")]
+    return len(originals) == 1 or any(same)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_find_overlaps__nothing_stays_that_a_slow_search_can_reach(seed):
+    draw = random.Random(seed)
+    rows = [_random_row(draw, f"v{number}") for number in range(4)]  # no study has more patients than one can have ids
+    rows += [row(f"w{number}", status="duplicate", duplicate_of=draw.choice(rows)["volume_id"]) for number in range(3)]
+    held_out = [_random_row(draw, f"h{number}") for number in range(2)]
+    reached = [item for item in rows if any(_shares(item, held) for held in held_out)]
+    while more := [item for item in rows if item not in reached and any(_shares(item, other) for other in reached)]:
+        reached += more
+    overlaps = find_overlaps(rows, {}, held_out, {})
+    assert {overlap.volume_id for overlap in overlaps} == {item["volume_id"] for item in reached}
+    exclude_overlaps(rows, overlaps)
+    assert find_overlaps(rows, {}, held_out, {}) == []
