@@ -10,7 +10,7 @@ from pathlib import Path
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ConfigError
 from meddino.data.remote import corpus_location
-from meddino_pretrain.launcher import is_launched, launch
+from meddino_pretrain.launcher import LAUNCHER_PID, is_launched, launch
 from meddino_pretrain.signals import stop_on_signals
 
 
@@ -53,7 +53,11 @@ def _bench(arguments: Sequence[str]) -> int:
 def _pretrain(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
     if arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes} must be at least 1")
-    if arguments.processes > 1 and not is_launched(os.environ):
+    if arguments.processes > 1 and LAUNCHER_PID not in os.environ:
+        if is_launched(os.environ):
+            raise ConfigError(
+                f"torchrun or srun has started this process as one of several; --processes {arguments.processes} too?"
+            )
         return launch([sys.executable, "-m", "meddino_pretrain.cli", *argv], arguments.processes)
     with stop_on_signals() as stop:  # before the imports, which take seconds
         from meddino.core.config import load_config

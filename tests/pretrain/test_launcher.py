@@ -121,11 +121,16 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert time.monotonic() - begun < 20 and not is_alive(int((tmp_path / "pid").read_text()))
 
 
-def test_launch__wrong_input_of_all_is_2(make_corpus_once, tmp_path, monkeypatch, capfd):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    assert main([str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path), "--processes", "0"]) == 2
-    assert "--processes 0 must be at least 1" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("processes", "rank", "words"),
+    [("0", None, "--processes 0 must be at least 1"), ("2", "0", "torchrun or srun has started this process")],
+)
+def test_processes__wrong_number(make_corpus_once, tmp_path, monkeypatch, capsys, processes, rank, words):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert main([str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path), "--processes", processes]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_start__a_signal_while_starting_asks_to_be_run_again(make_corpus_once, tmp_path):
