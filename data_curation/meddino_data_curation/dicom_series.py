@@ -150,6 +150,9 @@ def _stacks(headers: Sequence[DicomHeader]) -> list[list[DicomHeader]]:
 
 
 def _are_parallel(first: Plane, second: Plane) -> bool:
+    said = (first.spacing_mm, first.along_rows, first.along_cols)
+    if said == (second.spacing_mm, second.along_rows, second.along_cols):  # nearly always
+        return True
     spacing = np.subtract(first.spacing_mm, second.spacing_mm)
     cosines = np.subtract((*first.along_rows, *first.along_cols), (*second.along_rows, *second.along_cols))
     return bool(np.abs(spacing).max() <= _SAME_SPACING_MM and np.abs(cosines).max() <= _SAME_COSINE)
@@ -165,6 +168,8 @@ def _passes(headers: list[DicomHeader]) -> list[list[DicomHeader]]:
     for header in headers:
         unique.setdefault(header.instance_uid or header.inside, header)
     times, doubled = _times_taken(list(unique.values()))
+    if not doubled:
+        return [headers]
     best, fewest = [headers], doubled
     for names in (slice(0, 2), slice(0, 1), slice(1, 2)):
         passes = _by_pass(unique.values(), names)

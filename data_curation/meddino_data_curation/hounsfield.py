@@ -89,10 +89,10 @@ def _not_an_image(sample: NDArray[np.float64]) -> str:
         return f"every voxel is {low:g}"
     different = len(np.unique(sample))
     whole = bool((sample == np.rint(sample)).all())
-    if different < min(_MIN_VALUES, sample.size // 2):
-        return f"looks like a label map: {different} different values from {low:g} to {high:g}"
     if whole and low >= 0 and different <= _MAX_LABELS and high < 250:
         return f"looks like a label map or an 8-bit picture: {different} whole numbers from {low:g} to {high:g}"
+    if different < min(_MIN_VALUES, sample.size // 2):
+        return f"looks like a label map: {different} different values from {low:g} to {high:g}"
     if low >= -1.5 and high <= 1.5:
         return f"scaled to {low:.3g}..{high:.3g}: HU are lost"
     if low >= 0 and high <= 255:
