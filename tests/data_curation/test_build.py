@@ -216,7 +216,7 @@ def _label_folder(root: Path) -> Path:
         (lambda root: root / "nowhere", [], "no such file or folder"),
         (lambda root: (root / "empty").mkdir() or root / "empty", [], "0 files"),
         (_text_folder, [], "1 files, none of them"),
-        (_label_folder, [], "none of 1 volumes could be used: 1 x looks like a label map or an 8-bit picture"),
+        (_label_folder, [], "none of 1 volumes could be used: 1 x looks like a label map"),
         (lambda root: root, ["slices.z_strid_mm=3"], "did you mean 'z_stride_mm'"),
         (lambda root: root, ["--part", "3/2"], "1 <= i <= n"),
         (lambda root: root, ["--config", "nonsense"], "shipped names"),
