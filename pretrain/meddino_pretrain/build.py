@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from meddino.core.device import Machine
+from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.contract import InputContract
@@ -62,6 +63,9 @@ def build_objective(
         machine: Where it runs.
         student: From `build_networks`, not yet spread.
         teacher: Likewise.
+
+    Raises:
+        ConfigError: These ways of running do not work together.
     """
     student.to(machine.device, machine.weight_dtype)
     teacher.to(machine.device, machine.weight_dtype).requires_grad_(False)
@@ -70,8 +74,16 @@ def build_objective(
     student.backbone.activation_checkpointing = config.machine.activation_checkpointing
     if config.machine.compile:
         for block in [*student.backbone.blocks, *teacher.backbone.blocks]:
-            block.compile()
+            # For any number of tokens at once: drop path changes it from step to step. A kernel for one number would be
+            # followed by one for any, and activation checkpointing then recomputes with another than it began with.
+            block.compile(dynamic=True)
     parallel = choose_parallel(config.machine.parallel)
+    if parallel == "fsdp2" and config.machine.compile and config.machine.activation_checkpointing:
+        # A compiled block keeps its tensors in another order when it is recomputed between FSDP2's hooks (torch 2.14).
+        raise ConfigError(
+            "machine.compile, machine.activation_checkpointing and machine.parallel=fsdp2 do not work together: give up one "
+            "of the three (any two of them do)"
+        )
     called: torch.nn.Module = student
     if parallel == "fsdp2":
         shard(student, list(student.backbone.blocks), ["global_cls"], trained=True)
