@@ -76,9 +76,9 @@ def run_command(
         return EXIT_WRONG_INPUT
 
 
-def write_line(text: str) -> None:
-    """Print a line of a result that the user asked for; messages go through the log."""
-    print(text)
+def write_line(text: str, end: str = "\n") -> None:
+    """Print a line of a result that the user asked for, at once; messages go through the log."""
+    print(text, end=end, flush=True)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from meddino.core.command import write_line
 from meddino_slurm import status
 
 ASKING = ("status", "logs", "cancel")
@@ -20,8 +21,8 @@ def ask_command(command: str, arguments: Sequence[str]) -> None:
     found = asked.parse_args(arguments)
     out = found.folder.absolute()
     if command == "status":
-        status.write_text(status.table(out) + "\n")
+        write_line(status.table(out))
     elif command == "cancel":
-        status.write_text(f"cancelled {', '.join(status.cancel(out))}\n")
+        write_line(f"cancelled {', '.join(status.cancel(out))}")
     else:
         status.show_log(out, found.rank, found.job, found.follow)

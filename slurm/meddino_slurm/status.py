@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meddino.core.command import write_line
 from meddino.core.errors import MedDINOError
 from meddino_slurm import slurm
 from meddino_slurm.record import Json, all_attempts, mark_cancelled, progress, submissions
@@ -107,7 +107,7 @@ def show_log(out: Path, rank: str, job_id: str | None, following: bool) -> None:
         time.sleep(FOLLOW_POLL_S)
     path = log_file(out, rank, job_id)
     for text in follow(path, out) if following else [path.read_text(errors="replace")]:
-        write_text(text)
+        write_line(text, end="")
 
 
 def follow(path: Path, out: Path) -> Iterator[str]:
@@ -145,12 +145,6 @@ def cancel(out: Path) -> list[str]:
     for job_id in local:
         os.kill(int(job_id), signal.SIGTERM)
     return sorted(whole)
-
-
-def write_text(text: str) -> None:
-    """Print what a user asked for, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def job_ids_to_wait_for(what: str) -> list[str]:

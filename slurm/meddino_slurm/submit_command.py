@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+from meddino.core.command import write_line
 from meddino.core.errors import MedDINOError
 from meddino_slurm import slurm
 from meddino_slurm.config import SiteConfig
 from meddino_slurm.plans import Planned, plan_one, plan_parts, plan_stages, submit_planned
-from meddino_slurm.status import job_ids_to_wait_for, write_text
+from meddino_slurm.status import job_ids_to_wait_for
 from meddino_slurm.submission import check_free, check_same_run, on_this_machine, run_in_foreground, submit
 
 
@@ -41,8 +42,8 @@ def submit_command(arguments: argparse.Namespace, site: SiteConfig) -> None:
     if not arguments.dry_run:
         out = planned[0].works[0].out
         for each, job_id in zip(planned, job_ids, strict=True):
-            write_text(f"{job_id}\t{each.name}\n")
-        write_text(f"follow with: meddino-submit logs {out} -f   ask with: meddino-submit status {out}\n")
+            write_line(f"{job_id}\t{each.name}")
+        write_line(f"follow with: meddino-submit logs {out} -f   ask with: meddino-submit status {out}")
 
 
 def _plan(arguments: argparse.Namespace, site: SiteConfig) -> list[Planned]:
