@@ -21,7 +21,6 @@ CODE = """
     from meddino_pretrain.config import PretrainConfig
     from meddino_pretrain.stages import run_pretraining
     from meddino.core.config import load_config
-from meddino.core.errors import ConfigError
     config = load_config(PretrainConfig, [{recipe!r}], {overrides!r})
     run_pretraining(config, Path({corpus!r}), Path({run!r}), {stages!r})
 """
