@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from meddino.core.precision import loss_dtype
+
 
 def koleo_loss(
     features: Float[Tensor, "batch dim"],
@@ -44,4 +46,4 @@ def koleo_loss(
             neighbours = similarity.argmax(dim=1)
         distances = functional.pairwise_distance(own, others[neighbours], p=2, eps=eps)
         loss = -torch.log(distances + eps).mean()
-        return loss.to(torch.promote_types(features.dtype, torch.float32))
+        return loss.to(loss_dtype(features))

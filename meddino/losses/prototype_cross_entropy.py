@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meddino.core.precision import at_least_float32
+from meddino.core.precision import at_least_float32, loss_dtype
 from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 
@@ -161,7 +161,7 @@ def _add_product(total: Tensor | None, gradient: Tensor, features: Tensor) -> Te
     """Return total + gradient^T features, in float32 at least; the first product starts the total."""
     first = total is None
     if total is None:
-        dtype = torch.promote_types(features.dtype, torch.float32)
+        dtype = loss_dtype(features)
         total = features.new_empty(gradient.shape[1], features.shape[1], dtype=dtype)
     step = PRODUCT_PROTOTYPES.get(total.device.type, PRODUCT_PROTOTYPES_ACCELERATOR)
     for start in range(0, len(total), step):

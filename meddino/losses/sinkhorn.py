@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meddino.core.precision import loss_dtype
 from meddino.distributed.collectives import all_reduce_max, all_reduce_sum
 
 # Elements handled at once: on a CPU what stays in its cache, on an accelerator what keeps it busy.
@@ -73,7 +74,7 @@ def sinkhorn_targets(
     rows, prototypes = logits.shape
     # One message tells how many rows there are in all; each process may hold another number of them.
     total_rows = float(all_reduce_sum(torch.tensor(float(rows))))
-    dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = loss_dtype(logits)
     kernel = logits if overwrite and logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
     column_max = logits.amax(0).to(dtype) if rows else logits.new_full((prototypes,), -torch.inf, dtype=dtype)
     column_max = all_reduce_max(column_max)
