@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
-from meddino.data.audits import audit_text, lists_text
+from meddino.data.audits import kind_clauses, lists_text
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.licences import needs_decision
 from meddino_data_curation.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
@@ -200,7 +200,7 @@ def _audits(audits: Records) -> Markup:
         kinds = ", ".join(f"{count} by {kind}" for kind, count in entry["overlaps_by_kind"].items())
         ids = ", ".join(volume_id[:8] for volume_id in entry["overlapping_volumes"][:_PICTURES])
         numbers = (entry["volumes"], entry["unread"], entry.get("left_out"), entry["overlaps"])
-        compared = audit_text(entry).partition("compared by ")[2]
+        compared = "; ".join(kind_clauses(entry))
         lines.append((entry["name"], *numbers, kinds, ids, compared))
     header = (
         "data", "volumes", "not readable", "left out here for it", "overlaps that remain", "kinds", "volumes concerned",

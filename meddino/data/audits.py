@@ -12,21 +12,35 @@ def says_something(entry: Mapping[str, Any]) -> bool:
 
 
 def audit_clauses(entry: Mapping[str, Any]) -> list[str]:
-    """Return what was compared with how much, what was found, what could not be compared and why.
+    """Return what was found, compared with how much, what could not be compared and why.
 
     Args:
         entry: One of corpus.json's `audit`.
     """
-    clauses = [f"{entry['overlaps']} overlaps with {entry['volumes']} volumes"]
+    first, *more = extent_clauses(entry)
+    return [f"{entry['overlaps']} overlaps with {first}", *more]
+
+
+def extent_clauses(entry: Mapping[str, Any]) -> list[str]:
+    """Return with how much a corpus was compared, what could not be and why; not what was found."""
+    clauses = [f"{entry['volumes']} volumes"]
     if entry.get("unread"):
         clauses.append(f"{entry['unread']} MORE COULD NOT BE READ")
     if entry.get("no_ct"):
         clauses.append(f"{entry['no_ct']} are no CT")
-    if "compared" not in entry:
+    kinds = kind_clauses(entry)
+    if not kinds:
         return [*clauses, "by what they were compared is not recorded (an earlier version)"]
+    return [*clauses, f"compared by {kinds[0]}", *kinds[1:]]
+
+
+def kind_clauses(entry: Mapping[str, Any]) -> list[str]:
+    """Return by which kinds how many volumes were compared, and by which not and why; none where that is not recorded."""
+    if "compared" not in entry:
+        return []
     compared, why_not = entry["compared"], entry["not_compared"]
     done = [f"{kind} ({compared[kind]})" for kind in KINDS if compared.get(kind)]
-    clauses.append(f"compared by {', '.join(done) or 'nothing'}")
+    clauses = [", ".join(done) or "nothing"]
     reasons: dict[str, list[str]] = {}
     for kind in KINDS:
         if kind in why_not:
