@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,12 +56,7 @@ def main(argv: Sequence[str]) -> int:
         "Measure whole training steps (forward, backward, clipping, optimizer, EMA) on random crops; prints one JSON line.",
         "meddino-pretrain bench step --backbone vits16 --batch 4 --global-size 224 --local-size 96 --locals 8",
     )
-    parser.add_argument("--backbone", default="vits16", help="name of a backbone")
-    parser.add_argument("--batch", type=int, default=4, help="images in a step")
-    parser.add_argument("--global-size", type=int, default=224, help="side of the two global crops [px]")
-    parser.add_argument("--local-size", type=int, default=96, help="side of the local crops [px]")
-    parser.add_argument("--locals", type=int, default=8, help="local crops of each image")
-    parser.add_argument("--prototypes", type=int, default=65536, help="prototypes of each head")
+    add_size_arguments(parser)
     parser.add_argument("--gram", action="store_true", help="with Gram anchoring, the Gram teacher at twice the size")
     parser.add_argument("--drop-path", type=float, default=0.0, help="share of samples each residual branch leaves out")
     parser.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
@@ -72,19 +67,36 @@ def main(argv: Sequence[str]) -> int:
     return run_command(parser, argv, _bench_step)
 
 
-def _bench_step(arguments: argparse.Namespace) -> None:
-    use_cpu_threads(arguments.threads)
-    size = StepSize(
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Let a command say what a step holds; `step_size` reads it."""
+    parser.add_argument("--backbone", default="vits16", help="name of a backbone")
+    parser.add_argument("--batch", type=int, default=4, help="images in a step")
+    parser.add_argument("--global-size", type=int, default=224, help="side of the two global crops [px]")
+    parser.add_argument("--local-size", type=int, default=96, help="side of the local crops [px]")
+    parser.add_argument("--locals", type=int, default=8, help="local crops of each image")
+    parser.add_argument("--prototypes", type=int, default=65536, help="prototypes of each head")
+
+
+def step_size(arguments: argparse.Namespace) -> StepSize:
+    """Return what a step holds, from the arguments of `add_size_arguments`."""
+    return StepSize(
         arguments.backbone,
         arguments.batch,
         arguments.global_size,
         arguments.local_size,
         arguments.locals,
         arguments.prototypes,
-        arguments.gram,
-        arguments.drop_path,
-        arguments.checkpointing,
-        arguments.compile,
+    )
+
+
+def _bench_step(arguments: argparse.Namespace) -> None:
+    use_cpu_threads(arguments.threads)
+    size = replace(
+        step_size(arguments),
+        gram=arguments.gram,
+        drop_path=arguments.drop_path,
+        checkpointing=arguments.checkpointing,
+        compiled=arguments.compile,
     )
     sys.stdout.write(json.dumps(bench_step(size, arguments.steps, find_machine(arguments.device))) + "\n")
 

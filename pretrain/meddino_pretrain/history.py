@@ -76,10 +76,15 @@ class History:
             self.totals[name] += float((timing if name in timing else record).get(name) or 0)
         self.peak_memory_mib = max(self.peak_memory_mib, float(timing.get("peak_memory_mib") or 0))
         self._steps.add(record)
-        if any(name.startswith("health/") for name in record):
+        if has_look(record):
             self._looks.add(record)
         self._newest.append(record)
         self.count += 1
+
+
+def has_look(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record holds a look at the teacher."""
+    return any(name.startswith("health/") for name in record)
 
 
 class _Thinned:

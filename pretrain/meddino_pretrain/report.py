@@ -13,7 +13,7 @@ from meddino.core.html import Section, figure, join, line_chart, page, table, te
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.diagnosis import Verdict, verdicts
 from meddino_pretrain.health import MEANINGS
-from meddino_pretrain.history import History
+from meddino_pretrain.history import History, has_look
 from meddino_pretrain.report_curves import TERMS, stage_charts
 
 REFRESH_S = 30
@@ -164,7 +164,7 @@ def _gram_choice(choice: dict[str, Any]) -> list[Markup]:
 
 
 def _health(records: Records) -> list[Markup]:
-    looked = [record for record in records if any(name.startswith("health/") for name in record)]
+    looked = [record for record in records if has_look(record)]
     if not looked:
         return []
     first, last = looked[0], looked[-1]

@@ -35,9 +35,7 @@ class StopRequest:
         Raises:
             StoppedEarly: A signal came.
         """
-        from meddino.distributed.collectives import any_rank
-
-        if any_rank(self._came()):
+        if self.agreed():
             raise StoppedEarly(f"stopped by a signal {where}, all is saved; run the same command again")
 
     def _came(self) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from meddino_pretrain.bench_step import StepSize, random_batch
+from meddino_pretrain.bench_step import StepSize, add_size_arguments, random_batch, step_size
 from meddino_pretrain.ema import update_teacher
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rates
 from torch import Tensor, nn
@@ -169,20 +169,13 @@ def as_table(parts: list[Part], repeats: int) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_step_parts", description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", default="vits16")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--global-size", type=int, default=224)
-    parser.add_argument("--local-size", type=int, default=96)
-    parser.add_argument("--locals", type=int, default=8)
-    parser.add_argument("--prototypes", type=int, default=65536)
+    add_size_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="also torch.compile: takes a minute to compile")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    size = StepSize(
-        given.backbone, given.batch, given.global_size, given.local_size, num_local=given.locals, prototypes=given.prototypes
-    )
+    size = step_size(given)
     parts = [*backbone_parts(size, given.compile), *loss_parts(size), *update_parts(size)]
     for line in as_table(parts, given.repeats):
         sys.stdout.write(line + "\n")

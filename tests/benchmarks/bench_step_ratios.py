@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from meddino_pretrain.bench_step import MeasuredStep, StepSize
+from meddino_pretrain.bench_step import MeasuredStep, StepSize, add_size_arguments, step_size
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -210,19 +210,13 @@ def as_table(rows: list[dict[str, float | str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench_step_ratios", description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", default="vits16")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--global-size", type=int, default=224)
-    parser.add_argument("--local-size", type=int, default=96)
-    parser.add_argument("--locals", type=int, default=8)
-    parser.add_argument("--prototypes", type=int, default=65536)
+    add_size_arguments(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--losses-only", action="store_true")
     given = parser.parse_args(argv)
     torch.set_num_threads(given.threads)
-    size = StepSize(given.backbone, given.batch, given.global_size, given.local_size, given.locals, given.prototypes)
-    sys.stdout.write(as_table(measure_all(size, given.repeats, whole=not given.losses_only)) + "\n")
+    sys.stdout.write(as_table(measure_all(step_size(given), given.repeats, whole=not given.losses_only)) + "\n")
 
 
 if __name__ == "__main__":
