@@ -10,7 +10,7 @@ from rich.console import Console
 from meddino.core.config import check_config, load_config, to_yaml
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
-from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.config import CurationConfig, check_distinct
 from meddino_data_curation.plan import find_sets, planned_config
 from meddino_data_curation.plan_tables import print_plan
 from meddino_data_curation.registry import SetEntry, load_registry
@@ -42,9 +42,7 @@ def curation_config(
     called = [*names, *(f"source-{number}" for number in range(len(names) + 1, len(paths) + 1))]
     sources = [{"name": name, "path": path} for name, path in zip(called, paths, strict=True)]
     sources += config.model_dump(mode="json")["sources"]
-    twice = {name for name in (source["name"] for source in sources) if [item["name"] for item in sources].count(name) > 1}
-    if twice:
-        raise ConfigError(f"two sources are called '{min(twice)}'; give each its own name")
+    check_distinct([source["name"] for source in sources], "sources")
     values = config.model_dump(mode="json")
     held_out = [*values["exclude"], *exclude]
     return check_config(CurationConfig, {**values, "sources": sources, "exclude": held_out}, where="sources")

@@ -16,7 +16,7 @@ from meddino.core.logging import get_logger
 from meddino.data.audits import audit_text, says_something
 from meddino.data.corpus import Corpus
 from meddino_data_curation.comparison import audit_entry, unread_problem
-from meddino_data_curation.config import CurationConfig, SourceConfig
+from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct
 from meddino_data_curation.duplicates import Overlap, find_overlaps
 from meddino_data_curation.exclusion_lists import LIST_SUFFIXES
 from meddino_data_curation.manifests import REPORT, read_fingerprints
@@ -119,9 +119,7 @@ def _named(
     taken = {*names, *(entry["name"] for entry in known)}
     free = (name for number in count(1) if (name := f"dataset-{number}") not in taken)
     called = [*names, *(next(free) for _ in against[len(names) :])]
-    twice = sorted({name for name in called if called.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two data sets are called '{twice[0]}'; give each its own --name")
+    check_distinct(called, "data sets", "give each its own --name")
     how = {"patient_pattern": options.patient_pattern, "same_ids": options.same_ids}
     return [
         check_config(SourceConfig, {"name": name, "path": str(path), **how}, where="--against, --name, --patient-pattern")

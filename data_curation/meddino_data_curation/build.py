@@ -23,7 +23,7 @@ from meddino_data_curation.privacy import Salt, load_salt, private_folder, write
 from meddino_data_curation.progress import progress
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import WorkFolder, job_hash
-from meddino_data_curation.worker_pool import cores, run_volumes
+from meddino_data_curation.worker_pool import run_volumes, worker_count
 
 _logger = get_logger(__name__)
 
@@ -74,7 +74,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
     salt = load_salt(config.privacy.salt_file, corpus)
     exclusions = read_exclusions(config)
     _check_licences(config)
-    found = discover(config.sources, salt, config.workers or cores())
+    found = discover(config.sources, salt, worker_count(config))
     _check_found(found, config)
     found.candidates = without_common_names(found.candidates, config.sources, salt)
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
@@ -211,8 +211,8 @@ def _run(jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, work: 
     in_shards = {volume_id for note in work.shard_notes().values() for volume_id, _, _ in note["volumes"]}
     unfinished, finished = [], []
     for job in jobs:
-        record = work.read_record(job.candidate.volume_id)
-        if record is None or record.job != job.job or not (work.has_piece(record) or job.candidate.volume_id in in_shards):
+        record = work.record_of(job.candidate.volume_id, job.job)
+        if record is None or not (work.has_piece(record) or job.candidate.volume_id in in_shards):
             unfinished.append(job)
         else:
             finished.append(str(record.row["status"]))
@@ -228,7 +228,7 @@ def _run_all(
         return
     # Large ones first: the last worker then never sits alone over one.
     largest_first = sorted(jobs, key=lambda job: (-_size(job), job.candidate.volume_id))
-    workers = min(config.workers or cores(), len(jobs))
+    workers = min(worker_count(config), len(jobs))
     with progress("curating volumes", len(jobs)) as advance:
         run_volumes(largest_first, config, corpus, workers, _watch(config, Counter(finished), advance))
 

@@ -12,7 +12,7 @@ from meddino.core.errors import ConfigError, VolumeError
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.path_globs import glob_pattern
 from meddino_data_curation.patient_ids import named_in_path, patient_id
-from meddino_data_curation.privacy import Salt
+from meddino_data_curation.privacy import Salt, cause_without_path
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
 VOLUME_SUFFIXES = {
@@ -159,14 +159,10 @@ def _found(path: Path, inside: str) -> FoundFile:
     try:
         status = path.stat()
     except OSError as error:
-        return FoundFile(path, inside, 0, 0, f"file cannot be read: {_plain(error)}")
+        return FoundFile(path, inside, 0, 0, f"file cannot be read: {cause_without_path(error)}")
     if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
         return FoundFile(path, inside, 0, 0, "file cannot be read: it is a pipe, a socket or a device")
     problem = "" if os.access(path, os.R_OK) else "file cannot be read: no permission"
     if not problem and status.st_size == 0:
         problem = "file is empty"
     return FoundFile(path, inside, status.st_size, status.st_mtime_ns, problem)
-
-
-def _plain(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()  # without the file's name

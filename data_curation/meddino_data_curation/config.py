@@ -1,16 +1,34 @@
 """What a curation can be told. Every field says its unit and where its default comes from."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from meddino.core.config import StrictConfig
+from meddino.core.errors import ConfigError
 from meddino.data.sample import Codec
 from meddino_data_curation.licences import NOT_STATED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def check_distinct(names: Sequence[str], what: str, advice: str = "give each its own name") -> None:
+    """Refuse two things of one name.
+
+    Args:
+        names: Of all.
+        what: They are, in the plural.
+        advice: How to mend it.
+
+    Raises:
+        ConfigError: A name comes twice.
+    """
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"two {what} are called '{twice[0]}'; {advice}")
 
 
 def _with_group(pattern: str) -> str:

@@ -25,7 +25,8 @@ from meddino_data_curation.file_kinds import (
     volume_format,
     why_not_read,
 )
-from meddino_data_curation.privacy import Salt
+from meddino_data_curation.nifti import GZIP_ERRORS
+from meddino_data_curation.privacy import Salt, cause_without_path
 from meddino_data_curation.progress import progress
 from meddino_data_curation.worker_pool import in_processes
 
@@ -166,8 +167,10 @@ def _look(file: FoundFile) -> _Look:
         if reason:
             return _Look(not_read=reason)
         unpacked = unpacked_head(file.path, head)
+    except GZIP_ERRORS:
+        unpacked = None  # whatever it was, it is not known by its name either
     except OSError as error:
-        return _Look(problem=f"file cannot be read: {(error.strerror or 'input/output error').lower()}")
+        return _Look(problem=f"file cannot be read: {cause_without_path(error)}")
     format = volume_format(unpacked or head)
     if unpacked is not None and (format in ("nrrd", "metaimage") or has_dicom_magic(unpacked)):
         return _Look(not_read="an archive, or packed")

@@ -9,7 +9,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
 from meddino_data_curation.candidates import Candidate, find_files
-from meddino_data_curation.config import CurationConfig, SourceConfig
+from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct
 from meddino_data_curation.exclusion_lists import (
     LIST_SUFFIXES,
     ExclusionList,
@@ -19,7 +19,7 @@ from meddino_data_curation.exclusion_lists import (
     read_list,
     unmatched_text,
 )
-from meddino_data_curation.privacy import Salt, private_folder
+from meddino_data_curation.privacy import Salt, make_private, private_folder
 
 UNMATCHED = "unmatched_lines.txt"
 _logger = get_logger(__name__)
@@ -79,10 +79,7 @@ def read_exclusions(config: CurationConfig) -> Exclusions:
             name = f"excluded-{len(data) + 1}"
             data.append(SourceConfig(name=name, path=path, patient_pattern=how.patient_pattern, same_ids=how.same_ids))
     data += config.held_out
-    names = [source.name for source in data]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"two held-out sets are called '{twice[0]}'; give each its own name")
+    check_distinct([source.name for source in data], "held-out sets")
     digest = hashlib.sha256()
     for source in data:
         digest.update(source.model_dump_json().encode("utf-8", "surrogateescape"))
@@ -112,8 +109,7 @@ def apply_lists(
     paths = {item.name: item.path for item in exclusions.lists}
     where = private_folder(corpus) / UNMATCHED
     if any(outcome.unmatched for outcome in outcomes):
-        where.parent.mkdir(parents=True, exist_ok=True)
-        where.parent.chmod(0o700)
+        make_private(where.parent)
         write_text(where, unmatched_text(outcomes, paths))
         where.chmod(0o600)
     else:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from meddino_data_curation.nifti import GZIP_ERRORS, opened
+from meddino_data_curation.nifti import opened
 
 HEAD_BYTES = 600
 # Parts of volumes, and what lies beside them everywhere. Never opened.
@@ -47,7 +47,7 @@ def read_head(path: Path) -> bytes:
 
 
 def unpacked_head(path: Path, head: bytes) -> bytes | None:
-    """Return the first bytes of what a gzip file holds, or None where it is none or holds nothing that can be read.
+    """Return the first bytes of what a gzip file holds, or None where it is none.
 
     Args:
         path: The file.
@@ -55,14 +55,12 @@ def unpacked_head(path: Path, head: bytes) -> bytes | None:
 
     Raises:
         OSError: It cannot be read.
+        GZIP_ERRORS: What it holds is damaged.
     """
     if head[:2] != b"\x1f\x8b":
         return None
-    try:
-        with opened(path) as packed:
-            return packed.read(HEAD_BYTES)
-    except GZIP_ERRORS:
-        return None
+    with opened(path) as packed:
+        return packed.read(HEAD_BYTES)
 
 
 def has_dicom_magic(head: bytes) -> bool:

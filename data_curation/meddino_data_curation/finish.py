@@ -9,7 +9,7 @@ from typing import Any
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
-from meddino.data.audits import audit_text, lists_text
+from meddino.data.audits import extent_clauses, lists_text
 from meddino_data_curation.comparison import audit_entry, unread_problem
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.duplicates import Overlap, exclude_overlaps, find_overlaps, mark_exact, mark_near, with_relatives
@@ -22,7 +22,7 @@ from meddino_data_curation.shards import drop_stale_shards, plan_shards, write_s
 from meddino_data_curation.survey import Survey, is_no_ct, survey, volumes_of
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import VolumeRecord, WorkFolder
-from meddino_data_curation.worker_pool import cores
+from meddino_data_curation.worker_pool import worker_count
 
 _logger = get_logger(__name__)
 
@@ -85,7 +85,7 @@ def finish(
     lost = {record.row["volume_id"] for record in kept if record.row["volume_id"] not in placed and not work.has_piece(record)}
     if lost:
         run_again([job for job in jobs if job.candidate.volume_id in lost])
-    shards = write_shards(corpus, work, plan, config.workers or cores())
+    shards = write_shards(corpus, work, plan, worker_count(config))
     num_slices = write_slices(corpus / "slices.parquet", work, plan, config.shards.codec)
     write_volumes(corpus / "volumes.parquet", rows)
     if config.duplicates.near:
@@ -113,7 +113,7 @@ def survey_held_out(
     held_out = []
     for source in sources:
         if not reads:
-            volumes_of([source], salt, config.workers or cores())
+            volumes_of([source], salt, worker_count(config))
             continue
         found = survey([source], config, salt, names, work.root / "held-out" / source.name)
         allowed = config.exclusion.allow_unread
@@ -127,7 +127,7 @@ def _exclude(held: HeldOut, rows: list[dict[str, Any]], prints: dict[str, Finger
     overlaps = find_overlaps(rows, prints, held.found.rows, held.found.prints)
     entry = audit_entry(held.name, rows, prints, held.found, [])
     left_out = exclude_overlaps(rows, overlaps)
-    _logger.info("%s: %s; %d volumes left out", held.name, audit_text(entry).partition(" with ")[2], left_out)
+    _logger.info("%s: %s; %d volumes left out", held.name, "; ".join(extent_clauses(entry)), left_out)
     return {**entry, "left_out": left_out}
 
 
@@ -157,9 +157,7 @@ def _records(jobs: Sequence[VolumeJob], work: WorkFolder) -> tuple[list[VolumeRe
     """Read what stays in memory of every record: not its slices, thumbnail and histogram."""
     records, prints = [], {}
     for job in jobs:
-        record = work.read_record(job.candidate.volume_id)
-        if record is None:
-            raise ConfigError(f"the work folder {work.root} was changed while it was in use; run the same command again")
+        record = work.finished_record(job.candidate.volume_id)
         ids = job.candidate
         record.row.update(patient_key=ids.patient_key, patient_is_known=ids.patient_is_known)
         if record.fingerprint:

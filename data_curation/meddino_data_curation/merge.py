@@ -11,7 +11,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX
 from meddino_data_curation.build import build, check_out, say_finished
 from meddino_data_curation.config import CurationConfig
-from meddino_data_curation.privacy import private_folder
+from meddino_data_curation.privacy import make_private, private_folder
 from meddino_data_curation.work_folder import WorkFolder
 
 
@@ -80,8 +80,7 @@ def _take_over(folder: Path, out: Path) -> None:
             _copy_once(path, target.root / path.relative_to(work.root))
     salt, own = private_folder(folder) / "salt", private_folder(out) / "salt"
     if salt.exists() and not own.exists():
-        own.parent.mkdir(parents=True, exist_ok=True)
-        own.parent.chmod(0o700)
+        make_private(own.parent)
         _copy_once(salt, own)
     elif salt.exists() and salt.read_bytes() != own.read_bytes():
         raise ConfigError(f"{own} is another salt than that of {folder}; name a new --out")

@@ -49,6 +49,12 @@ class Salt:
         return self.key("salt")
 
 
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner can enter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
 def load_salt(file: Path | None, out: Path) -> Salt:
     """Read the salt, or make one at random where none is asked for and none exists.
 
@@ -62,8 +68,7 @@ def load_salt(file: Path | None, out: Path) -> Salt:
     if file is None:
         path = private_folder(out) / "salt"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.chmod(0o700)
+            make_private(path.parent)
             _create_once(path, secrets.token_hex(32))
     else:
         path = file
@@ -91,6 +96,11 @@ def _create_once(path: Path, text: str) -> None:
         own.unlink()
 
 
+def cause_without_path(error: OSError) -> str:
+    """Return what the system says was wrong with a file; its whole message would name the file."""
+    return (error.strerror or "input/output error").lower()
+
+
 def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, str]]) -> None:
     """Write which volume came from where, for the owner's eyes.
 
@@ -99,8 +109,7 @@ def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, 
         name: File name without ending.
         entries: (volume_id, name of the source, path inside it or description), in any order.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o700)
+    make_private(folder)
     with atomic_write(folder / f"{name}.jsonl") as stream:
         for volume_id, source, place in sorted(entries):
             line = canonical_json({"volume_id": volume_id, "source": source, "place": place})

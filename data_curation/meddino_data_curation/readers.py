@@ -16,8 +16,9 @@ from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry, geometry_from_xyz
 from meddino_data_curation.candidates import volume_suffix
 from meddino_data_curation.config import LimitsConfig
-from meddino_data_curation.file_kinds import HEAD_BYTES, has_dicom_magic, read_head, volume_format
-from meddino_data_curation.nifti import GZIP_ERRORS, opened, read_nifti_header, read_nifti_voxels
+from meddino_data_curation.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format
+from meddino_data_curation.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
+from meddino_data_curation.privacy import cause_without_path
 from meddino_data_curation.volume import Volume
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 
@@ -111,14 +112,13 @@ def sniff_format(path: Path) -> str | None:
     """
     try:
         head = read_head(path)
-        if head[:2] == b"\x1f\x8b":
-            with opened(path) as packed:
-                head = packed.read(HEAD_BYTES)
+        unpacked = unpacked_head(path, head)
     except GZIP_ERRORS as error:
         raise VolumeError("gzip data is truncated or damaged") from error
     except OSError as error:
-        raise VolumeError(f"file cannot be read: {(error.strerror or 'input/output error').lower()}") from error
-    return volume_format(head) or ("dicom" if has_dicom_magic(head) else None)
+        raise VolumeError(f"file cannot be read: {cause_without_path(error)}") from error
+    shown = head if unpacked is None else unpacked
+    return volume_format(shown) or ("dicom" if has_dicom_magic(shown) else None)
 
 
 def _checked_bytes(size: tuple[int, ...], reader: sitk.ImageFileReader, limits: LimitsConfig) -> int:

@@ -24,7 +24,7 @@ from meddino_data_curation.privacy import Salt
 from meddino_data_curation.progress import progress
 from meddino_data_curation.volume_job import VolumeJob
 from meddino_data_curation.work_folder import WorkFolder, job_hash
-from meddino_data_curation.worker_pool import cores, run_volumes
+from meddino_data_curation.worker_pool import run_volumes, worker_count
 
 # Refusals of what cannot be a CT volume of a corpus. Everything else that is refused may be CT which was not looked at.
 _NO_CT = re.compile(
@@ -81,7 +81,7 @@ def survey(
         if _is_corpus(source):
             _read_corpus(source.path, salt, result)
     folders = [source for source in sources if not _is_corpus(source)]
-    candidates, result.unread = volumes_of(folders, salt, config.workers or cores())
+    candidates, result.unread = volumes_of(folders, salt, worker_count(config))
     text = canonical_json({name: getattr(config, name).model_dump(mode="json") for name in ("hounsfield", "orientation")})
     jobs = []
     for item in candidates:
@@ -135,18 +135,15 @@ def _kept(work: Path | None) -> Iterator[Path]:
 def _read(jobs: Sequence[VolumeJob], config: CurationConfig, place: Path) -> None:
     """Read the volumes that have no record of this very job yet."""
     work = WorkFolder(place)
-    records = ((job, work.read_record(job.candidate.volume_id)) for job in jobs)
-    missing = [job for job, record in records if record is None or record.job != job.job]
+    missing = [job for job in jobs if work.record_of(job.candidate.volume_id, job.job) is None]
     if missing:
         with progress("reading held-out data", len(missing)) as advance:
-            run_volumes(missing, config, place, min(config.workers or cores(), len(missing)), lambda _: advance())
+            run_volumes(missing, config, place, min(worker_count(config), len(missing)), lambda _: advance())
 
 
 def _collect(job: VolumeJob, source: SourceConfig, work: WorkFolder, result: Survey) -> None:
     candidate = job.candidate
-    record = work.read_record(candidate.volume_id)
-    if record is None:
-        raise ConfigError(f"the work folder {work.root} was changed while it was in use; run the same command again")
+    record = work.finished_record(candidate.volume_id)
     ids = {"patient_key": candidate.patient_key, "patient_is_known": candidate.patient_is_known}
     result.rows.append({**record.row, **ids})
     result.places[candidate.volume_id] = candidate.place

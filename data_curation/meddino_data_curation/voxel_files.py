@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import VolumeError
+from meddino_data_curation.privacy import cause_without_path
 
 _HEADER_BYTES = 1 << 20  # no honest header is longer; a list of 10,000 files fits
 _MAX_FILES = 100_000
@@ -128,7 +129,7 @@ def _size(path: Path) -> int:
         if path.is_file():
             return path.stat().st_size
     except OSError as error:
-        raise VolumeError(f"the file of its voxels cannot be read: {(error.strerror or 'error').lower()}") from error
+        raise VolumeError(f"the file of its voxels cannot be read: {cause_without_path(error)}") from error
     raise VolumeError("the file of its voxels is missing")
 
 

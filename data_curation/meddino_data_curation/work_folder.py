@@ -72,6 +72,22 @@ class WorkFolder:
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
+    def record_of(self, volume_id: str, job: str) -> VolumeRecord | None:
+        """Read a record if it is of this very job; None means that the volume has to be read."""
+        record = self.read_record(volume_id)
+        return record if record is not None and record.job == job else None
+
+    def finished_record(self, volume_id: str) -> VolumeRecord:
+        """Read the record of a volume that has been done.
+
+        Raises:
+            ConfigError: It is gone.
+        """
+        record = self.read_record(volume_id)
+        if record is None:
+            raise ConfigError(f"the work folder {self.root} was changed while it was in use; run the same command again")
+        return record
+
     def has_piece(self, record: VolumeRecord) -> bool:
         """Tell whether a record's piece lies there whole; a refused volume needs none."""
         piece = self.piece(record.row["volume_id"])

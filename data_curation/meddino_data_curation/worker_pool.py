@@ -29,6 +29,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def worker_count(config: CurationConfig) -> int:
+    """Return how many processes a curation takes."""
+    return config.workers or cores()
+
+
 def run_volumes(
     jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, workers: int, on_done: Callable[[str], None]
 ) -> None:
