@@ -185,12 +185,13 @@ def _name_plain_numbers(axes: Any) -> None:
 
 def _name_marks(axes: Any, marks: Mapping[str, float]) -> int:
     """Draw the vertical lines with their names above the axes, close ones on lines of their own; returns the lines of text."""
-    left, right = axes.get_xlim()
+    for position in marks.values():
+        axes.axvline(position, color="0.6", linewidth=0.8, linestyle="--")
+    left, right = axes.get_xlim()  # now that the lines have widened it
     line, lines, previous = 0, 0, -float("inf")
     for name, position in sorted(marks.items(), key=lambda item: item[1]):
         line = line + 1 if (position - previous) < 0.3 * (right - left) else 0
         lines, previous = max(lines, line + 1), position
-        axes.axvline(position, color="0.6", linewidth=0.8, linestyle="--")
         axes.annotate(
             name,
             (position, 1.0),

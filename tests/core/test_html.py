@@ -36,6 +36,13 @@ def test_page__is_self_contained():
     assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
 
 
+def test_line_chart__names_of_marks_do_not_overlap_where_curves_begin_late():
+    marks = {"stage1": 0, "stage2": 220, "stage3": 235}
+    axes = html.line_chart({"gram": ([220, 235, 245], [0.2, 0.1, 0.1])}, "t", "x", "y", marks=marks).axes[0]
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert heights["stage1"] == heights["stage2"] < heights["stage3"]
+
+
 def test_line_chart__says_values_as_they_are():
     drawing = html.line_chart({"a": ([0, 1, 2], [6.23832, 6.238321, 6.238319])}, "t", "x", "y", levels={"ln K": 6.2383246})
     drawing.canvas.draw()
