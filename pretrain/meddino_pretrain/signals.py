@@ -24,10 +24,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True if any process got a signal. Every process asks at the same step, so all save together."""
-        # Later: this module is loaded before anything that takes seconds, so that signals are caught from then on.
-        from meddino.distributed.collectives import any_rank
-
-        return any_rank(self._came())
+        return self._came_to_any()
 
     def check(self, where: str) -> None:
         """Stop all processes if any got a signal; for places between stages, where everything is saved.
@@ -35,8 +32,14 @@ class StopRequest:
         Raises:
             StoppedEarly: A signal came.
         """
-        if self.agreed():
+        if self._came_to_any():
             raise StoppedEarly(f"stopped by a signal {where}, all is saved; run the same command again")
+
+    def _came_to_any(self) -> bool:
+        # Later: this module is loaded before anything that takes seconds, so that signals are caught from then on.
+        from meddino.distributed.collectives import any_rank
+
+        return any_rank(self._came())
 
     def _came(self) -> bool:
         if self.signal_name is None and self._launcher is not None and os.getppid() != self._launcher:
