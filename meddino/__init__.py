@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from meddino.checkpoints.model import Model
+    from meddino.checkpoints.export.model import Model
 
 __all__ = ["__version__", "load"]
 
@@ -16,7 +16,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 
 def load(source: str | Path, *, seed: int = 0) -> "Model":
-    """Load a model folder made by meddino-export; see `meddino.checkpoints.model.load`."""
-    from meddino.checkpoints.model import load as load_model
+    """Load a model folder made by meddino-export; see `meddino.checkpoints.export.model.load`."""
+    from meddino.checkpoints.export.model import load as load_model
 
     return load_model(source, seed=seed)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from meddino import load
-from meddino.checkpoints.model import Model
+from meddino.checkpoints.export.model import Model
 from meddino.core import html
 from meddino.core.files import write_text
 from meddino.core.logging import console

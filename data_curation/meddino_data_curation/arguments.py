@@ -11,9 +11,9 @@ from meddino.core.config import check_config, load_config, to_yaml
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
 from meddino_data_curation.config import CurationConfig, check_distinct
-from meddino_data_curation.plan import find_sets, planned_config
-from meddino_data_curation.plan_tables import print_plan
-from meddino_data_curation.registry import SetEntry, load_registry
+from meddino_data_curation.sources.plan import find_sets, planned_config
+from meddino_data_curation.sources.plan_tables import print_plan
+from meddino_data_curation.sources.registry import SetEntry, load_registry
 
 DEFAULT_CONFIG = "default"
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.data.sample import Codec
-from meddino_data_curation.licences import NOT_STATED
+from meddino_data_curation.sources.licences import NOT_STATED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 

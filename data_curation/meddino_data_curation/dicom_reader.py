@@ -12,8 +12,8 @@ from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry
 from meddino_data_curation.config import LimitsConfig
 from meddino_data_curation.dicom_frames import Frames, open_frames
-from meddino_data_curation.dicom_series import DicomCandidate, StackedSlice
 from meddino_data_curation.readers import raise_if_memory_ran_out
+from meddino_data_curation.sources.dicom_series import DicomCandidate, StackedSlice
 from meddino_data_curation.volume import Volume
 
 _MAX_UNREADABLE_FRACTION = 0.5

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.data.geometry import Geometry, geometry_from_xyz
-from meddino_data_curation.candidates import volume_suffix
 from meddino_data_curation.config import LimitsConfig
 from meddino_data_curation.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format
 from meddino_data_curation.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
 from meddino_data_curation.privacy import cause_without_path
+from meddino_data_curation.sources.candidates import volume_suffix
 from meddino_data_curation.volume import Volume
 from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
 

@@ -25,7 +25,7 @@ def add_reading_commands(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.verify import verify
+    from meddino_data_curation.corpus.verify import verify
 
     problems = verify(arguments.corpus)
     for problem in problems:
@@ -38,13 +38,13 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from meddino_data_curation.show import show
+    from meddino_data_curation.corpus.show import show
 
     show(arguments.corpus, Console())
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.show import write_contact_sheet
+    from meddino_data_curation.corpus.show import write_contact_sheet
 
     if arguments.count < 1:
         raise ConfigError(f"--count {arguments.count}: a contact sheet shows at least 1 slice")

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from meddino.core.errors import VolumeError
 from meddino_data_curation.config import CurationConfig
-from meddino_data_curation.volume_job import VolumeJob, curate_volume, record_crash
-from meddino_data_curation.work_folder import WorkFolder
+from meddino_data_curation.corpus.work_folder import WorkFolder
+from meddino_data_curation.selection.volume_job import VolumeJob, curate_volume, record_crash
 
 _QUEUED_PER_WORKER = 3
 _ITEMS_AT_ONCE = 200
@@ -83,7 +83,7 @@ def in_processes(function: Callable[[Item], Result], items: Sequence[Item], work
 def _server() -> ForkServerContext:
     """Return what starts processes: forks of a server that has imported everything and runs no thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["meddino_data_curation.volume_job"])
+    context.set_forkserver_preload(["meddino_data_curation.selection.volume_job"])
     return context
 
 

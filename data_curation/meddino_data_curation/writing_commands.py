@@ -33,7 +33,7 @@ def _add_build(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def _build(arguments: argparse.Namespace) -> None:
     from meddino_data_curation.arguments import curation_config
-    from meddino_data_curation.build import Part, build
+    from meddino_data_curation.corpus.build import Part, build
 
     config = curation_config([*arguments.inputs, *arguments.overrides], arguments.config, arguments.name, arguments.exclude)
     build(config, arguments.out, Part.parse(arguments.part) if arguments.part else None)
@@ -77,14 +77,14 @@ def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from meddino_data_curation.merge import merge
+    from meddino_data_curation.corpus.merge import merge
 
     merge(arguments.parts, arguments.out or arguments.parts[0])
 
 
 def _audit(arguments: argparse.Namespace) -> None:
     from meddino.data.audits import audit_clauses
-    from meddino_data_curation.audit import AuditOptions, audit
+    from meddino_data_curation.held_out.audit import AuditOptions, audit
 
     options = AuditOptions(
         arguments.salt_file, arguments.patient_pattern, arguments.same_ids, allow_unread=arguments.allow_unread

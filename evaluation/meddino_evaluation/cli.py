@@ -13,15 +13,15 @@ COMMANDS = {
     "score": ("meddino_evaluation.metrics.score_command", "measure any folder of label maps against references"),
     "compare": ("meddino_evaluation.segmentation.compare_command", "several encoders x what learns, with tests and one table"),
     "speed": ("meddino_evaluation.segmentation.speed_command", "inference and metrics against MONAI's, one JSON line each"),
-    "knn": ("meddino_evaluation.representation.commands", "nearest neighbours on frozen features"),
-    "linear": ("meddino_evaluation.representation.commands", "logistic regression, linear and MLP heads on frozen features"),
-    "few-shot": ("meddino_evaluation.representation.commands", "the same on few patients a class, several draws"),
-    "finetune": ("meddino_evaluation.representation.commands", "train the backbone: end to end, partly, LoRA, BitFit"),
-    "retrieve": ("meddino_evaluation.representation.commands", "find cases of the same class among other patients"),
-    "study": ("meddino_evaluation.representation.study_command", "many backbones, protocols and data sets as one job list"),
-    "datasets": ("meddino_evaluation.representation.datasets_command", "shipped definitions of labelled data sets"),
+    "knn": ("meddino_evaluation.classification.commands", "nearest neighbours on frozen features"),
+    "linear": ("meddino_evaluation.classification.commands", "logistic regression, linear and MLP heads on frozen features"),
+    "few-shot": ("meddino_evaluation.classification.commands", "the same on few patients a class, several draws"),
+    "finetune": ("meddino_evaluation.classification.commands", "train the backbone: end to end, partly, LoRA, BitFit"),
+    "retrieve": ("meddino_evaluation.classification.commands", "find cases of the same class among other patients"),
+    "study": ("meddino_evaluation.study.study_command", "many backbones, protocols and data sets as one job list"),
+    "datasets": ("meddino_evaluation.classification.datasets_command", "shipped definitions of labelled data sets"),
     "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "plans with which nnU-Net fine-tunes a model"),
-    "visualize": ("meddino_evaluation.representation.visualize_command", "PCA, similarity maps and t-SNE of features"),
+    "visualize": ("meddino_evaluation.visualization.visualize_command", "PCA, similarity maps and t-SNE of features"),
 }
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 

@@ -38,7 +38,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from meddino.checkpoints.export import export_model
+    from meddino.checkpoints.export.write import export_model
 
     out = export_model(
         arguments.source,

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.layers.attention import SelfAttention
+from meddino.layers.cpu.lean_branches import attention_branch, is_lean, mlp_branch
 from meddino.layers.feed_forward import Mlp
-from meddino.layers.lean_branches import attention_branch, is_lean, mlp_branch
 from meddino.layers.packing import CropGroup, KeptSamples
 
 

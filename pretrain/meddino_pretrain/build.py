@@ -16,21 +16,21 @@ from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.registry import backbone_config, build_backbone
-from meddino_pretrain.batches import Batch, RawBatch, to_model_input
-from meddino_pretrain.checkpointing import StageCheckpoints
 from meddino_pretrain.config import HeadConfig, OptimizerConfig, PretrainConfig, StageConfig
-from meddino_pretrain.loader import Loader, build_loader
-from meddino_pretrain.metrics import MetricsWriter
-from meddino_pretrain.objectives.dinov3 import DINOv3Objective
-from meddino_pretrain.objectives.dinov3_network import DINOv3Network
+from meddino_pretrain.data.batches import Batch, RawBatch, to_model_input
+from meddino_pretrain.data.loader import Loader, build_loader
+from meddino_pretrain.data.sampler import BatchShare
+from meddino_pretrain.methods.dinov3.method import DINOv3Objective
+from meddino_pretrain.methods.dinov3.network import DINOv3Network
+from meddino_pretrain.monitoring.metrics import MetricsWriter
+from meddino_pretrain.monitoring.monitor import Watch
+from meddino_pretrain.monitoring.progress import StepProgress
+from meddino_pretrain.monitoring.speed import SpeedMeter, parameter_counts
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules
-from meddino_pretrain.progress import StepProgress
-from meddino_pretrain.sample_order import BatchShare
+from meddino_pretrain.run.checkpoints import StageCheckpoints
+from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.schedules import Schedules
-from meddino_pretrain.signals import StopRequest
-from meddino_pretrain.speed import SpeedMeter, parameter_counts
 from meddino_pretrain.trainer import Trainer
-from meddino_pretrain.watch import Watch
 
 logger = get_logger(__name__)
 

@@ -11,7 +11,7 @@ from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ConfigError
 from meddino.data.remote import corpus_location
 from meddino_pretrain.launcher import LAUNCHER_PID, is_launched, launch
-from meddino_pretrain.signals import stop_on_signals
+from meddino_pretrain.run.signals import stop_on_signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,11 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _bench(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["loader"]:
-        from meddino_pretrain.bench_loader import main as bench_loader
+        from meddino_pretrain.bench.loader import main as bench_loader
 
         return bench_loader(arguments[1:])
     if arguments[:1] == ["step"]:
-        from meddino_pretrain.bench_step import main as bench_step
+        from meddino_pretrain.bench.step import main as bench_step
 
         return bench_step(arguments[1:])
     parser = command_parser("meddino-pretrain bench", "Measure speed; one JSON line.", "meddino-pretrain bench step --help")

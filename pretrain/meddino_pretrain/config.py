@@ -4,20 +4,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from meddino.checkpoints.coverage import GapsConfig
+from meddino.checkpoints.weights.coverage import GapsConfig
 from meddino.core.config import StrictConfig
 from meddino.core.device import TrainingPrecision
 from meddino.data.contract import InputContract
 from meddino.distributed.parallel import Parallel
-from meddino_pretrain.augment import AugmentConfig
-from meddino_pretrain.corpus_audit import CorpusConfig
-from meddino_pretrain.crops import CropsConfig
-from meddino_pretrain.diagnosis import DiagnosisConfig
-from meddino_pretrain.gram_choice import GramChoiceConfig
-from meddino_pretrain.health import HealthConfig
-from meddino_pretrain.loader import LoaderConfig
-from meddino_pretrain.masks import MaskingConfig
-from meddino_pretrain.objectives.dinov3 import DINOv3Config
+from meddino_pretrain.data.augmentations import AugmentConfig
+from meddino_pretrain.data.crops import CropsConfig
+from meddino_pretrain.data.loader import LoaderConfig
+from meddino_pretrain.methods.dinov3.gram_choice import GramChoiceConfig
+from meddino_pretrain.methods.dinov3.masking import MaskingConfig
+from meddino_pretrain.methods.dinov3.method import DINOv3Config
+from meddino_pretrain.monitoring.diagnostics import DiagnosisConfig
+from meddino_pretrain.monitoring.feature_metrics import HealthConfig
+from meddino_pretrain.run.corpus_audit import CorpusConfig
 from meddino_pretrain.schedules import ScheduleConfig
 
 

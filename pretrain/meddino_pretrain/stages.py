@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from meddino.checkpoints.flat_state import OptimizerState
+from meddino.checkpoints.state.flat_state import OptimizerState
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
@@ -21,21 +21,21 @@ from meddino_pretrain.build import (
     build_stage_optimizer,
     build_trainer,
 )
-from meddino_pretrain.checkpointing import StageCheckpoints, damaged_keys, last_checkpoint
 from meddino_pretrain.config import PretrainConfig, StageConfig
-from meddino_pretrain.corpus_audit import check_audit
-from meddino_pretrain.damaged_slices import DamagedSlices
-from meddino_pretrain.fixed_slices import FixedSlices, fixed_slices
-from meddino_pretrain.health import HealthProbe
-from meddino_pretrain.metrics import open_metrics
-from meddino_pretrain.objectives.dinov3 import DINOv3Objective
-from meddino_pretrain.origins import Origin, find_origin, load_origin, read_init, take_init
-from meddino_pretrain.progress import show_progress
-from meddino_pretrain.report import RunReport
-from meddino_pretrain.run_folder import HEALTH_REFERENCE, RunFolder, open_run
-from meddino_pretrain.signals import StopRequest, stop_on_signals
-from meddino_pretrain.speed import measure_peak
-from meddino_pretrain.watch import Watch
+from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.methods.dinov3.method import DINOv3Objective
+from meddino_pretrain.monitoring.feature_metrics import HealthProbe
+from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
+from meddino_pretrain.monitoring.metrics import open_metrics
+from meddino_pretrain.monitoring.monitor import Watch
+from meddino_pretrain.monitoring.progress import show_progress
+from meddino_pretrain.monitoring.report import RunReport
+from meddino_pretrain.monitoring.speed import measure_peak
+from meddino_pretrain.run.checkpoints import StageCheckpoints, damaged_keys, last_checkpoint
+from meddino_pretrain.run.corpus_audit import check_audit
+from meddino_pretrain.run.folder import HEALTH_REFERENCE, RunFolder, open_run
+from meddino_pretrain.run.initialization import Origin, find_origin, load_origin, read_init, take_init
+from meddino_pretrain.run.signals import StopRequest, stop_on_signals
 
 logger = get_logger(__name__)
 

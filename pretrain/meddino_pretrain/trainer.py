@@ -12,16 +12,16 @@ from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.logging import get_logger
 from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_strings, all_reduce_mean, world_size
-from meddino_pretrain.batches import Batch
-from meddino_pretrain.checkpointing import StageCheckpoints
-from meddino_pretrain.metrics import MetricsWriter
-from meddino_pretrain.objectives.base import Objective
+from meddino_pretrain.data.batches import Batch
+from meddino_pretrain.methods.base import Objective
+from meddino_pretrain.monitoring.metrics import MetricsWriter
+from meddino_pretrain.monitoring.monitor import Watch
+from meddino_pretrain.monitoring.progress import StepProgress
+from meddino_pretrain.monitoring.speed import SpeedMeter
 from meddino_pretrain.optimizer import clip_by_module, set_rates
-from meddino_pretrain.progress import StepProgress
+from meddino_pretrain.run.checkpoints import StageCheckpoints
+from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.schedules import Schedules
-from meddino_pretrain.signals import StopRequest
-from meddino_pretrain.speed import SpeedMeter
-from meddino_pretrain.watch import Watch
 
 logger = get_logger(__name__)
 

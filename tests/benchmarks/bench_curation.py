@@ -29,13 +29,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import SimpleITK as sitk
-from meddino_data_curation import build as build_module
-from meddino_data_curation.candidates import Candidate
 from meddino_data_curation.config import CurationConfig, PrivacyConfig, SourceConfig
-from meddino_data_curation.dicom_series import DicomCandidate
-from meddino_data_curation.discovery import discover
+from meddino_data_curation.corpus import build as build_module
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.volume_job import to_int16
+from meddino_data_curation.selection.volume_job import to_int16
+from meddino_data_curation.sources.candidates import Candidate
+from meddino_data_curation.sources.dicom_series import DicomCandidate
+from meddino_data_curation.sources.discovery import discover
 
 from meddino.data.corpus import Corpus
 from meddino.data.sample import encode_slice

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from meddino_pretrain.metrics import read_metrics
+from meddino_pretrain.monitoring.metrics import read_metrics
 
 from tests.pretrain.conftest import disc_slice, write_corpus
 

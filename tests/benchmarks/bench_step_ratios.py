@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from meddino_pretrain.bench_step import MeasuredStep, StepSize, add_size_arguments, step_size
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, step_size
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

@@ -1,6 +1,6 @@
 """The benchmark itself runs; its figures are printed by the script and not asserted here."""
 
-from meddino_pretrain.bench_step import StepSize
+from meddino_pretrain.bench.step import StepSize
 
 from tests.benchmarks.bench_step_parts import as_table, backbone_parts, loss_parts, update_parts
 

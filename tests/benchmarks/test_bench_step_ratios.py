@@ -3,7 +3,7 @@
 Times are printed by the script and not asserted here: tests share their cores with whatever runs beside them.
 """
 
-from meddino_pretrain.bench_step import StepSize
+from meddino_pretrain.bench.step import StepSize
 
 from tests.benchmarks.bench_step_ratios import as_table, measure_all
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from meddino.checkpoints.training_state import checkpoint_name, save_training_state
+from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
 from meddino.data.contract import InputContract
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig

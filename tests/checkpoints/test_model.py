@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import meddino
-from meddino.checkpoints.export import export_model
-from meddino.checkpoints.model_folder import write_weights
+from meddino.checkpoints.export.model_folder import write_weights
+from meddino.checkpoints.export.write import export_model
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import sha256_file
 

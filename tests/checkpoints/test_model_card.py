@@ -2,8 +2,8 @@
 
 import pytest
 
-from meddino.checkpoints.model_card import DINOV3_LICENCE_URL, model_card
-from meddino.checkpoints.model_folder import ModelConfig
+from meddino.checkpoints.export.model_card import DINOV3_LICENCE_URL, model_card
+from meddino.checkpoints.export.model_folder import ModelConfig
 from meddino.core.config import check_config
 
 CONTENT = {

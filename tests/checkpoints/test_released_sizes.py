@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from meddino.checkpoints.export_timm import timm_model
-from meddino.checkpoints.export_transformers import transformers_config
-from meddino.checkpoints.infer_architecture import architecture_of, backbone_name
-from meddino.checkpoints.layouts import DERIVED, detect_layout, to_official
+from meddino.checkpoints.export.to_timm import timm_model
+from meddino.checkpoints.export.to_transformers import transformers_config
+from meddino.checkpoints.weights.infer_architecture import architecture_of, backbone_name
+from meddino.checkpoints.weights.key_formats import DERIVED, detect_layout, to_official
 from meddino.models.registry import BACKBONES
 from meddino.models.vision_transformer import VisionTransformer
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from meddino.checkpoints import safetensors_storage
-from meddino.checkpoints.training_state import (
+from meddino.checkpoints.state import safetensors_storage
+from meddino.checkpoints.state.training_state import (
     OptimizerState,
     checkpoint_name,
     latest_checkpoint,
@@ -144,7 +144,9 @@ def test_latest__a_damaged_one_is_passed_over_loudly(tmp_path, caplog, file, dam
         path.unlink()
     found = latest_checkpoint(tmp_path)
     assert found is not None and found.folder == good and found.step == 1
-    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["meddino.checkpoints.training_state"]
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == [
+        "meddino.checkpoints.state.training_state"
+    ]
     assert str(bad) in caplog.text
     with pytest.raises(CheckpointError):
         load_training_state(bad, {"student": small_model()})
@@ -239,7 +241,7 @@ def test_save__killed_while_writing_leaves_the_one_before(tmp_path):
     code = f"""
 import os, signal, torch
 from pathlib import Path
-from meddino.checkpoints import training_state
+from meddino.checkpoints.state import training_state
 training_state.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # tensors are there, meta.json is not
 training_state.save_training_state(Path({str(tmp_path)!r}) / "step-000000002", {{"w": torch.ones(3)}}, {{"step": 2}})
 """

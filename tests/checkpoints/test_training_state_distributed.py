@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from meddino.checkpoints import safetensors_storage
-from meddino.checkpoints.training_state import OptimizerState, latest_checkpoint, load_training_state, save_training_state
+from meddino.checkpoints.state import safetensors_storage
+from meddino.checkpoints.state.training_state import OptimizerState, latest_checkpoint, load_training_state, save_training_state
 from meddino.core.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed

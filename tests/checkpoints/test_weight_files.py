@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from meddino.checkpoints.weight_files import read_sharded_folder, read_weights_file
+from meddino.checkpoints.weights.weight_files import read_sharded_folder, read_weights_file
 from meddino.core.errors import CheckpointError
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}

@@ -6,13 +6,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 import meddino
-from meddino.checkpoints.coverage import GapsConfig
-from meddino.checkpoints.export import export_model
-from meddino.checkpoints.find_weights import find_weights
-from meddino.checkpoints.infer_architecture import architecture_from_transformers, backbone_name
-from meddino.checkpoints.layouts import to_timm
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.weights import load_backbone_weights, resample_patch_weights
+from meddino.checkpoints.export.write import export_model
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.checkpoints.weights.find_weights import find_weights
+from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, backbone_name
+from meddino.checkpoints.weights.key_formats import to_timm
+from meddino.checkpoints.weights.load import load_backbone_weights, resample_patch_weights
 from meddino.core.errors import CheckpointError
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.registry import BACKBONES, backbone_config

@@ -189,10 +189,10 @@ def test_pretrain__trains_on_a_url(server, tmp_path):
 
 
 def test_evaluation_and_export__look_into_a_corpus_behind_a_url(corpus_folder, server):
-    from meddino_evaluation.representation.evaluate import _corpus
+    from meddino_evaluation.classification.evaluate import _corpus
     from meddino_evaluation.segmentation.leakage import LeakageCheck
 
-    from meddino.checkpoints.check_slices import check_slices
+    from meddino.checkpoints.export.check_slices import check_slices
 
     url, local = f"{server.url}/corpus", Corpus(corpus_folder)
     assert _corpus(url) == _corpus(str(corpus_folder))

@@ -4,7 +4,7 @@ import os
 import signal
 
 from meddino_data_curation import worker_pool
-from meddino_data_curation.volume_job import VolumeJob
+from meddino_data_curation.selection.volume_job import VolumeJob
 
 
 def work(job: VolumeJob) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_data_curation.config import HounsfieldConfig
-from meddino_data_curation.hounsfield import recognise_hounsfield
+from meddino_data_curation.selection.hounsfield import recognise_hounsfield
 
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
@@ -86,8 +86,8 @@ def test_build__every_bad_file_has_its_reason_and_the_run_goes_on(tmp_path, salt
 
 
 def test_find_files__no_permission_is_a_reason(tmp_path, monkeypatch):
-    from meddino_data_curation.candidates import find_files
     from meddino_data_curation.config import SourceConfig
+    from meddino_data_curation.sources.candidates import find_files
 
     write_volume(tmp_path / "a.nii.gz", make_hu(0))
     real = os.access

@@ -115,7 +115,7 @@ def test_build__sigkill_then_the_same_command_ends_in_the_same_bytes(
 
 
 def test_build__killed_between_shards_goes_on_from_them(corpus_folder, six_volumes, salt_file, tmp_path, monkeypatch):
-    import meddino_data_curation.finish as finish_module
+    import meddino_data_curation.corpus.finish as finish_module
 
     monkeypatch.setattr(finish_module, "write_slices", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     more = ("workers=1", "shards.size_mib=0.05")
@@ -132,7 +132,7 @@ def test_build__killed_between_shards_goes_on_from_them(corpus_folder, six_volum
 def test_build__shards_of_a_changed_plan_are_made_again(six_volumes, salt_file, tmp_path, monkeypatch):
     import shutil
 
-    import meddino_data_curation.finish as finish_module
+    import meddino_data_curation.corpus.finish as finish_module
 
     source = tmp_path / "volumes"
     shutil.copytree(six_volumes, source)
@@ -165,7 +165,7 @@ def test_build__full_disk_is_one_line_and_the_run_can_go_on(
 ):
     import errno
 
-    from meddino_data_curation import volume_job
+    from meddino_data_curation.selection import volume_job
 
     real, calls = volume_job.write_member, []
 

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from meddino_data_curation import discovery
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.discovery import discover
 from meddino_data_curation.orientation import to_axial_lps
 from meddino_data_curation.privacy import Salt
+from meddino_data_curation.sources import discovery
+from meddino_data_curation.sources.discovery import discover
 from pydicom.data import get_testdata_file
 
 from tests.data_curation.conftest import make_hu

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from meddino_data_curation.cli import main
 from meddino_data_curation.config import SourceConfig
-from meddino_data_curation.discovery import discover
-from meddino_data_curation.exclusion_lists import match_lists, read_list
+from meddino_data_curation.held_out.exclusion_lists import match_lists, read_list
 from meddino_data_curation.privacy import Salt
+from meddino_data_curation.sources.discovery import discover
 from pydicom.uid import generate_uid
 
 from meddino.data.corpus import Corpus

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from meddino_data_curation import survey as survey_module
 from meddino_data_curation.cli import main
+from meddino_data_curation.held_out import scan as survey_module
 
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
@@ -118,7 +118,7 @@ def test_exclude__unread_volumes_may_be_accepted_and_are_counted(tmp_path, salt_
 
 
 def test_exclude__held_out_data_is_read_once_whatever_happens_later(tmp_path, salt_file, monkeypatch):
-    from meddino_data_curation import build as build_module
+    from meddino_data_curation.corpus import build as build_module
 
     write_volume(tmp_path / "in" / "a.nii.gz", make_hu(0))
     write_volume(tmp_path / "held" / "x.nii.gz", make_hu(50))
@@ -137,7 +137,7 @@ def test_exclude__held_out_data_is_read_once_whatever_happens_later(tmp_path, sa
 
 
 def test_build__killed_before_its_last_note_knows_its_corpus(tmp_path, salt_file, monkeypatch, capsys):
-    from meddino_data_curation.work_folder import WorkFolder
+    from meddino_data_curation.corpus.work_folder import WorkFolder
 
     write_volume(tmp_path / "in" / "a.nii.gz", make_hu(0))
     with monkeypatch.context() as patched:

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from meddino_data_curation.config import CurationConfig, HounsfieldConfig, SourceConfig
 from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.dicom_series import DicomCandidate
-from meddino_data_curation.discovery import discover
-from meddino_data_curation.hounsfield import recognise_hounsfield
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.readers import read_volume_file
+from meddino_data_curation.selection.hounsfield import recognise_hounsfield
+from meddino_data_curation.sources.dicom_series import DicomCandidate
+from meddino_data_curation.sources.discovery import discover
 
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus

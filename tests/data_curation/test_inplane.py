@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from meddino_data_curation.cli import main
 from meddino_data_curation.config import CurationConfig, InplaneConfig
-from meddino_data_curation.inplane import resample_slice
+from meddino_data_curation.selection.inplane import resample_slice
 
 from meddino.core.config import load_config
 from meddino.data.corpus import Corpus

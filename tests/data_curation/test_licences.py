@@ -2,7 +2,7 @@
 
 import pytest
 from meddino_data_curation.cli import main
-from meddino_data_curation.licences import needs_decision
+from meddino_data_curation.sources.licences import needs_decision
 
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from meddino_data_curation import merge as merge_module
 from meddino_data_curation.cli import main
+from meddino_data_curation.corpus import merge as merge_module
 
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_build import run_build, tree
@@ -61,7 +61,7 @@ def test_merge__killed_while_copying_goes_on(once, tmp_path, monkeypatch, copied
 
 
 def test_merge__killed_while_finishing_goes_on(once, tmp_path, monkeypatch):
-    import meddino_data_curation.finish as finish_module
+    import meddino_data_curation.corpus.finish as finish_module
 
     arguments = [*command(once)[:-1], str(tmp_path / "merged")]
     with monkeypatch.context() as patched:

@@ -9,15 +9,15 @@ import pytest
 import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.dicom_series import DicomCandidate
-from meddino_data_curation.discovery import discover
-from meddino_data_curation.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
-from meddino_data_curation.near_duplicates import candidate_pairs, compare, find_alike, groups
+from meddino_data_curation.held_out.scan import survey
 from meddino_data_curation.orientation import to_axial_lps
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.readers import read_volume_file
-from meddino_data_curation.survey import survey
-from meddino_data_curation.volume_job import to_int16
+from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
+from meddino_data_curation.selection.near_duplicates import candidate_pairs, compare, find_alike, groups
+from meddino_data_curation.selection.volume_job import to_int16
+from meddino_data_curation.sources.dicom_series import DicomCandidate
+from meddino_data_curation.sources.discovery import discover
 from scipy import ndimage
 
 from tests.data_curation.conftest import make_hu

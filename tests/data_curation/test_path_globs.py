@@ -1,7 +1,7 @@
 import fnmatch
 
 import pytest
-from meddino_data_curation.path_globs import escaped, glob_pattern
+from meddino_data_curation.sources.path_globs import escaped, glob_pattern
 
 from meddino.core.errors import ConfigError
 

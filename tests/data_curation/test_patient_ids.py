@@ -2,8 +2,9 @@
 
 import pytest
 from meddino_data_curation.config import SourceConfig
-from meddino_data_curation.discovery import discover
-from meddino_data_curation.patient_ids import (
+from meddino_data_curation.privacy import Salt
+from meddino_data_curation.sources.discovery import discover
+from meddino_data_curation.sources.patient_ids import (
     is_nobody,
     key_everywhere,
     means_the_same_everywhere,
@@ -11,7 +12,6 @@ from meddino_data_curation.patient_ids import (
     patient_id,
     without_common_names,
 )
-from meddino_data_curation.privacy import Salt
 
 from tests.data_curation.conftest import make_hu
 from tests.data_curation.dicom_files import write_series

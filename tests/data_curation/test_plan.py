@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from meddino_data_curation.cli import main
 from meddino_data_curation.config import CurationConfig
-from meddino_data_curation.plan import find_sets, planned_config
-from meddino_data_curation.registry import load_registry
+from meddino_data_curation.sources.plan import find_sets, planned_config
+from meddino_data_curation.sources.registry import load_registry
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
@@ -99,7 +99,7 @@ def test_find_sets__a_set_itself_as_root_and_a_folder_of_another_name(ct3m, tmp_
 
 
 def test_planned_config__its_globs_match_the_same_files_and_no_test_data(ct3m):
-    from meddino_data_curation.candidates import find_files
+    from meddino_data_curation.sources.candidates import find_files
 
     found = find_sets(ct3m, load_registry(), {})
     allow = [item.entry.licence.id for item in found]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 from meddino_data_curation.config import SourceConfig
-from meddino_data_curation.licences import needs_decision
-from meddino_data_curation.path_globs import glob_pattern
-from meddino_data_curation.registry import load_registry
+from meddino_data_curation.sources.licences import needs_decision
+from meddino_data_curation.sources.path_globs import glob_pattern
+from meddino_data_curation.sources.registry import load_registry
 
 from meddino.core.errors import ConfigError
 from meddino.core.packaged import shipped_configs

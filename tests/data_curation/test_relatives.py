@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from meddino_data_curation.duplicates import Overlap, exclude_overlaps, find_overlaps, with_relatives
+from meddino_data_curation.selection.duplicates import Overlap, exclude_overlaps, find_overlaps, with_relatives
 
 
 def row(name: str, **changes) -> dict:

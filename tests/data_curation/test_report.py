@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from meddino_data_curation.cli import main
-from meddino_data_curation.report import with_audits
+from meddino_data_curation.corpus.report import with_audits
 
 from meddino.core.files import sha256_file
 from meddino.data.corpus import Corpus

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 from meddino_data_curation.config import InplaneConfig, SlicesConfig
-from meddino_data_curation.slice_choice import body_mask, refusal, size_refusal, slice_statistics, strided
-from meddino_data_curation.table_removal import without_table
+from meddino_data_curation.selection.slice_choice import body_mask, refusal, size_refusal, slice_statistics, strided
+from meddino_data_curation.selection.table_removal import without_table
 from scipy import ndimage
 
 from meddino.data.corpus import Corpus

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from meddino_data_curation.fingerprint import _averaged
-from meddino_data_curation.slice_choice import _filled, _flat_lines, _opened, slice_statistics
+from meddino_data_curation.selection.fingerprint import _averaged
+from meddino_data_curation.selection.slice_choice import _filled, _flat_lines, _opened, slice_statistics
 from scipy import ndimage
 
 from tests.data_curation.conftest import make_hu

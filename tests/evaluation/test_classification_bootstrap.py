@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from meddino_evaluation.classification_bootstrap import metric_intervals, resampled_metric
-from meddino_evaluation.classification_metrics import METRICS, classification_metric
-from meddino_evaluation.statistics import Resampling, bootstrap_interval
+from meddino_evaluation.metrics.classification import METRICS, classification_metric
+from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, resampled_metric
+from meddino_evaluation.metrics.statistics import Resampling, bootstrap_interval
 
 
 def _case(kind, classes, rows=40, seed=0):

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from meddino_evaluation.classification_metrics import (
+from meddino_evaluation.metrics.classification import (
     METRICS,
     average_precision,
     classification_metric,

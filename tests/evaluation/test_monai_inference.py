@@ -4,11 +4,11 @@ import pytest
 import torch
 from meddino_evaluation.backbones.adapter import MedDINOBackbone
 from meddino_evaluation.nnunet.network import MedDINONetwork
-from meddino_evaluation.segmentation.heads import PrimusHead
-from meddino_evaluation.segmentation.network import SegmentationNetwork
+from meddino_evaluation.segmentation.networks.heads import PrimusHead
+from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
 from monai.inferers import SlidingWindowInferer
 
-from meddino.checkpoints.model import random_model
+from meddino.checkpoints.export.model import random_model
 from meddino.models.vision_transformer import ViTConfig
 
 SMALL = ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8)

@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from meddino_evaluation.statistics import (
+from meddino_evaluation.metrics.statistics import (
     bootstrap_interval,
     bootstrap_mean,
     delong,

@@ -6,8 +6,8 @@ import torch
 from meddino.layers import block as module
 from meddino.layers.attention import SelfAttention
 from meddino.layers.block import TransformerBlock
+from meddino.layers.cpu.lean_branches import is_lean
 from meddino.layers.feed_forward import Mlp, SwiGLU
-from meddino.layers.lean_branches import is_lean
 from meddino.layers.packing import CropGroup, KeptSamples
 from meddino.layers.rotary_embedding import RotaryEmbedding
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.augment import AugmentConfig, apply_intensity, distort_slice, draw_intensity
+from meddino_pretrain.data.augmentations import AugmentConfig, apply_intensity, distort_slice, draw_intensity
 from pydantic import ValidationError
 
 from meddino.data.contract import InputContract

@@ -148,7 +148,7 @@ def test_pretrain__disk_full_while_saving(capsys, make_corpus_once, tmp_path, mo
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, "No space left on device", "step-000000001")
 
-    monkeypatch.setattr("meddino_pretrain.checkpointing.save_training_state", full)
+    monkeypatch.setattr("meddino_pretrain.run.checkpoints.save_training_state", full)
     line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", tmp_path / "run", *ONE_STEP)
     assert "no space left on the disk" in line
     monkeypatch.undo()

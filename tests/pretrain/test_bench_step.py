@@ -5,9 +5,9 @@ import json
 import jaxtyping
 import pytest
 import torch
-from meddino_pretrain.bench_step import StepSize, bench_step, main, model_flops, random_batch
-from meddino_pretrain.objectives.dinov3_network import DINOv3Network
-from meddino_pretrain.speed import parameter_counts
+from meddino_pretrain.bench.step import StepSize, bench_step, main, model_flops, random_batch
+from meddino_pretrain.methods.dinov3.network import DINOv3Network
+from meddino_pretrain.monitoring.speed import parameter_counts
 
 from meddino.core.device import find_machine
 from meddino.layers.projection_head import ProjectionHead

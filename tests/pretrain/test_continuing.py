@@ -11,8 +11,8 @@ from meddino_pretrain.stages import run_pretraining
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.data.contract import InputContract
 from meddino.models.registry import build_backbone

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.corpus_audit import CorpusConfig, check_audit
-from meddino_pretrain.run_folder import open_run
+from meddino_pretrain.run.corpus_audit import CorpusConfig, check_audit
+from meddino_pretrain.run.folder import open_run
 
-from meddino.checkpoints.corpus_lineage import corpus_lineage
+from meddino.checkpoints.export.corpus_lineage import corpus_lineage
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json

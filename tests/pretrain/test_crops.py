@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.crops import CropBox, CropsConfig, CropSizes, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.crops import CropBox, CropsConfig, CropSizes, crop_sizes_for_step, cut_crop, draw_boxes
 from pydantic import ValidationError
 
 CONFIG = CropsConfig()

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from meddino_pretrain.checkpointing import damaged_keys, last_checkpoint
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.damaged_slices import DamagedSlices
-from meddino_pretrain.metrics import read_metrics
-from meddino_pretrain.sample_order import SampleOrder
-from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.data.sampler import SampleOrder
+from meddino_pretrain.monitoring.metrics import read_metrics
+from meddino_pretrain.run.checkpoints import damaged_keys, last_checkpoint
+from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from meddino_pretrain.diagnosis import DiagnosisConfig, verdicts
+from meddino_pretrain.monitoring.diagnostics import DiagnosisConfig, verdicts
 
 CONFIG = DiagnosisConfig(window_steps=20, patience_steps=100)
 K = 2048

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.fixed_slices import fixed_slices
-from meddino_pretrain.patch_quality import patch_consistency, snapshot_scores
+from meddino_pretrain.monitoring.fixed_slices import fixed_slices
+from meddino_pretrain.monitoring.patch_quality import patch_consistency, snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ShardError

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.fixed_slices import fixed_slices
-from meddino_pretrain.gram_choice import GramChoiceConfig, choose_gram_teacher
-from meddino_pretrain.patch_quality import snapshot_scores
+from meddino_pretrain.methods.dinov3.gram_choice import GramChoiceConfig, choose_gram_teacher
+from meddino_pretrain.monitoring.fixed_slices import fixed_slices
+from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import CheckpointError

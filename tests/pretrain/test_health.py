@@ -5,8 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.fixed_slices import fixed_slices
-from meddino_pretrain.health import (
+from meddino_pretrain.monitoring.feature_metrics import (
     MEANINGS,
     HealthConfig,
     HealthProbe,
@@ -16,7 +15,8 @@ from meddino_pretrain.health import (
     rankme,
     similarity_drift,
 )
-from meddino_pretrain.health_pictures import cosine_map, health_pictures
+from meddino_pretrain.monitoring.fixed_slices import fixed_slices
+from meddino_pretrain.monitoring.pictures import cosine_map, health_pictures
 from torch import nn
 
 from meddino.core.device import find_machine

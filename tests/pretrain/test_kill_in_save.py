@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import TIMING, read_metrics
+from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.training_state import latest_checkpoint, verify_checkpoint
+from meddino.checkpoints.state.training_state import latest_checkpoint, verify_checkpoint
 from meddino.core.config import load_config
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -22,8 +22,8 @@ FAST = ["saving.every_steps=2", "saving.keep_last=1"]
 CODE = """
     import os, signal
     from pathlib import Path
-    import meddino.checkpoints.training_state as module
-    from meddino_pretrain import checkpointing
+    import meddino.checkpoints.state.training_state as module
+    from meddino_pretrain.run import checkpoints as checkpointing
     from meddino_pretrain.config import PretrainConfig
     from meddino_pretrain.stages import run_pretraining
     from meddino.core.config import load_config

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.launcher import exit_code, launch
-from meddino_pretrain.metrics import read_metrics
+from meddino_pretrain.monitoring.metrics import read_metrics
 
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.state.training_state import latest_checkpoint
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"

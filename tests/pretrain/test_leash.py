@@ -3,12 +3,12 @@
 import pytest
 import torch
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import read_metrics
-from meddino_pretrain.objectives.dinov3_network import Leash
+from meddino_pretrain.methods.dinov3.network import Leash
+from meddino_pretrain.monitoring.metrics import read_metrics
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.losses.gram import gram_loss
 from meddino.models.vision_transformer import ViTOutput

@@ -10,11 +10,11 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.augment import AugmentConfig
-from meddino_pretrain.batches import RawBatch, to_model_input
-from meddino_pretrain.crops import CropsConfig, CropSizes
-from meddino_pretrain.loader import Loader, LoaderConfig, _end_worker, build_loader
-from meddino_pretrain.masks import MaskingConfig
+from meddino_pretrain.data.augmentations import AugmentConfig
+from meddino_pretrain.data.batches import RawBatch, to_model_input
+from meddino_pretrain.data.crops import CropsConfig, CropSizes
+from meddino_pretrain.data.loader import Loader, LoaderConfig, _end_worker, build_loader
+from meddino_pretrain.methods.dinov3.masking import MaskingConfig
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError
@@ -230,7 +230,7 @@ def test_loader__all_slices_damaged(make_corpus, workers):
 
 
 def test_loader__only_so_many_stand_ins_are_tried(make_corpus, monkeypatch):
-    monkeypatch.setattr("meddino_pretrain.loader.MAX_TRIED", 3)
+    monkeypatch.setattr("meddino_pretrain.data.loader.MAX_TRIED", 3)
     corpus = make_corpus(count=6)
     for index in range(6):
         damage(corpus, index)

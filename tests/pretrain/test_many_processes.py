@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import read_metrics
-from meddino_pretrain.signals import StopRequest
+from meddino_pretrain.monitoring.metrics import read_metrics
+from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.core.errors import StoppedEarly
 
@@ -26,7 +26,7 @@ BASE = [f"stages.{STAGE}.steps=9", "saving.every_steps=100"]
 STOP_AT_STEP = """
     from pathlib import Path
     from meddino_pretrain.config import PretrainConfig
-    from meddino_pretrain.signals import StopRequest
+    from meddino_pretrain.run.signals import StopRequest
     from meddino_pretrain.stages import run_pretraining
     from meddino.core.config import load_config
     from meddino.core.errors import StoppedEarly

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import MetricsWriter, read_metrics
+from meddino_pretrain.monitoring.metrics import MetricsWriter, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config

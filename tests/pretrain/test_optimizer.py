@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from meddino_pretrain.ema import update_teacher
+from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.optimizer import ParameterRule, build_optimizer, clip_by_module, parameter_rules, set_rates
 from torch import nn
 

@@ -7,7 +7,7 @@ import torch
 import yaml
 from meddino_pretrain.build import build_networks
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.origins import read_init
+from meddino_pretrain.run.initialization import read_init
 from pydantic import BaseModel
 
 from meddino.core.config import load_config

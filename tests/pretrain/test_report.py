@@ -5,14 +5,14 @@ import math
 import time
 
 import pytest
-from meddino_pretrain import history as history_module
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.history import POINTS, History
-from meddino_pretrain.metrics import read_metrics
-from meddino_pretrain.report import RunReport
-from meddino_pretrain.report_curves import stage_charts
+from meddino_pretrain.monitoring import history as history_module
+from meddino_pretrain.monitoring.history import POINTS, History
+from meddino_pretrain.monitoring.metrics import read_metrics
+from meddino_pretrain.monitoring.monitor import Watch
+from meddino_pretrain.monitoring.report import RunReport
+from meddino_pretrain.monitoring.report_curves import stage_charts
 from meddino_pretrain.stages import run_pretraining
-from meddino_pretrain.watch import Watch
 
 from meddino.core.config import load_config
 from meddino.core.errors import CheckpointError
@@ -102,7 +102,7 @@ def test_report__of_a_long_run_is_quick_and_shows_every_quantity(begun, tmp_path
 def test_report__a_stage_that_is_over_is_drawn_once(begun, monkeypatch):
     report = begun(20)
     first = report.write(finished=True).read_text()
-    monkeypatch.setattr("meddino_pretrain.report.stage_charts", None)
+    monkeypatch.setattr("meddino_pretrain.monitoring.report.stage_charts", None)
     assert report.write(finished=True).read_text() == first
 
 
@@ -118,7 +118,7 @@ def test_charts__entropy_has_ln_k_and_schedules_their_own_numbers():
 
 
 def test_watch__without_looks_there_is_a_report_and_the_loaders_verdict(begun, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("meddino_pretrain.watch.FIRST_REPORT_S", 0.0)
+    monkeypatch.setattr("meddino_pretrain.monitoring.monitor.FIRST_REPORT_S", 0.0)
     report = begun(20, "health.every_steps=0", wait_s=0.3)
     watch = Watch(tmp_path, STAGE, report.config, None, None, report, None)
     assert watch.numbers(20, 0.07) == {}

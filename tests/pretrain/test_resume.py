@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import TIMING, read_metrics
+from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config

@@ -3,7 +3,7 @@
 from itertools import islice
 
 import pytest
-from meddino_pretrain.sample_order import BatchShare, SampleOrder
+from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 
 from meddino.core.errors import ConfigError
 

@@ -5,12 +5,12 @@ import logging
 
 import pytest
 import torch
-from meddino_pretrain.checkpointing import snapshot_folder
 from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.run.checkpoints import snapshot_folder
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.core.errors import CheckpointError, ConfigError
 

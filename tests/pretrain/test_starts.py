@@ -9,15 +9,15 @@ import pytest
 import torch
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import read_metrics
+from meddino_pretrain.monitoring.metrics import read_metrics
 from meddino_pretrain.stages import run_pretraining
 from safetensors.torch import save_file
 from torch import nn
 
-from meddino.checkpoints.export import export_model
-from meddino.checkpoints.layouts import to_timm
-from meddino.checkpoints.safetensors_storage import read_tensors
-from meddino.checkpoints.training_state import latest_checkpoint
+from meddino.checkpoints.export.write import export_model
+from meddino.checkpoints.state.safetensors_storage import read_tensors
+from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.weights.key_formats import to_timm
 from meddino.core.config import load_config
 from meddino.core.errors import CheckpointError
 from meddino.layers.projection_head import ProjectionHead

@@ -6,11 +6,11 @@ import pytest
 import torch
 from meddino_pretrain import build
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.metrics import read_metrics
-from meddino_pretrain.sample_order import SampleOrder
+from meddino_pretrain.data.sampler import SampleOrder
+from meddino_pretrain.monitoring.metrics import read_metrics
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.safetensors_storage import read_tensors
+from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.core.config import load_config
 from meddino.core.errors import MedDINOError
 from meddino.core.seeds import derive_seed

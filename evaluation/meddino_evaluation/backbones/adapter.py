@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meddino.checkpoints.model import Model
+from meddino.checkpoints.export.model import Model
 from meddino.models.registry import tapped_blocks
 from meddino_evaluation.backbones.contract import ImageContract
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from meddino.checkpoints import model as model_files
+from meddino.checkpoints.export import model as model_files
 from meddino.core.errors import ConfigError
 from meddino.models.registry import BACKBONES
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone

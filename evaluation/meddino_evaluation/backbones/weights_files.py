@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from meddino.checkpoints.weight_files import read_weights_file
+from meddino.checkpoints.weights.weight_files import read_weights_file
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.catalogue import Entry

@@ -8,7 +8,7 @@ from typing import Any
 
 from meddino.core.files import atomic_write
 from meddino_evaluation.metrics.label_metrics import case_means, mean_over_cases, pooled_overlap
-from meddino_evaluation.statistics import bootstrap_mean, mean_and_std
+from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std
 
 AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_difference_ml", "volume_error_ml")
 """What is averaged over cases. The error is the difference without its sign: differences of both signs cancel."""

@@ -11,7 +11,7 @@ from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.models.registry import tapped_blocks
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
-from meddino_evaluation.segmentation.heads import PrimusHead, he_initialise
+from meddino_evaluation.segmentation.networks.heads import PrimusHead, he_initialise
 
 
 class MedDINONetwork(nn.Module):

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.model import Model, load
+from meddino.checkpoints.export.model import Model, load
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
 

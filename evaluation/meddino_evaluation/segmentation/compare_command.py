@@ -12,7 +12,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import write_json, write_text
 from meddino.core.html import Section, figure, join, page, table, text
 from meddino.data.remote import corpus_location
-from meddino_evaluation.representation.results import Table
+from meddino_evaluation.classification.results import Table
 from meddino_evaluation.segmentation.comparison import Variant, compare, read_variant
 from meddino_evaluation.segmentation.report import picture_path
 from meddino_evaluation.segmentation.segment_command import add_test_argument, named

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino_evaluation.metrics.label_metrics import case_means
-from meddino_evaluation.statistics import (
+from meddino_evaluation.metrics.statistics import (
     Resampling,
     bootstrap_mean,
     holm,

@@ -15,12 +15,12 @@ from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, few_cases, make_folds, read_folds
-from meddino_evaluation.segmentation.build import HeadRequest, build_network, head_request
 from meddino_evaluation.segmentation.config import SegmentConfig
-from meddino_evaluation.segmentation.encoders import load_encoder
+from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
 from meddino_evaluation.segmentation.leakage import LeakageCheck
-from meddino_evaluation.segmentation.network import EncoderSource, SegmentationNetwork
-from meddino_evaluation.segmentation.sliding_window import SlidingWindow
+from meddino_evaluation.segmentation.networks.build import HeadRequest, build_network, head_request
+from meddino_evaluation.segmentation.networks.encoders import load_encoder
+from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork
 
 
 @dataclass

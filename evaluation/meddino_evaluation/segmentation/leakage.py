@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.training_volumes import content_key, training_hashes, training_volumes
+from meddino.checkpoints.export.training_volumes import content_key, training_hashes, training_volumes
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus

@@ -19,7 +19,7 @@ from meddino_evaluation.data.dicom import DicomSeries, find_series
 from meddino_evaluation.data.prepare import prepare_volume
 from meddino_evaluation.data.volumes import read_volume, write_label_map
 from meddino_evaluation.metrics.score_command import ENDINGS
-from meddino_evaluation.segmentation.bundle import Bundle, load_bundle
+from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
 
 logger = get_logger(__name__)
 

@@ -8,8 +8,8 @@ from meddino.core.files import write_json, write_text
 from meddino_evaluation.metrics.label_metrics import METRICS
 from meddino_evaluation.metrics.tables import summarise, write_cases
 from meddino_evaluation.segmentation.experiment import Experiment
+from meddino_evaluation.segmentation.inference.held_out import TestSet
 from meddino_evaluation.segmentation.report import report_html
-from meddino_evaluation.segmentation.testing import TestSet
 
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
 

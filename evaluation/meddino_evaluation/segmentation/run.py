@@ -9,13 +9,13 @@ from typing import Any
 from meddino.core.config import to_yaml
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
-from meddino_evaluation.segmentation.bundle import write_bundle
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, open_experiment, write_splits
-from meddino_evaluation.segmentation.fitting import Fitting
+from meddino_evaluation.segmentation.inference.bundle import write_bundle
+from meddino_evaluation.segmentation.inference.held_out import TestSet, open_test_set, test_all
 from meddino_evaluation.segmentation.results import write_results
-from meddino_evaluation.segmentation.testing import TestSet, open_test_set, test_all
-from meddino_evaluation.segmentation.trained import is_trained, weights_path
+from meddino_evaluation.segmentation.training.fitting import Fitting
+from meddino_evaluation.segmentation.training.trained import is_trained, weights_path
 
 logger = get_logger(__name__)
 

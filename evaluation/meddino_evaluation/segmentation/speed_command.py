@@ -131,7 +131,7 @@ def _images(options: dict[str, Any]) -> Tensor:
 
 def _inference(name: str, network: nn.Module, images: Tensor, window: int) -> Work:
     if name.endswith("ours"):
-        from meddino_evaluation.segmentation.sliding_window import SlidingWindow
+        from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
 
         own = SlidingWindow(window, batch_size=8)
 

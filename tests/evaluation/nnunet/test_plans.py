@@ -8,7 +8,7 @@ from meddino_evaluation.cli import main
 from meddino_evaluation.nnunet.network import LinearDecay, network_from_plans
 from meddino_evaluation.nnunet.plans_command import INTENSITIES, TRAINER_FOLDER, make_plans
 
-from meddino.checkpoints.model import random_model
+from meddino.checkpoints.export.model import random_model
 from meddino.core.errors import ConfigError
 from meddino.data.contract import InputContract
 from meddino.models.vision_transformer import ViTConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from meddino.checkpoints.export import export_model
-from meddino.checkpoints.training_state import checkpoint_name, save_training_state
+from meddino.checkpoints.export.write import export_model
+from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
 from meddino.data.contract import InputContract
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 

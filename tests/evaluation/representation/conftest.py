@@ -2,8 +2,8 @@
 
 import pytest
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.representation.datasets import load_dataset_config, open_dataset
-from meddino_evaluation.representation.evaluation_config import (
+from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
+from meddino_evaluation.classification.evaluation_config import (
     FeaturesConfig,
     FewShotConfig,
     FinetuneConfig,
@@ -14,7 +14,7 @@ from meddino_evaluation.representation.evaluation_config import (
     SplitConfig,
     StatisticsConfig,
 )
-from meddino_evaluation.representation.fake_data import make_fake
+from meddino_evaluation.classification.fake_data import make_fake
 
 
 @pytest.fixture(scope="session")

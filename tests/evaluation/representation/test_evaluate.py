@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from meddino_evaluation.adaptation import features
+from meddino_evaluation.adaptation.few_shot import few_shot_draws
 from meddino_evaluation.backbones.adapter import state_hash
-from meddino_evaluation.classification_metrics import METRICS, classification_metric
-from meddino_evaluation.representation import evaluate as evaluate_module
-from meddino_evaluation.representation import features
-from meddino_evaluation.representation.datasets import LabelledSet
-from meddino_evaluation.representation.evaluate import SealedTest, evaluate
-from meddino_evaluation.representation.evaluation_config import FewShotConfig, SplitConfig
-from meddino_evaluation.representation.few_shot import few_shot_draws
-from meddino_evaluation.representation.report import write_report
-from meddino_evaluation.representation.results import Table, metric_text, read_per_case
+from meddino_evaluation.classification import evaluate as evaluate_module
+from meddino_evaluation.classification.datasets import LabelledSet
+from meddino_evaluation.classification.evaluate import SealedTest, evaluate
+from meddino_evaluation.classification.evaluation_config import FewShotConfig, SplitConfig
+from meddino_evaluation.classification.report import write_report
+from meddino_evaluation.classification.results import Table, metric_text, read_per_case
+from meddino_evaluation.metrics.classification import METRICS, classification_metric
 
 from meddino.core.errors import ConfigError
 
@@ -189,7 +189,7 @@ def test_few_shot__no_weights_leak_between_draws(fake_set, backbone, quick, tmp_
 
 
 def test_evaluate__selection_metric_must_exist(fake_set, backbone, quick, tmp_path):
-    from meddino_evaluation.representation.evaluation_config import StatisticsConfig
+    from meddino_evaluation.classification.evaluation_config import StatisticsConfig
 
     config = quick(statistics=StatisticsConfig(selection="dice", resamples=20))
     with pytest.raises(ConfigError, match="'dice' is no metric of a binary task"):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.representation.datasets import load_dataset_config
-from meddino_evaluation.representation.evaluation_config import FeaturesConfig
-from meddino_evaluation.representation.features import FeatureExtractor, Transform, make_transform, model_input
-from meddino_evaluation.representation.images import SliceStack
+from meddino_evaluation.adaptation.features import FeatureExtractor, Transform, make_transform, model_input
+from meddino_evaluation.classification.datasets import load_dataset_config
+from meddino_evaluation.classification.evaluation_config import FeaturesConfig
+from meddino_evaluation.classification.images import SliceStack
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
@@ -29,7 +29,7 @@ def test_extractor__batch_size_does_not_change_features(fake_set, backbone, tmp_
 def test_extractor__features_are_the_models_own(fake_set, backbone, tmp_path):
     case = fake_set("ct_contrast").cases[0]
     table = _extractor(backbone, tmp_path)([case])
-    from meddino_evaluation.representation.images import read_slices
+    from meddino_evaluation.classification.images import read_slices
 
     transform = Transform(32, "ct", None, None, 4)
     output = backbone.vit(model_input(backbone, read_slices(case.source, "ct"), [0], transform))

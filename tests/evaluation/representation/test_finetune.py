@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
+from meddino_evaluation.adaptation.features import Transform
+from meddino_evaluation.adaptation.finetune import ImageBank, finetune
+from meddino_evaluation.adaptation.trainable import adapt, held_tensors, lora_targets, set_training_mode
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
-from meddino_evaluation.representation.adaptation import adapt, held_tensors, lora_targets, set_training_mode
-from meddino_evaluation.representation.evaluation_config import FinetuneConfig
-from meddino_evaluation.representation.features import Transform
-from meddino_evaluation.representation.finetune import ImageBank, finetune
+from meddino_evaluation.classification.evaluation_config import FinetuneConfig
 from torch import nn
 
 from meddino.core.device import find_machine

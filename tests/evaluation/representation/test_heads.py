@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.representation.features import FeatureTable
-from meddino_evaluation.representation.heads import HeadPlan, Schedule, class_loss, train_heads
+from meddino_evaluation.adaptation.features import FeatureTable
+from meddino_evaluation.adaptation.heads import HeadPlan, Schedule, class_loss, train_heads
 
 
 def _table(cases=20, slices=(1, 4), widths=(6, 6), patch=6, seed=0):

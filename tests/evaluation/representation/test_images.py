@@ -3,7 +3,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
-from meddino_evaluation.representation.images import read_slices
+from meddino_evaluation.classification.images import read_slices
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -89,6 +89,6 @@ def test_read_slices__constant_not_finite_missing_or_a_pickle(tmp_path):
 
 def test_read_slices__a_picture_too_large_is_refused(tmp_path, monkeypatch):
     Image.fromarray(np.eye(40, dtype=np.uint8)).save(tmp_path / "big.png")
-    monkeypatch.setattr("meddino_evaluation.representation.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("meddino_evaluation.classification.images.MAX_PIXELS", 1000)
     with pytest.raises(VolumeError, match="at most 1000 pixels"):
         read_slices(str(tmp_path / "big.png"), "image")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.representation.knn import knn_probabilities, ml_knn_probabilities, nearest, retrieval_per_case
+from meddino_evaluation.adaptation.knn import knn_probabilities, ml_knn_probabilities, nearest, retrieval_per_case
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
 

@@ -1,5 +1,5 @@
 import numpy as np
-from meddino_evaluation.representation.logistic import fit_logistic
+from meddino_evaluation.adaptation.logistic import fit_logistic
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 

@@ -5,10 +5,10 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from meddino_evaluation.classification.images import SliceStack
 from meddino_evaluation.cli import main
-from meddino_evaluation.representation.embedding import tsne
-from meddino_evaluation.representation.images import SliceStack
-from meddino_evaluation.representation.patch_similarity import (
+from meddino_evaluation.visualization.embedding import tsne
+from meddino_evaluation.visualization.patch_similarity import (
     PatchMap,
     patch_map,
     pca_picture,

@@ -2,10 +2,10 @@ import csv
 
 import pytest
 import torch
-from meddino_evaluation.representation import retrieval
-from meddino_evaluation.representation.evaluation_config import SplitConfig
-from meddino_evaluation.representation.retrieval import retrieve
-from meddino_evaluation.representation.splits import make_splits, save_split
+from meddino_evaluation.adaptation import retrieval
+from meddino_evaluation.adaptation.retrieval import retrieve
+from meddino_evaluation.classification.evaluation_config import SplitConfig
+from meddino_evaluation.classification.splits import make_splits, save_split
 
 
 def test_retrieve__follows_a_given_split(fake_set, backbone, quick, tmp_path):

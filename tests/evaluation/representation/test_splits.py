@@ -3,8 +3,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from meddino_evaluation.representation.datasets import LabelledSet
-from meddino_evaluation.representation.splits import check_contents, load_split, make_splits, save_split
+from meddino_evaluation.classification.datasets import LabelledSet
+from meddino_evaluation.classification.splits import check_contents, load_split, make_splits, save_split
 
 from meddino.core.errors import ConfigError
 

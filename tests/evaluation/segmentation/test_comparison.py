@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from meddino_evaluation.cli import main
+from meddino_evaluation.metrics.statistics import paired_bootstrap_means, wilcoxon_signed_rank
 from meddino_evaluation.segmentation import speed_command
 from meddino_evaluation.segmentation.comparison import Variant, compare, rank_stability
-from meddino_evaluation.statistics import paired_bootstrap_means, wilcoxon_signed_rank
 
 
 def variant(name: str, dice: np.ndarray, data: str = "d", leaked: list[str] | None = None) -> Variant:

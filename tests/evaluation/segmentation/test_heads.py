@@ -1,15 +1,15 @@
 import pytest
 import torch
 from meddino_evaluation.backbones.adapter import MedDINOBackbone
-from meddino_evaluation.segmentation import build
-from meddino_evaluation.segmentation.build import HEADS, HeadRequest, build_head
-from meddino_evaluation.segmentation.heads import PrimusHead, PrimusStage
-from meddino_evaluation.segmentation.network import SegmentationNetwork
-from meddino_evaluation.segmentation.sliding_window import SlidingWindow
-from meddino_evaluation.segmentation.whole_networks import TransUNet, WholeNetwork
+from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
+from meddino_evaluation.segmentation.networks import build
+from meddino_evaluation.segmentation.networks.build import HEADS, HeadRequest, build_head
+from meddino_evaluation.segmentation.networks.heads import PrimusHead, PrimusStage
+from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
+from meddino_evaluation.segmentation.networks.whole_networks import TransUNet, WholeNetwork
 from torch import nn
 
-from meddino.checkpoints.model import random_model
+from meddino.checkpoints.export.model import random_model
 from meddino.core.errors import ConfigError
 from meddino.models.vision_transformer import ViTConfig
 

@@ -11,7 +11,7 @@ from meddino_evaluation.segmentation.run import segment
 from meddino_pretrain.cli import main as pretrain
 
 from meddino.checkpoints.cli import main as export
-from meddino.checkpoints.training_volumes import VOLUMES_FILE, content_key, training_hashes, training_volumes
+from meddino.checkpoints.export.training_volumes import VOLUMES_FILE, content_key, training_hashes, training_volumes
 from meddino.core.errors import CheckpointError
 from meddino.data.corpus import Corpus
 from tests.conftest import PROJECT

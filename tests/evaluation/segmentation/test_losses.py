@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.segmentation.losses import class_loss, region_loss, soft_dice_loss
+from meddino_evaluation.segmentation.training.losses import class_loss, region_loss, soft_dice_loss
 
 
 def slow_loss(logits, labels, dice_weight, ce_weight):

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.segmentation.heads import LinearHead
-from meddino_evaluation.segmentation.map_cache import CropKey, MapCache
-from meddino_evaluation.segmentation.network import SegmentationNetwork
+from meddino_evaluation.segmentation.networks.heads import LinearHead
+from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
 from meddino_evaluation.segmentation.run import segment
+from meddino_evaluation.segmentation.training.map_cache import CropKey, MapCache
 
 from meddino.core.device import find_machine
 

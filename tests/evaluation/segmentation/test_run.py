@@ -11,11 +11,11 @@ from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.segmentation import run as run_module
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
-from meddino_evaluation.segmentation.fitting import Fitting
 from meddino_evaluation.segmentation.run import segment
-from meddino_evaluation.segmentation.samples import CropSampler
-from meddino_evaluation.segmentation.trained import load_network, weights_path
-from meddino_evaluation.segmentation.training import Trainer
+from meddino_evaluation.segmentation.training.fitting import Fitting
+from meddino_evaluation.segmentation.training.loop import Trainer
+from meddino_evaluation.segmentation.training.samples import CropSampler
+from meddino_evaluation.segmentation.training.trained import load_network, weights_path
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, VolumeError
@@ -147,7 +147,7 @@ def test_best_val__keeps_the_best_weights(make_dataset, tiny_config, tmp_path):
 
 
 def test_random_of_an_export__has_its_architecture_and_contract(tmp_path):
-    from meddino_evaluation.segmentation.encoders import load_encoder
+    from meddino_evaluation.segmentation.networks.encoders import load_encoder
 
     import meddino
 
@@ -308,7 +308,7 @@ def test_selection_without_validation__is_refused(tiny_config, change):
 
 
 def test_augmentation__is_a_function_of_the_seed_and_keeps_labels_on_their_pixels(make_dataset, tiny_config, tmp_path):
-    from meddino_evaluation.segmentation.augmentation import augment
+    from meddino_evaluation.segmentation.training.augmentation import augment
 
     label = np.zeros((64, 64), dtype=np.int32)
     label[20:40, 24:44] = 2
@@ -350,7 +350,7 @@ def test_leakage__test_volumes_of_the_corpus_are_named(make_dataset, tiny_config
 
 def test_largest_component__only_of_labels_it_helps():
     from meddino_evaluation.data.labels import LabelScheme
-    from meddino_evaluation.segmentation.postprocess import keep_largest, labels_it_helps
+    from meddino_evaluation.segmentation.inference.postprocess import keep_largest, labels_it_helps
 
     scheme = LabelScheme(("a", "b"), ((1,), (2,)))
     labels = np.zeros((3, 6, 6), dtype=np.int32)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_volume
 from meddino_evaluation.segmentation.config import LabelsConfig, TrainingConfig
-from meddino_evaluation.segmentation.samples import CropSampler, choose_slices
+from meddino_evaluation.segmentation.training.samples import CropSampler, choose_slices
 
 from meddino.core.config import check_config
 from meddino.data.geometry import geometry_from_xyz

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from meddino_evaluation.segmentation.sliding_window import SlidingWindow, gaussian_weights, window_starts
+from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow, gaussian_weights, window_starts
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 

@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
-from meddino.checkpoints.weights import load_backbone_weights
+from meddino.checkpoints.weights.load import load_backbone_weights
 from meddino_evaluation.nnunet.network import LinearDecay, MedDINONetwork, network_from_plans
 
 COMPILE_VARIABLE = "nnUNet_compile"

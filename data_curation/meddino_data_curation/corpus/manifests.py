@@ -1,0 +1,173 @@
+"""slices.parquet, volumes.parquet and corpus.json."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import meddino
+from meddino.core.files import atomic_write, sha256_file, write_json
+from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
+from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.corpus.shards import PlannedShard
+from meddino_data_curation.corpus.work_folder import WorkFolder
+from meddino_data_curation.selection.fingerprint import Fingerprint
+from meddino_data_curation.sources.patient_ids import RULES_VERSION
+
+_ROWS_PER_GROUP = 65536
+REPORT = "report.html"
+CHECKED = ("slices.parquet", "volumes.parquet", "fingerprints.parquet", REPORT)
+
+VOLUMES_WRITTEN = pa.schema(
+    [
+        *VOLUMES_SCHEMA,
+        pa.field("study_key", pa.string()),
+        pa.field("patient_is_known", pa.bool_()),  # patient_key means the same person in every source
+        pa.field("tilt_deg", pa.float64()),
+        pa.field("notes", pa.string()),
+        pa.field("slices_left_out", pa.map_(pa.string(), pa.int32())),  # by reason
+    ]
+)
+
+
+def write_slices(path: Path, work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> int:
+    """Write slices.parquet in the order of the shards, a few volumes in memory at a time.
+
+    Returns:
+        The number of slices.
+    """
+    total = 0
+    with atomic_write(path) as stream, pq.ParquetWriter(stream, SLICES_SCHEMA, compression="zstd") as writer:
+        for table in _slice_tables(work, plan, codec):
+            writer.write_table(table)
+            total += table.num_rows
+    return total
+
+
+def _slice_tables(work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> Iterator[pa.Table]:
+    columns: dict[str, list[Any]] = {name: [] for name in SLICES_SCHEMA.names}
+    for shard in plan:
+        for volume_id, start in shard.offsets().items():
+            record = work.read_record(volume_id)
+            assert record is not None  # it was read a moment ago to plan the shards
+            count = len(record.slices["key"])
+            for name in SLICES_SCHEMA.names:
+                match name:
+                    case "volume_id" | "shard" | "codec":
+                        value = {"volume_id": volume_id, "shard": shard.name, "codec": codec}[name]
+                        columns[name] += [value] * count
+                    case "offset":
+                        columns[name] += [start + offset for offset in record.slices["offset"]]
+                    case _:
+                        columns[name] += record.slices[name]
+        if len(columns["key"]) >= _ROWS_PER_GROUP:
+            yield pa.table(columns, schema=SLICES_SCHEMA)
+            columns = {name: [] for name in SLICES_SCHEMA.names}
+    yield pa.table(columns, schema=SLICES_SCHEMA)
+
+
+def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write volumes.parquet, sorted by id."""
+    ordered = sorted(rows, key=lambda row: str(row["volume_id"]))
+    columns = {name: [row[name] for row in ordered] for name in VOLUMES_WRITTEN.names}
+    columns["slices_left_out"] = [sorted(counts.items()) for counts in columns["slices_left_out"]]
+    table = pa.table(columns, schema=VOLUMES_WRITTEN)
+    with atomic_write(path) as stream:
+        pq.write_table(table, stream, compression="zstd")
+
+
+FINGERPRINTS_SCHEMA = pa.schema(
+    [
+        pa.field("volume_id", pa.string(), nullable=False),
+        pa.field("places_mm", pa.list_(pa.float64()), nullable=False),
+        pa.field("vectors", pa.binary(), nullable=False),  # int8 [len(places_mm), 255]
+    ]
+)
+
+
+def write_fingerprints(path: Path, prints: Mapping[str, Fingerprint]) -> None:
+    """Write fingerprints.parquet, with which audits find near duplicates without reading a slice."""
+    columns: dict[str, list[Any]] = {"volume_id": sorted(prints), "places_mm": [], "vectors": []}
+    for volume_id in columns["volume_id"]:
+        columns["places_mm"].append(prints[volume_id].places_mm.tolist())
+        columns["vectors"].append(prints[volume_id].vectors.tobytes())
+    with atomic_write(path) as stream:
+        pq.write_table(pa.table(columns, schema=FINGERPRINTS_SCHEMA), stream, compression="zstd")
+
+
+def read_fingerprints(path: Path) -> dict[str, Fingerprint]:
+    """Read fingerprints.parquet; nothing where there is none (near duplicates were switched off)."""
+    if not path.is_file():
+        return {}
+    return {
+        row["volume_id"]: Fingerprint(
+            np.asarray(row["places_mm"]), np.frombuffer(row["vectors"], dtype=np.int8).reshape(len(row["places_mm"]), -1)
+        )
+        for row in pq.read_table(path).to_pylist()
+    }
+
+
+def write_corpus_json(
+    corpus: Path,
+    config: CurationConfig,
+    rows: Sequence[Mapping[str, Any]],
+    shards: Mapping[str, Mapping[str, Any]],
+    num_slices: int,
+    salt_fingerprint: str,
+    audits: Sequence[Mapping[str, Any]] = (),
+    lists: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Write corpus.json, the last file: with it the corpus is finished.
+
+    Returns:
+        Its content.
+    """
+    status = Counter(str(row["status"]) for row in rows)
+    info = {
+        "format": "meddino-corpus",
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": meddino.__version__,
+        "content_hash": corpus_hash({name: str(note["sha256"]) for name, note in shards.items()}),
+        "config": config.public(),
+        "codec": config.shards.codec,
+        "salt_fingerprint": salt_fingerprint,
+        "totals": {
+            "volumes": len(rows),
+            "accepted": status["accepted"],
+            "rejected": status["rejected"],
+            "duplicate": status["duplicate"],
+            "slices": num_slices,
+            "shard_bytes": sum(int(note["bytes"]) for note in shards.values()),
+        },
+        "shards": {
+            name: {"sha256": note["sha256"], "bytes": note["bytes"], "volumes": len(note["volumes"])}
+            for name, note in shards.items()
+        },
+        "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
+        "patient_ids": RULES_VERSION,
+        "files": WorkFolder(corpus).read_found(),
+        "audit": list(audits),
+        "exclusion_lists": list(lists),
+        "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),
+        "sources": [_source_totals(source.name, source.licence_text, source.citation, rows) for source in config.sources],
+    }
+    write_json(corpus / "corpus.json", info)
+    return info
+
+
+def _source_totals(name: str, licence: str, citation: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    own = [row for row in rows if row["dataset"] == name]
+    status = Counter(str(row["status"]) for row in own)
+    return {
+        "name": name,
+        "licence": licence,
+        "citation": citation,
+        "accepted": status["accepted"],
+        "rejected": status["rejected"],
+        "duplicate": status["duplicate"],
+        "slices": sum(int(row["num_slices_kept"]) for row in own if row["status"] == "accepted"),
+    }

@@ -1,0 +1,92 @@
+"""`meddino-curate show` and `sample`: a corpus in a screen, and in a picture."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from meddino.core.files import atomic_write
+from meddino.core.seeds import numpy_rng
+from meddino.data.audits import audit_text, lists_text, says_something
+from meddino.data.corpus import Corpus
+from meddino_data_curation.corpus.thumbnails import WINDOW_HU, in_proportion, window_picture
+
+_LUNG_WINDOW_HU = (-1350, 150)
+
+
+def show(root: Path | str, console: Console) -> None:
+    """Print what a corpus holds.
+
+    Args:
+        root: The corpus, or its URL.
+        console: Where to print.
+    """
+    corpus = Corpus(root)
+    info, totals = corpus.info, corpus.info["totals"]
+    console.print(f"[bold]{corpus.location}[/bold]  content {corpus.content_hash[:16]}  schema {info['schema_version']}")
+    console.print(
+        f"{len(corpus)} slices of {totals['accepted']} volumes; {totals['rejected']} volumes refused, "
+        f"{totals['duplicate']} duplicates; {len(info['shards'])} shards, {totals['shard_bytes'] / 2**20:.1f} MiB"
+    )
+    sets = Table("set", "licence", "volumes", "slices", "refused", "duplicates", box=None)
+    for source in info["sources"]:
+        cells = (source[name] for name in ("name", "licence", "accepted", "slices", "rejected", "duplicate"))
+        sets.add_row(*(str(cell) for cell in cells))
+    console.print(sets)
+    rows, cols = (corpus.slices.column(name).to_numpy() for name in ("rows", "cols"))
+    spacing = corpus.spacing_mm
+    ranges = Table("per slice", "least", "median", "most", box=None)
+    for name, values in (("rows [px]", rows), ("columns [px]", cols), ("pixel [mm]", spacing[:, 0])):
+        ranges.add_row(name, *(f"{value:.4g}" for value in (values.min(), np.median(values), values.max())))
+    console.print(ranges)
+    reasons = corpus.volumes.filter(np.asarray(corpus.volumes.column("status").to_pylist()) == "rejected").column("reason")
+    for entry in sorted(reasons.value_counts().to_pylist(), key=lambda item: -item["counts"])[:10]:
+        console.print(f"refused {entry['counts']} x {entry['values']}")
+    lists = info.get("exclusion_lists", [])
+    if lists:
+        console.print(f"left out by lists: {lists_text(lists)}")
+    audits = info.get("audit", [])
+    if not any(says_something(entry) for entry in audits):
+        console.print("audited against: nothing")
+    for entry in audits:
+        left_out = f"; {entry['left_out']} volumes were left out for it" if "left_out" in entry else ""
+        console.print(f"audited against {entry['name']}: {audit_text(entry)}{left_out}", markup=False)
+
+
+def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int, tile_px: int = 192) -> None:
+    """Draw slices at random onto one PNG: axial slices only, in which nobody can be recognised.
+
+    Args:
+        root: The corpus, or its URL.
+        out: PNG to write.
+        count: How many slices.
+        seed: Which ones.
+        tile_px: Size of a slice on the sheet.
+    """
+    corpus = Corpus(root)
+    chosen = numpy_rng(seed, "contact sheet").choice(len(corpus), size=min(count, len(corpus)), replace=False)
+    columns = max(1, min(8, round(len(chosen) ** 0.5 * 1.3)))
+    rows = -(-len(chosen) // columns)
+    sheet = Image.new("L", (columns * tile_px, rows * (tile_px + 14)), 255)
+    draw = ImageDraw.Draw(sheet)
+    for place, index in enumerate(sorted(int(number) for number in chosen)):
+        x, y = (place % columns) * tile_px, (place // columns) * (tile_px + 14)
+        sheet.paste(_tile(corpus.read(index), corpus.spacing_mm[index], tile_px), (x, y))
+        draw.text((x + 2, y + tile_px + 1), f"{corpus.key(index)}  {corpus.spacing_mm[index][0]:.2f} mm", fill=0)
+    stream = io.BytesIO()
+    sheet.save(stream, "PNG")
+    with atomic_write(out) as file:
+        file.write(stream.getvalue())
+
+
+def _tile(hu: NDArray[np.int16], spacing_mm: NDArray[np.float64], tile_px: int) -> Image.Image:
+    lung = float(np.mean((hu > -950) & (hu < -600))) > 0.12
+    picture = window_picture(hu, _LUNG_WINDOW_HU if lung else WINDOW_HU)
+    picture = in_proportion(picture, (spacing_mm[0], spacing_mm[1]), tile_px, Image.Resampling.BILINEAR)
+    tile = Image.new("L", (tile_px, tile_px), 0)
+    tile.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
+    return tile

@@ -1,0 +1,1 @@
+"""Data that must stay unseen."""

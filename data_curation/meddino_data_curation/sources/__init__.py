@@ -1,0 +1,1 @@
+"""What lies under the sources, and which sets there are."""

@@ -1,0 +1,168 @@
+"""What lies under the sources: files and DICOM series that may be volumes, before any pixel is read."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from meddino.core.errors import ConfigError, VolumeError
+from meddino_data_curation.config import SourceConfig
+from meddino_data_curation.privacy import Salt, cause_without_path
+from meddino_data_curation.sources.path_globs import glob_pattern
+from meddino_data_curation.sources.patient_ids import named_in_path, patient_id
+from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
+
+VOLUME_SUFFIXES = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".nrrd": "nrrd",
+    ".nhdr": "nrrd",
+    ".mha": "metaimage",
+    ".mhd": "metaimage",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One thing that may become a volume.
+
+    Attributes:
+        volume_id: Salted hash of where it comes from.
+        source: Index into the config's sources.
+        format: "nifti", "nrrd", "metaimage" or "dicom".
+        files: Absolute paths, in a fixed order; of a header with files of voxels, the header comes first.
+        place: What the private source map says: path inside the source, or the series.
+        patient_key: Salted hash of the patient, or None where nothing tells.
+        series_key: Salted hash of the DICOM series or of the file.
+        study_key: Salted hash of the DICOM study, or None.
+        stamp: Sizes and times of the files: another stamp means they have to be read again.
+        problem: Why it is refused without being read, or "".
+        patient: The patient's id as written; only ever hashed with the salt.
+        patient_is_known: Whether patient_key means the same person in every source.
+    """
+
+    volume_id: str
+    source: int
+    format: str
+    files: tuple[Path, ...]
+    place: str
+    patient_key: str | None
+    series_key: str
+    study_key: str | None = None
+    stamp: str = ""
+    problem: str = ""
+    notes: tuple[str, ...] = field(default=())
+    patient: str = field(default="", repr=False)
+    patient_is_known: bool = False
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file under a source.
+
+    Attributes:
+        path: Absolute path.
+        inside: Path inside the source, with slashes.
+        size: Bytes.
+        mtime_ns: Time of the last change.
+        problem: Why it cannot be read, or "".
+    """
+
+    path: Path
+    inside: str
+    size: int
+    mtime_ns: int
+    problem: str = ""
+
+    @property
+    def stamp(self) -> str:
+        """Differs when the file has changed."""
+        return f"{self.inside}:{self.size}:{self.mtime_ns}"
+
+
+def find_files(source: SourceConfig) -> Iterator[FoundFile]:
+    """Walk a source in a fixed order; links are followed, loops of links are not.
+
+    Raises:
+        ConfigError: The source does not exist or cannot be listed.
+    """
+    root = source.path
+    if not root.exists():
+        raise ConfigError(f"source '{source.name}': no such file or folder: {root}")
+    if root.is_file():
+        yield _found(root, root.name)
+        return
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise ConfigError(f"source '{source.name}': no permission to list {root}")
+    pattern = None if source.include == "**/*" else glob_pattern(source.include)
+    visited: set[tuple[int, int]] = set()
+    unlisted: list[OSError] = []
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unlisted.append):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in visited:  # reached before, by another link
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            inside = path.relative_to(root).as_posix()
+            if pattern is None or pattern.fullmatch(inside):
+                yield _found(path, inside)
+    for error in unlisted:
+        inside = Path(os.fsdecode(error.filename)).relative_to(root).as_posix()
+        yield FoundFile(Path(root, inside), inside, 0, 0, "folder cannot be listed: no permission")
+
+
+def volume_suffix(name: str) -> str | None:
+    """Return the ending that makes a file a volume by its name, or None."""
+    lower = name.lower()
+    return next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None)
+
+
+def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str) -> Candidate:
+    """Return the candidate of one volume file."""
+    suffix = volume_suffix(found.path.name)
+    stem = found.inside[: -len(suffix)] if suffix else found.inside
+    voxel_files = _voxel_files(found, format)
+    named = named_in_path(source.patient_pattern, found.inside)
+    # A DICOM file that cannot be read is IM0001 in every folder.
+    patient = named or ("" if format == "dicom" else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name))
+    who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=found.inside)
+    return Candidate(
+        volume_id=salt.key("volume", source.name, found.inside),
+        source=source_number,
+        format=format,
+        files=(found.path, *voxel_files.files),
+        place=found.inside,
+        patient_key=who.key,
+        series_key=salt.key("series", source.name, found.inside),
+        stamp=found.stamp + voxel_files.stamp,
+        problem=found.problem,
+        patient=patient,
+        patient_is_known=who.is_known,
+    )
+
+
+def _voxel_files(found: FoundFile, format: str) -> VoxelFiles:
+    """Return where the voxels lie that are not in the file itself; a header that is wrong is told of when it is read."""
+    if format in ("nrrd", "metaimage") and not found.problem:
+        with suppress(VolumeError, OSError):
+            return find_voxel_files(found.path, format)
+    return VoxelFiles((), "unknown")
+
+
+def _found(path: Path, inside: str) -> FoundFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return FoundFile(path, inside, 0, 0, f"file cannot be read: {cause_without_path(error)}")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        return FoundFile(path, inside, 0, 0, "file cannot be read: it is a pipe, a socket or a device")
+    problem = "" if os.access(path, os.R_OK) else "file cannot be read: no permission"
+    if not problem and status.st_size == 0:
+        problem = "file is empty"
+    return FoundFile(path, inside, status.st_size, status.st_mtime_ns, problem)

@@ -1,0 +1,186 @@
+"""From sources to candidates: every file is looked at once, DICOM files are put together to series."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+
+from meddino_data_curation.config import SourceConfig
+from meddino_data_curation.dicom_headers import DicomHeader, read_header
+from meddino_data_curation.file_kinds import (
+    has_dicom_magic,
+    is_companion,
+    looks_like_dicom,
+    read_head,
+    unpacked_head,
+    volume_format,
+    why_not_read,
+)
+from meddino_data_curation.nifti import GZIP_ERRORS
+from meddino_data_curation.privacy import Salt, cause_without_path
+from meddino_data_curation.progress import progress
+from meddino_data_curation.sources.candidates import (
+    VOLUME_SUFFIXES,
+    Candidate,
+    FoundFile,
+    file_candidate,
+    find_files,
+    volume_suffix,
+)
+from meddino_data_curation.sources.dicom_series import group_series
+from meddino_data_curation.worker_pool import in_processes
+
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_MANY_FILES = 2000  # headers take 0.7 ms each, starting processes a second
+_UNUSED = ("unreadable: ", "not read: ")
+
+
+@dataclass
+class Discovery:
+    """What lies under the sources.
+
+    Attributes:
+        candidates: Sorted by volume_id.
+        files: How many files were seen, by what became of them: "volume file", "DICOM file", "other", or, of what may have
+            been meant as a volume or slice, "unreadable: " and "not read: " with the reason.
+    """
+
+    candidates: list[Candidate] = field(default_factory=list)
+    files: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def unused(self) -> Counter[str]:
+        """How many files may have been meant as a volume or slice and are none, by reason."""
+        return Counter({kind: count for kind, count in self.files.items() if kind.startswith(_UNUSED)})
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a file's first bytes, and DICOM's header, say.
+
+    Attributes:
+        header: Of a DICOM file.
+        format: Of a volume whose name does not tell.
+        problem: Why a DICOM file is of no use.
+        not_read: Which format it has, if that is none that is read.
+    """
+
+    header: DicomHeader | None = None
+    format: str | None = None
+    problem: str = ""
+    not_read: str = ""
+
+
+def discover(sources: Sequence[SourceConfig], salt: Salt, workers: int = 1) -> Discovery:
+    """Walk all sources.
+
+    Args:
+        sources: Folders or files.
+        salt: For the keys of patients, studies, series and volumes.
+        workers: Processes that read DICOM headers, where there are many.
+
+    Raises:
+        ConfigError: A source does not exist.
+        VolumeError: A process that read headers was ended by the system.
+    """
+    found = Discovery()
+    for number, source in enumerate(sources):
+        sorting = _Sorting(number, source, salt, found)
+        unknown = [file for file in find_files(source) if not sorting.takes(file)]
+        for file, look in zip(unknown, _looks(unknown, workers), strict=True):
+            sorting.add(file, look)
+        sorting.finish()
+    found.candidates.sort(key=lambda candidate: candidate.volume_id)
+    return found
+
+
+class _Sorting:
+    """The files of one source on their way to candidates."""
+
+    def __init__(self, number: int, source: SourceConfig, salt: Salt, found: Discovery) -> None:
+        self.number, self.source, self.salt, self.found = number, source, salt, found
+        self.headers: list[DicomHeader] = []
+        self.broken: list[FoundFile] = []
+
+    def takes(self, file: FoundFile) -> bool:
+        """Take a file whose name or state says what it is; False for one that has to be opened."""
+        suffix = volume_suffix(file.path.name)
+        if suffix:
+            self._volume(file, VOLUME_SUFFIXES[suffix])
+        elif is_companion(file.path.name):
+            self.found.files["other"] += 1
+        elif file.problem:
+            self._broken(file)
+        else:
+            return False
+        return True
+
+    def add(self, file: FoundFile, look: _Look) -> None:
+        """Take a file that was opened."""
+        if look.header is not None:
+            self.found.files["DICOM file"] += 1
+            self.headers.append(look.header)
+        elif look.format is not None:
+            self._volume(file, look.format)
+        elif look.problem:
+            self._broken(replace(file, problem=look.problem))
+        else:
+            self.found.files[f"not read: {look.not_read}" if look.not_read else "other"] += 1
+
+    def finish(self) -> None:
+        """Make candidates of the DICOM files, and of what was broken among them."""
+        folders = {PurePosixPath(header.inside).parent for header in self.headers}
+        for file in self.broken:
+            # An empty file anywhere may be anything; one in a folder of DICOM files was a slice.
+            is_slice = PurePosixPath(file.inside).parent in folders and not why_not_read(file.path.name)
+            if is_slice or _is_named_dicom(file) or "folder" in file.problem or "DICOM" in file.problem:
+                self.found.candidates.append(file_candidate(file, self.number, self.source, self.salt, "dicom"))
+        self.found.candidates += group_series(self.headers, self.number, self.source, self.salt)
+
+    def _volume(self, file: FoundFile, format: str) -> None:
+        self.found.files["volume file"] += 1
+        self.found.candidates.append(file_candidate(file, self.number, self.source, self.salt, format))
+
+    def _broken(self, file: FoundFile) -> None:
+        self.found.files[f"unreadable: {file.problem}"] += 1
+        self.broken.append(file)
+
+
+def _is_named_dicom(file: FoundFile) -> bool:
+    return file.path.name.lower().endswith(_DICOM_SUFFIXES)
+
+
+def _looks(files: Sequence[FoundFile], workers: int) -> Iterator[_Look]:
+    """Look at files in their order."""
+    with progress("reading DICOM headers", len(files)) as advance:
+        for look in in_processes(_look, files, workers if len(files) >= _MANY_FILES else 1):
+            advance()
+            yield look
+
+
+def _look(file: FoundFile) -> _Look:
+    try:
+        head = read_head(file.path)
+        if _is_named_dicom(file) or looks_like_dicom(head):
+            return _dicom(file, head)
+        reason = why_not_read(file.path.name)
+        if reason:
+            return _Look(not_read=reason)
+        unpacked = unpacked_head(file.path, head)
+    except GZIP_ERRORS:
+        unpacked = None  # whatever it was, it is not known by its name either
+    except OSError as error:
+        return _Look(problem=f"file cannot be read: {cause_without_path(error)}")
+    format = volume_format(unpacked or head)
+    if unpacked is not None and (format in ("nrrd", "metaimage") or has_dicom_magic(unpacked)):
+        return _Look(not_read="an archive, or packed")
+    return _Look(format=format)
+
+
+def _dicom(file: FoundFile, head: bytes) -> _Look:
+    header = read_header(file.path, file.inside, file.stamp)
+    if header is not None:
+        return _Look(header=header)
+    if has_dicom_magic(head):
+        return _Look(problem="DICOM: header is truncated or damaged")
+    return _Look(problem="file is named as DICOM and is none, or damaged") if _is_named_dicom(file) else _Look()

@@ -1,0 +1,109 @@
+"""The registry of public CT sets: what each is, where it is to be had, what may be done with it, and how its files lie."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from meddino.core.config import StrictConfig, load_config
+from meddino.core.errors import ConfigError
+from meddino.core.packaged import shipped_configs
+from meddino_data_curation.sources.licences import needs_decision
+
+SHIPPED_REGISTRY = "ct3m"
+LicenceKind = Literal["permissive", "non-commercial", "unclear"]
+
+
+class LicenceEntry(StrictConfig):
+    """What may be done with a set."""
+
+    id: Annotated[str, Field(description="SPDX id, or LicenseRef-... where there is none; the name for licences.allow")]
+    kind: Annotated[LicenceKind, Field(description="the last two need a decision: licences.allow")]
+    basis: Annotated[str, Field(description="where it stands, and what contradicts it")]
+
+    @model_validator(mode="after")
+    def _is_told_apart_by_its_name(self) -> "LicenceEntry":
+        # A source carries only the id: build's own check must come to the same answer from it.
+        if needs_decision(self.id) != (self.kind != "permissive"):
+            raise ValueError(f"licence id '{self.id}' does not say that it is {self.kind}")
+        return self
+
+
+class PartEntry(StrictConfig):
+    """Some volumes of a set that belong together."""
+
+    name: Annotated[str, Field(description="train, val, test, ...")]
+    files: Annotated[str, Field(description="glob below the set's folder; **/, *, ?, [0-9] and {a,b} mean what shells mean")]
+    volume_is: Annotated[Literal["file", "folder"], Field(description="folder: all matching files of a folder are one volume")]
+    volumes: Annotated[int | None, Field(ge=1, description="how many there should be; null: not known")]
+    held_out: Annotated[bool, Field(description="the set's own test data: kept out of a corpus unless asked for")]
+
+
+class HeldOutTable(StrictConfig):
+    """A table among the set's files that names its test volumes."""
+
+    file: Annotated[str, Field(description="glob below the set's folder")]
+    separator: Annotated[str, Field(min_length=1, max_length=1, description="between columns")]
+    id_column: Annotated[str, Field(description="column with the volume's id")]
+    split_column: Annotated[str, Field(description="column that says train or test")]
+    held_out_value: Annotated[str, Field(description="what that column says of test volumes")]
+    volume: Annotated[str, Field(description="glob of a volume below the set's folder; {id} is filled in")]
+
+
+class SetEntry(StrictConfig):
+    """One public set."""
+
+    name: Annotated[str, Field(description="stands in manifests")]
+    title: Annotated[str, Field(description="in words")]
+    citation: Annotated[str, Field(description="what to cite")]
+    doi: Annotated[tuple[str, ...], Field(description="of the data, then of the article")]
+    licence: LicenceEntry
+    url: Annotated[str, Field(description="where it is to be had")]
+    access: Annotated[Literal["open", "registration", "on request"], Field(description="what it takes to get it")]
+    folders: Annotated[
+        tuple[str, ...], Field(min_length=1, description="globs of folder names that hold the set; upper or lower case is one")
+    ]
+    parts: Annotated[tuple[PartEntry, ...], Field(min_length=1, description="its volumes")]
+    held_out_table: Annotated[HeldOutTable | None, Field(description="null where folders or file names tell, or nothing")]
+    held_out_rule: Annotated[str, Field(description="which volumes are test data, in words")]
+    patient_pattern: Annotated[str, Field(description="regex; its first group is the patient; empty: the file's name")]
+    preference: Annotated[int, Field(ge=0, description="of duplicates, the one from the set with the lowest number is kept")]
+    repackages: Annotated[tuple[str, ...], Field(description="sets of this registry whose scans come again in it")]
+    not_known: Annotated[tuple[str, ...], Field(description="what could not be found out")]
+
+    @property
+    def volumes(self) -> int:
+        """How many volumes the set should have, where that is known."""
+        return sum(part.volumes or 0 for part in self.parts)
+
+    @property
+    def full_citation(self) -> str:
+        """The citation with its DOIs."""
+        return " ".join([self.citation, *(f"doi:{doi}" for doi in self.doi)])
+
+
+def load_registry(folder: Path | None = None) -> list[SetEntry]:
+    """Read a registry, one YAML file a set.
+
+    Args:
+        folder: With the YAML files; None is the shipped one of the 17 sets of CT-3M.
+
+    Returns:
+        The sets, sorted by name.
+
+    Raises:
+        ConfigError: A file is wrong, there is none, or a set repackages one that is not in the registry.
+    """
+    where = folder or shipped_configs() / "data_curation" / SHIPPED_REGISTRY
+    files = sorted(where.glob("*.yaml"))
+    if not files:
+        raise ConfigError(f"no registry in {where}: no YAML file there")
+    entries = [load_config(SetEntry, [file]) for file in files]
+    names = [entry.name for entry in entries]
+    for file, entry in zip(files, entries, strict=True):
+        if entry.name != file.stem:
+            raise ConfigError(f"{file}: name is '{entry.name}'; it must be the file's name, '{file.stem}'")
+        unknown = set(entry.repackages) - set(names)
+        if unknown:
+            raise ConfigError(f"{file}: repackages names '{min(unknown)}', which is not in the registry")
+    return entries

@@ -1,0 +1,54 @@
+"""`meddino-eval knn | linear | few-shot | finetune | retrieve`: one backbone on one data set."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DEFAULT_PROTOCOLS = {
+    "knn": "[knn]",
+    "linear": "[logistic,linear,mlp]",
+    "finetune": "[finetune]",
+}
+"""What a command runs unless `protocols=[...]` says otherwise."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that these commands share."""
+    parser.add_argument(
+        "--model", required=True, help="export folder, random:<name>, <name>@<weights file>, or a catalogue name"
+    )
+    parser.add_argument(
+        "--data", required=True, help="shipped name (see `meddino-eval datasets list`) or YAML file of the data set"
+    )
+    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--config", default="representation", help="YAML file or shipped name")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. protocols=[lora,bitfit] split.repeats=5")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command that was named."""
+    from meddino.core.config import load_config, to_yaml
+    from meddino.core.files import write_text
+    from meddino_evaluation.adaptation.retrieval import retrieve
+    from meddino_evaluation.backbones.load import load_backbone
+    from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
+    from meddino_evaluation.classification.evaluate import evaluate
+    from meddino_evaluation.classification.evaluation_config import RepresentationConfig
+    from meddino_evaluation.classification.report import write_report
+    from meddino_evaluation.classification.results import metric_text
+
+    own = DEFAULT_PROTOCOLS.get(arguments.command)
+    overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]
+    config = load_config(RepresentationConfig, [arguments.config], overrides, kind="evaluation")
+    dataset = open_dataset(load_dataset_config(arguments.data), arguments.root)
+    backbone = load_backbone(arguments.model)
+    write_text(arguments.out / "config.yaml", to_yaml(config))
+    if arguments.command == "retrieve":
+        found = retrieve(backbone, dataset, config, arguments.out)
+        lines = [f"{name}: {metric_text(values)}" for name, values in found["metrics"].items()]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return
+    content = evaluate(backbone, dataset, config, arguments.out, few_shot=arguments.command == "few-shot")
+    table = write_report(content, arguments.out)
+    sys.stdout.write(table.markdown() + f"report: {arguments.out / 'report.html'}\n")

@@ -1,0 +1,50 @@
+"""`meddino-eval datasets list | fake | prepare`: the shipped definitions, tiny fake copies, and nnU-Net raw layout."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meddino-eval datasets`."""
+    parser.add_argument(
+        "action",
+        choices=["list", "fake", "prepare", "check"],
+        help="list: what is shipped; fake: a tiny copy in the "
+        "real layout; prepare: a segmentation set as nnU-Net raw; check: read every case of --root",
+    )
+    parser.add_argument("name", nargs="?", help="shipped name or YAML file")
+    parser.add_argument("--root", type=Path, help="folder of the data set (prepare, check)")
+    parser.add_argument("--out", type=Path, help="folder to write (fake, prepare)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `meddino-eval datasets`."""
+    from meddino.core.errors import ConfigError
+    from meddino.core.packaged import shipped_configs
+    from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
+    from meddino_evaluation.classification.fake_data import make_fake
+    from meddino_evaluation.classification.images import read_slices
+    from meddino_evaluation.classification.segmentation_sets import prepare_segmentation
+
+    if arguments.action == "list":
+        for path in sorted((shipped_configs() / "evaluation" / "datasets").glob("*.yaml")):
+            config = load_dataset_config(path)
+            sys.stdout.write(f"{config.name:22} {config.task:13} {config.licence:45} {config.title}\n")
+        return
+    needed = {"fake": ("name", "out"), "prepare": ("name", "root", "out"), "check": ("name", "root")}[arguments.action]
+    missing = [f"--{one}" if one != "name" else "a name" for one in needed if getattr(arguments, one) is None]
+    if missing:
+        raise ConfigError(f"meddino-eval datasets {arguments.action} needs {', '.join(missing)}")
+    if arguments.action == "fake":
+        make_fake(arguments.name, arguments.out)
+    elif arguments.action == "prepare":
+        count = prepare_segmentation(load_dataset_config(arguments.name), arguments.root, arguments.out)
+        sys.stdout.write(f"{count} cases in {arguments.out}; now: meddino-eval segment --data {arguments.out} ...\n")
+    else:
+        config = load_dataset_config(arguments.name)
+        dataset = open_dataset(config, arguments.root)
+        for case in dataset.cases:
+            read_slices(case.source, config.modality)
+        patients = len({case.patient for case in dataset.cases})
+        sys.stdout.write(f"{config.name}: {len(dataset.cases)} cases of {patients} patients, all readable\n")

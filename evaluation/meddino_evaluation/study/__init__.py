@@ -1,0 +1,1 @@
+"""Many backbones, protocols and data sets as one job list."""

@@ -1,0 +1,58 @@
+"""`meddino-eval study compare | freeze | few-shot`: many backbones and data sets, as a list of jobs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `meddino-eval study`."""
+    parser.add_argument(
+        "kind",
+        choices=["compare", "freeze", "few-shot"],
+        help="compare: models x protocols x data; "
+        "freeze: model x size x frozen or not; few-shot: curves over training patients",
+    )
+    parser.add_argument("--config", required=True, help="YAML file or shipped name of the study")
+    parser.add_argument("--out", required=True, type=Path, help="folder; the same command again goes on there")
+    parser.add_argument("--model", help="what {model} stands for in the study's list of models")
+    parser.add_argument("--data-root", type=Path, help="folder that the study's data folders are below")
+    parser.add_argument("--part", help="i/n: only every n-th job, for job arrays (a SLURM array's own numbers by default)")
+    parser.add_argument("--list", action="store_true", help="print the jobs and which are done, and run nothing")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.split.repeats=5")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run `meddino-eval study`."""
+    from meddino.core.errors import MedDINOError
+    from meddino_evaluation.study.job_list import (
+        list_jobs,
+        load_results,
+        load_study,
+        parse_part,
+        run_jobs,
+        save_study,
+    )
+    from meddino_evaluation.study.study_tables import write_study
+
+    config = load_study(arguments.config, arguments.overrides)
+    jobs = list_jobs(arguments.kind, config, arguments.out, arguments.model, arguments.data_root)
+    if arguments.list:
+        for number, job in enumerate(jobs, start=1):
+            done = (arguments.out / "jobs" / job.folder / "metrics.json").is_file()
+            sys.stdout.write(f"{number:4d}  {'done' if done else 'to do'}  {job.folder}\n")
+        return
+    part = parse_part(arguments.part)
+    if part is None:
+        save_study(config, arguments.out)
+    problems = run_jobs(jobs, arguments.out, part)
+    found = load_results(jobs, arguments.out)
+    if part is None or len(found) == len(jobs):
+        # In an array every task tries; the one that finds all jobs done writes the tables.
+        write_study(arguments.kind, config, found, arguments.out, problems)
+        sys.stdout.write((arguments.out / "results.md").read_text(encoding="utf-8"))
+        sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
+    else:
+        sys.stdout.write(f"{len(found)} of {len(jobs)} jobs are done; tables are written when all are\n")
+    if problems:
+        raise MedDINOError("not every job could run: " + " | ".join(problems))

@@ -1,0 +1,1 @@
+"""Exports: written, proven equal to their source, and loaded again."""

@@ -1,0 +1,223 @@
+"""The model folder that people share: model.safetensors, config.json, MODEL_CARD.md. Never a pickle."""
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor
+
+from meddino.checkpoints.state.training_state import MAX_META_BYTES
+from meddino.core.config import StrictConfig, check_config
+from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.files import sha256_file, write_json
+from meddino.data.contract import InputContract
+from meddino.models.vision_transformer import ViTConfig
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CARD_FILE = "MODEL_CARD.md"
+FORMAT = "meddino-model"
+VERSION = 1
+OWN_LICENCE = "Apache-2.0"
+DINOV3_LICENCE = "DINOv3 License"
+
+
+class Architecture(ViTConfig):
+    """The backbone's shape, under the name it goes by."""
+
+    name: Annotated[str, Field(description="registry name, or 'custom'")] = "custom"
+
+    def vit_config(self) -> ViTConfig:
+        """Return it without the name."""
+        return ViTConfig(**self.model_dump(exclude={"name"}))
+
+
+class StageRecord(StrictConfig):
+    """One stage that the weights went through."""
+
+    name: Annotated[str, Field(description="name in the stage graph")]
+    steps: Annotated[int, Field(ge=0, description="optimizer steps taken in it")]
+
+
+class ParentRecord(StrictConfig):
+    """The weights that training started from."""
+
+    name: Annotated[str, Field(description="file or model name, without a machine's path")]
+    sha256: Annotated[str | None, Field(description="of the file, where it was one")] = None
+    licence: Annotated[str, Field(description="licence of those weights; it travels along")]
+
+
+class DataRecord(StrictConfig):
+    """One data set of the training corpus."""
+
+    dataset: Annotated[str, Field(description="name in volumes.parquet")]
+    licence: Annotated[str, Field(description="as recorded at curation")] = "unknown"
+    volumes: Annotated[int | None, Field(description="accepted volumes")] = None
+
+
+class TrainingVolumesRecord(StrictConfig):
+    """The list of the volumes of the training corpus, in training_volumes.txt beside config.json."""
+
+    sha256: Annotated[str, Field(description="of the file")]
+    volumes: Annotated[int, Field(ge=0, description="lines: different volumes by the content of their voxels")]
+
+
+class Lineage(StrictConfig):
+    """Where the weights come from."""
+
+    corpus_hash: Annotated[str | None, Field(description="content hash of the corpus; none for random weights")] = None
+    data: Annotated[tuple[DataRecord, ...], Field(description="data sets with their licences")] = ()
+    training_volumes: Annotated[
+        TrainingVolumesRecord | None, Field(description="list of content hashes, for finding test volumes in it")
+    ] = None
+    audited_against: Annotated[tuple[str, ...], Field(description="test sets that the corpus was audited against")] = ()
+    stages: Annotated[tuple[StageRecord, ...], Field(description="stages in the order they ran")] = ()
+    parent: Annotated[ParentRecord | None, Field(description="none: trained from scratch")] = None
+    licence: Annotated[str, Field(description="licence of these weights")] = OWN_LICENCE
+
+
+class WeightsRecord(StrictConfig):
+    """What model.safetensors holds."""
+
+    file: Annotated[str, Field(description="file name in this folder")] = WEIGHTS_FILE
+    sha256: Annotated[str, Field(description="of the file")]
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], Field(description="of the floating-point weights")]
+    parameters: Annotated[int, Field(ge=0, description="number of parameters of the backbone")]
+    role: Annotated[Literal["teacher", "student", "backbone"], Field(description="which network of the trainer this is")]
+
+
+class ModelConfig(StrictConfig):
+    """The content of config.json."""
+
+    format: Annotated[Literal["meddino-model"], Field(description="says what this folder is")] = "meddino-model"
+    version: Annotated[Literal[1], Field(description="of the format")] = 1
+    architecture: Annotated[Architecture, Field(description="what to build")]
+    input_contract: Annotated[InputContract, Field(description="how HU become input")]
+    resolutions_px_seen: Annotated[tuple[int, ...], Field(description="sides of the global crops in training [px]")] = ()
+    lineage: Annotated[Lineage, Field(description="where the weights come from")] = Lineage()
+    weights: Annotated[WeightsRecord, Field(description="the weights file")]
+    metrics: Annotated[dict[str, Any], Field(description="figures given at export")] = Field(default_factory=dict)
+    command: Annotated[str, Field(description="that made this folder, without paths")]
+    meddino_version: Annotated[str, Field(description="that made this folder")]
+
+
+def meddino_version() -> str:
+    """Return the installed version of MedDINO."""
+    try:
+        return version("meddino")
+    except PackageNotFoundError:
+        return "0+unknown"
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file; equal tensors give equal bytes."""
+    # One metadata key only: several would be written in a changing order.
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read; these are for sharing
+
+
+def write_config(folder: Path, config: ModelConfig) -> None:
+    """Write config.json: sorted, without a date, so that equal models give equal bytes."""
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
+
+
+def weights_sha256(tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 that `write_weights`'s file would have."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return hashlib.sha256(save(plain, metadata={"format": "pt"})).hexdigest()
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Tell by its config.json whether a folder is an export of ours."""
+    path = folder / CONFIG_FILE
+    if not path.is_file() or path.stat().st_size > MAX_META_BYTES:
+        return False
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return the checked config.json of a model folder.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, of another kind or of a newer version.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no exported model: it has no {CONFIG_FILE}; make one with meddino-export")
+    if path.stat().st_size > MAX_META_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_META_BYTES >> 20} MiB and no model's {CONFIG_FILE}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({error}); copy the model again") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not of a MedDINO model (format is not '{FORMAT}'); make one with meddino-export")
+    if content.get("version") != VERSION:
+        raise CheckpointError(f"{path} has version {content.get('version')}; this program reads {VERSION}: update meddino")
+    try:
+        return check_config(ModelConfig, content, where=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of a model folder after comparing the file with its checksum.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated, or not the one that config.json names.
+    """
+    path = folder / config.weights.file
+    if Path(config.weights.file).name != config.weights.file or not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the model folder again, with all its files")
+    found = sha256_file(path)
+    if found != config.weights.sha256:
+        raise CheckpointError(
+            f"{path} has SHA-256 {found[:12]}..., config.json names {config.weights.sha256[:12]}...; the file is damaged or "
+            "was replaced: copy the model folder again"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def parameter_count(tensors: dict[str, Tensor]) -> int:
+    """Return the number of parameters; masks and rotary periods are none."""
+    return sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith((".bias_mask", "rope_embed.periods")))
+
+
+def check_names(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:
+    """Compare names and shapes of tensors with those of a model.
+
+    Raises:
+        CheckpointError: Names what is missing, unexpected or of another shape.
+    """
+    problems = {
+        "missing": [name for name in wanted if name not in tensors],
+        "unexpected": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
+            for name, value in wanted.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+        "not finite": [
+            name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        ],
+    }
+    found = [
+        f"{what} ({len(names)}): {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise CheckpointError(f"{where}: the weights do not fit the architecture: {'; '.join(found)}")

@@ -1,0 +1,89 @@
+"""Which volumes weights were trained on: a list of content hashes that travels with run and export.
+
+With it, a test set can be compared with what a model has seen where the corpus itself is not at hand. The hashes are of
+voxels in Hounsfield units (whatever a file's format, type and orientation): they name nobody, and only who has a scan can
+find it.
+"""
+
+import hashlib
+from pathlib import Path
+
+from meddino.checkpoints.export.model_folder import TrainingVolumesRecord, is_model_folder, read_config
+from meddino.core.errors import CheckpointError
+from meddino.core.files import write_text
+from meddino.data.corpus import Corpus
+
+VOLUMES_FILE = "training_volumes.txt"
+PREFIX_LENGTH = 16  # of 32 hex digits: among a million volumes two alike come by chance once in 4e7 corpora
+IN_TRAINING = ("accepted", "duplicate")  # a duplicate's scan is in the corpus in another guise
+_MAX_BYTES = 1 << 28
+_LEVELS = 3  # from a checkpoint's folder up to its run's
+
+
+def content_key(content_hash: str) -> str:
+    """Return what the list holds of a content hash."""
+    return content_hash[:PREFIX_LENGTH]
+
+
+def training_hashes(corpus: Corpus) -> frozenset[str]:
+    """Return the content hashes of the volumes whose scans are in a corpus, duplicates that were left out included."""
+    rows = corpus.volumes.select(["status", "content_hash"]).to_pylist()
+    return frozenset(str(row["content_hash"]) for row in rows if row["content_hash"] and row["status"] in IN_TRAINING)
+
+
+def volume_list(corpus: Corpus) -> str:
+    """Return the list of a corpus, one volume a line, sorted: equal corpora give equal bytes."""
+    return "".join(f"{key}\n" for key in sorted({content_key(name) for name in training_hashes(corpus)}))
+
+
+def list_record(text: str) -> TrainingVolumesRecord:
+    """Return what a lineage says of a list."""
+    return TrainingVolumesRecord(sha256=hashlib.sha256(text.encode()).hexdigest(), volumes=text.count("\n"))
+
+
+def write_volume_list(folder: Path, corpus: Corpus) -> None:
+    """Write a corpus's list into a run's folder; one that is there and says the same is left alone."""
+    text, path = volume_list(corpus), folder / VOLUMES_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def find_volume_list(folder: Path, record: TrainingVolumesRecord | None) -> str | None:
+    """Return the list that a lineage names, from a model's folder, or from a checkpoint's or the run's above it.
+
+    Returns:
+        None if the lineage names none or it lies nowhere there.
+
+    Raises:
+        CheckpointError: What lies there is another one.
+    """
+    if record is None:
+        return None
+    for place in (folder, *list(folder.resolve().parents)[:_LEVELS]):
+        path = place / VOLUMES_FILE
+        if path.is_file():
+            if path.stat().st_size > _MAX_BYTES:
+                raise CheckpointError(f"{path} is larger than {_MAX_BYTES >> 20} MiB and no list of training volumes")
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if list_record(text) != record:
+                raise CheckpointError(
+                    f"{path} is not the list that the weights were trained with: damaged, or of another corpus"
+                )
+            return text
+    return None
+
+
+def training_volumes(model: str | Path) -> frozenset[str] | None:
+    """Return the keys (see `content_key`) of the volumes that an export was trained on.
+
+    Returns:
+        None where the model is no export of ours, or says nothing of its volumes.
+
+    Raises:
+        CheckpointError: Its list is damaged.
+    """
+    folder = Path(model)
+    if not is_model_folder(folder):
+        return None
+    text = find_volume_list(folder, read_config(folder).lineage.training_volumes)
+    return None if text is None else frozenset(text.split())

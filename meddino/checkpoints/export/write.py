@@ -1,0 +1,187 @@
+"""From a run or a training checkpoint to a folder that can be shared, compared with its source before it is called done."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meddino.checkpoints.export.check_slices import check_slices
+from meddino.checkpoints.export.comparison import largest_difference, outputs
+from meddino.checkpoints.export.foreign_options import ForeignOptions
+from meddino.checkpoints.export.model import Model, assemble, load
+from meddino.checkpoints.export.model_card import model_card
+from meddino.checkpoints.export.model_folder import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    ModelConfig,
+    WeightsRecord,
+    meddino_version,
+    parameter_count,
+    write_config,
+    write_weights,
+)
+from meddino.checkpoints.export.source import ExportSource, Role, read_source
+from meddino.checkpoints.export.to_onnx import export_onnx
+from meddino.checkpoints.export.to_timm import export_timm
+from meddino.checkpoints.export.to_transformers import export_transformers
+from meddino.checkpoints.export.training_volumes import VOLUMES_FILE
+from meddino.core.errors import CheckpointError
+from meddino.core.files import atomic_directory, check_free_space, sha256_file, write_text
+from meddino.core.logging import get_logger
+
+ExportDtype = Literal["fp32", "fp16", "bf16"]
+DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+HEADS_FILE = "heads.safetensors"
+
+_log = get_logger(__name__)
+
+# Writes its files into a folder, loads them with their library and compares.
+FORMATS: dict[str, Callable[[Path, Model, ForeignOptions], None]] = {
+    "timm": export_timm,
+    "hf": export_transformers,
+    "onnx": export_onnx,
+}
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    formats: Sequence[str] = ("safetensors",),
+    *,
+    stage: str | None = None,
+    role: Role = "teacher",
+    dtype: ExportDtype = "fp32",
+    heads: bool = False,
+    onnx_layers: Sequence[int] = (),
+    metrics: Mapping[str, Any] | None = None,
+    corpus: Path | str | None = None,
+) -> Path:
+    """Write a model folder; it appears under its name when everything in it was loaded again and compared.
+
+    Args:
+        source: A run, a training checkpoint, or a model folder.
+        out: The folder to make; one that is there and is a model folder is replaced.
+        formats: "safetensors" is always written; others go beside it.
+        stage: Of a run: this stage's last checkpoint instead of the last finished stage's.
+        role: "teacher" or "student".
+        dtype: Of the weights in our own file.
+        heads: Also write the DINO and iBOT heads.
+        onnx_layers: Blocks whose patch maps the ONNX model gives besides, from 0.
+        metrics: Figures for config.json and the card.
+        corpus: Compare on slices of this corpus instead of made ones.
+
+    Returns:
+        `out`.
+
+    Raises:
+        CheckpointError: If the source cannot be used, or what was written does not compute the same; `out` is then as
+            it was before.
+    """
+    unknown = [name for name in formats if name != "safetensors" and name not in FORMATS]
+    if unknown:
+        raise CheckpointError(f"unknown export formats {unknown}; allowed: {', '.join(['safetensors', *FORMATS])}")
+    _refuse_foreign_folder(out)
+    found = _in_dtype(read_source(source, stage, role), dtype)
+    if heads and not found.heads:
+        raise CheckpointError(f"{source} holds no heads to export; leave --heads away")
+    size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in found.tensors.values())
+    check_free_space(out.parent, (1 + len(formats)) * size + (16 << 20), "the export")
+    command = _command(formats, stage, role, dtype, heads, onnx_layers)
+    with atomic_directory(out) as partial:
+        config = _write_own(partial, found, heads, {**found.metrics, **(metrics or {})}, command)
+        expected = assemble(config, found.tensors, where=str(source))
+        slices = check_slices(expected.patch_size, corpus)
+        _check_own(partial, expected, slices)
+        options = ForeignOptions(slices, DTYPES[dtype], tuple(onnx_layers))
+        for name in formats:
+            if name != "safetensors":
+                (partial / name).mkdir()
+                FORMATS[name](partial / name, expected, options)
+    _log.info("exported %s (%s parameters) to %s", config.architecture.name, f"{config.weights.parameters:,}", out)
+    return out
+
+
+def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str, Any], command: str) -> ModelConfig:
+    """Write what every export holds: weights, config, card, and the list of volumes if there is one."""
+    write_weights(folder / WEIGHTS_FILE, found.tensors)
+    if heads:
+        flat = {f"{head}.{name}": value for head, part in found.heads.items() for name, value in part.items()}
+        write_weights(folder / HEADS_FILE, flat)
+    config = _config(found, sha256_file(folder / WEIGHTS_FILE), metrics, command)
+    write_config(folder, config)
+    write_text(folder / CARD_FILE, model_card(config))
+    if found.volumes is not None:
+        write_text(folder / VOLUMES_FILE, found.volumes)
+    return config
+
+
+def _check_own(folder: Path, expected: Model, slices: Sequence[Tensor]) -> None:
+    loaded = load(folder)
+    for hu in slices:
+        difference = largest_difference(outputs(expected, hu), outputs(loaded, hu))
+        if difference != 0:
+            raise CheckpointError(
+                f"the export does not compute what its source does: outputs differ by {difference:.2e} at "
+                f"{list(hu.shape[-2:])} px; nothing was written, run the command again and check the disk if it repeats"
+            )
+
+
+def _in_dtype(source: ExportSource, dtype: ExportDtype) -> ExportSource:
+    target = DTYPES[dtype]
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        # The rotary periods keep their precision: they are 16 numbers, and angles depend on them.
+        if not tensor.is_floating_point() or name.endswith("rope_embed.periods"):
+            return tensor
+        converted = tensor.to(target)
+        if not torch.isfinite(converted).all():
+            what = "is not finite" if not torch.isfinite(tensor).all() else f"does not fit into {dtype}"
+            largest = tensor.abs().max().item()
+            raise CheckpointError(f"tensor {name} {what} (largest magnitude {largest:g}); export with --dtype bf16 or fp32")
+        return converted
+
+    return replace(
+        source,
+        tensors={name: convert(name, tensor) for name, tensor in source.tensors.items()},
+        heads={head: {name: convert(name, tensor) for name, tensor in part.items()} for head, part in source.heads.items()},
+    )
+
+
+def _config(source: ExportSource, sha256: str, metrics: dict[str, Any], command: str) -> ModelConfig:
+    kinds = {tensor.dtype for name, tensor in source.tensors.items() if not name.endswith("rope_embed.periods")}
+    dtype = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+    weights = {"sha256": sha256, "dtype": dtype, "parameters": parameter_count(source.tensors), "role": source.role}
+    return ModelConfig(
+        architecture=source.architecture,
+        input_contract=source.contract,
+        resolutions_px_seen=source.resolutions_px_seen,
+        lineage=source.lineage if source.volumes is not None else source.lineage.model_copy(update={"training_volumes": None}),
+        weights=WeightsRecord.model_validate(weights),
+        metrics=metrics,
+        command=command,
+        meddino_version=meddino_version(),
+    )
+
+
+def _command(
+    formats: Sequence[str], stage: str | None, role: Role, dtype: ExportDtype, heads: bool, layers: Sequence[int]
+) -> str:
+    # Without paths: they say nothing to a reader elsewhere, and equal models shall give equal bytes.
+    words = ["meddino-export RUN_OR_CHECKPOINT --out MODEL --to", ",".join(formats)]
+    words += ["--stage", stage] if stage else []
+    words += ["--network", role] if role != "teacher" else []
+    words += ["--dtype", dtype] if dtype != "fp32" else []
+    words += ["--onnx-layers", ",".join(map(str, layers))] if layers else []
+    return " ".join([*words, *(["--heads"] if heads else [])])
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a folder's name for the export")
+    if out.is_dir() and any(out.iterdir()) and not (out / WEIGHTS_FILE).is_file():
+        raise CheckpointError(
+            f"{out} holds other things than an exported model and will not be replaced; choose another folder"
+        )

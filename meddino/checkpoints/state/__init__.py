@@ -1,0 +1,1 @@
+"""Training state: saved whole or absent, resumed bit by bit."""

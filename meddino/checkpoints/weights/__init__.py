@@ -1,0 +1,1 @@
+"""Foreign weights files: recognised by content, read without running anything in them."""

@@ -1,0 +1,1 @@
+"""DINOv3: DINO between crops, iBOT on masked patches, KoLeo, Gram anchoring."""

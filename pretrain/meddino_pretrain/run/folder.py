@@ -1,0 +1,186 @@
+"""The folder of a run: its resolved recipe, its stage graph, and who may write into it."""
+
+import fcntl
+import json
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meddino.checkpoints.export.corpus_lineage import corpus_lineage
+from meddino.checkpoints.export.model_folder import ParentRecord
+from meddino.checkpoints.export.training_volumes import write_volume_list
+from meddino.checkpoints.state.training_state import on_main
+from meddino.core.config import differences, load_config, to_yaml
+from meddino.core.errors import ConfigError, MedDINOError
+from meddino.core.files import write_json, write_text
+from meddino.core.logging import get_logger
+from meddino.data.corpus import Corpus
+from meddino.distributed.collectives import is_main
+from meddino.models.vision_transformer import ViTConfig
+from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.run.recipe_changes import begun_stages, may_change, place_of
+
+RUN_FORMAT = "meddino-run"
+RUN_VERSION = 1
+HEALTH_REFERENCE = "health_reference.safetensors"
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An opened run.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its recipe.
+        corpus_hash: Names the corpus it learns from.
+        corpus_lineage: Its data sets and licences, for the lineage of the weights.
+        run_id: Random, kept in run.json: tells this run from others of the same folder name, where runs of many meet.
+    """
+
+    folder: Path
+    config: PretrainConfig
+    corpus_hash: str
+    corpus_lineage: dict[str, Any]
+    run_id: str
+
+    def stage_folder(self, name: str) -> Path:
+        """Return a stage's folder."""
+        return self.folder / name
+
+    def checkpoint_meta(self, stage: str, backbone: ViTConfig) -> dict[str, Any]:
+        """Return what a checkpoint says of itself besides its step: all that an export needs."""
+        return {
+            "stage": stage,
+            "backbone": {"name": self.config.backbone.name, **backbone.model_dump(mode="json")},
+            "input_contract": self.config.input_contract.model_dump(mode="json"),
+            "lineage": self._lineage(stage),
+            "corpus_hash": self.corpus_hash,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def record_origin(self, stage: str, origin: dict[str, Any]) -> None:
+        """Write into run.json what a stage started from."""
+        on_main(lambda: self._update(lambda info: info["stages"].update({stage: origin})))
+
+    def record_parent(self, parent: ParentRecord) -> None:
+        """Write into run.json which released weights the run started from."""
+        on_main(lambda: self._update(lambda info: info.update(parent=parent.model_dump(mode="json"))))
+
+    def gram_action(self, stage: str) -> str:
+        """Return what the choice of a Gram teacher decided for a stage: run, light or skip."""
+        choice = self._info()["stages"].get(stage, {}).get("gram_choice")
+        return "run" if choice is None else str(choice["action"])
+
+    def standing_for(self, stage: str) -> str:
+        """Return the stage itself, or the one before it if it was left out."""
+        before = self.config.stages[stage].starts_from
+        return self.standing_for(before) if before is not None and self.gram_action(stage) == "skip" else stage
+
+    def _info(self) -> dict[str, Any]:
+        return on_main(lambda: _read_info(self.folder))
+
+    def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        info = _read_info(self.folder)
+        change(info)
+        write_json(self.folder / "run.json", info)
+
+    def _lineage(self, stage: str) -> dict[str, Any]:
+        chain: list[str] = []
+        name: str | None = stage
+        while name is not None:
+            if self.gram_action(name) != "skip":
+                chain.insert(0, name)
+            name = self.config.stages[name].starts_from
+        sizes = sorted({size.global_px for each in chain for size in self.config.stages[each].crops.sizes})
+        return {
+            **self.corpus_lineage,
+            "stages": [{"stage": each, "steps": self.config.stages[each].steps} for each in chain],
+            "parent": self._info().get("parent"),
+            "resolutions_px_seen": sizes,
+        }
+
+
+@contextmanager
+def open_run(folder: Path, config: PretrainConfig, corpus: Corpus) -> Iterator[RunFolder]:
+    """Open a run's folder, new or begun, and keep other processes out for as long as the block lasts.
+
+    Raises:
+        ConfigError: It was begun with another recipe; the message says what differs.
+        MedDINOError: It was begun on another corpus, is in use, or is no run's folder.
+    """
+    lock = None
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    try:
+        run_id = on_main(lambda: _begin(folder, config, corpus, lock))
+        yield RunFolder(folder, config, corpus.content_hash, corpus_lineage(corpus), run_id)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> str:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MedDINOError(f"another process is training into {folder}; wait for it or choose another --out") from error
+    fresh: dict[str, Any] = {"format": RUN_FORMAT, "version": RUN_VERSION, "id": secrets.token_hex(6), "changes": []}
+    known = (folder / "run.json").is_file()
+    if not known and any(path.name != ".lock" for path in folder.iterdir()):
+        raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
+    info = {**fresh, **_read_info(folder)} if known else fresh
+    begun = begun_stages(folder, _stages_of(folder)) if known else []
+    if begun:
+        if info["corpus_hash"] != corpus.content_hash:
+            raise MedDINOError(
+                f"run {folder} learns from a corpus with the content {info['corpus_hash'][:12]}; {corpus.root} has "
+                f"{corpus.content_hash[:12]} now; give the same corpus or another --out"
+            )
+        if changed := _changes(folder, config, begun):
+            info["changes"] = [*info["changes"], {"after": place_of(folder, begun), "keys": changed}]
+    else:
+        # No step was taken: a first command that was wrong binds nobody.
+        info = {**info, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
+        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_volume_list(folder, corpus)
+    write_json(folder / "run.json", info)  # last: what has a run.json also has a config.yaml
+    return str(info["id"])
+
+
+def _stages_of(folder: Path) -> list[str]:
+    return list(load_config(PretrainConfig, [folder / "config.yaml"]).stages)
+
+
+def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list[str]:
+    """Return what differs from the recipe that a run was begun with, all of it allowed; refuse what is not."""
+    old = load_config(PretrainConfig, [folder / "config.yaml"]).model_dump(mode="json")
+    changed = differences(old, config.model_dump(mode="json"))
+    grave = [line for line in changed if not may_change(line, begun)]
+    if grave:
+        raise ConfigError(
+            f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(grave)}; "
+            "give the recipe it was begun with, or another --out"
+        )
+    for line in changed:
+        logger.info("goes on with another %s", line)
+    if any(line.startswith("health.slices:") for line in changed):
+        logger.warning("health.slices is another: drift is measured against the next look from here on")
+        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
+    return changed
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        info = dict(json.loads(path.read_text(encoding="utf-8")))
+        if info["format"] != RUN_FORMAT or info["version"] != RUN_VERSION:
+            raise MedDINOError(f"{path}: format {info['format']} version {info['version']}; this program writes {RUN_VERSION}")
+        return {**info, "stages": dict(info["stages"]), "corpus_hash": str(info["corpus_hash"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedDINOError(f"{path} is damaged ({error}); choose another --out") from error
