@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 import meddino
 from meddino.checkpoints.cli import main
+from meddino.checkpoints.export import write as export
 from meddino.checkpoints.export.check_slices import check_sizes, check_slices
 from meddino.checkpoints.export.model import random_model
 from meddino.checkpoints.export.write import export_model, largest_difference
-from meddino.checkpoints.export.write import write as export
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.core.errors import CheckpointError, MedDINOError
 from meddino.models.vision_transformer import VisionTransformer
