@@ -20,9 +20,9 @@ from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import PARTIAL_SUFFIX, canonical_json
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.config import FeaturesConfig
 from meddino_evaluation.classification.dataset_config import DatasetConfig
 from meddino_evaluation.classification.datasets import Case
-from meddino_evaluation.classification.evaluation_config import FeaturesConfig
 from meddino_evaluation.classification.images import SliceStack, read_slices
 
 _log = get_logger(__name__)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meddino.core.seeds import derive_seed
+from meddino_evaluation.classification.config import FewShotConfig
 from meddino_evaluation.classification.datasets import Case
-from meddino_evaluation.classification.evaluation_config import FewShotConfig
 from meddino_evaluation.metrics.classification import TaskKind
 
 

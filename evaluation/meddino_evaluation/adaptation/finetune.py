@@ -18,8 +18,8 @@ from meddino_evaluation.adaptation.features import Transform, model_input, read_
 from meddino_evaluation.adaptation.heads import Probabilities, class_loss, class_probabilities
 from meddino_evaluation.adaptation.trainable import Adaptation, adapt, held_tensors, set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.config import FinetuneConfig
 from meddino_evaluation.classification.datasets import Case, labels_array
-from meddino_evaluation.classification.evaluation_config import FinetuneConfig
 from meddino_evaluation.metrics.classification import TaskKind, selection_score
 
 _log = get_logger(__name__)

@@ -15,8 +15,8 @@ from meddino_evaluation.adaptation.heads import HeadPlan, Schedule, train_heads
 from meddino_evaluation.adaptation.knn import knn_probabilities, ml_knn_probabilities
 from meddino_evaluation.adaptation.logistic import fit_logistic
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.config import ClassificationConfig, MlpConfig, ProtocolName
 from meddino_evaluation.classification.datasets import Case, labels_array
-from meddino_evaluation.classification.evaluation_config import MlpConfig, ProtocolName, RepresentationConfig
 from meddino_evaluation.metrics.classification import METRICS, TaskKind, selection_score
 
 Probabilities = NDArray[np.float64]
@@ -40,7 +40,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TaskData:
     """What a protocol may look at.
 
     Attributes:
@@ -61,7 +61,7 @@ class Lesson:
     refit: bool
     kind: TaskKind
     classes: tuple[str, ...]
-    config: RepresentationConfig
+    config: ClassificationConfig
     seed: int
     backbone: Backbone
     bank: ImageBank
@@ -88,7 +88,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Learned:
+class FittedModel:
     """What a protocol returns.
 
     Attributes:
@@ -102,12 +102,12 @@ class Learned:
     candidates: int
 
 
-def learn(protocol: ProtocolName, lesson: Lesson) -> Learned:
+def learn(protocol: ProtocolName, task: TaskData) -> FittedModel:
     """Run a protocol on train and val."""
-    return PROTOCOLS[protocol](lesson)
+    return PROTOCOLS[protocol](task)
 
 
-def check_selection(config: RepresentationConfig, kind: TaskKind) -> None:
+def check_selection(config: ClassificationConfig, kind: TaskKind) -> None:
     """Refuse a selection metric that the task does not have.
 
     Raises:
@@ -124,31 +124,31 @@ def _best(scores: Sequence[float]) -> int:
     return int(np.argmax(scores))  # the first of equals: smaller k, smaller C, smaller learning rate
 
 
-def _knn(lesson: Lesson) -> Learned:
-    config, pooling = lesson.config.knn, lesson.config.features.pooling
-    neighbours = sorted({min(k, len(lesson.train.cases)) for k in config.neighbours})
-    if lesson.kind == "multilabel":
-        return _ml_knn(lesson, neighbours)
+def _knn(task: TaskData) -> FittedModel:
+    config, pooling = task.config.knn, task.config.features.pooling
+    neighbours = sorted({min(k, len(task.train.cases)) for k in config.neighbours})
+    if task.kind == "multilabel":
+        return _ml_knn(task, neighbours)
 
     def votes(part: Part, gallery: Part, ks: Sequence[int]) -> dict[int, Probabilities]:
         return knn_probabilities(
             gallery.table.vectors(pooling=pooling),
             gallery.labels,
             part.table.vectors(pooling=pooling),
-            classes=len(lesson.classes),
+            classes=len(task.classes),
             neighbours=ks,
             temperature=config.temperature,
         )
 
-    on_val = votes(lesson.val, lesson.train, neighbours)
-    scores = [lesson.score(on_val[k]) for k in neighbours]
+    on_val = votes(task.val, task.train, neighbours)
+    scores = [task.score(on_val[k]) for k in neighbours]
     best = neighbours[_best(scores)]
-    gallery = lesson.everything
-    return Learned(lambda part: votes(part, gallery, [best])[best], {"k": best, "val_score": max(scores)}, len(neighbours))
+    gallery = task.everything
+    return FittedModel(lambda part: votes(part, gallery, [best])[best], {"k": best, "val_score": max(scores)}, len(neighbours))
 
 
-def _ml_knn(lesson: Lesson, neighbours: Sequence[int]) -> Learned:
-    pooling = lesson.config.features.pooling
+def _ml_knn(task: TaskData, neighbours: Sequence[int]) -> FittedModel:
+    pooling = task.config.features.pooling
 
     def predict(part: Part, gallery: Part, k: int) -> Probabilities:
         return ml_knn_probabilities(
@@ -156,47 +156,47 @@ def _ml_knn(lesson: Lesson, neighbours: Sequence[int]) -> Learned:
             gallery.labels,
             part.table.vectors(pooling=pooling),
             neighbours=k,
-            smoothing=lesson.config.knn.smoothing,
+            smoothing=task.config.knn.smoothing,
         )
 
-    scores = [lesson.score(predict(lesson.val, lesson.train, k)) for k in neighbours]
-    best, gallery = neighbours[_best(scores)], lesson.everything
-    return Learned(lambda part: predict(part, gallery, best), {"k": best, "val_score": max(scores)}, len(neighbours))
+    scores = [task.score(predict(task.val, task.train, k)) for k in neighbours]
+    best, gallery = neighbours[_best(scores)], task.everything
+    return FittedModel(lambda part: predict(part, gallery, best), {"k": best, "val_score": max(scores)}, len(neighbours))
 
 
-def _logistic(lesson: Lesson) -> Learned:
-    config, pooling = lesson.config.logistic, lesson.config.features.pooling
+def _logistic(task: TaskData) -> FittedModel:
+    config, pooling = task.config.logistic, task.config.features.pooling
     strengths = np.logspace(config.lowest_exponent, config.highest_exponent, config.values).tolist()
-    options: dict[str, Any] = {"kind": lesson.kind, "classes": len(lesson.classes), "max_steps": config.max_steps}
+    options: dict[str, Any] = {"kind": task.kind, "classes": len(task.classes), "max_steps": config.max_steps}
 
     def features(part: Part) -> NDArray[np.float64]:
         return part.table.vectors(pooling=pooling).double().numpy()
 
-    fitted = fit_logistic(features(lesson.train), lesson.train.labels, strengths, **options)
-    scores = [lesson.score(one.probabilities(features(lesson.val), lesson.kind)) for one in fitted]
+    fitted = fit_logistic(features(task.train), task.train.labels, strengths, **options)
+    scores = [task.score(one.probabilities(features(task.val), task.kind)) for one in fitted]
     place = _best(scores)
     final = fitted[place]
-    if lesson.refit:
-        final = fit_logistic(features(lesson.everything), lesson.everything.labels, [strengths[place]], **options)[0]
+    if task.refit:
+        final = fit_logistic(features(task.everything), task.everything.labels, [strengths[place]], **options)[0]
     chosen = {"C": strengths[place], "val_score": scores[place]}
-    return Learned(lambda part: final.probabilities(features(part), lesson.kind), chosen, len(strengths))
+    return FittedModel(lambda part: final.probabilities(features(part), task.kind), chosen, len(strengths))
 
 
-def _heads(lesson: Lesson, plans: Sequence[HeadPlan], schedule: Schedule) -> Learned:
-    pooling = lesson.config.features.pooling
-    options: dict[str, Any] = {"outputs": len(lesson.classes), "seed": lesson.seed, "pooling": pooling}
-    heads = train_heads(lesson.train.table, lesson.train.labels, plans, schedule, **options)
-    scores = [lesson.score(head.probabilities(lesson.val.table, lesson.kind, pooling)) for head in heads]
+def _heads(task: TaskData, plans: Sequence[HeadPlan], schedule: Schedule) -> FittedModel:
+    pooling = task.config.features.pooling
+    options: dict[str, Any] = {"outputs": len(task.classes), "seed": task.seed, "pooling": pooling}
+    heads = train_heads(task.train.table, task.train.labels, plans, schedule, **options)
+    scores = [task.score(head.probabilities(task.val.table, task.kind, pooling)) for head in heads]
     place = _best(scores)
     final = heads[place]
-    if lesson.refit:
-        final = train_heads(lesson.everything.table, lesson.everything.labels, [plans[place]], schedule, **options)[0]
+    if task.refit:
+        final = train_heads(task.everything.table, task.everything.labels, [plans[place]], schedule, **options)[0]
     chosen = {"head": plans[place].name, "val_score": scores[place]}
-    return Learned(lambda part: final.probabilities(part.table, lesson.kind, pooling), chosen, len(plans))
+    return FittedModel(lambda part: final.probabilities(part.table, task.kind, pooling), chosen, len(plans))
 
 
-def _linear(lesson: Lesson) -> Learned:
-    config = lesson.config.linear
+def _linear(task: TaskData) -> FittedModel:
+    config = task.config.linear
     plans = [
         HeadPlan(rate, blocks, pool)
         for rate in config.learning_rates
@@ -204,7 +204,7 @@ def _linear(lesson: Lesson) -> Learned:
         for pool in config.average_pool
     ]
     schedule = Schedule(config.epochs, config.min_steps, config.batch_size, momentum=config.momentum, init_std=config.init_std)
-    return _heads(lesson, plans, schedule)
+    return _heads(task, plans, schedule)
 
 
 def _mlp_schedule(config: MlpConfig) -> Schedule:
@@ -218,43 +218,43 @@ def _mlp_schedule(config: MlpConfig) -> Schedule:
     )
 
 
-def _mlp(lesson: Lesson) -> Learned:
-    config = lesson.config.mlp
+def _mlp(task: TaskData) -> FittedModel:
+    config = task.config.mlp
     plans = [HeadPlan(rate, hidden_dim=width) for rate in config.learning_rates for width in config.hidden_dims]
-    return _heads(lesson, plans, _mlp_schedule(config))
+    return _heads(task, plans, _mlp_schedule(config))
 
 
-def _attention(lesson: Lesson) -> Learned:
-    config = lesson.config.mlp
+def _attention(task: TaskData) -> FittedModel:
+    config = task.config.mlp
     plans = [HeadPlan(rate, attention=True) for rate in config.learning_rates]
-    return _heads(lesson, plans, _mlp_schedule(config))
+    return _heads(task, plans, _mlp_schedule(config))
 
 
-def _finetune(mode: Any) -> Callable[[Lesson], Learned]:
-    def run(lesson: Lesson) -> Learned:
+def _finetune(mode: Any) -> Callable[[TaskData], FittedModel]:
+    def run(task: TaskData) -> FittedModel:
         tuned = finetune(
-            lesson.backbone,
-            lesson.train.cases,
-            lesson.val.cases,
+            task.backbone,
+            task.train.cases,
+            task.val.cases,
             mode=mode,
-            config=lesson.config.finetune,
-            kind=lesson.kind,
-            outputs=len(lesson.classes),
-            metric=lesson.metric,
-            bank=lesson.bank,
-            machine=lesson.machine,
-            seed=lesson.seed,
+            config=task.config.finetune,
+            kind=task.kind,
+            outputs=len(task.classes),
+            metric=task.metric,
+            bank=task.bank,
+            machine=task.machine,
+            seed=task.seed,
         )
         chosen = {**tuned.chosen, "trainable_parameters": tuned.trainable}
-        batch = lesson.config.finetune.batch_size
-        return Learned(
-            lambda part: tuned.probabilities(part.cases, lesson.bank, lesson.kind, batch), chosen, len(tuned.history)
+        batch = task.config.finetune.batch_size
+        return FittedModel(
+            lambda part: tuned.probabilities(part.cases, task.bank, task.kind, batch), chosen, len(tuned.history)
         )
 
     return run
 
 
-PROTOCOLS: dict[ProtocolName, Callable[[Lesson], Learned]] = {
+PROTOCOLS: dict[ProtocolName, Callable[[TaskData], FittedModel]] = {
     "knn": _knn,
     "logistic": _logistic,
     "linear": _linear,
@@ -267,6 +267,6 @@ PROTOCOLS: dict[ProtocolName, Callable[[Lesson], Learned]] = {
 }
 
 
-def smaller(lesson: Lesson, places: Sequence[int], seed: int) -> Lesson:
-    """Return a lesson on some of the training cases, without a refit: validation is for choosing only."""
-    return replace(lesson, train=lesson.train.subset(places), refit=False, seed=seed)
+def smaller(task: TaskData, places: Sequence[int], seed: int) -> TaskData:
+    """Return a task on some of the training cases, without a refit: validation is for choosing only."""
+    return replace(task, train=task.train.subset(places), refit=False, seed=seed)

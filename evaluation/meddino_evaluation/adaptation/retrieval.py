@@ -12,14 +12,14 @@ from meddino.core.files import atomic_write
 from meddino_evaluation.adaptation.features import FeatureExtractor, make_transform
 from meddino_evaluation.adaptation.knn import retrieval_per_case
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.config import ClassificationConfig
 from meddino_evaluation.classification.datasets import LabelledSet, labels_array
 from meddino_evaluation.classification.evaluate import choose_splits
-from meddino_evaluation.classification.evaluation_config import RepresentationConfig
 from meddino_evaluation.classification.results import finite, write_metrics
 from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std
 
 
-def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationConfig, out: Path) -> dict[str, Any]:
+def retrieve(backbone: Backbone, dataset: LabelledSet, config: ClassificationConfig, out: Path) -> dict[str, Any]:
     """Query with the test cases in a gallery of train and val; nothing is learned or chosen.
 
     Writes per_case.csv (one row a query) and metrics.json with means, deviations over repeats and intervals over patients.
@@ -61,7 +61,7 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: RepresentationCon
     return result
 
 
-def _summaries(rows: Sequence[dict[str, Any]], config: RepresentationConfig) -> dict[str, Any]:
+def _summaries(rows: Sequence[dict[str, Any]], config: ClassificationConfig) -> dict[str, Any]:
     """Return mean and deviation over repeats, and the interval over patients, of every column."""
     metrics: dict[str, Any] = {}
     for name in [name for name in rows[0] if name not in ("repeat", "case", "patient")]:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
-    parser.add_argument("--config", default="representation", help="YAML file or shipped name")
+    parser.add_argument("--config", default="classification", help="YAML file or shipped name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. protocols=[lora,bitfit] split.repeats=5")
 
 
@@ -32,15 +32,15 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino.core.files import write_text
     from meddino_evaluation.adaptation.retrieval import retrieve
     from meddino_evaluation.backbones.load import load_backbone
+    from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.classification.evaluate import evaluate
-    from meddino_evaluation.classification.evaluation_config import RepresentationConfig
     from meddino_evaluation.classification.report import write_report
     from meddino_evaluation.classification.results import metric_text
 
     own = DEFAULT_PROTOCOLS.get(arguments.command)
     overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]
-    config = load_config(RepresentationConfig, [arguments.config], overrides, kind="evaluation")
+    config = load_config(ClassificationConfig, [arguments.config], overrides, kind="evaluation")
     dataset = open_dataset(load_dataset_config(arguments.data), arguments.root)
     backbone = load_backbone(arguments.model)
     write_text(arguments.out / "config.yaml", to_yaml(config))

@@ -17,10 +17,10 @@ from meddino.data.remote import corpus_location
 from meddino_evaluation.adaptation.features import FeatureExtractor, joined, make_transform, slice_hash
 from meddino_evaluation.adaptation.few_shot import Draw, few_shot_draws
 from meddino_evaluation.adaptation.finetune import ImageBank
-from meddino_evaluation.adaptation.protocols import Learned, Lesson, Part, check_selection, learn, smaller
+from meddino_evaluation.adaptation.protocols import FittedModel, Part, TaskData, check_selection, learn, smaller
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.config import ClassificationConfig, ProtocolName
 from meddino_evaluation.classification.datasets import Case, LabelledSet, labels_array
-from meddino_evaluation.classification.evaluation_config import ProtocolName, RepresentationConfig
 from meddino_evaluation.classification.results import (
     ALL_DATA,
     FORMAT_VERSION,
@@ -69,7 +69,7 @@ class Plan:
 
 
 def evaluate(
-    backbone: Backbone, dataset: LabelledSet, config: RepresentationConfig, out: Path, *, few_shot: bool = False
+    backbone: Backbone, dataset: LabelledSet, config: ClassificationConfig, out: Path, *, few_shot: bool = False
 ) -> dict[str, Any]:
     """Run the protocols of a configuration, and write per_case.csv, metrics.json and the splits.
 
@@ -114,12 +114,12 @@ def evaluate(
 
 
 def _content(
-    dataset: LabelledSet, config: RepresentationConfig, extractor: FeatureExtractor, runs: Sequence[Run], corpus: str | None
+    dataset: LabelledSet, config: ClassificationConfig, extractor: FeatureExtractor, runs: Sequence[Run], corpus: str | None
 ) -> dict[str, Any]:
     """Return what metrics.json says of model, data, settings and results."""
     backbone = extractor.backbone
     return {
-        "format": "meddino-representation",
+        "format": "meddino-classification",
         "version": FORMAT_VERSION,
         "model": {
             "name": backbone.name,
@@ -151,7 +151,7 @@ def data_hash(dataset: LabelledSet, contents: dict[str, str]) -> str:
     return hashlib.sha256(canonical_json(rows).encode()).hexdigest()
 
 
-def choose_splits(dataset: LabelledSet, config: RepresentationConfig) -> list[Split]:
+def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Split]:
     """Return the split that a file gives, once a repeat, or the splits drawn by patient."""
     if config.split.file is not None:
         return [load_split(config.split.file, dataset, repeat) for repeat in range(config.split.repeats)]
@@ -172,7 +172,7 @@ def _corpus(root: str | None) -> tuple[frozenset[str], str | None]:
     return frozenset(slice_hash(corpus.read(number)) for number in range(len(corpus))), corpus.content_hash
 
 
-def _standing_notes(dataset: LabelledSet, config: RepresentationConfig) -> list[str]:
+def _standing_notes(dataset: LabelledSet, config: ClassificationConfig) -> list[str]:
     notes = []
     if not dataset.has_patients:
         notes.append("the data set names no patients: images of one patient may stand on both sides of a split")
@@ -184,7 +184,7 @@ def _standing_notes(dataset: LabelledSet, config: RepresentationConfig) -> list[
 def _one_split(
     dataset: LabelledSet,
     split: Split,
-    config: RepresentationConfig,
+    config: ClassificationConfig,
     extractor: FeatureExtractor,
     bank: ImageBank,
     machine: Machine,
@@ -201,10 +201,10 @@ def _one_split(
     val = read([by_id[name] for name in split.val])
     sealed = SealedTest([by_id[name] for name in split.test], read)
     seed = derive_seed(config.split.seed, "repeat", split.repeat) % 2**31
-    lesson = Lesson(
+    task = TaskData(
         train, val, not few_shot, dataset.kind, dataset.config.classes, config, seed, extractor.backbone, bank, machine
     )
-    learned = [(plan, *_timed(_lesson(lesson, plan), plan.protocol)) for plan in _plans(lesson, few_shot)]
+    learned = [(plan, *_timed(_task(task, plan), plan.protocol)) for plan in _plans(task, few_shot)]
     # Nothing is learned or chosen below this line.
     test = sealed.open()
     everything = joined(joined(train.table, val.table), test.table)
@@ -215,33 +215,33 @@ def _one_split(
             f"data set {dataset.config.name}: {'; '.join(overlap)}. Take them out of the corpus, or set "
             "split.allow_pretraining_overlap=true: every table then says so"
         )
-    runs = [_tested(plan, result, seconds, test, split, lesson) for plan, result, seconds in learned]
+    runs = [_tested(plan, result, seconds, test, split, task) for plan, result, seconds in learned]
     return runs, overlap, {name: hashlib.sha256("".join(hashes).encode()).hexdigest() for name, hashes in contents.items()}
 
 
-def _plans(lesson: Lesson, few_shot: bool) -> list[Plan]:
+def _plans(task: TaskData, few_shot: bool) -> list[Plan]:
     if not few_shot:
-        return [Plan(protocol, None) for protocol in lesson.config.protocols]
-    settings = lesson.config.few_shot
-    draws = few_shot_draws(lesson.train.cases, lesson.kind, len(lesson.classes), settings, lesson.seed)
+        return [Plan(protocol, None) for protocol in task.config.protocols]
+    settings = task.config.few_shot
+    draws = few_shot_draws(task.train.cases, task.kind, len(task.classes), settings, task.seed)
     return [Plan(protocol, draw) for protocol in settings.protocols for draw in draws]
 
 
-def _lesson(lesson: Lesson, plan: Plan) -> Lesson:
+def _task(task: TaskData, plan: Plan) -> TaskData:
     if plan.draw is None:
-        return lesson
-    return smaller(lesson, plan.draw.places, derive_seed(lesson.seed, plan.draw.setting, plan.draw.number) % 2**31)
+        return task
+    return smaller(task, plan.draw.places, derive_seed(task.seed, plan.draw.setting, plan.draw.number) % 2**31)
 
 
-def _timed(lesson: Lesson, protocol: ProtocolName) -> tuple[Learned, float]:
+def _timed(task: TaskData, protocol: ProtocolName) -> tuple[FittedModel, float]:
     start = time.monotonic()
-    learned = learn(protocol, lesson)
+    learned = learn(protocol, task)
     seconds = time.monotonic() - start
-    _log.info("%s: %d cases, %.1f s, chose %s", protocol, len(lesson.train.cases), seconds, learned.chosen)
+    _log.info("%s: %d cases, %.1f s, chose %s", protocol, len(task.train.cases), seconds, learned.chosen)
     return learned, seconds
 
 
-def _tested(plan: Plan, learned: Learned, seconds: float, test: Part, split: Split, lesson: Lesson) -> Run:
+def _tested(plan: Plan, learned: FittedModel, seconds: float, test: Part, split: Split, task: TaskData) -> Run:
     draw = plan.draw
     return Run(
         plan.protocol,
@@ -254,7 +254,7 @@ def _tested(plan: Plan, learned: Learned, seconds: float, test: Part, split: Spl
         learned.predict(test),
         learned.chosen,
         learned.candidates,
-        len(draw.places) if draw else len(lesson.train.cases),
+        len(draw.places) if draw else len(task.train.cases),
         seconds,
     )
 

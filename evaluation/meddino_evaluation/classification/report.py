@@ -61,7 +61,7 @@ def write_report(content: dict[str, Any], out: Path) -> Table:
             ),
         ),
     ]
-    write_text(out / "report.html", html.page(f"{model['name']} on {data['name']}", "Representation evaluation", sections))
+    write_text(out / "report.html", html.page(f"{model['name']} on {data['name']}", "Classification", sections))
     return table
 
 

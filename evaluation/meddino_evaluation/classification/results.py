@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.files import atomic_write, write_json
-from meddino_evaluation.classification.evaluation_config import StatisticsConfig
+from meddino_evaluation.classification.config import StatisticsConfig
 from meddino_evaluation.metrics.classification import (
     METRICS,
     TaskKind,
@@ -42,7 +42,7 @@ class Run:
         probabilities: [n, classes].
         chosen: What validation chose.
         candidates: How many were compared.
-        train_cases: Learned from.
+        train_cases: FittedModel from.
         seconds: Taken.
     """
 

@@ -8,13 +8,15 @@ from meddino.core.files import write_json, write_text
 from meddino_evaluation.metrics.label_metrics import METRICS
 from meddino_evaluation.metrics.tables import summarise, write_cases
 from meddino_evaluation.segmentation.experiment import Experiment
-from meddino_evaluation.segmentation.inference.held_out import TestSet
+from meddino_evaluation.segmentation.inference.held_out import HeldOutSet
 from meddino_evaluation.segmentation.report import report_html
 
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
 
 
-def write_results(experiment: Experiment, own: TestSet, others: Sequence[TestSet], seconds: dict[str, float]) -> dict[str, Any]:
+def write_results(
+    experiment: Experiment, own: HeldOutSet, others: Sequence[HeldOutSet], seconds: dict[str, float]
+) -> dict[str, Any]:
     """Write cases.csv, metrics.json and report.html; the first two also for every test set from elsewhere.
 
     Args:
@@ -35,7 +37,7 @@ def write_results(experiment: Experiment, own: TestSet, others: Sequence[TestSet
     return metrics
 
 
-def _write(experiment: Experiment, tested: TestSet, more: dict[str, Any]) -> dict[str, Any]:
+def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> dict[str, Any]:
     plain: list[dict[str, Any]] = [row.values() for row in tested.rows]
     write_cases(tested.out / "cases.csv", plain, COLUMNS)
     dataset = tested.dataset

@@ -12,7 +12,7 @@ from meddino.core.logging import get_logger
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, open_experiment, write_splits
 from meddino_evaluation.segmentation.inference.bundle import write_bundle
-from meddino_evaluation.segmentation.inference.held_out import TestSet, open_test_set, test_all
+from meddino_evaluation.segmentation.inference.held_out import HeldOutSet, evaluate_all, open_held_out_set
 from meddino_evaluation.segmentation.results import write_results
 from meddino_evaluation.segmentation.training.fitting import Fitting
 from meddino_evaluation.segmentation.training.trained import is_trained, weights_path
@@ -48,15 +48,15 @@ def segment(
     """
     started = time.monotonic()
     experiment = open_experiment(config, model, data, corpus)
-    sets = [open_test_set(experiment, name, root, out, corpus) for name, root in tests.items()]
+    sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]
     write_text(out / "config.yaml", to_yaml(config))
     write_splits(experiment, out)
     train_all(experiment, out)
     write_bundle(experiment, out)
     trained = time.monotonic()
     experiment.forget()
-    own = TestSet("", experiment.dataset, out, experiment.leakage)
-    test_all(experiment, [own, *sets], out)
+    own = HeldOutSet("", experiment.dataset, out, experiment.leakage)
+    evaluate_all(experiment, [own, *sets], out)
     seconds = {"train": trained - started, "test": time.monotonic() - trained}
     return write_results(experiment, own, sets, seconds)
 

@@ -14,9 +14,9 @@ from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, sha256_file, write_json, write_text
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.load import load_backbone
+from meddino_evaluation.classification.config import ClassificationConfig, ProtocolName
 from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
 from meddino_evaluation.classification.evaluate import evaluate
-from meddino_evaluation.classification.evaluation_config import ProtocolName, RepresentationConfig
 from meddino_evaluation.study.study_config import StudyConfig, StudyData
 
 StudyKind = Literal["compare", "freeze", "few-shot"]
@@ -43,7 +43,7 @@ class Job:
     root: Path
     protocol: ProtocolName
     few_shot: bool
-    evaluation: RepresentationConfig
+    evaluation: ClassificationConfig
     weights: str | None = None
 
     @property
@@ -185,14 +185,14 @@ def _protocols(kind: StudyKind, config: StudyConfig) -> tuple[ProtocolName, ...]
     return config.evaluation.few_shot.protocols if kind == FEW_SHOT else config.protocols
 
 
-def _settings(config: StudyConfig, data: StudyData, protocol: ProtocolName, kind: StudyKind, out: Path) -> RepresentationConfig:
+def _settings(config: StudyConfig, data: StudyData, protocol: ProtocolName, kind: StudyKind, out: Path) -> ClassificationConfig:
     plain = config.evaluation.model_dump(mode="json")
     plain["protocols"] = [protocol]
     if kind == FEW_SHOT:
         plain["few_shot"]["protocols"] = [protocol]
     plain["features"]["cache"] = str(config.features or out / "features")
     where = f"study, evaluation of {data.dataset}"
-    return check_config(RepresentationConfig, _overridden(plain, data.overrides, where), where)
+    return check_config(ClassificationConfig, _overridden(plain, data.overrides, where), where)
 
 
 def _overridden(plain: dict[str, Any], overrides: Sequence[str], where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from meddino.core.config import StrictConfig
-from meddino_evaluation.classification.evaluation_config import ProtocolName, RepresentationConfig
+from meddino_evaluation.classification.config import ClassificationConfig, ProtocolName
 
 
 class StudyData(StrictConfig):
@@ -39,4 +39,4 @@ class StudyConfig(StrictConfig):
         "auto"
     )
     features: Annotated[Path | None, Field(description="folder of the feature cache; null: beside the results")] = None
-    evaluation: RepresentationConfig = RepresentationConfig()
+    evaluation: ClassificationConfig = ClassificationConfig()

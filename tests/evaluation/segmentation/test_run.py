@@ -236,7 +236,7 @@ def test_shipped_configs__are_complete(name):
 @pytest.mark.parametrize("mode", ["lora", "bitfit", "partial", "finetune"])
 def test_modes__what_learns_moves_and_the_rest_is_held(make_dataset, tiny_config, tmp_path, mode):
     config = tiny_config(encoder={"mode": mode, "lora_rank": 2, "partial_blocks": 1}, seeds=[0], training={"steps": 2})
-    metrics = segment(config, MODEL, make_dataset(), tmp_path / mode)  # HeldAndLearned raises otherwise
+    metrics = segment(config, MODEL, make_dataset(), tmp_path / mode)  # FreezeCheck raises otherwise
     assert metrics["test"]["cases"] == 2
     from safetensors import safe_open
 

@@ -31,7 +31,7 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class TestRow:
+class HeldOutRow:
     """One line of cases.csv.
 
     Attributes:
@@ -54,7 +54,7 @@ class TestRow:
 
 
 @dataclass
-class TestSet:
+class HeldOutSet:
     """Cases to be tested, and what has been found.
 
     Attributes:
@@ -70,7 +70,7 @@ class TestSet:
     dataset: LabelledDataset
     out: Path
     leakage: LeakageCheck
-    rows: list[TestRow] = field(default_factory=list)
+    rows: list[HeldOutRow] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
     def cases(self, split: Split) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class FoldNetworks:
     components: tuple[tuple[str, ...], ...]
 
 
-def open_test_set(experiment: Experiment, name: str, root: Path, out: Path, corpus: Path | str | None) -> TestSet:
+def open_held_out_set(experiment: Experiment, name: str, root: Path, out: Path, corpus: Path | str | None) -> HeldOutSet:
     """Open a test set from elsewhere and refuse what cannot be compared with the training data.
 
     Raises:
@@ -111,7 +111,7 @@ def open_test_set(experiment: Experiment, name: str, root: Path, out: Path, corp
         twin = next((seen[dataset.file_hash(path)] for path in case.images if dataset.file_hash(path) in seen), None)
         if twin is not None:
             raise ConfigError(f"test set {name}: case '{case.name}' is the same image as '{twin}', which is trained on")
-    return TestSet(
+    return HeldOutSet(
         name, dataset, out / "external" / name, LeakageCheck(experiment.source.lineage, corpus, experiment.source.name)
     )
 
@@ -141,7 +141,7 @@ def load_fold(experiment: Experiment, split: Split, out: Path) -> FoldNetworks:
     return FoldNetworks(split, experiment.grid_rule(split), networks, components)
 
 
-def test_all(experiment: Experiment, sets: Sequence[TestSet], out: Path) -> None:
+def evaluate_all(experiment: Experiment, sets: Sequence[HeldOutSet], out: Path) -> None:
     """Test every set with the networks of every fold.
 
     Raises:
@@ -153,7 +153,7 @@ def test_all(experiment: Experiment, sets: Sequence[TestSet], out: Path) -> None
         for tested in sets:
             for name in tested.cases(split):
                 try:
-                    _test_case(experiment, fold, tested, tested.dataset.case(name))
+                    _evaluate_case(experiment, fold, tested, tested.dataset.case(name))
                 except VolumeError as error:
                     logger.warning("fold %d: case %s is left out: %s", split.fold, name, error)
                     tested.failed[name] = str(error)
@@ -163,7 +163,7 @@ def test_all(experiment: Experiment, sets: Sequence[TestSet], out: Path) -> None
             raise VolumeError(f"no case of test set {tested.name or experiment.dataset.name} could be tested: {reasons}")
 
 
-def _test_case(experiment: Experiment, fold: FoldNetworks, tested: TestSet, entry: Case) -> None:
+def _evaluate_case(experiment: Experiment, fold: FoldNetworks, tested: HeldOutSet, entry: Case) -> None:
     case = prepare_case(tested.dataset, entry, experiment.channels, fold.rule, with_label=False)
     tested.leakage.look(case.name, case.content_hash)
     reference = tested.dataset.read_label(entry, case.source)
@@ -176,7 +176,7 @@ def _test_case(experiment: Experiment, fold: FoldNetworks, tested: TestSet, entr
         write_label_map(prediction_path(tested.out, fold.split, seed, entry.name), labels, case.source)
         spacing, tolerance = case.source.spacing_mm, metrics.tolerance_mm
         found = score_case(entry.name, labels, reference, tested.dataset.labels, spacing, tolerance, metrics.surface)
-        tested.rows += [TestRow(number, seed, entry.patient, entry.site, row) for row in found]
+        tested.rows += [HeldOutRow(number, seed, entry.patient, entry.site, row) for row in found]
     with atomic_write(picture_path(tested.out, number, entry.name)) as stream:
         stream.write(overlay_png(case, kept[0], reference, tested.dataset.labels))
     logger.info("fold %d: case %s predicted and measured", number, entry.name)

@@ -76,16 +76,16 @@ class Fitting:
             len(slices),
             training.steps,
         )
-        guard = HeldAndLearned(network)
-        keeper = Keeper(experiment, self.split, network) if training.selection == "best_val" else None
-        self._run(trainer, keeper, seed, training, keep)
-        if keeper is not None:
-            keeper.restore()
+        guard = FreezeCheck(network)
+        best = BestCheckpoint(experiment, self.split, network) if training.selection == "best_val" else None
+        self._run(trainer, best, seed, training, keep)
+        if best is not None:
+            best.restore()
         guard.check()
         if keep:
             save_network(network, weights_path(self.out, self.split.fold, seed), self.identity, self._components(network))
             self._save_path(seed).unlink(missing_ok=True)
-        return keeper.best_dice if keeper else None
+        return best.best_dice if best else None
 
     def choose_lr(self, seed: int) -> float | None:
         """Try the learning rates of the grid and return the best by validation Dice; None if there is no grid."""
@@ -102,13 +102,13 @@ class Fitting:
         logger.info("fold %d: training.lr_head=%g chosen on validation among %s", self.split.fold, chosen, list(grid))
         return chosen
 
-    def _run(self, trainer: Trainer, keeper: "Keeper | None", seed: int, training: TrainingConfig, keep: bool) -> None:
+    def _run(self, trainer: Trainer, best: "BestCheckpoint | None", seed: int, training: TrainingConfig, keep: bool) -> None:
         path = self._save_path(seed)
         progress = load_progress(path, trainer, self.identity) if keep else None
         if progress is not None:
             logger.info("fold %d, seed %d: going on after step %d", self.split.fold, seed, progress.step)
-            if keeper is not None:
-                keeper.take_up(progress)
+            if best is not None:
+                best.resume(progress)
         log = self.out / "logs" / f"fold-{self.split.fold}_seed-{seed}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
         start = progress.step if progress else 0
@@ -122,14 +122,12 @@ class Fitting:
                     logger.info(
                         "fold %d, seed %d, step %d/%d: loss %.4f", self.split.fold, seed, done, training.steps, record.loss
                     )
-                if keeper is not None and (done % training.val_every_steps == 0 or last):
-                    stream.write(json.dumps({"step": record.step, "val_dice": keeper.look(done)}) + "\n")
+                if best is not None and (done % training.val_every_steps == 0 or last):
+                    stream.write(json.dumps({"step": record.step, "val_dice": best.look(done)}) + "\n")
                 if keep and training.save_every_steps and done % training.save_every_steps == 0 and not last:
                     stream.flush()
-                    save_progress(
-                        path, trainer, keeper.progress(done) if keeper else Progress(done, None, None, 0), self.identity
-                    )
-                return keeper is None or not training.patience or keeper.looks_without_gain < training.patience
+                    save_progress(path, trainer, best.progress(done) if best else Progress(done, None, None, 0), self.identity)
+                return best is None or not training.patience or best.validations_without_gain < training.patience
 
             trainer.fit(on_step, start)
 
@@ -181,7 +179,7 @@ class Fitting:
         return self.out / "weights" / f"fold-{self.split.fold}_seed-{seed}.progress.safetensors"
 
 
-class Keeper:
+class BestCheckpoint:
     """Keeps what learned of the network at its best validation Dice.
 
     Args:
@@ -194,7 +192,7 @@ class Keeper:
         self.experiment, self.split, self.network = experiment, split, network
         self.best_dice: float | None = None
         self.best: dict[str, Tensor] | None = None
-        self.looks_without_gain = 0
+        self.validations_without_gain = 0
 
     def look(self, step: int) -> float | None:
         """Measure the validation cases; None if no label is defined there."""
@@ -206,9 +204,9 @@ class Keeper:
         if not count:
             return None
         logger.info("fold %d, step %d: validation Dice %.4f on %d cases", self.split.fold, step, dice, count)
-        self.looks_without_gain += 1
+        self.validations_without_gain += 1
         if self.best_dice is None or dice > self.best_dice:
-            self.best_dice, self.looks_without_gain = dice, 0
+            self.best_dice, self.validations_without_gain = dice, 0
             self.best = {name: value.detach().clone() for name, value in learned_state(self.network).items()}
         return dice
 
@@ -219,14 +217,18 @@ class Keeper:
 
     def progress(self, step: int) -> Progress:
         """Return what a save must hold."""
-        return Progress(step, self.best_dice, self.best, self.looks_without_gain)
+        return Progress(step, self.best_dice, self.best, self.validations_without_gain)
 
-    def take_up(self, progress: Progress) -> None:
+    def resume(self, progress: Progress) -> None:
         """Go on from a save."""
-        self.best_dice, self.best, self.looks_without_gain = progress.best_dice, progress.best, progress.looks_without_gain
+        self.best_dice, self.best, self.validations_without_gain = (
+            progress.best_dice,
+            progress.best,
+            progress.validations_without_gain,
+        )
 
 
-class HeldAndLearned:
+class FreezeCheck:
     """Looks at a network before and after training: what is held is identical, what learns has moved."""
 
     def __init__(self, network: SegmentationNetwork) -> None:

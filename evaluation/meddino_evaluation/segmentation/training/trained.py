@@ -25,7 +25,7 @@ class Progress:
     step: int
     best_dice: float | None
     best: dict[str, Tensor] | None
-    looks_without_gain: int
+    validations_without_gain: int
 
 
 def weights_path(out: Path, fold: int, seed: int) -> Path:
@@ -92,7 +92,11 @@ def save_progress(path: Path, trainer: Trainer, progress: Progress, identity: st
     for number, parameter in enumerate(trainer.learning()):
         for name, value in trainer.optimizer.state[parameter].items():
             tensors[f"optimizer.{number}.{name}"] = torch.as_tensor(value)
-    notes = {"step": progress.step, "best_dice": progress.best_dice, "looks_without_gain": progress.looks_without_gain}
+    notes = {
+        "step": progress.step,
+        "best_dice": progress.best_dice,
+        "validations_without_gain": progress.validations_without_gain,
+    }
     _write(path, tensors, {"identity": identity, "progress": json.dumps(notes)})
 
 
@@ -113,7 +117,7 @@ def load_progress(path: Path, trainer: Trainer, identity: str) -> Progress | Non
         }
         moved = {name: value if name == "step" else value.to(parameter.device) for name, value in own.items()}
         trainer.optimizer.state[parameter] = moved
-    return Progress(notes["step"], notes["best_dice"], parts["best"] or None, notes["looks_without_gain"])
+    return Progress(notes["step"], notes["best_dice"], parts["best"] or None, notes["validations_without_gain"])
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from meddino_evaluation.adaptation.trainable import adapt, held_tensors, lora_ta
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
-from meddino_evaluation.classification.evaluation_config import FinetuneConfig
+from meddino_evaluation.classification.config import FinetuneConfig
 from torch import nn
 
 from meddino.core.device import find_machine

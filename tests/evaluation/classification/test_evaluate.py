@@ -9,9 +9,9 @@ from meddino_evaluation.adaptation import features
 from meddino_evaluation.adaptation.few_shot import few_shot_draws
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.classification import evaluate as evaluate_module
+from meddino_evaluation.classification.config import FewShotConfig, SplitConfig
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import SealedTest, evaluate
-from meddino_evaluation.classification.evaluation_config import FewShotConfig, SplitConfig
 from meddino_evaluation.classification.report import write_report
 from meddino_evaluation.classification.results import Table, metric_text, read_per_case
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
@@ -29,8 +29,8 @@ def spy(monkeypatch):
     monkeypatch.setattr(features, "read_slices", lambda source, modality: log.append(source) or read(source, modality))
     learn = evaluate_module.learn
 
-    def learned(protocol, lesson):
-        result = learn(protocol, lesson)
+    def learned(protocol, task):
+        result = learn(protocol, task)
         log.append(f"learned {protocol}")
         return result
 
@@ -45,10 +45,10 @@ def test_evaluate__the_test_is_read_once_after_everything_is_learned(fake_set, b
     evaluate(backbone, dataset, config, tmp_path, few_shot=few_shot)
     split = json.loads((tmp_path / "splits" / "split-0.json").read_text())
     sources = {case.id: case.source for case in dataset.cases}
-    last_lesson = max(place for place, entry in enumerate(spy) if entry.startswith("learned"))
+    last_fit = max(place for place, entry in enumerate(spy) if entry.startswith("learned"))
     for name in split["test"]:
         places = [place for place, entry in enumerate(spy) if entry == sources[name]]
-        assert min(places) > last_lesson
+        assert min(places) > last_fit
     # Protocols on frozen features read it for its features; those that train the backbone read it once more for theirs.
     assert sum(entry == sources[split["test"][0]] for entry in spy) == (1 if few_shot else 2)
 
@@ -63,10 +63,10 @@ def test_frozen_protocols__leave_every_parameter_and_buffer(fake_set, backbone, 
 def test_frozen_that_moved__is_a_fault(fake_set, backbone, quick, tmp_path, monkeypatch):
     learn = evaluate_module.learn
 
-    def drifts(protocol, lesson):
+    def drifts(protocol, task):
         with torch.no_grad():
-            next(lesson.backbone.parameters()).add_(1)
-        return learn(protocol, lesson)
+            next(task.backbone.parameters()).add_(1)
+        return learn(protocol, task)
 
     monkeypatch.setattr(evaluate_module, "learn", drifts)
     with pytest.raises(RuntimeError, match="changed while features were computed"):
@@ -189,7 +189,7 @@ def test_few_shot__no_weights_leak_between_draws(fake_set, backbone, quick, tmp_
 
 
 def test_evaluate__selection_metric_must_exist(fake_set, backbone, quick, tmp_path):
-    from meddino_evaluation.classification.evaluation_config import StatisticsConfig
+    from meddino_evaluation.classification.config import StatisticsConfig
 
     config = quick(statistics=StatisticsConfig(selection="dice", resamples=20))
     with pytest.raises(ConfigError, match="'dice' is no metric of a binary task"):

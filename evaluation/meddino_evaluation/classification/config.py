@@ -136,7 +136,7 @@ class StatisticsConfig(StrictConfig):
     level: Annotated[float, Field(gt=0, lt=1, description="of the intervals")] = 0.95
 
 
-class RepresentationConfig(StrictConfig):
+class ClassificationConfig(StrictConfig):
     """Everything that one evaluation of one backbone on one data set needs."""
 
     protocols: Annotated[tuple[ProtocolName, ...], Field(min_length=1, description="what to run; all see the same splits")] = (

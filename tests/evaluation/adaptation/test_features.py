@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 from meddino_evaluation.adaptation.features import FeatureExtractor, Transform, make_transform, model_input
+from meddino_evaluation.classification.config import FeaturesConfig
 from meddino_evaluation.classification.datasets import load_dataset_config
-from meddino_evaluation.classification.evaluation_config import FeaturesConfig
 from meddino_evaluation.classification.images import SliceStack
 
 from meddino.core.device import find_machine

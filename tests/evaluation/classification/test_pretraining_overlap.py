@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
 from meddino_evaluation.classification.evaluate import evaluate
-from meddino_evaluation.classification.evaluation_config import SplitConfig
 
 from meddino.core.errors import ConfigError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from meddino_evaluation.adaptation import retrieval
 from meddino_evaluation.adaptation.retrieval import retrieve
-from meddino_evaluation.classification.evaluation_config import SplitConfig
+from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.splits import make_splits, save_split
 
 

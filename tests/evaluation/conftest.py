@@ -2,18 +2,18 @@
 
 import pytest
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
-from meddino_evaluation.classification.evaluation_config import (
+from meddino_evaluation.classification.config import (
+    ClassificationConfig,
     FeaturesConfig,
     FewShotConfig,
     FinetuneConfig,
     LinearConfig,
     LogisticConfig,
     MlpConfig,
-    RepresentationConfig,
     SplitConfig,
     StatisticsConfig,
 )
+from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
 from meddino_evaluation.classification.fake_data import make_fake
 
 
@@ -50,6 +50,6 @@ def quick():
             "few_shot": FewShotConfig(patients_per_class=(1, 2), draws=2),
             "statistics": StatisticsConfig(resamples=50),
         }
-        return RepresentationConfig(**{**base, **changes})
+        return ClassificationConfig(**{**base, **changes})
 
     return settings
