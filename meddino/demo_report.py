@@ -18,8 +18,8 @@ from meddino.checkpoints.export.model import Model
 from meddino.core import html
 from meddino.core.files import write_text
 from meddino.core.logging import console
-from meddino.data.contract import to_uint8_window
 from meddino.data.corpus import Corpus
+from meddino.data.model_input import to_uint8_window
 from meddino.models.patch_pca import patch_pca_images
 
 PCA_SLICES = 4

@@ -3,15 +3,11 @@
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from meddino.core.errors import ConfigError
-
-Precision = Literal["auto", "fp32", "bf16"]
-# fp64: for finding out whether two runs differ by more than rounding.
-TrainingPrecision = Literal["auto", "fp32", "bf16", "fp64"]
+from meddino.core.machine_config import TrainingPrecision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 

@@ -2,16 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from meddino.core.machine_config import Parallel
 from meddino.distributed.collectives import world_size
-
-Parallel = Literal["auto", "none", "ddp", "fsdp2"]
 
 
 def choose_parallel(asked: Parallel) -> Parallel:

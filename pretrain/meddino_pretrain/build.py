@@ -16,10 +16,11 @@ from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.registry import backbone_config, build_backbone
-from meddino_pretrain.config import HeadConfig, OptimizerConfig, PretrainConfig, StageConfig
+from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, RawBatch, to_model_input
 from meddino_pretrain.data.loader import Loader, build_loader
 from meddino_pretrain.data.sampler import BatchShare
+from meddino_pretrain.methods.dinov3.config import HeadConfig
 from meddino_pretrain.methods.dinov3.method import DINOv3Objective
 from meddino_pretrain.methods.dinov3.network import DINOv3Network
 from meddino_pretrain.monitoring.metrics import MetricsWriter

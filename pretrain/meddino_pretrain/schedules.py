@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -12,52 +12,35 @@ from meddino.core.config import StrictConfig
 class ScheduleConfig(StrictConfig):
     """One stage's schedules. All step counts are within the stage."""
 
-    lr: Annotated[
-        float,
-        Field(
-            gt=0,
-            description="learning rate after warm-up, used as it stands: nothing multiplies it by the batch size. DINOv3's "
-            "rule sqrt_wrt_1024 would turn a config value 2e-4 at batch 512 into 5.66e-4",
-        ),
-    ]
-    warmup_steps: Annotated[
-        int, Field(ge=0, description="steps over which lr rises linearly from 0; FlexiCT: 30,000 of 100,000")
-    ]
-    lr_shape: Annotated[
-        Literal["constant", "cosine", "linear"], Field(description="after the warm-up; FlexiCT: constant, DINOv2: cosine")
-    ]
-    lr_end: Annotated[
-        float | None, Field(ge=0, description="learning rate at the stage's end; null where lr_shape is constant")
-    ]
-    weight_decay: Annotated[float, Field(ge=0, description="at the start; FlexiCT: 0.04")]
-    weight_decay_end: Annotated[
-        float, Field(ge=0, description="at the end, by a cosine; FlexiCT: 0.04 (constant), DINOv2: 0.4")
-    ]
-    ema_momentum: Annotated[
-        float, Field(ge=0, le=1, description="of the teacher at the start; FlexiCT: 0.994, and 0.999 in Gram and high-res")
-    ]
-    ema_momentum_end: Annotated[float, Field(ge=0, le=1, description="at the end, by a cosine; FlexiCT: constant, DINOv2: 1.0")]
-    teacher_temperature_start: Annotated[float, Field(gt=0, description="softmax temperature of the targets at step 0; 0.04")]
-    teacher_temperature: Annotated[float, Field(gt=0, description="after its warm-up; FlexiCT: 0.07")]
-    teacher_temperature_warmup_steps: Annotated[int, Field(ge=0, description="linear; FlexiCT: 30,000")]
-    freeze_last_layer_steps: Annotated[
-        int, Field(ge=0, description="steps in which the prototypes stand still; FlexiCT: 3,000")
-    ]
-    freeze_backbone_steps: Annotated[
-        int,
-        Field(
-            ge=0,
-            description="steps in which only the heads learn; ours: > 0 where the backbone is trained and the heads are not",
-        ),
-    ]
-    backbone_lr_multiplier: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="on the backbone's lr throughout; ours: < 1 where released weights are continued with fresh heads",
-        ),
-    ]
+    lr: float = Field(gt=0)
+    """Learning rate after warm-up, used as it stands: nothing multiplies it by the batch size. DINOv3's rule sqrt_wrt_1024
+    would turn a config value 2e-4 at batch 512 into 5.66e-4."""
+    warmup_steps: int = Field(ge=0)
+    """Steps over which lr rises linearly from 0; FlexiCT: 30,000 of 100,000."""
+    lr_shape: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape of lr after the warm-up; FlexiCT: constant, DINOv2: cosine."""
+    lr_end: float | None = Field(None, ge=0)
+    """Learning rate at the stage's end; null where lr_shape is constant."""
+    weight_decay: float = Field(0.04, ge=0)
+    """Weight decay at the start; FlexiCT: 0.04."""
+    weight_decay_end: float = Field(0.04, ge=0)
+    """Weight decay at the end, by a cosine; FlexiCT: 0.04 (constant), DINOv2: 0.4."""
+    ema_momentum: float = Field(ge=0, le=1)
+    """Momentum of the EMA teacher at the start; FlexiCT: 0.994, and 0.999 in Gram and high-res."""
+    ema_momentum_end: float = Field(ge=0, le=1)
+    """Momentum at the end, by a cosine; FlexiCT: constant, DINOv2: 1.0."""
+    teacher_temperature_start: float = Field(0.04, gt=0)
+    """Softmax temperature of the targets at step 0; DINOv2, DINOv3: 0.04."""
+    teacher_temperature: float = Field(0.07, gt=0)
+    """Softmax temperature of the targets after its warm-up; FlexiCT: 0.07."""
+    teacher_temperature_warmup_steps: int = Field(ge=0)
+    """Steps over which it rises linearly; FlexiCT: 30,000."""
+    freeze_last_layer_steps: int = Field(ge=0)
+    """Steps in which the prototypes stand still; FlexiCT: 3,000."""
+    freeze_backbone_steps: int = Field(0, ge=0)
+    """Steps in which only the heads learn; ours: > 0 where the backbone is trained and the heads are not."""
+    backbone_lr_multiplier: float = Field(1.0, ge=0, le=1)
+    """Factor on the backbone's lr throughout; ours: < 1 where released weights are continued with fresh heads."""
 
     @model_validator(mode="after")
     def _end_fits(self) -> "ScheduleConfig":

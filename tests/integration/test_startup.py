@@ -16,6 +16,7 @@ def _imported_by(module: str) -> set[str]:
     ("module", "absent"),
     [
         ("meddino.core.config", {"timm", "torchvision", "torch", "SimpleITK", "matplotlib"}),
+        ("meddino_pretrain.config", {"timm", "torch", "numpy", "jaxtyping", "matplotlib", "transformers"}),
         ("meddino.demo", {"timm", "torchvision", "torch", "SimpleITK", "matplotlib"}),
         ("meddino.models.vision_transformer", {"timm", "torchvision", "SimpleITK", "matplotlib", "transformers", "sklearn"}),
         ("meddino.losses", {"timm", "torchvision", "SimpleITK", "matplotlib", "transformers", "sklearn"}),

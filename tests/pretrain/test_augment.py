@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.data.augmentations import AugmentConfig, apply_intensity, distort_slice, draw_intensity
+from meddino_pretrain.data.augmentations import apply_intensity, distort_slice, draw_intensity
+from meddino_pretrain.data.config import AugmentConfig
 from pydantic import ValidationError
 
 from meddino.data.contract import InputContract
+from meddino.data.model_input import normalise
 
 CONTRACT = InputContract()
 NEVER = {"noise_probability": 0.0, "smoothing_probability": 0.0, "low_resolution_probability": 0.0}
@@ -102,7 +104,7 @@ def test_apply_intensity__equals_a_slow_loop():
 def test_apply_intensity__spared_image_is_exactly_the_contracts():
     hu = torch.from_numpy(np.random.default_rng(0).integers(-1200, 2000, (2, 6, 6)).astype(np.int16))
     rows = torch.from_numpy(draw_intensity(PLAIN, CONTRACT, 0, 0, 2))
-    assert torch.allclose(apply_intensity(hu, rows, CONTRACT), CONTRACT.apply(hu.float()), atol=1e-6)
+    assert torch.allclose(apply_intensity(hu, rows, CONTRACT), normalise(hu.float(), CONTRACT), atol=1e-6)
 
 
 def test_apply_intensity__undistorted_keeps_only_the_window():

@@ -3,7 +3,7 @@
 import json
 
 from meddino_pretrain.bench.loader import SyntheticSlices, bench_loader, main
-from meddino_pretrain.data.crops import CropsConfig, CropSizes
+from meddino_pretrain.data.config import CropsConfig, CropSizes
 
 
 def test_bench_loader__measures_each_part_of_the_way():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.run.corpus_audit import CorpusConfig, check_audit
+from meddino_pretrain.run.config import CorpusConfig
+from meddino_pretrain.run.corpus_audit import check_audit
 from meddino_pretrain.run.folder import open_run
 
 from meddino.checkpoints.export.corpus_lineage import corpus_lineage

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.data.crops import CropBox, CropsConfig, CropSizes, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.config import CropsConfig, CropSizes
+from meddino_pretrain.data.crops import CropBox, crop_sizes_for_step, cut_crop, draw_boxes
 from pydantic import ValidationError
 
 CONFIG = CropsConfig()

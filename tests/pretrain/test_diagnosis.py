@@ -3,7 +3,8 @@
 import math
 
 import pytest
-from meddino_pretrain.monitoring.diagnostics import DiagnosisConfig, verdicts
+from meddino_pretrain.monitoring.config import DiagnosisConfig
+from meddino_pretrain.monitoring.diagnostics import verdicts
 
 CONFIG = DiagnosisConfig(window_steps=20, patience_steps=100)
 K = 2048

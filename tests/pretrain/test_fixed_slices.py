@@ -9,6 +9,7 @@ from meddino_pretrain.monitoring.patch_quality import patch_consistency, snapsho
 from meddino.core.device import find_machine
 from meddino.core.errors import ShardError
 from meddino.data.contract import InputContract
+from meddino.data.model_input import normalise
 from meddino.models.registry import build_backbone
 
 CONTRACT = InputContract()
@@ -42,7 +43,7 @@ def test_fixed_slices__keep_the_shape_in_millimetres(make_corpus):
     corpus = make_corpus(count=2, rows=40, cols=120, spacing_mm=(3.0, 1.0))  # 120 x 120 mm: all of it is shown
     whole = fixed_slices(corpus, CONTRACT, 1, 40).first_view[0, 0]
     hu = torch.from_numpy(corpus.read(1).astype(np.float32))
-    expected = CONTRACT.apply(torch.nn.functional.avg_pool2d(hu[None, None], (1, 3)))[0, 0, 0]
+    expected = normalise(torch.nn.functional.avg_pool2d(hu[None, None], (1, 3)), CONTRACT)[0, 0, 0]
     assert (whole - expected).abs().mean() < 0.15
 
 

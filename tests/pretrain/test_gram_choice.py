@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.methods.dinov3.gram_choice import GramChoiceConfig, choose_gram_teacher
+from meddino_pretrain.methods.dinov3.config import GramChoiceConfig
+from meddino_pretrain.methods.dinov3.gram_choice import choose_gram_teacher
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
 from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 

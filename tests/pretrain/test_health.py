@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from meddino_pretrain.monitoring.config import HealthConfig
 from meddino_pretrain.monitoring.feature_metrics import (
     MEANINGS,
-    HealthConfig,
     HealthProbe,
     PrototypeUse,
     nearest_distance,

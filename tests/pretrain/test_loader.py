@@ -10,11 +10,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from meddino_pretrain.data.augmentations import AugmentConfig
 from meddino_pretrain.data.batches import RawBatch, to_model_input
-from meddino_pretrain.data.crops import CropsConfig, CropSizes
-from meddino_pretrain.data.loader import Loader, LoaderConfig, _end_worker, build_loader
-from meddino_pretrain.methods.dinov3.masking import MaskingConfig
+from meddino_pretrain.data.config import AugmentConfig, CropsConfig, CropSizes, LoaderConfig
+from meddino_pretrain.data.loader import Loader, _end_worker, build_loader
+from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError

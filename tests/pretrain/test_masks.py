@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from meddino_pretrain.methods.dinov3.masking import MaskingConfig, block_mask, masked_counts, masks_for_crops
+from meddino_pretrain.methods.dinov3.config import MaskingConfig
+from meddino_pretrain.methods.dinov3.masking import block_mask, masked_counts, masks_for_crops
 from pydantic import ValidationError
 
 CONFIG = MaskingConfig()

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.sampler import BatchShare
-from meddino_pretrain.methods.dinov3.method import DINOv3Config, DINOv3Objective
+from meddino_pretrain.methods.dinov3.config import DINOv3Config
+from meddino_pretrain.methods.dinov3.method import DINOv3Objective
 from meddino_pretrain.methods.dinov3.network import DINOv3Network
 from meddino_pretrain.optimizer import build_optimizer, clip_by_module, parameter_rules, set_rates
 from meddino_pretrain.schedules import StepValues

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
-from meddino.core.device import Precision
+from meddino.core.machine_config import Precision
 
 EncoderMode = Literal["frozen", "finetune", "lora", "bitfit", "partial"]
 HeadName = Literal["primus", "linear", "unet", "dino_unet", "whole_unet", "whole_transunet", "whole_segformer"]

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from meddino.data.contract import to_uint8_window
+from meddino.data.model_input import to_uint8_window
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase
 

@@ -28,6 +28,7 @@ from meddino.checkpoints.weights.load import fit
 from meddino.core.errors import CheckpointError
 from meddino.core.logging import get_logger
 from meddino.data.contract import InputContract
+from meddino.data.model_input import normalise
 from meddino.models.registry import backbone_config, tapped_blocks
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig, ViTOutput
 
@@ -74,8 +75,8 @@ class Model(nn.Module):
         return self.backbone.depth
 
     def preprocess(self, hu: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch c h w"]:
-        """Turn Hounsfield units into model input by the input contract; see `InputContract.apply`."""
-        return self.contract.apply(hu)
+        """Turn Hounsfield units into model input by the input contract; see `meddino.data.model_input.normalise`."""
+        return normalise(hu, self.contract)
 
     def forward_features(self, images: Float[Tensor, "batch c h w"]) -> ViTOutput:
         """Return the normalised CLS, register and patch tokens.

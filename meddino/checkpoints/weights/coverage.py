@@ -1,9 +1,7 @@
 """Which gaps between a file and a model are allowed, and the report of what was found, tensor by tensor."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from meddino.core.config import StrictConfig
 
@@ -11,22 +9,18 @@ from meddino.core.config import StrictConfig
 class GapsConfig(StrictConfig):
     """Where weights may fall short of the model. By default nowhere: every gap is named, or loading fails."""
 
-    sum_input_channels: Annotated[bool, Field(description="3 input channels in the file, 1 in the model: sum the weights")] = (
-        False
-    )
-    resample_patches: Annotated[bool, Field(description="another patch size: resample the projection (FlexiViT)")] = False
-    qkv_bias: Annotated[
-        Literal["as_in_file", "zeros", "drop"],
-        Field(description="zeros: start at zero where the file has none; drop: leave the file's out"),
-    ] = "as_in_file"
-    registers: Annotated[
-        Literal["as_in_file", "fresh", "cut"],
-        Field(description="fresh: missing registers keep their fresh weights; cut: take the first ones of the file"),
-    ] = "as_in_file"
-    missing: Annotated[
-        tuple[str, ...], Field(description="patterns of tensors that may keep fresh weights, e.g. mask_token")
-    ] = ()
-    unexpected: Annotated[tuple[str, ...], Field(description="patterns of the file's tensors that may be left out")] = ()
+    sum_input_channels: bool = False
+    """3 input channels in the file, 1 in the model: sum the weights."""
+    resample_patches: bool = False
+    """Another patch size: resample the projection (FlexiViT)."""
+    qkv_bias: Literal["as_in_file", "zeros", "drop"] = "as_in_file"
+    """zeros: start at zero where the file has none; drop: leave the file's out."""
+    registers: Literal["as_in_file", "fresh", "cut"] = "as_in_file"
+    """fresh: missing registers keep their fresh weights; cut: take the first ones of the file."""
+    missing: tuple[str, ...] = ()
+    """Patterns of tensors that may keep fresh weights, e.g. mask_token."""
+    unexpected: tuple[str, ...] = ()
+    """Patterns of the file's tensors that may be left out."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
 from meddino.data.remote import corpus_location
 from meddino.data.sample import decode_slice, encode_slice
-from meddino_pretrain.data.augmentations import AugmentConfig
 from meddino_pretrain.data.batches import to_model_input
-from meddino_pretrain.data.crops import GLOBAL_CROPS, CropsConfig
-from meddino_pretrain.data.loader import LoaderConfig, SampleMaker, SliceSource, build_loader
-from meddino_pretrain.methods.dinov3.masking import MaskingConfig
+from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
+from meddino_pretrain.data.crops import GLOBAL_CROPS
+from meddino_pretrain.data.loader import SampleMaker, SliceSource, build_loader
+from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
 
 @dataclass(frozen=True)

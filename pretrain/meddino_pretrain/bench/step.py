@@ -207,7 +207,8 @@ class MeasuredStep:
         from meddino.layers.projection_head import ProjectionHead
         from meddino.models.registry import build_backbone
         from meddino_pretrain.data.sampler import BatchShare
-        from meddino_pretrain.methods.dinov3.method import DINOv3Config, DINOv3Objective
+        from meddino_pretrain.methods.dinov3.config import DINOv3Config
+        from meddino_pretrain.methods.dinov3.method import DINOv3Objective
         from meddino_pretrain.methods.dinov3.network import DINOv3Network
         from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rates
         from meddino_pretrain.schedules import StepValues

@@ -1,79 +1,20 @@
 """CT augmentations: spatial ones once on the slice before it is cropped, point-wise ones batched on the device."""
 
 import math
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int16
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from meddino.core.config import StrictConfig
 from meddino.core.seeds import numpy_rng
-from meddino.data.contract import InputContract, stretch_window
+from meddino.data.contract import InputContract
+from meddino.data.model_input import normalise, stretch_window
+from meddino_pretrain.data.config import AugmentConfig
 
-Probability = Annotated[float, Field(ge=0, le=1)]
 INTENSITY_COLUMNS = 4  # window's lower end [HU], its upper end [HU], gamma, scale
-
-
-class AugmentConfig(StrictConfig):
-    """What is done to intensities. Colour jitter, grayscale, solarisation and crop-wise blur are not for CT (FlexiCT)."""
-
-    noise_probability: Annotated[Probability, Field(description="chance of Gaussian noise on a slice [0-1]; FlexiCT: 0.1")] = (
-        0.1
-    )
-    noise_sd_hu: Annotated[
-        tuple[float, float], Field(description="its standard deviation, uniform [HU]; ours: 0-20, a CT's own noise")
-    ] = (0.0, 20.0)
-    smoothing_probability: Annotated[
-        Probability, Field(description="chance of Gaussian smoothing of a slice [0-1]; FlexiCT: 0.2")
-    ] = 0.2
-    smoothing_sigma_px: Annotated[tuple[float, float], Field(description="its width, uniform [px]; FlexiCT: 0.5-1")] = (
-        0.5,
-        1.0,
-    )
-    low_resolution_probability: Annotated[
-        Probability, Field(description="chance that a slice is shrunk and enlarged again [0-1]; FlexiCT: 0.25")
-    ] = 0.25
-    low_resolution_zoom: Annotated[
-        tuple[float, float], Field(description="how far it is shrunk, uniform [factor]; FlexiCT: 0.5-1")
-    ] = (0.5, 1.0)
-    scale_probability: Annotated[
-        Probability, Field(description="chance of scaling a slice's intensities about the contract's mean [0-1]; FlexiCT: 0.15")
-    ] = 0.15
-    scale_range: Annotated[tuple[float, float], Field(description="the factor, uniform; FlexiCT: 0.75-1.25")] = (0.75, 1.25)
-    gamma_probability: Annotated[
-        Probability, Field(description="chance of a gamma curve over a slice's window [0-1]; FlexiCT: 0.1")
-    ] = 0.1
-    gamma_range: Annotated[tuple[float, float], Field(description="the exponent, uniform; FlexiCT: 0.7-1.5")] = (0.7, 1.5)
-    window_contract_probability: Annotated[
-        Probability, Field(description="chance of the input contract's own window instead of a random one [0-1]; ours: 0.5")
-    ] = 0.5
-    window_level_hu: Annotated[
-        tuple[float, float], Field(description="centre of a random HU window, uniform [HU]; ours: -150-150")
-    ] = (-150.0, 150.0)
-    window_width_hu: Annotated[
-        tuple[float, float], Field(description="width of a random HU window, log-uniform [HU]; ours: 400-2000")
-    ] = (400.0, 2000.0)
-    window_per: Annotated[
-        Literal["crop", "image"],
-        Field(description="whether crops of one slice have windows of their own; ours: crop, as DINO draws colours a crop"),
-    ] = "crop"
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> "AugmentConfig":
-        lowest = {"noise_sd_hu": 0.0, "smoothing_sigma_px": 1e-3, "window_level_hu": -math.inf}
-        for name in (key for key in type(self).model_fields if isinstance(getattr(self, key), tuple)):
-            low, high = getattr(self, name)
-            bound = lowest.get(name, 1e-6)
-            if not bound <= low <= high:
-                raise ValueError(f"{name} {[low, high]} must ascend and start at {bound} or above")
-        if self.low_resolution_zoom[1] > 1:
-            raise ValueError(f"low_resolution_zoom {list(self.low_resolution_zoom)} must not be above 1")
-        return self
 
 
 def distort_slice(hu: NDArray[np.int16], config: AugmentConfig, seed: int, number: int) -> NDArray[np.int16]:
@@ -166,7 +107,7 @@ def apply_intensity(
         images[i] = ((images[i] - contract.hu_min) / span).pow_(gamma[i]) * span + contract.hu_min
     for i in scaled:
         images[i] = (images[i] - contract.mean) * scale[i] + contract.mean
-    return contract.apply(images)
+    return normalise(images, contract)
 
 
 def _between(limits: tuple[float, float], place: float) -> float:

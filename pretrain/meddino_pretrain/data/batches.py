@@ -9,7 +9,7 @@ from torch import Tensor
 from meddino.core.device import Machine
 from meddino.data.contract import InputContract
 from meddino_pretrain.data.augmentations import apply_intensity
-from meddino_pretrain.data.crops import CropSizes
+from meddino_pretrain.data.config import CropSizes
 
 
 @dataclass(frozen=True)

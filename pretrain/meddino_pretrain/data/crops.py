@@ -2,89 +2,21 @@
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int16
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from meddino.core.config import StrictConfig
-from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
+from meddino_pretrain.data.config import CropsConfig, CropSizes
 
 GLOBAL_CROPS = 2
 _TRIES = 10
 _DRAWS = 4 * _TRIES + 1  # what one crop takes from the sample's generator: area, shape, y, x of each try; flip
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class CropSizes(StrictConfig):
-    """The sizes of all crops of a step; a stage of several resolutions has several of these and draws one a step."""
-
-    global_px: Annotated[int, Field(gt=0, description="side of the 2 global crops [px]; paper: 256, stage 3: 512 and 768")]
-    local_px: Annotated[int, Field(gt=0, description="side of the local crops [px]; paper: 112, stage 3: 112 to 336")]
-    gram_px: Annotated[
-        int | None,
-        Field(gt=0, description="side of the Gram teacher's crops [px]; DINOv3: 2 x global_px; null: no Gram teacher"),
-    ] = None
-    weight: Annotated[
-        float, Field(gt=0, description="share of the steps that take these sizes, relative to the others; DINOv3: .3 and .05")
-    ] = 1.0
-
-
-class CropsConfig(StrictConfig):
-    """How crops are cut from a slice."""
-
-    sizes: Annotated[
-        tuple[CropSizes, ...], Field(min_length=1, description="sizes to draw from, once a step for all ranks; stage 1: one")
-    ] = (CropSizes(global_px=256, local_px=112),)
-    num_local: Annotated[int, Field(ge=0, description="local crops of each slice; paper and DINOv3: 8")] = 8
-    global_scale: Annotated[
-        tuple[Fraction, Fraction], Field(description="share of the slice's area in a global crop [0-1]; paper: 0.32-1.0")
-    ] = (0.32, 1.0)
-    local_scale: Annotated[
-        tuple[Fraction, Fraction], Field(description="share of the slice's area in a local crop [0-1]; paper: 0.05-0.32")
-    ] = (0.05, 0.32)
-    aspect_ratio: Annotated[
-        tuple[float, float], Field(description="width / height of a crop's box in millimetres; torchvision and DINOv3: 3/4-4/3")
-    ] = (0.75, 1.3333333333333333)
-    flip_probability: Annotated[
-        Probability, Field(description="chance of a horizontal flip of each crop [0-1]; DINOv3, FlexiCT: 0.5")
-    ] = 0.5
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> "CropsConfig":
-        for name in ("global_scale", "local_scale", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
-        if len({sizes.gram_px is None for sizes in self.sizes}) > 1:
-            raise ValueError("gram_px must be set for all sizes or for none")
-        return self
-
-    def check_patch_size(self, patch_size: int) -> None:
-        """Refuse sizes that do not divide into patches.
-
-        Args:
-            patch_size: Side of a patch [px].
-
-        Raises:
-            ConfigError: Names each size that does not divide.
-        """
-        wrong = [
-            f"crops.sizes.{number}.{name}={value}"
-            for number, sizes in enumerate(self.sizes)
-            for name, value in (("global_px", sizes.global_px), ("local_px", sizes.local_px), ("gram_px", sizes.gram_px))
-            if value is not None and value % patch_size
-        ]
-        if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: not a multiple of the patch size {patch_size}")
 
 
 def crop_sizes_for_step(config: CropsConfig, seed: int, step: int) -> CropSizes:

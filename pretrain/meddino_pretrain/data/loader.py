@@ -11,39 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from meddino.core.config import StrictConfig
 from meddino.core.errors import ShardError
 from meddino.data.contract import InputContract
-from meddino_pretrain.data.augmentations import AugmentConfig, distort_slice, draw_intensity
+from meddino_pretrain.data.augmentations import distort_slice, draw_intensity
 from meddino_pretrain.data.batches import RawBatch
-from meddino_pretrain.data.crops import GLOBAL_CROPS, CropsConfig, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
+from meddino_pretrain.data.crops import GLOBAL_CROPS, crop_sizes_for_step, cut_crop, draw_boxes
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
-from meddino_pretrain.methods.dinov3.masking import MaskingConfig, masks_for_crops
+from meddino_pretrain.methods.dinov3.config import MaskingConfig
+from meddino_pretrain.methods.dinov3.masking import masks_for_crops
 
 # Slices tried for one place of a batch: where so many drawn at random are damaged, the rest is too.
 MAX_TRIED = 100
-
-
-class LoaderConfig(StrictConfig):
-    """How samples are read. Nothing here changes what a batch holds."""
-
-    workers: Annotated[
-        int,
-        Field(ge=0, description="processes that read and crop; 0: in the training process; ours: 0, for machines of 2 cores"),
-    ] = 0
-    prefetch: Annotated[int, Field(ge=1, description="micro-batches that each worker holds ready; torch's own default: 2")] = 2
-    max_damaged: Annotated[
-        int, Field(ge=0, description="damaged slices that are stood in for before the run stops; ours: 10")
-    ] = 10
 
 
 @runtime_checkable

@@ -5,50 +5,13 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import Field
-
-from meddino.core.config import StrictConfig
+from meddino_pretrain.monitoring.config import DiagnosisConfig
 
 Record = Mapping[str, Any]
 # A begun run keeps its schedules: they cannot be changed under it.
 NEW_RUN = "Begin a new run (another --out; init.weights takes one of this run's checkpoints)"
-
-
-class DiagnosisConfig(StrictConfig):
-    """When a rule speaks. All limits are ours, from planted cases and small runs."""
-
-    window_steps: Annotated[int, Field(ge=2, description="records that a rule looks at together; ours: 50")] = 50
-    patience_steps: Annotated[int, Field(ge=1, description="steps before standing still is reported; ours: 1000")] = 1000
-    log_prototypes_share: Annotated[
-        float, Field(gt=0, le=1, description="DINO loss / ln K from which heads count as not learning; ours: 0.995")
-    ] = 0.995
-    min_rank: Annotated[float, Field(ge=1, description="RankMe below which CLS or patch tokens collapsed; ours: 2")] = 2.0
-    min_nearest_distance: Annotated[
-        float, Field(ge=0, description="mean distance to the nearest CLS token below which features collapsed; ours: 0.01")
-    ] = 0.01
-    loss_growth: Annotated[
-        float,
-        Field(gt=0, description="rise of the loss over its best window that counts as diverging [share of it]; ours: 0.2"),
-    ] = 0.2
-    gradient_growth: Annotated[
-        float, Field(gt=1, description="growth of the gradient norm over its median so far that counts as diverging; ours: 10")
-    ] = 10.0
-    max_data_wait: Annotated[
-        float,
-        Field(gt=0, le=1, description="share of the time waiting for data above which the loader is the limit; ours: 0.2"),
-    ] = 0.2
-    min_neighbours_kept: Annotated[
-        float,
-        Field(ge=0, le=1, description="share of nearest slices kept below which features drifted; ours: 0.4"),
-    ] = 0.4
-    max_patch_drift: Annotated[
-        float, Field(gt=0, description="change of patch similarities since the start above which features drifted; ours: 0.3")
-    ] = 0.3
-    max_consistency_loss: Annotated[
-        float, Field(gt=0, description="fall of patch consistency from its best that is reported [0-1]; ours: 0.01")
-    ] = 0.01
 
 
 @dataclass(frozen=True)

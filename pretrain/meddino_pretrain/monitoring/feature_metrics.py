@@ -2,35 +2,27 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from meddino.core.config import StrictConfig
 from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_write
 from meddino.distributed.collectives import is_main
 from meddino.models.vision_transformer import ViTOutput
+from meddino_pretrain.monitoring.config import HealthConfig
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
 from meddino_pretrain.monitoring.patch_quality import CHUNK, patch_consistency, patch_map
 
 _EVERY_PATCH = 8  # goes through the head: the logits of all patches at 65,536 prototypes would be gigabytes
 _PATCHES_FOR_RANK = 2048
 _NEIGHBOURS = 3
-
-
-class HealthConfig(StrictConfig):
-    """How often and on how much the run is looked at."""
-
-    every_steps: Annotated[int, Field(ge=0, description="steps between two looks; 0: never; ours: 500")] = 500
-    slices: Annotated[int, Field(ge=2, description="fixed slices looked at; ours: 32")] = 32
 
 
 @runtime_checkable

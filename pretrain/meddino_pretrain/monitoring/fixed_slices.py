@@ -11,7 +11,8 @@ from torch import Tensor
 from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
 from meddino.core.seeds import numpy_rng
-from meddino.data.contract import InputContract, to_uint8_window
+from meddino.data.contract import InputContract
+from meddino.data.model_input import to_uint8_window
 from meddino_pretrain.data.augmentations import apply_intensity
 from meddino_pretrain.data.crops import CropBox, cut_crop
 from meddino_pretrain.data.loader import SliceSource

@@ -15,7 +15,7 @@ from PIL import Image
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import atomic_write
 from meddino.distributed.collectives import is_main
-from meddino_pretrain.config import SavingConfig
+from meddino_pretrain.run.config import SavingConfig
 
 # Times differ between two runs with the same seed; they stand apart so that what is left can be compared byte by byte.
 TIMING = "timing"

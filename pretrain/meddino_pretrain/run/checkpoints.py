@@ -16,10 +16,10 @@ from meddino.checkpoints.state.training_state import (
 )
 from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
-from meddino_pretrain.config import SavingConfig
 from meddino_pretrain.data.corrupt_samples import DamagedSlices
 from meddino_pretrain.monitoring.metrics import MetricsWriter
 from meddino_pretrain.run.background_save import BackgroundSaver, FrozenState
+from meddino_pretrain.run.config import SavingConfig
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"

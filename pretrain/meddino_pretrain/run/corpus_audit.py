@@ -1,25 +1,14 @@
 """What a corpus was compared with before anything is learnt from it."""
 
 import logging
-from typing import Annotated
 
-from pydantic import Field
-
-from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
+from meddino_pretrain.run.config import CorpusConfig
 
 _logger = get_logger(__name__)
-
-
-class CorpusConfig(StrictConfig):
-    """What may be learnt from."""
-
-    allow_known_overlap: Annotated[
-        bool, Field(description="train although an audit found held-out data in the corpus; ours: false")
-    ] = False
 
 
 def check_audit(corpus: Corpus, config: CorpusConfig) -> None:

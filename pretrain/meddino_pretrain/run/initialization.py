@@ -12,13 +12,14 @@ from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
-from meddino_pretrain.config import GramTeacherConfig, InitConfig
+from meddino_pretrain.methods.dinov3.config import GramTeacherConfig
 from meddino_pretrain.methods.dinov3.gram_choice import GramChoice, choose_gram_teacher
 from meddino_pretrain.methods.dinov3.method import DINOv3Objective
 from meddino_pretrain.methods.dinov3.network import DINOv3Network
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
 from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 from meddino_pretrain.run.checkpoints import damaged_keys, last_checkpoint, snapshot_folder
+from meddino_pretrain.run.config import InitConfig
 from meddino_pretrain.run.folder import RunFolder
 
 SCRATCH, REQUIRED = "scratch", "required"

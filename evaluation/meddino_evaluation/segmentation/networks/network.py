@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.core.errors import ConfigError
+from meddino.data.model_input import normalise
 from meddino_evaluation.adaptation.trainable import set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
 from meddino_evaluation.backbones.contract import ImageContract
@@ -104,8 +105,8 @@ def model_input(
         low, high = contract.window_hu
         return contract.from_unit((intensities.clamp(low, high) - low) / (high - low))
     if channels == 1:
-        return contract.hu.apply(intensities[:, 0])
-    return contract.hu.model_copy(update={"channels": 1}).apply(intensities).squeeze(2)
+        return normalise(intensities[:, 0], contract.hu)
+    return normalise(intensities, contract.hu.model_copy(update={"channels": 1})).squeeze(2)
 
 
 def learned_state(network: SegmentationNetwork) -> dict[str, Tensor]:

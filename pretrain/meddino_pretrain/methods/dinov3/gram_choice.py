@@ -3,30 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from meddino.core.config import StrictConfig
 from meddino.core.errors import CheckpointError
-
-Action = Literal["run", "light", "skip"]
-
-
-class GramChoiceConfig(StrictConfig):
-    """How the Gram teacher is chosen among snapshots of the EMA teacher."""
-
-    slices: Annotated[int, Field(ge=2, description="fixed slices that the patch quality is measured on; ours: 32")] = 32
-    min_loss: Annotated[
-        float, Field(ge=0, description="fall of patch consistency from its best that counts as degradation [0-1]; ours: 0.005")
-    ] = 0.005
-    min_sure: Annotated[float, Field(ge=0, description="and how many standard errors over slices it must be; ours: 2")] = 2.0
-    if_not_degraded: Annotated[
-        Action,
-        Field(description="what a Gram stage does where patch quality never fell: run, light or skip; ours: run"),
-    ] = "run"
+from meddino_pretrain.methods.dinov3.config import Action, GramChoiceConfig
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,14 @@
 """Which patches the student does not see: blocks, completed at random to an exact count."""
 
 import math
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
-from meddino.core.config import StrictConfig
 from meddino.core.seeds import numpy_rng
+from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
 _TRIES = 10
-
-
-class MaskingConfig(StrictConfig):
-    """Masking of the student's global crops."""
-
-    probability: Annotated[
-        float, Field(ge=0, le=1, description="share of the global crops of a step that are masked [0-1]; DINOv3: 0.5")
-    ] = 0.5
-    ratio: Annotated[
-        tuple[float, float],
-        Field(
-            description="share of a masked crop's patches that is masked, spread evenly over the step's crops; DINOv3: 0.1-0.5"
-        ),
-    ] = (0.1, 0.5)
-    min_block: Annotated[int, Field(ge=1, description="patches in the smallest block that is drawn; BEiT, DINOv2: 4")] = 4
-    block_aspect: Annotated[
-        float, Field(gt=0, le=1, description="lowest width / height of a block, the highest is 1 / it; BEiT, DINOv2: 0.3")
-    ] = 0.3
-
-    @model_validator(mode="after")
-    def _ratio_ascends(self) -> "MaskingConfig":
-        low, high = self.ratio
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"ratio {[low, high]} must ascend within (0, 1]")
-        return self
 
 
 def masked_counts(config: MaskingConfig, seed: int, step: int, crops: int, patches: int) -> NDArray[np.int64]:

@@ -2,52 +2,26 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
-from meddino.core.config import StrictConfig
 from meddino.core.device import Machine
 from meddino.core.precision import at_least_float32
 from meddino.distributed.parallel import gradient_sync
 from meddino.layers.drop_path import CropNumbers, ForwardDraws
-from meddino.losses.gram import Negatives, resize_patch_map
+from meddino.losses.gram import resize_patch_map
 from meddino.losses.sinkhorn import SinkhornTargets, sinkhorn_targets
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.crops import GLOBAL_CROPS
 from meddino_pretrain.data.sampler import BatchShare
 from meddino_pretrain.methods.base import Losses, Views
+from meddino_pretrain.methods.dinov3.config import DINOv3Config
 from meddino_pretrain.methods.dinov3.network import DINOv3Network, KoLeoPull, Leash, Targets, TermWeights, mean_koleo
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.schedules import StepValues
-
-
-class DINOv3Config(StrictConfig):
-    """Weights of the terms."""
-
-    dino_weight: Annotated[float, Field(ge=0, description="on both DINO terms; DINOv3: 1")]
-    dino_local_multiplier: Annotated[float, Field(ge=0, description="on the local DINO term besides; DINOv3: 1, high-res 0.5")]
-    ibot_weight: Annotated[float, Field(ge=0, description="on iBOT; DINOv3: 1")]
-    koleo_weight: Annotated[float, Field(ge=0, description="on KoLeo, once for each global crop; paper: 0.1")]
-    gram_weight: Annotated[
-        float, Field(ge=0, description="on Gram anchoring; paper: 2 in stages 2 and 3; 0 needs no Gram teacher")
-    ]
-    gram_negatives: Annotated[
-        Negatives,
-        Field(description="what becomes of negative similarities of patches; DINOv3: keep"),
-    ]
-    student_temperature: Annotated[float, Field(gt=0, description="softmax temperature of the student; DINOv3: 0.1")]
-    leash_weight: Annotated[
-        float, Field(ge=0, description="on staying near the backbone that the stage began with; ours: 0, for none")
-    ] = 0.0
-    leash: Annotated[
-        Literal["l2", "gram"],
-        Field(description="l2: the tokens themselves stay near; gram: only the patches' similarities, as in Gram anchoring"),
-    ] = "l2"
 
 
 class DINOv3Objective:

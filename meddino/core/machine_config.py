@@ -1,0 +1,25 @@
+"""Where a command computes and in which arithmetic, as a config says it; `meddino.core.device` finds the machine."""
+
+from typing import Literal
+
+from meddino.core.config import StrictConfig
+
+Precision = Literal["auto", "fp32", "bf16"]
+# fp64: for finding out whether two runs differ by more than rounding.
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp64"]
+Parallel = Literal["auto", "none", "ddp", "fsdp2"]
+
+
+class MachineConfig(StrictConfig):
+    """Where it runs. Nothing here changes what is learnt, beyond rounding."""
+
+    device: str = "auto"
+    """auto: an accelerator if there is one, else the CPU; or cpu, cuda, cuda:1."""
+    precision: TrainingPrecision = "auto"
+    """auto: bf16 on an accelerator that has it, fp32 on the CPU; or fp32, bf16, fp64 (to compare runs)."""
+    parallel: Parallel = "auto"
+    """auto: DDP where there are several processes; fsdp2 cuts weights over them."""
+    activation_checkpointing: bool = False
+    """Recompute blocks in the backward pass: a third slower, far less memory."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: faster after a minute of compiling."""

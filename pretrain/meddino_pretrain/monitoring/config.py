@@ -1,0 +1,41 @@
+"""What a recipe says about watching a run."""
+
+from pydantic import Field
+
+from meddino.core.config import StrictConfig
+
+
+class HealthConfig(StrictConfig):
+    """How often and on how much the run is looked at."""
+
+    every_steps: int = Field(500, ge=0)
+    """Steps between two looks; 0: never; ours: 500."""
+    slices: int = Field(32, ge=2)
+    """Fixed slices looked at; ours: 32."""
+
+
+class DiagnosisConfig(StrictConfig):
+    """When a rule speaks. All limits are ours, from planted cases and small runs."""
+
+    window_steps: int = Field(50, ge=2)
+    """Records that a rule looks at together; ours: 50."""
+    patience_steps: int = Field(1000, ge=1)
+    """Steps before standing still is reported; ours: 1000."""
+    log_prototypes_share: float = Field(0.995, gt=0, le=1)
+    """DINO loss / ln K from which heads count as not learning; ours: 0.995."""
+    min_rank: float = Field(2.0, ge=1)
+    """RankMe below which CLS or patch tokens collapsed; ours: 2."""
+    min_nearest_distance: float = Field(0.01, ge=0)
+    """Mean distance to the nearest CLS token below which features collapsed; ours: 0.01."""
+    loss_growth: float = Field(0.2, gt=0)
+    """Rise of the loss over its best window that counts as diverging [share of it]; ours: 0.2."""
+    gradient_growth: float = Field(10.0, gt=1)
+    """Growth of the gradient norm over its median so far that counts as diverging; ours: 10."""
+    max_data_wait: float = Field(0.2, gt=0, le=1)
+    """Share of the time waiting for data above which the loader is the limit; ours: 0.2."""
+    min_neighbours_kept: float = Field(0.4, ge=0, le=1)
+    """Share of nearest slices kept below which features drifted; ours: 0.4."""
+    max_patch_drift: float = Field(0.3, gt=0)
+    """Change of patch similarities since the start above which features drifted; ours: 0.3."""
+    max_consistency_loss: float = Field(0.01, gt=0)
+    """Fall of patch consistency from its best that is reported [0-1]; ours: 0.01."""

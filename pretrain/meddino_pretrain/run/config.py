@@ -1,0 +1,43 @@
+"""What a recipe says about a run's beginning and what it leaves on disk."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.core.config import StrictConfig
+
+
+class CorpusConfig(StrictConfig):
+    """What may be learnt from."""
+
+    allow_known_overlap: bool = False
+    """Train although an audit found held-out data in the corpus; ours: false."""
+
+
+class InitConfig(StrictConfig):
+    """What the first stage starts from."""
+
+    weights: str = "required"
+    """scratch; or a file or folder: DINOv3's official file, a MedDINOv3 or DINOv3 trainer's file, a transformers folder,
+    timm:<name>@<file>, our export or run; required: must be given."""
+    section: str | None = None
+    """Network taken from a trainer's file: teacher or student; null: teacher if it has one."""
+    heads: Literal["if_there", "fresh"] = "if_there"
+    """Whether heads in the file are taken; MedDINOv3's has them."""
+    gaps: GapsConfig = GapsConfig()
+
+
+class SavingConfig(StrictConfig):
+    """What is written while training."""
+
+    every_steps: int = Field(1000, ge=1)
+    """Steps between checkpoints; one more at a stage's end; ours: 1000."""
+    keep_last: int = Field(3, ge=1)
+    """Newest checkpoints of a stage that stay; ours: 3."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay besides; 0: none; ours: 0."""
+    tensorboard: bool = True
+    """Also write TensorBoard events."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (pip install 'meddino[wandb]')."""
