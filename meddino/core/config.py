@@ -1,5 +1,9 @@
 """Configuration: YAML files merged left to right, then `key=value`, then checked as a whole.
 
+A file says only what differs: `extends: NAME` at its top takes everything from another file, `like: NAME` in a section takes
+everything from the section of that name beside it. First the files are merged, then `like` is followed, so that a change in a
+section reaches those that are like it; an override comes last and changes the one key it names.
+
 The only module that knows OmegaConf. What comes out is a frozen pydantic model; nothing else walks into other code.
 """
 
@@ -7,7 +11,8 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +25,28 @@ from meddino.core.errors import ConfigError
 from meddino.core.packaged import shipped_configs
 
 ConfigT = TypeVar("ConfigT", bound="StrictConfig")
+EXTENDS, LIKE = "extends", "like"
 
 
 class StrictConfig(BaseModel):
     """A config section: frozen, no silent conversions, an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class MergedValues:
+    """What files and overrides say together, not yet checked.
+
+    Attributes:
+        values: Nested dicts and lists.
+        origins: Dotted key of each value that was given -> the file or override that gave it.
+        where: All files and overrides, for messages.
+    """
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    where: str
 
 
 def load_config(
@@ -42,16 +63,34 @@ def load_config(
     Raises:
         ConfigError: A file is missing or no YAML, or values are wrong; then all wrong ones are named at once.
     """
-    merged = OmegaConf.create({})
-    for source in sources:
-        merged = _merged(merged, _read(find_config(source, kind)), str(source))
+    merged = merge_config(schema, sources, overrides, kind)
+    return check_config(schema, merged.values, merged.where)
+
+
+def merge_config(
+    schema: type[StrictConfig], sources: Sequence[str | Path], overrides: Sequence[str] = (), kind: str | None = None
+) -> MergedValues:
+    """Read and merge a configuration; see `load_config`, which also checks it.
+
+    Raises:
+        ConfigError: A file is missing, no YAML or extends itself; `like` names no section, or leads back to itself; an
+            override names a section that is not there.
+    """
+    where = " + ".join(str(source) for source in [*sources, *overrides]) or "(defaults)"
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, layer in (layer for source in sources for layer in _read_with_bases(source, kind)):
+        values = _merged(values, layer)
+        origins |= dict.fromkeys(_leaves(layer), name)
+    for path, sections in _named_sections(schema, values):
+        found = {name: _follow_like(sections, name, path, where, origins) for name in sections}
+        sections.update(found)
     for override in overrides:
-        merged = _merged(merged, _parse_override(override), override)
-    try:
-        plain = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config {_names(sources)}: {str(error).splitlines()[0]}") from error
-    return check_config(schema, plain, where=_names([*sources, *overrides]))
+        layer = _parse_override(override)
+        _refuse_new_sections(schema, values, layer, override)
+        values = _merged(values, layer)
+        origins |= dict.fromkeys(_leaves(layer), override)
+    return MergedValues(_interpolated(values, where), origins, where)
 
 
 def check_config(schema: type[ConfigT], values: Any, where: str) -> ConfigT:
@@ -110,37 +149,115 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old} -> {new}"]
 
 
-def _names(sources: Sequence[str | Path]) -> str:
-    return " + ".join(str(source) for source in sources) or "(defaults)"
+def _read_with_bases(source: str | Path, kind: str | None, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """Return a file's name and values after those of the file that it extends, the lowest first."""
+    path = find_config(source, kind)
+    if path.resolve() in [other.resolve() for other in above]:
+        raise ConfigError(f"config {above[0]}: extends goes round: {' -> '.join(other.stem for other in (*above, path))}")
+    values = _read(path)
+    base = values.pop(EXTENDS, None)
+    if base is None:
+        return [(path.stem, values)]
+    if not isinstance(base, str):
+        raise ConfigError(f"config {path}: extends is {base!r}; give the name or the path of one config")
+    beside = [file for file in (path.parent / base, path.parent / f"{base}.yaml") if file.is_file()]
+    try:
+        find_config(beside[0] if beside else base, kind)
+    except ConfigError as error:
+        raise ConfigError(f"config {path}: extends: {error}") from error
+    return [*_read_with_bases(beside[0] if beside else base, kind, (*above, path)), (path.stem, values)]
 
 
-def _read(path: Path) -> DictConfig:
+def _read(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config {path}: expected `key: value` lines at the top, found {type(loaded).__name__}")
-    return loaded
+    return _plain(loaded)
 
 
-def _parse_override(text: str) -> DictConfig:
+def _parse_override(text: str) -> dict[str, Any]:
     key, equals, _ = text.partition("=")
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"'{text}' is no override; write key=value, for example seed=1")
     try:
-        return OmegaConf.from_dotlist([text])
+        return _plain(OmegaConf.from_dotlist([text]))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override '{text}': {' '.join(str(error).split())}") from error
 
 
-def _merged(base: DictConfig, top: DictConfig, name: str) -> DictConfig:
+def _plain(loaded: DictConfig) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
+
+
+def _interpolated(values: dict[str, Any], where: str) -> dict[str, Any]:
+    if "${" not in json.dumps(values):  # OmegaConf takes as long for this as everything else does
+        return values
     try:
-        merged = OmegaConf.merge(base, top)
+        return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config {name}: {str(error).splitlines()[0]}") from error
-    assert isinstance(merged, DictConfig)  # merging two mappings gives a mapping
+        raise ConfigError(f"config {where}: {str(error).splitlines()[0]}") from error
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Return one mapping over another: mappings merge, anything else replaces what was there."""
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged
+
+
+def _follow_like(
+    sections: dict[str, Any], name: str, path: str, where: str, origins: dict[str, str], chain: tuple[str, ...] = ()
+) -> Any:
+    """Return a section with everything from the one it is like, and note where its values come from."""
+    section = sections[name]
+    if not isinstance(section, dict) or LIKE not in section:
+        return section
+    other, chain = section[LIKE], (*chain, name)
+    if other in chain:
+        raise ConfigError(f"config {where}: {path}: like goes round: {' -> '.join([*chain, other])}")
+    if other not in sections:
+        others = ", ".join(key for key in sections if key != name)
+        raise ConfigError(f"config {where}: '{path}.{name}.like' is {other!r}; beside it there are: {others}")
+    taken = _follow_like(sections, other, path, where, origins, chain)
+    for key in _leaves(taken):
+        given = origins.get(f"{path}.{other}.{key}")
+        if given is not None:
+            origins.setdefault(f"{path}.{name}.{key}", f"{given.partition(', ')[0]}, like {other}")
+    return _merged(taken, {key: value for key, value in section.items() if key != LIKE})
+
+
+def _refuse_new_sections(schema: type[StrictConfig], values: dict[str, Any], layer: dict[str, Any], override: str) -> None:
+    # A misspelt name would begin a section of its own, which then lacks everything.
+    there = dict(_named_sections(schema, values))
+    for path, sections in _named_sections(schema, layer):
+        for name in sections:
+            if path in there and name not in there[path]:
+                raise ConfigError(f"override '{override}': no '{name}' in {path}; {path}: {', '.join(there[path])}")
+
+
+def _named_sections(schema: type[BaseModel], values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the dotted key and the content of each mapping from names to sections, such as a recipe's stages."""
+    for key, field in schema.model_fields.items():
+        value, models = values.get(key), _models_in(field.annotation)
+        if not isinstance(value, dict) or not models:
+            continue
+        if typing.get_origin(field.annotation) is dict:
+            yield f"{prefix}{key}", value
+        else:
+            yield from _named_sections(models[0], value, f"{prefix}{key}.")
+
+
+def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(values, dict) and values:
+        for key, value in values.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix
 
 
 def _describe(schema: type[BaseModel], problem: Any) -> str:

@@ -19,10 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
+    if arguments[:1] == ["show"]:
+        from meddino_pretrain.show import main as show
+
+        return show(arguments[1:])
     parser = command_parser(
         "meddino-pretrain",
         "Train a recipe's stages on a corpus, one after the other. The same command again goes on where it stopped. "
-        "`meddino-pretrain bench step|loader` measures.",
+        "`meddino-pretrain show RECIPE` prints a recipe in full; `meddino-pretrain bench step|loader` measures.",
         "meddino-pretrain smoke --corpus corpus --out run stages.stage1_pretrain.steps=20",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped one: smoke, demo, cpu_small, ct3m_vitb, ...")

@@ -76,7 +76,7 @@ class PretrainConfig(StrictConfig):
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
     corpus: CorpusConfig = CorpusConfig()
-    init: InitConfig = InitConfig()
+    init: InitConfig
     machine: MachineConfig = MachineConfig()
     input_contract: InputContract = InputContract()
     backbone: BackboneConfig

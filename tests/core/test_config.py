@@ -3,7 +3,7 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
-from meddino.core.config import StrictConfig, differences, find_config, load_config, to_yaml
+from meddino.core.config import StrictConfig, differences, find_config, load_config, merge_config, to_yaml
 from meddino.core.errors import ConfigError
 
 
@@ -81,3 +81,77 @@ def test_find_config__lists_the_shipped_names():
 
 def test_differences__names_each_key():
     assert differences({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}, "d": 4}) == ["b.c: 2 -> 3", "d: (absent) -> 4"]
+
+
+class Stage(StrictConfig):
+    steps: int
+    optimizer: Optimizer = Optimizer()
+
+
+class Staged(StrictConfig):
+    seed: int = 0
+    stages: dict[str, Stage]
+
+
+STAGED = "stages:\n  one: {steps: 3, optimizer: {lr: 0.5}}\n  two: {like: one, steps: 4}\n  three: {like: two}\n"
+
+
+@pytest.fixture
+def staged(tmp_path):
+    (tmp_path / "base.yaml").write_text(STAGED)
+    return tmp_path
+
+
+def test_extends__says_only_what_differs(staged):
+    (staged / "child.yaml").write_text("extends: base\nseed: 2\n")
+    grandchild = staged / "grandchild.yaml"
+    grandchild.write_text("extends: child.yaml\nstages: {one: {optimizer: {lr: 0.25}}}\n")
+    config = load_config(Staged, [grandchild])
+    assert config.seed == 2
+    assert {name: (stage.steps, stage.optimizer.lr) for name, stage in config.stages.items()} == {
+        "one": (3, 0.25),
+        "two": (4, 0.25),
+        "three": (4, 0.25),
+    }
+
+
+def test_like__an_override_changes_the_one_key_it_names(staged):
+    stages = load_config(Staged, [staged / "base.yaml"], ["stages.one.steps=9", "stages.two.optimizer.lr=0.125"]).stages
+    assert [(stage.steps, stage.optimizer.lr) for stage in stages.values()] == [(9, 0.5), (4, 0.125), (4, 0.5)]
+
+
+def test_merge_config__knows_where_each_value_was_said(staged):
+    (staged / "child.yaml").write_text("extends: base\nstages: {two: {optimizer: {betas: [0.5, 0.5]}}}\n")
+    origins = merge_config(Staged, [staged / "child.yaml"], ["seed=3"]).origins
+    assert origins["seed"] == "seed=3"
+    assert origins["stages.two.optimizer.betas"] == "child"
+    assert origins["stages.three.steps"] == "base, like two"
+    assert origins["stages.three.optimizer.lr"] == "base, like two"
+    assert origins["stages.three.optimizer.betas"] == "child, like two"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("extends: child\n", ["extends goes round: child -> child"]),
+        ("extends: round\n", ["extends goes round: child -> round -> child"]),
+        ("extends: nonsense\n", ["child.yaml", "extends", "'nonsense'"]),
+        ("extends: [base]\n", ["extends is ['base']"]),
+        ("stages: {one: {like: four, steps: 1}, two: {steps: 1}}\n", ["'stages.one.like' is 'four'", "two"]),
+        ("stages: {one: {like: two}, two: {like: one}}\n", ["like goes round: one -> two -> one"]),
+    ],
+)
+def test_extends_and_like__wrong_names_are_one_line(staged, text, parts):
+    (staged / "child.yaml").write_text(text)
+    (staged / "round.yaml").write_text("extends: child\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Staged, [staged / "child.yaml"])
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("override", ["stages.on.steps=1", "stages.on={steps: 1}"])
+def test_load_config__a_misspelt_section_is_no_new_one(staged, override):
+    with pytest.raises(ConfigError, match="no 'on' in stages; stages: one, two, three"):
+        load_config(Staged, [staged / "base.yaml"], [override])

@@ -18,7 +18,7 @@ class CorpusConfig(StrictConfig):
 class InitConfig(StrictConfig):
     """What the first stage starts from."""
 
-    weights: str = "required"
+    weights: str
     """scratch; or a file or folder: DINOv3's official file, a MedDINOv3 or DINOv3 trainer's file, a transformers folder,
     timm:<name>@<file>, our export or run; required: must be given."""
     section: str | None = None
