@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.data.sample import Codec
+from meddino.volumes.limits import ReadLimits
 from meddino_data_curation.sources.licences import NOT_STATED
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -173,13 +174,9 @@ class PrivacyConfig(StrictConfig):
     ] = None
 
 
-class LimitsConfig(StrictConfig):
+class LimitsConfig(ReadLimits):
     """What a file may ask of the machine. All ours."""
 
-    max_volume_voxels: Annotated[int, Field(ge=1, description="[voxels] larger volumes are refused before memory is taken")] = (
-        1_500_000_000
-    )
-    max_axis_px: Annotated[int, Field(ge=1, description="[px] a longer axis is refused before memory is taken")] = 16384
     max_rejected_fraction: Annotated[
         float, Field(ge=0, le=1, description="share of refused volumes at which a run stops; 1 never stops")
     ] = 0.8

@@ -96,11 +96,6 @@ def _create_once(path: Path, text: str) -> None:
         own.unlink()
 
 
-def cause_without_path(error: OSError) -> str:
-    """Return what the system says was wrong with a file; its whole message would name the file."""
-    return (error.strerror or "input/output error").lower()
-
-
 def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, str]]) -> None:
     """Write which volume came from where, for the owner's eyes.
 

@@ -131,9 +131,9 @@ def _die_with_parent() -> None:
 
 
 def _limit_threads() -> None:
-    import SimpleITK as sitk
+    from meddino.volumes.itk_files import use_one_thread
 
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    use_one_thread()
 
 
 def _work(job: VolumeJob) -> str:

@@ -124,3 +124,8 @@ def check_free_space(directory: Path, needed_bytes: int, what: str) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Tell whether an error says that the disk, or the user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def cause_without_path(error: OSError) -> str:
+    """Return what the system says was wrong with a file; its whole message would name the file."""
+    return (error.strerror or "input/output error").lower()

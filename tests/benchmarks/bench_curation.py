@@ -165,9 +165,9 @@ def enlarged(sources: Sequence[Path], out: Path, side_px: int, slice_mm: float =
 
 def read_plainly(candidate: Candidate) -> np.ndarray:
     """Read one volume as a few lines with SimpleITK would."""
-    if isinstance(candidate, DicomCandidate):
+    if isinstance(candidate, DicomCandidate) and candidate.stack is not None:
         reader = sitk.ImageSeriesReader()
-        reader.SetFileNames([str(candidate.files[item.file]) for item in candidate.stack])
+        reader.SetFileNames([str(candidate.files[item.file]) for item in candidate.stack.slices])
         return sitk.GetArrayFromImage(reader.Execute())
     return sitk.GetArrayFromImage(sitk.ReadImage(str(candidate.files[0])))
 

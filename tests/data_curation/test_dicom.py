@@ -5,13 +5,13 @@ import numpy as np
 import pydicom
 import pytest
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.orientation import to_axial_lps
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.sources import discovery
 from meddino_data_curation.sources.discovery import discover
 from pydicom.data import get_testdata_file
 
+from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu
 from tests.data_curation.dicom_files import ct_slice, write_series
 
@@ -24,7 +24,7 @@ def candidates(folder: Path):
 
 def volumes(folder: Path):
     """HU [Z, Y, X] from the feet up, and the notes, of every usable candidate."""
-    read = [read_dicom_volume(item, LIMITS) for item in candidates(folder) if not item.problem]
+    read = [read_dicom_volume(item.stack, LIMITS) for item in candidates(folder) if not item.problem]
     return [(np.ascontiguousarray(to_axial_lps(volume, 35.0)[0].planes), volume.notes) for volume in read]
 
 
@@ -90,7 +90,7 @@ def test_series__damaged_slices_are_left_out_and_more_than_half_refused(tmp_path
     paths = write_series(tmp_path, hu)
     paths[2].write_bytes(paths[2].read_bytes()[:-3000])
     (item,) = [item for item in candidates(tmp_path) if not item.problem]
-    volume = read_dicom_volume(item, LIMITS)
+    volume = read_dicom_volume(item.stack, LIMITS)
     assert volume.voxels.shape[0] == 7
     assert "1 slices cannot be read" in volume.notes
 

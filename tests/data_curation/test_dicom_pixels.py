@@ -6,9 +6,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from meddino_data_curation.dicom_frames import open_frames
-from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.orientation import to_axial_lps
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
@@ -17,6 +14,9 @@ from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
+from meddino.volumes.dicom.frames import open_frames
+from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu
 from tests.data_curation.dicom_files import ct_slice, enhanced_ct, write_enhanced, write_series
 from tests.data_curation.test_build import run_build
@@ -66,7 +66,7 @@ def test_series__13_bit_jpeg_2000_whose_header_contradicts_its_codestream(tmp_pa
     expected = np.where(stored >= 4096, stored - 8192, stored) * int(item.RescaleSlope) + int(item.RescaleIntercept)
     item.save_as(tmp_path / "slice", enforce_file_format=True)
     (candidate,) = candidates(tmp_path)
-    assert np.array_equal(read_dicom_volume(candidate, LIMITS).voxels[0], expected)
+    assert np.array_equal(read_dicom_volume(candidate.stack, LIMITS).voxels[0], expected)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]])
@@ -74,7 +74,7 @@ def test_enhanced__frames_in_any_order_come_out_from_the_feet_up(tmp_path, order
     hu = make_hu(0)
     write_enhanced(tmp_path / "enhanced", hu, order)
     (candidate,) = candidates(tmp_path)
-    volume = read_dicom_volume(candidate, LIMITS)
+    volume = read_dicom_volume(candidate.stack, LIMITS)
     assert volume.geometry.spacing_mm == (2.0, 0.8, 0.8)
     upright, _ = to_axial_lps(volume, 35.0)
     assert np.array_equal(upright.planes, hu)
@@ -185,4 +185,4 @@ def test_series__a_size_that_contradicts_the_header_is_refused(tmp_path):
     item.save_as(tmp_path / "slice", enforce_file_format=True)
     (candidate,) = candidates(tmp_path)
     with pytest.raises(VolumeError, match=r"max_volume_voxels|cannot be read"):
-        read_dicom_volume(candidate, LIMITS)
+        read_dicom_volume(candidate.stack, LIMITS)

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 from meddino_data_curation.config import CurationConfig, HounsfieldConfig, SourceConfig
-from meddino_data_curation.dicom_reader import read_dicom_volume
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.readers import read_volume_file
 from meddino_data_curation.selection.hounsfield import recognise_hounsfield
 from meddino_data_curation.sources.dicom_series import DicomCandidate
 from meddino_data_curation.sources.discovery import discover
 
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
+from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.itk_files import read_volume_file
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_build import run_build
 
@@ -105,7 +105,9 @@ def test_recognise_hounsfield__real_scans(shared_data):
     seen = repaired = wrong = scaled = 0
     for item in discover(sources, Salt(b"for tests")).candidates:
         is_dicom = isinstance(item, DicomCandidate)
-        hu = (read_dicom_volume(item, limits) if is_dicom else read_volume_file(item.files[0], item.format, limits)).voxels
+        hu = (
+            read_dicom_volume(item.stack, limits) if is_dicom else read_volume_file(item.files[0], item.format, limits)
+        ).voxels
         seen += 1
         for window in ((-32768, 32767), (-160, 240), (-500, 1000), (-800, 500), (-1350, 150)):
             assert recognise_hounsfield(np.clip(hu, *window), CONFIG).offset == 0, (item.place, window)

@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.dicom_reader import read_dicom_volume
 from meddino_data_curation.held_out.scan import survey
-from meddino_data_curation.orientation import to_axial_lps
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.readers import read_volume_file
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
 from meddino_data_curation.selection.near_duplicates import candidate_pairs, compare, find_alike, groups
 from meddino_data_curation.selection.volume_job import to_int16
@@ -20,6 +17,9 @@ from meddino_data_curation.sources.dicom_series import DicomCandidate
 from meddino_data_curation.sources.discovery import discover
 from scipy import ndimage
 
+from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu
 
 LOGGER = logging.getLogger(__name__)  # the measured figures: pytest -o log_cli=true --log-cli-level=INFO
@@ -57,7 +57,7 @@ def real_volumes(shared_data):
     volumes = []
     for candidate in discover(sources, Salt(b"for tests")).candidates:
         is_dicom = isinstance(candidate, DicomCandidate)
-        read = read_dicom_volume(candidate, limits) if is_dicom else None
+        read = read_dicom_volume(candidate.stack, limits) if is_dicom else None
         volume = read or read_volume_file(candidate.files[0], candidate.format, limits)
         upright, _ = to_axial_lps(volume, 35.0)
         hu = np.stack([to_int16(plane, 0) for plane in upright.planes])

@@ -167,7 +167,7 @@ def test_build__no_name_path_or_date_reaches_any_byte_of_the_output(tmp_path, sa
 
 def test_read_header__values_that_pydicom_finds_wrong_are_not_quoted(tmp_path, capfd, caplog, recwarn):
     """pydicom warns of an id of more than 64 characters, or of a wrong birth date, and quotes it."""
-    from meddino_data_curation.dicom_headers import read_header
+    from meddino.volumes.dicom.headers import read_header
 
     path = tmp_path / "slice"
     with warnings.catch_warnings():

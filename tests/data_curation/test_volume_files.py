@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, LimitsConfig
-from meddino_data_curation.orientation import to_axial_lps
-from meddino_data_curation.readers import read_volume_file
 
 from meddino.core.errors import VolumeError
+from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_bad_files import nifti_header
 
@@ -59,7 +59,7 @@ def test_nifti__slope_of_zero_scales_nothing_and_two_bytes_stay_two_bytes(tmp_pa
 
 
 def test_nifti__blocks_larger_than_one_and_bytes_before_the_voxels(tmp_path, monkeypatch):
-    from meddino_data_curation import nifti
+    from meddino.volumes import nifti
 
     monkeypatch.setattr(nifti, "_BLOCK_BYTES", 1000)
     hu = make_hu(0, (3, 20, 31))

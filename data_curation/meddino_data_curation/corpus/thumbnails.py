@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from meddino_data_curation.orientation import to_axial_lps
-from meddino_data_curation.volume import Volume
+from meddino.volumes.orientation import to_axial_lps
+from meddino.volumes.volume import Volume
 
 THUMBNAIL_PX = 112
 SLICE_THUMBNAIL_PX = 64  # of refused slices: a million volumes may each have some

@@ -12,9 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from meddino.core.errors import ConfigError
+from meddino.volumes.file_kinds import volume_suffix
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.sources.candidates import Candidate, volume_suffix
+from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.patient_ids import key_everywhere, key_inside
 
 LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".lst", ".list"}

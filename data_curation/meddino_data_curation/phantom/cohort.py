@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 import meddino
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_directory, write_json
-from meddino.data.geometry import Geometry, geometry_to_xyz
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.writing import write_volume
 from meddino_data_curation.phantom.dicom import write_dicom_series
 from meddino_data_curation.phantom.patient import LABELS
 from meddino_data_curation.phantom.scan import Scan, scan_patient
@@ -118,9 +118,4 @@ def _write_nifti(scan: Scan, voxels: NDArray[np.generic], path: Path, orientatio
     geometry = Geometry(
         scan.hu.shape, scan.spacing_mm, (x_mm, y_mm, z_mm), np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     )
-    image = sitk.GetImageFromArray(voxels)
-    spacing, origin, direction = geometry_to_xyz(geometry)
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    image.SetDirection(direction)
-    sitk.WriteImage(sitk.DICOMOrient(image, orientation), str(path), useCompression=True, compressionLevel=3)
+    write_volume(path, voxels, geometry, orientation, level=3)

@@ -13,13 +13,14 @@ from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash
 from meddino.data.sample import SUFFIXES, SliceInfo, encode_slice
+from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.orientation import OUTSIDE_HU, to_axial_lps
+from meddino.volumes.volume import AxialVolume
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.tar_members import write_member
 from meddino_data_curation.corpus.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
-from meddino_data_curation.dicom_reader import read_dicom_volume
-from meddino_data_curation.orientation import OUTSIDE_HU, to_axial_lps
-from meddino_data_curation.readers import read_volume_file
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, slice_vector
 from meddino_data_curation.selection.hounsfield import recognise_hounsfield
 from meddino_data_curation.selection.inplane import resample_slice
@@ -34,7 +35,6 @@ from meddino_data_curation.selection.slice_choice import (
 from meddino_data_curation.selection.table_removal import without_table
 from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.dicom_series import DicomCandidate
-from meddino_data_curation.volume import AxialVolume
 
 NO_MEMORY = "not enough memory to read it; fewer `workers` leave more for each, limits.max_volume_voxels refuses it at once"
 HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
@@ -179,8 +179,8 @@ class _Curation:
 
     def _read(self) -> AxialVolume:
         candidate, config = self.job.candidate, self.config
-        if isinstance(candidate, DicomCandidate):
-            volume = read_dicom_volume(candidate, config.limits)
+        if isinstance(candidate, DicomCandidate) and candidate.stack is not None:
+            volume = read_dicom_volume(candidate.stack, config.limits)
         else:
             volume = read_volume_file(candidate.files[0], candidate.format, config.limits)
         try:

@@ -9,20 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.files import cause_without_path
+from meddino.volumes.file_kinds import volume_suffix
+from meddino.volumes.voxel_files import VoxelFiles, find_voxel_files
 from meddino_data_curation.config import SourceConfig
-from meddino_data_curation.privacy import Salt, cause_without_path
+from meddino_data_curation.privacy import Salt
 from meddino_data_curation.sources.path_globs import glob_pattern
 from meddino_data_curation.sources.patient_ids import named_in_path, patient_id
-from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
-
-VOLUME_SUFFIXES = {
-    ".nii": "nifti",
-    ".nii.gz": "nifti",
-    ".nrrd": "nrrd",
-    ".nhdr": "nrrd",
-    ".mha": "metaimage",
-    ".mhd": "metaimage",
-}
 
 
 @dataclass(frozen=True)
@@ -115,12 +108,6 @@ def find_files(source: SourceConfig) -> Iterator[FoundFile]:
     for error in unlisted:
         inside = Path(os.fsdecode(error.filename)).relative_to(root).as_posix()
         yield FoundFile(Path(root, inside), inside, 0, 0, "folder cannot be listed: no permission")
-
-
-def volume_suffix(name: str) -> str | None:
-    """Return the ending that makes a file a volume by its name, or None."""
-    lower = name.lower()
-    return next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None)
 
 
 def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str) -> Candidate:

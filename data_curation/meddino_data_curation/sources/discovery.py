@@ -5,27 +5,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
-from meddino_data_curation.config import SourceConfig
-from meddino_data_curation.dicom_headers import DicomHeader, read_header
-from meddino_data_curation.file_kinds import (
+from meddino.core.files import cause_without_path
+from meddino.volumes.dicom.headers import DicomHeader, read_header
+from meddino.volumes.file_kinds import (
+    VOLUME_SUFFIXES,
     has_dicom_magic,
     is_companion,
     looks_like_dicom,
     read_head,
     unpacked_head,
     volume_format,
+    volume_suffix,
     why_not_read,
 )
-from meddino_data_curation.nifti import GZIP_ERRORS
-from meddino_data_curation.privacy import Salt, cause_without_path
+from meddino.volumes.nifti import GZIP_ERRORS
+from meddino_data_curation.config import SourceConfig
+from meddino_data_curation.privacy import Salt
 from meddino_data_curation.progress import progress
 from meddino_data_curation.sources.candidates import (
-    VOLUME_SUFFIXES,
     Candidate,
     FoundFile,
     file_candidate,
     find_files,
-    volume_suffix,
 )
 from meddino_data_curation.sources.dicom_series import group_series
 from meddino_data_curation.worker_pool import in_processes

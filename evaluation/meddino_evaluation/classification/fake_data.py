@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 from PIL import Image
 
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
+from meddino.volumes.geometry import geometry_from_xyz
+from meddino.volumes.writing import write_volume
 
 _SIZE = 40
 
@@ -61,10 +62,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def _save_volume(path: Path, values: NDArray[np.generic]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(values)
-    image.SetSpacing((1.5, 1.5, 3.0))
-    sitk.WriteImage(image, str(path))
+    write_volume(path, values, geometry_from_xyz(values.shape[::-1], (1.5, 1.5, 3.0), (0, 0, 0), (1, 0, 0, 0, 1, 0, 0, 0, 1)))
 
 
 def _nih(root: Path, patients: int, seed: int) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
-from meddino.data.geometry import Geometry
+from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.volumes import read_geometry, read_label_map, read_volume
 

@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.data.geometry import Geometry, geometry_from_xyz
+from meddino.volumes.geometry import Geometry, geometry_from_xyz
 from meddino_evaluation.data.volumes import MAX_VOXELS
 
 

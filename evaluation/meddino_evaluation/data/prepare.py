@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from meddino.core.errors import VolumeError
 from meddino.data.content import ContentHash
-from meddino.data.geometry import Geometry
+from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.labels import IGNORED
 from meddino_evaluation.data.volumes import Turn, turn_to_lps, turned_spacing

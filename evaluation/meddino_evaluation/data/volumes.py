@@ -12,8 +12,7 @@ from isal.igzip_lib import IsalError
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.core.files import PARTIAL_SUFFIX
-from meddino.data.geometry import Geometry, geometry_from_xyz, geometry_to_xyz
+from meddino.volumes.geometry import Geometry, geometry_from_xyz
 
 MAX_VOXELS = 2**32
 """A header that promises more is refused before memory is taken (a whole-body CT has about 2**29 voxels)."""
@@ -121,27 +120,6 @@ def read_label_map(path: Path) -> tuple[NDArray[np.int32], Geometry]:
             raise VolumeError(f"{path} is no label map: it holds values that are no whole numbers")
         array = rounded
     return array.astype(np.int32), geometry
-
-
-def write_label_map(path: Path, labels: NDArray[Any], geometry: Geometry) -> None:
-    """Write a label map [Z, Y, X] with a given geometry, atomically; uint8 if its values fit, else uint16."""
-    if labels.shape != geometry.shape:
-        raise ValueError(f"labels are {labels.shape}, the geometry says {geometry.shape}")
-    narrow = labels.astype(np.uint8 if labels.size == 0 or labels.max() < 256 else np.uint16)
-    image = sitk.GetImageFromArray(narrow)
-    spacing, origin, direction = geometry_to_xyz(geometry)
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    image.SetDirection(direction)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # ITK chooses the format by the suffix, so the partial file keeps it.
-    partial = path.with_name(f"{PARTIAL_SUFFIX[1:]}-{path.name}")
-    try:
-        sitk.WriteImage(image, str(partial), useCompression=True)
-    except RuntimeError as error:
-        partial.unlink(missing_ok=True)
-        raise VolumeError(f"{path} cannot be written: {_reason(error)}") from error
-    partial.replace(path)
 
 
 def _header(path: Path) -> tuple[Geometry, sitk.ImageFileReader]:

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import meddino
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 from meddino.core.files import write_json
 from meddino.core.logging import get_logger
-from meddino.data.geometry import Geometry
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.dicom import DicomSeries, find_series
 from meddino_evaluation.data.prepare import prepare_volume
-from meddino_evaluation.data.volumes import read_volume, write_label_map
+from meddino_evaluation.data.volumes import read_volume
 from meddino_evaluation.metrics.score_command import ENDINGS
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
 
@@ -85,9 +87,10 @@ def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> None:
     case = prepare_volume(item.name, array[: bundle.channels], geometry, bundle.rule)
     labels = bundle.predict(case)
     if kind == "dicomseg" and item.series is not None:
-        from meddino_evaluation.data.dicom_seg import write_dicom_seg
+        from meddino.volumes.dicom.segmentation import write_dicom_seg
 
-        write_dicom_seg(out / f"{item.name}.dcm", labels, bundle.labels, item.series)
+        masks = {name: bundle.labels.mask(labels, number) for number, name in enumerate(bundle.labels.names)}
+        write_dicom_seg(out / f"{item.name}.dcm", masks, [Path(file) for file in item.series.files], meddino.__version__)
     else:
         write_label_map(out / f"{item.name}.nii.gz", labels, geometry)
     logger.info("case %s predicted", item.name)

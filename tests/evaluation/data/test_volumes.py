@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_evaluation.data.prepare import GridRule, prepare_volume
-from meddino_evaluation.data.volumes import read_label_map, read_volume, turn_to_lps, turned_spacing, write_label_map
+from meddino_evaluation.data.volumes import read_label_map, read_volume, turn_to_lps, turned_spacing
 
 from meddino.core.errors import VolumeError
+from meddino.volumes.writing import write_label_map
 
 
 def rotation(degrees: float, axis: int) -> np.ndarray:

@@ -11,12 +11,12 @@ from pathlib import Path
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import atomic_write
 from meddino.core.logging import get_logger
+from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.dataset import Case, LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.prepare import GridRule, prepare_case
 from meddino_evaluation.data.splits import Split
-from meddino_evaluation.data.volumes import write_label_map
 from meddino_evaluation.metrics.label_metrics import LabelRow, score_case
 from meddino_evaluation.segmentation.experiment import Experiment
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest

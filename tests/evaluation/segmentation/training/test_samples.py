@@ -5,7 +5,7 @@ from meddino_evaluation.segmentation.config import LabelsConfig, TrainingConfig
 from meddino_evaluation.segmentation.training.samples import CropSampler, choose_slices
 
 from meddino.core.config import check_config
-from meddino.data.geometry import geometry_from_xyz
+from meddino.volumes.geometry import geometry_from_xyz
 
 
 def case(name: str, labels_by_slice: list[set[int]]) -> PreparedCase:

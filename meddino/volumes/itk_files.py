@@ -13,14 +13,13 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.data.geometry import Geometry, geometry_from_xyz
-from meddino_data_curation.config import LimitsConfig
-from meddino_data_curation.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format
-from meddino_data_curation.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
-from meddino_data_curation.privacy import cause_without_path
-from meddino_data_curation.sources.candidates import volume_suffix
-from meddino_data_curation.volume import Volume
-from meddino_data_curation.voxel_files import VoxelFiles, find_voxel_files
+from meddino.core.files import cause_without_path
+from meddino.volumes.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format, volume_suffix
+from meddino.volumes.geometry import Geometry, geometry_from_xyz
+from meddino.volumes.limits import ReadLimits
+from meddino.volumes.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
+from meddino.volumes.volume import Volume
+from meddino.volumes.voxel_files import VoxelFiles, find_voxel_files
 
 _IMAGE_IO = {"nifti": "NiftiImageIO", "nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
 _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "dicom": "DICOM"}
@@ -30,7 +29,7 @@ _PIXEL_BYTES = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
 os.environ.setdefault("ITK_NIFTI_SFORM_PERMISSIVE", "1")
 
 
-def read_volume_file(path: Path, format: str, limits: LimitsConfig) -> Volume:
+def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
     """Read one volume.
 
     Args:
@@ -121,7 +120,7 @@ def sniff_format(path: Path) -> str | None:
     return volume_format(shown) or ("dicom" if has_dicom_magic(shown) else None)
 
 
-def _checked_bytes(size: tuple[int, ...], reader: sitk.ImageFileReader, limits: LimitsConfig) -> int:
+def _checked_bytes(size: tuple[int, ...], reader: sitk.ImageFileReader, limits: ReadLimits) -> int:
     """Return how many bytes of voxels a header promises, if that is a size that may be read."""
     if len(size) not in (2, 3, 4):
         raise VolumeError(f"image has {len(size)} axes; a volume has 3")
@@ -153,3 +152,8 @@ def raise_if_memory_ran_out(error: RuntimeError) -> None:
     """
     if re.search(r"bad_alloc|allocate memory|out of memory", str(error), re.IGNORECASE):
         raise MemoryError from error
+
+
+def use_one_thread() -> None:
+    """Keep ITK from starting threads of its own, in a process that is one of many."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)

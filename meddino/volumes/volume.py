@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from meddino.data.geometry import Geometry
+from meddino.volumes.geometry import Geometry
 
 
 @dataclass

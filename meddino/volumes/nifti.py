@@ -16,7 +16,7 @@ from isal.igzip_lib import IsalError
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino_data_curation.privacy import cause_without_path
+from meddino.core.files import cause_without_path
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _SAME_PLACE = 0.02  # of a voxel, over a whole axis of 100 voxels

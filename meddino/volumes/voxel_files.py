@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import VolumeError
-from meddino_data_curation.privacy import cause_without_path
+from meddino.core.files import cause_without_path
 
 _HEADER_BYTES = 1 << 20  # no honest header is longer; a list of 10,000 files fits
 _MAX_FILES = 100_000

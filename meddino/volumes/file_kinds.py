@@ -3,9 +3,17 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from meddino_data_curation.nifti import opened
+from meddino.volumes.nifti import opened
 
 HEAD_BYTES = 600
+VOLUME_SUFFIXES = {
+    ".nii": "nifti",
+    ".nii.gz": "nifti",
+    ".nrrd": "nrrd",
+    ".nhdr": "nrrd",
+    ".mha": "metaimage",
+    ".mhd": "metaimage",
+}
 # Parts of volumes, and what lies beside them everywhere. Never opened.
 _COMPANIONS = {
     ".raw", ".zraw", ".json", ".csv", ".tsv", ".txt", ".md", ".xml", ".pdf", ".html", ".xlsx", ".yaml", ".yml", ".log",
@@ -23,6 +31,12 @@ _NOT_READ = {
 }  # fmt: skip
 _FIRST_ELEMENT = re.compile(rb"(?:[\x02\x08]\x00..|\x00[\x02\x08]..)(?:[A-Z]{2}|..\x00\x00)", re.DOTALL)
 _META_FIELD = re.compile(rb"\s*(?:ObjectType|NDims)\s*[=:]")
+
+
+def volume_suffix(name: str) -> str | None:
+    """Return the ending that makes a file a volume by its name, or None."""
+    lower = name.lower()
+    return next((suffix for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True) if lower.endswith(suffix)), None)
 
 
 def is_companion(name: str) -> bool:

@@ -9,12 +9,12 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.data.geometry import Geometry
-from meddino_data_curation.config import LimitsConfig
-from meddino_data_curation.dicom_frames import Frames, open_frames
-from meddino_data_curation.readers import raise_if_memory_ran_out
-from meddino_data_curation.sources.dicom_series import DicomCandidate, StackedSlice
-from meddino_data_curation.volume import Volume
+from meddino.volumes.dicom.frames import Frames, open_frames
+from meddino.volumes.dicom.grouping import DicomStack, StackedSlice
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.itk_files import raise_if_memory_ran_out
+from meddino.volumes.limits import ReadLimits
+from meddino.volumes.volume import Volume
 
 _MAX_UNREADABLE_FRACTION = 0.5
 _WRONG = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what pydicom raises for damaged files
@@ -22,7 +22,7 @@ _UNEVEN_FRACTION = 0.05
 _INT16 = np.iinfo(np.int16)
 
 
-def read_dicom_volume(candidate: DicomCandidate, limits: LimitsConfig) -> Volume:
+def read_dicom_volume(stack: DicomStack, limits: ReadLimits) -> Volume:
     """Read a stack of slices.
 
     Slices that cannot be read are left out and counted in the notes; so are gaps. Positions stay true.
@@ -31,13 +31,13 @@ def read_dicom_volume(candidate: DicomCandidate, limits: LimitsConfig) -> Volume
         VolumeError: Too large, or more than half of the slices cannot be read.
         MemoryError: There is not enough memory for it.
     """
-    count = len(candidate.stack)
-    voxels = count * candidate.rows * candidate.cols
-    if voxels > limits.max_volume_voxels or max(candidate.rows, candidate.cols, count) > limits.max_axis_px:
+    count = len(stack.slices)
+    voxels = count * stack.rows * stack.cols
+    if voxels > limits.max_volume_voxels or max(stack.rows, stack.cols, count) > limits.max_axis_px:
         raise VolumeError(f"{voxels} voxels; limits.max_volume_voxels is {limits.max_volume_voxels}")
-    hu = np.empty((count, candidate.rows, candidate.cols), dtype=np.int16)
+    hu = np.empty((count, stack.rows, stack.cols), dtype=np.int16)
     kept: list[StackedSlice] = []
-    for index, stacked, pixels in _decoded(candidate):
+    for index, stacked, pixels in _decoded(stack):
         if pixels is None:
             continue
         if pixels.shape != hu.shape[1:]:
@@ -48,20 +48,20 @@ def read_dicom_volume(candidate: DicomCandidate, limits: LimitsConfig) -> Volume
     if lost > _MAX_UNREADABLE_FRACTION * count:
         raise VolumeError(f"DICOM: {lost} of {count} slices cannot be read (truncated, damaged or an unknown compression)")
     notes = (f"{lost} slices cannot be read",) if lost else ()
-    return _volume(hu[: len(kept)], kept, candidate.notes + notes)
+    return _volume(hu[: len(kept)], kept, stack.notes + notes)
 
 
 def _clipped(pixels: NDArray[Any]) -> NDArray[Any]:
     return pixels if pixels.dtype in (np.int16, np.int8, np.uint8) else np.asarray(np.clip(pixels, _INT16.min, _INT16.max))
 
 
-def _decoded(candidate: DicomCandidate) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
-    several = len({item.frame for item in candidate.stack}) > 1
+def _decoded(stack: DicomStack) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
+    several = len({item.frame for item in stack.slices}) > 1
     opened, block, owner = -1, None, None
-    for index, stacked in enumerate(candidate.stack):
+    for index, stacked in enumerate(stack.slices):
         if stacked.file != opened:  # a multi-frame file is read once
             block = owner = None  # two multi-frame files are never held at once
-            opened, (block, owner) = stacked.file, _open_file(candidate.files[stacked.file], several)
+            opened, (block, owner) = stacked.file, _open_file(stack.files[stacked.file], several)
         yield index, stacked, _frame(block, stacked.frame)
     del owner
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from meddino.core.errors import VolumeError
-from meddino.data.geometry import Geometry
-from meddino_data_curation.volume import AxialVolume, Volume
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.volume import AxialVolume, Volume
 
 AXIAL_LPS: NDArray[np.float64] = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 OUTSIDE_HU = -1024

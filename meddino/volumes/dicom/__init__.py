@@ -1,0 +1,1 @@
+"""DICOM: what headers say, which files make one volume, and its pixels."""

@@ -1,0 +1,56 @@
+"""Volumes and label maps written through SimpleITK, in the format that the file's ending names."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from meddino.core.errors import VolumeError
+from meddino.core.files import PARTIAL_SUFFIX
+from meddino.volumes.geometry import Geometry, geometry_to_xyz
+
+
+def write_volume(path: Path, voxels: NDArray[Any], geometry: Geometry, orientation: str = "", level: int = -1) -> None:
+    """Write voxels [Z, Y, X] where a geometry says, compressed, atomically.
+
+    Args:
+        path: Its ending names the format; its folder is made.
+        voxels: As they are to stand in the file.
+        geometry: Where they lie.
+        orientation: Three letters such as "RAS": axes of the file, x first; "" keeps the array's own.
+        level: Of compression; -1 is ITK's own choice.
+
+    Raises:
+        VolumeError: It cannot be written.
+    """
+    if voxels.shape != geometry.shape:
+        raise ValueError(f"voxels are {voxels.shape}, the geometry says {geometry.shape}")
+    image = sitk.GetImageFromArray(voxels)
+    spacing, origin, direction = geometry_to_xyz(geometry)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    if orientation:
+        image = sitk.DICOMOrient(image, orientation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # ITK chooses the format by the suffix, so the partial file keeps it.
+    partial = path.with_name(f"{PARTIAL_SUFFIX[1:]}-{path.name}")
+    try:
+        sitk.WriteImage(image, str(partial), useCompression=True, compressionLevel=level)
+    except RuntimeError as error:
+        partial.unlink(missing_ok=True)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise VolumeError(f"{path} cannot be written: {lines[-1][:200] if lines else 'unknown reason'}") from error
+    partial.replace(path)
+
+
+def write_label_map(path: Path, labels: NDArray[Any], geometry: Geometry) -> None:
+    """Write a label map [Z, Y, X] with a given geometry, atomically; uint8 if its values fit, else uint16.
+
+    Raises:
+        VolumeError: It cannot be written.
+    """
+    narrow = labels.astype(np.uint8 if labels.size == 0 or labels.max() < 256 else np.uint16)
+    write_volume(path, narrow, geometry)
