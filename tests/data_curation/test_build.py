@@ -289,7 +289,7 @@ def test_build__real_data(shared_data, salt_file, tmp_path):
     source = shared_data / "ct"
     assert run_build(source, tmp_path / "real", salt_file, "duplicates.near=false") == 0
     corpus = Corpus(tmp_path / "real")
-    assert corpus.info["totals"]["volumes"] == 87
+    assert corpus.info["totals"]["volumes"] == 99
     assert corpus.info["totals"]["rejected"] == 0
     formats = {row["format"] for row in corpus.volumes.to_pylist()}
     assert formats == {"nifti", "dicom"}

@@ -167,6 +167,6 @@ def test_content_hash__does_not_depend_on_format_type_and_orientation(shared_dat
     config = CurationConfig(workers=1)
     found = survey([*sources, SourceConfig(name="again", path=tmp_path)], config, Salt(b"for tests"))
     content = {(row["dataset"], found.places[row["volume_id"]]): row["content_hash"] for row in found.rows}
-    assert len(names) == 97
+    assert len(names) == 109
     missed = [name for name, origin in names.items() if content["again", name] != content[origin]]
     assert not missed
