@@ -10,20 +10,20 @@ from meddino.layers.packing import KeptSamples
 
 
 @dataclass(frozen=True)
-class CropNumbers:
+class CropIndices:
     """Where the crops of one group stand in the global batch.
 
     Attributes:
-        numbers: For each crop held here, its number among all crops of the group over all processes and
+        indices: For each crop held here, its number among all crops of the group over all processes and
             accumulation steps (crop-major: crop * global_batch + sample).
         total: Number of crops of the group in the whole optimizer step.
     """
 
-    numbers: tuple[int, ...]
+    indices: tuple[int, ...]
     total: int
 
     @staticmethod
-    def of_samples(crops: int, samples: Sequence[int], global_batch: int) -> "CropNumbers":
+    def of_samples(crops: int, samples: Sequence[int], global_batch: int) -> "CropIndices":
         """Number the crops of some samples.
 
         Args:
@@ -31,12 +31,12 @@ class CropNumbers:
             samples: The samples held here, each in [0, global_batch).
             global_batch: Samples in the whole optimizer step.
         """
-        numbers = tuple(crop * global_batch + sample for crop in range(crops) for sample in samples)
-        return CropNumbers(numbers, crops * global_batch)
+        indices = tuple(crop * global_batch + sample for crop in range(crops) for sample in samples)
+        return CropIndices(indices, crops * global_batch)
 
 
 @dataclass(frozen=True)
-class ForwardDraws:
+class DropPathPlan:
     """The random choices of one training forward.
 
     The dropped subset is drawn over the whole batch and each process computes its own part of it, so one process, many
@@ -51,10 +51,10 @@ class ForwardDraws:
 
     seed: int
     step: int
-    groups: tuple[CropNumbers, ...]
+    groups: tuple[CropIndices, ...]
 
     @staticmethod
-    def from_generator(rng: torch.Generator | None, batches: Sequence[int]) -> "ForwardDraws":
+    def from_generator(rng: torch.Generator | None, batches: Sequence[int]) -> "DropPathPlan":
         """Draw a seed for a batch that stands alone.
 
         Args:
@@ -62,7 +62,7 @@ class ForwardDraws:
             batches: Number of crops in each group.
         """
         seed = int(torch.randint(2**62, (), generator=rng))
-        return ForwardDraws(seed, 0, tuple(CropNumbers(tuple(range(batch)), batch) for batch in batches))
+        return DropPathPlan(seed, 0, tuple(CropIndices(tuple(range(batch)), batch) for batch in batches))
 
     def rope_rng(self, group: int) -> torch.Generator:
         """Return the generator of a group's coordinate augmentation; the same on every process."""
@@ -85,7 +85,7 @@ class ForwardDraws:
         for number, group in enumerate(self.groups):
             count = max(int(group.total * (1 - rate)), 1)
             scales.append(group.total / count)
-            present = torch.tensor(group.numbers, dtype=torch.int64)
+            present = torch.tensor(group.indices, dtype=torch.int64)
             rng = torch.Generator().manual_seed(derive_seed(self.seed, "drop_path", self.step, number))
             orders = [torch.randperm(group.total, generator=rng)[:count] for _ in range(2 * depth)]
             kept.append([_positions(order, present, group.total) for order in orders])

@@ -5,7 +5,11 @@ from typing import Any
 
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
+from meddino.models.backbone import Backbone
+from meddino.models.timm_backbone import TIMM_PREFIX, TimmBackbone, TimmConfig, timm_config
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
+
+BackboneConfig = ViTConfig | TimmConfig
 
 
 def _released(embed_dim: int, depth: int, num_heads: int, **changes: Any) -> ViTConfig:
@@ -29,28 +33,40 @@ BACKBONES: dict[str, ViTConfig] = {
 }
 
 
-def backbone_config(name: str, **changes: Any) -> ViTConfig:
+def backbone_config(name: str, **changes: Any) -> BackboneConfig:
     """Return the architecture behind a name.
 
     Args:
-        name: A key of `BACKBONES`.
-        changes: Fields of `ViTConfig` to set differently.
+        name: A key of `BACKBONES`, or `timm:<name>` for any model of timm.
+        changes: Fields of `ViTConfig` to set differently; of a timm model, arguments of timm.create_model.
 
     Raises:
         ConfigError: If the name or a changed field is unknown; the nearest known one is named.
     """
+    if name.startswith(TIMM_PREFIX):
+        return timm_config(name.removeprefix(TIMM_PREFIX), **changes)
+    return vit_config(name, **changes)
+
+
+def vit_config(name: str, **changes: Any) -> ViTConfig:
+    """Return the vision transformer behind a key of `BACKBONES`; see `backbone_config`."""
     if name not in BACKBONES:
         near = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ConfigError(f"unknown backbone '{name}'; {hint}known: {', '.join(BACKBONES)}")
+        raise ConfigError(f"unknown backbone '{name}'; {hint}known: {', '.join(BACKBONES)}, {TIMM_PREFIX}<a timm name>")
     if not changes:
         return BACKBONES[name]
     return check_config(ViTConfig, {**BACKBONES[name].model_dump(mode="json"), **changes}, where=f"of backbone '{name}'")
 
 
-def build_backbone(name: str, **changes: Any) -> VisionTransformer:
+def build_backbone(name: str, **changes: Any) -> Backbone:
     """Build a backbone with fresh weights; see `backbone_config`."""
-    return VisionTransformer(backbone_config(name, **changes))
+    return backbone_from_config(backbone_config(name, **changes))
+
+
+def backbone_from_config(config: BackboneConfig) -> Backbone:
+    """Build the architecture that a backbone's own `config` describes, with fresh weights."""
+    return TimmBackbone(config) if isinstance(config, TimmConfig) else VisionTransformer(config)
 
 
 def tapped_blocks(depth: int, count: int = 4) -> tuple[int, ...]:

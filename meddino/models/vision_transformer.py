@@ -1,24 +1,23 @@
 """The DINOv3 vision transformer under its official parameter names, with a packed forward over crops of several sizes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from meddino.core.config import StrictConfig
 from meddino.layers.attention import SelfAttention
 from meddino.layers.block import LayerScale, TransformerBlock
-from meddino.layers.drop_path import ForwardDraws
+from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.feed_forward import build_feed_forward
 from meddino.layers.linear import KeyMaskedLinear
 from meddino.layers.packing import CropGroup, join_groups, split_groups
 from meddino.layers.patch_embedding import PatchEmbedding
 from meddino.layers.rotary_embedding import RotaryEmbedding
+from meddino.models.backbone import Backbone, BackboneOutput, LayerGroup
 
 ROPE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -78,41 +77,20 @@ class ViTConfig(StrictConfig):
         return self
 
 
-@dataclass(frozen=True)
-class ViTOutput:
-    """Normalised tokens of one group of crops.
-
-    Attributes:
-        cls_token: [B, D].
-        register_tokens: [B, R, D].
-        patch_tokens: [B, N, D], rows of patches one after the other.
-        grid: Rows and columns of patches; their product is N.
-    """
-
-    cls_token: Float[Tensor, "batch dim"]
-    register_tokens: Float[Tensor, "batch registers dim"]
-    patch_tokens: Float[Tensor, "batch patches dim"]
-    grid: tuple[int, int]
-
-
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """DINOv3's backbone: CLS and register tokens, rotary embedding, LayerScale, pre-norm blocks.
 
     Args:
         config: The architecture.
-
-    Attributes:
-        activation_checkpointing: Set to True to recompute each block in the backward pass instead of keeping its
-            activations: about a third more time for a fraction of the memory.
 
     Source: Siméoni et al. 2025 (DINOv3); the state dict has the official names and loads strictly.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config: ViTConfig = config
         self.embed_dim, self.patch_size, self.depth = config.embed_dim, config.patch_size, config.depth
-        self.activation_checkpointing = False
+        self.multiple_px = config.patch_size
         dim = config.embed_dim
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if config.num_registers:
@@ -163,17 +141,17 @@ class VisionTransformer(nn.Module):
         masks: Bool[Tensor, "batch patches"] | None = None,
         *,
         rng: torch.Generator | None = None,
-        draws: ForwardDraws | None = None,
-    ) -> ViTOutput:
+        plan: DropPathPlan | None = None,
+    ) -> BackboneOutput:
         """Return the normalised tokens of images of one size.
 
         Args:
             images: Normalised by the model's input contract; sides are multiples of the patch size.
             masks: True where a patch is replaced by the mask token.
             rng: In training, what drop path and coordinate augmentation draw from; see `forward_crops`.
-            draws: See `forward_crops`.
+            plan: See `forward_crops`.
         """
-        return self.forward_crops([images], [masks], rng=rng, draws=draws)[0]
+        return self.forward_crops([images], [masks], rng=rng, plan=plan)[0]
 
     def forward_crops(
         self,
@@ -181,8 +159,8 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         *,
         rng: torch.Generator | None = None,
-        draws: ForwardDraws | None = None,
-    ) -> list[ViTOutput]:
+        plan: DropPathPlan | None = None,
+    ) -> list[BackboneOutput]:
         """Return the normalised tokens of several groups of crops; linear layers run once over all tokens.
 
         Args:
@@ -190,7 +168,7 @@ class VisionTransformer(nn.Module):
                 through `local_cls_norm` in training where the model has one.
             masks: For each group, [B_i, N_i] bool or None.
             rng: Generator on the CPU for a batch that stands alone; torch's default one if None.
-            draws: The random choices as a function of the samples' numbers in the global batch; takes precedence over
+            plan: The random choices as a function of the samples' numbers in the global batch; takes precedence over
                 `rng`. In evaluation mode neither is used.
 
         Raises:
@@ -198,53 +176,58 @@ class VisionTransformer(nn.Module):
         """
         if masks is None:
             masks = [None] * len(crops)
-        if self.training and draws is None and (self.config.drop_path > 0 or self.rope_embed.augments):
-            draws = ForwardDraws.from_generator(rng, [len(images) for images in crops])
-        x, groups = self._embed(crops, masks, draws if self.training else None)
+        if self.training and plan is None and (self.config.drop_path > 0 or self.rope_embed.augments):
+            plan = DropPathPlan.from_generator(rng, [len(images) for images in crops])
+        x, groups = self._embed(crops, masks, plan if self.training else None)
         kept = None
-        if self.training and draws is not None and self.config.drop_path > 0:
-            kept = draws.kept_samples(self.depth, self.config.drop_path, x.device)
+        if self.training and plan is not None and self.config.drop_path > 0:
+            kept = plan.kept_samples(self.depth, self.config.drop_path, x.device)
         for index, block in enumerate(self.blocks):
-            x = self._run_block(block, x, groups, None if kept is None else kept[index])
+            x = block(x, groups, None if kept is None else kept[index])
         grids = [self._grid(images) for images in crops]
         return self._normalised(x, groups, grids)
 
     def get_intermediate_layers(
         self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
     ) -> list[Float[Tensor, "batch dim rows columns"]]:
-        """Return the patch tokens after some blocks as maps.
-
-        Args:
-            images: See `forward`.
-            blocks: Which blocks, from 0; negative ones count from the end.
-            norm: Apply the last LayerNorm to each.
-
-        Raises:
-            ValueError: If a block does not exist.
-        """
-        wanted = [block if block >= 0 else self.depth + block for block in blocks]
-        if any(not 0 <= block < self.depth for block in wanted):
-            raise ValueError(f"blocks {list(blocks)} asked for; this model has blocks 0 to {self.depth - 1}")
-        draws = None
+        """See `Backbone.get_intermediate_layers`."""
+        wanted = self.check_blocks(blocks)
+        plan = None
         if self.training and (self.config.drop_path > 0 or self.rope_embed.augments):
-            draws = ForwardDraws.from_generator(None, [len(images)])
-        x, groups = self._embed([images], [None], draws)
-        kept = draws.kept_samples(self.depth, self.config.drop_path, x.device) if draws and self.config.drop_path > 0 else None
+            plan = DropPathPlan.from_generator(None, [len(images)])
+        x, groups = self._embed([images], [None], plan)
+        kept = plan.kept_samples(self.depth, self.config.drop_path, x.device) if plan and self.config.drop_path > 0 else None
         rows, columns = self._grid(images)
         taken: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            x = self._run_block(self.blocks[index], x, groups, None if kept is None else kept[index])
+            x = self.blocks[index](x, groups, None if kept is None else kept[index])
             if index in wanted:
                 patches = split_groups(x, groups)[0][:, self.prefix_tokens :]
                 patches = self.norm(patches) if norm else patches
                 taken[index] = patches.transpose(1, 2).unflatten(2, (rows, columns))
         return [taken[block] for block in wanted]
 
+    def layer_groups(self) -> list[LayerGroup]:
+        """See `Backbone.layer_groups`: tokens and patch embedding, the blocks, the last norms."""
+        names: dict[str, list[str]] = {}
+        for name, parameter in self.named_parameters():
+            first, _, rest = name.partition(".")
+            owner = f"blocks.{rest.partition('.')[0]}" if first == "blocks" else "tokens" if not rest else first
+            if parameter.requires_grad:
+                names.setdefault(owner, []).append(name)
+        distances = {"tokens": self.depth + 1, "patch_embed": self.depth + 1}
+        distances |= {f"blocks.{number}": self.depth - number for number in range(self.depth)}
+        modules = {f"blocks.{number}": block for number, block in enumerate(self.blocks)}
+        return [
+            LayerGroup(owner, distances.get(owner, 0), tuple(inside), modules.get(owner), owner == "patch_embed")
+            for owner, inside in names.items()
+        ]
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
     def _embed(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], draws: ForwardDraws | None
+        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], plan: DropPathPlan | None
     ) -> tuple[Tensor, tuple[CropGroup, ...]]:
         parts, groups = [], []
         for number, (images, mask) in enumerate(zip(crops, masks, strict=True)):
@@ -258,20 +241,12 @@ class VisionTransformer(nn.Module):
             if self.config.num_registers:
                 prefix.append(self.storage_tokens.expand(batch, -1, -1))
             tokens = torch.cat([*(token.to(patches.dtype) for token in prefix), patches], dim=1)
-            table = self.rope_embed(*self._grid(images), self.prefix_tokens, draws.rope_rng(number) if draws else None)
+            table = self.rope_embed(*self._grid(images), self.prefix_tokens, plan.rope_rng(number) if plan else None)
             parts.append(tokens)
             groups.append(CropGroup(batch, tokens.shape[1], table))
         return join_groups(parts), tuple(groups)
 
-    def _run_block(self, block: nn.Module, *arguments: object) -> Tensor:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            # Nothing random happens inside a block: what drop path keeps is decided before.
-            result: Tensor = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            return result
-        output: Tensor = block(*arguments)
-        return output
-
-    def _normalised(self, x: Tensor, groups: Sequence[CropGroup], grids: Sequence[tuple[int, int]]) -> list[ViTOutput]:
+    def _normalised(self, x: Tensor, groups: Sequence[CropGroup], grids: Sequence[tuple[int, int]]) -> list[BackboneOutput]:
         prefix = self.prefix_tokens
         outputs = []
         for number, (tokens, grid) in enumerate(zip(split_groups(self.norm(x), groups), grids, strict=True)):
@@ -281,7 +256,7 @@ class VisionTransformer(nn.Module):
                 own_norm = self.local_cls_norm
             if own_norm is not None:
                 first = own_norm(split_groups(x, groups)[number][:, :prefix])
-            outputs.append(ViTOutput(first[:, 0], first[:, 1:], tokens[:, prefix:], grid))
+            outputs.append(BackboneOutput(first[:, 0], first[:, 1:], tokens[:, prefix:], grid))
         return outputs
 
 

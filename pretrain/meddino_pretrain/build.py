@@ -16,6 +16,7 @@ from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.registry import backbone_config, build_backbone
+from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, RawBatch, to_model_input
 from meddino_pretrain.data.loader import Loader, build_loader
@@ -41,6 +42,10 @@ def build_networks(config: PretrainConfig) -> tuple[DINOv3Network, DINOv3Network
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "init"))
         backbone = build_backbone(config.backbone.name, **config.backbone.changes)
+        if not isinstance(backbone, VisionTransformer):
+            raise ConfigError(
+                f"backbone.name is '{config.backbone.name}'; dinov3 masks patches, which needs a vision transformer"
+            )
         student = DINOv3Network(
             backbone, _build_head(backbone.embed_dim, config.heads.dino), _build_head(backbone.embed_dim, config.heads.ibot)
         )
@@ -72,9 +77,10 @@ def build_objective(
     teacher.to(machine.device, machine.weight_dtype).requires_grad_(False)
     gram_teacher = copy.deepcopy(teacher.backbone) if stage.gram_teacher is not None else None
     leash_teacher = copy.deepcopy(teacher.backbone) if stage.losses.leash_weight > 0 else None
-    student.backbone.activation_checkpointing = config.machine.activation_checkpointing
+    if config.machine.activation_checkpointing:
+        student.backbone.recompute_activations()
     if config.machine.compile:
-        for block in [*student.backbone.blocks, *teacher.backbone.blocks]:
+        for block in [*student.backbone.parts(), *teacher.backbone.parts()]:
             # For any number of tokens at once: drop path changes it from step to step. A kernel for one number would be
             # followed by one for any, and activation checkpointing then recomputes with another than it began with.
             block.compile(dynamic=True)
@@ -87,11 +93,11 @@ def build_objective(
         )
     called: torch.nn.Module = student
     if parallel == "fsdp2":
-        shard(student, list(student.backbone.blocks), ["global_cls"], trained=True)
-        shard(teacher, list(teacher.backbone.blocks), ["target_logits", "look"])
+        shard(student, student.backbone.parts(), ["global_cls"], trained=True)
+        shard(teacher, teacher.backbone.parts(), ["target_logits", "look"])
         for frozen in (gram_teacher, leash_teacher):
             if frozen is not None:
-                shard(frozen, list(frozen.blocks))
+                shard(frozen, frozen.parts())
     elif parallel == "ddp":
         called = replicate(student, machine.device)
     share = BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation)

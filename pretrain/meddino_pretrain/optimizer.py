@@ -1,7 +1,6 @@
 """Parameter groups with layer-wise decay, AdamW over them, and clipping by module."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meddino.core.precision import at_least_float32
+from meddino.models.backbone import Backbone
 
 BACKBONE = "backbone"
 
@@ -35,9 +35,9 @@ def parameter_rules(
     """Say for every trainable parameter how it is trained.
 
     Args:
-        modules: The student's parts by name; the one called "backbone" gets the layer-wise decay over its `blocks`.
-        layerwise_decay: The learning rate of a block is this to the power of its distance from the output.
-        patch_embed_lr_multiplier: On the patch embedding besides.
+        modules: The student's parts by name; a `Backbone` gets the layer-wise decay over its layer groups.
+        layerwise_decay: The learning rate of a layer group is this to the power of its distance from the output.
+        patch_embed_lr_multiplier: On the layer that reads pixels besides.
 
     Returns:
         "module.parameter" to rule, in the order of the modules.
@@ -46,14 +46,16 @@ def parameter_rules(
     """
     rules: dict[str, ParameterRule] = {}
     for module_name, module in modules.items():
-        depth = len(module.get_submodule("blocks")) if module_name == BACKBONE else 0  # type: ignore[arg-type]
+        groups = module.layer_groups() if isinstance(module, Backbone) else []
+        group_of = {name: group for group in groups for name in group.parameters}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rate = layerwise_decay ** _distance_from_output(name, depth) if module_name == BACKBONE else 1.0
-            if "patch_embed" in name:
+            group = group_of.get(name)
+            rate = layerwise_decay**group.distance if group else 1.0
+            if group and group.is_stem:
                 rate *= patch_embed_lr_multiplier
-            decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
+            decays = parameter.ndim > 1  # not biases, norms and LayerScale
             rules[f"{module_name}.{name}"] = ParameterRule(rate, float(decays), "last_layer" in name)
     return rules
 
@@ -123,11 +125,3 @@ def clip_by_module(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
         norms[name] = at_least_float32(norm.detach())
     return norms
-
-
-def _distance_from_output(name: str, depth: int) -> int:
-    block = re.search(r"(?:^|\.)blocks\.(\d+)\.", name)
-    if block:
-        return depth - int(block.group(1))
-    is_input = name.split(".", maxsplit=1)[0] in {"cls_token", "storage_tokens", "mask_token", "patch_embed", "pos_embed"}
-    return depth + 1 if is_input else 0

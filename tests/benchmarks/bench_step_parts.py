@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from meddino.core.device import find_machine
 from meddino.layers import block as block_module
-from meddino.layers.drop_path import CropNumbers, ForwardDraws
+from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.layers.projection_head import ProjectionHead
 from meddino.losses.gram import gram_loss
 from meddino.losses.ibot import ibot_term
@@ -43,10 +43,10 @@ class Part:
     after: Work
 
 
-def forward_and_backward(backbone: VisionTransformer, groups: list[list[Tensor]], draws: list[ForwardDraws]) -> None:
+def forward_and_backward(backbone: VisionTransformer, groups: list[list[Tensor]], draws: list[DropPathPlan]) -> None:
     """Run each list of crop groups through the backbone, one list after the other, and back."""
     for crops, own_draws in zip(groups, draws, strict=True):
-        outputs = backbone.forward_crops(crops, draws=own_draws)
+        outputs = backbone.forward_crops(crops, plan=own_draws)
         sum((output.cls_token.sum() + output.patch_tokens.square().sum() for output in outputs), torch.zeros(())).backward()
     backbone.zero_grad(set_to_none=True)
 
@@ -67,17 +67,17 @@ def backbone_parts(size: StepSize, compiled: bool) -> list[Part]:
     torch.manual_seed(0)
     backbone, dropping = build_backbone(size.backbone), build_backbone(size.backbone, drop_path=0.3)
     checkpointing = copy.deepcopy(backbone)
-    checkpointing.activation_checkpointing = True
+    checkpointing.recompute_activations()
     batch = random_batch(size, backbone.patch_size, backbone.config.in_chans, find_machine("cpu"))
     crops = [batch.global_crops, batch.local_crops]
-    numbers = tuple(CropNumbers(tuple(range(len(images))), len(images)) for images in crops)
-    draws = ForwardDraws(0, 0, numbers)
+    numbers = tuple(CropIndices(tuple(range(len(images))), len(images)) for images in crops)
+    draws = DropPathPlan(0, 0, numbers)
 
     def together(model: VisionTransformer) -> Work:
         return lambda: forward_and_backward(model, [crops], [draws])
 
     def apart() -> None:
-        forward_and_backward(backbone, [[images] for images in crops], [ForwardDraws(0, 0, (number,)) for number in numbers])
+        forward_and_backward(backbone, [[images] for images in crops], [DropPathPlan(0, 0, (number,)) for number in numbers])
 
     def without_lean() -> None:
         with plain_branches():

@@ -2,19 +2,19 @@
 
 import torch
 
-from meddino.layers.drop_path import CropNumbers, ForwardDraws
+from meddino.layers.drop_path import CropIndices, DropPathPlan
 
 CPU = torch.device("cpu")
 
 
 def test_of_samples__crop_major():
-    numbers = CropNumbers.of_samples(2, [1, 3], global_batch=4)
-    assert numbers.numbers == (1, 3, 5, 7)
+    numbers = CropIndices.of_samples(2, [1, 3], global_batch=4)
+    assert numbers.indices == (1, 3, 5, 7)
     assert numbers.total == 8
 
 
 def test_kept_samples__global_count_and_scale():
-    draws = ForwardDraws(5, 7, (CropNumbers.of_samples(2, range(5), 5), CropNumbers.of_samples(3, range(5), 5)))
+    draws = DropPathPlan(5, 7, (CropIndices.of_samples(2, range(5), 5), CropIndices.of_samples(3, range(5), 5)))
     blocks = draws.kept_samples(3, 0.3, CPU)
     assert len(blocks) == 3
     for attention, perceptron in blocks:
@@ -27,21 +27,21 @@ def test_kept_samples__global_count_and_scale():
 
 
 def test_kept_samples__parts_of_a_batch_keep_what_the_whole_keeps():
-    whole = ForwardDraws(1, 2, (CropNumbers.of_samples(2, range(6), 6),)).kept_samples(2, 0.4, CPU)
+    whole = DropPathPlan(1, 2, (CropIndices.of_samples(2, range(6), 6),)).kept_samples(2, 0.4, CPU)
     for branch in (0, 1):
         expected = {int(index) for index in whole[1][branch].indices[0]}
         found = set()
         for samples in ([0, 1, 2], [3, 4], [5]):
-            numbers = CropNumbers.of_samples(2, samples, 6)
-            part = ForwardDraws(1, 2, (numbers,)).kept_samples(2, 0.4, CPU)[1][branch]
-            found |= {numbers.numbers[int(index)] for index in part.indices[0]}
+            numbers = CropIndices.of_samples(2, samples, 6)
+            part = DropPathPlan(1, 2, (numbers,)).kept_samples(2, 0.4, CPU)[1][branch]
+            found |= {numbers.indices[int(index)] for index in part.indices[0]}
             assert part.scales == whole[1][branch].scales
         assert found == expected
 
 
 def test_kept_samples__step_and_seed_matter_and_repeat():
     def kept(seed, step):
-        return ForwardDraws(seed, step, (CropNumbers.of_samples(1, range(64), 64),)).kept_samples(1, 0.5, CPU)[0][0].indices[0]
+        return DropPathPlan(seed, step, (CropIndices.of_samples(1, range(64), 64),)).kept_samples(1, 0.5, CPU)[0][0].indices[0]
 
     assert torch.equal(kept(1, 2), kept(1, 2))
     assert not torch.equal(kept(1, 2), kept(1, 3))
@@ -49,13 +49,13 @@ def test_kept_samples__step_and_seed_matter_and_repeat():
 
 
 def test_kept_samples__at_least_one():
-    kept = ForwardDraws(0, 0, (CropNumbers.of_samples(1, range(2), 2),)).kept_samples(1, 0.9, CPU)[0][0]
+    kept = DropPathPlan(0, 0, (CropIndices.of_samples(1, range(2), 2),)).kept_samples(1, 0.9, CPU)[0][0]
     assert len(kept.indices[0]) == 1
     assert kept.scales == (2.0,)
 
 
 def test_from_generator__follows_the_generator():
-    first = ForwardDraws.from_generator(torch.Generator().manual_seed(3), [4])
-    again = ForwardDraws.from_generator(torch.Generator().manual_seed(3), [4])
+    first = DropPathPlan.from_generator(torch.Generator().manual_seed(3), [4])
+    again = DropPathPlan.from_generator(torch.Generator().manual_seed(3), [4])
     assert first == again
-    assert first.groups[0] == CropNumbers((0, 1, 2, 3), 4)
+    assert first.groups[0] == CropIndices((0, 1, 2, 3), 4)

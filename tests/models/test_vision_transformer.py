@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from meddino.layers.drop_path import CropNumbers, ForwardDraws
+from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 from tests.reference import plain
 from tests.reference.backbones import compare_backbone
@@ -84,9 +84,9 @@ def test_forward_crops__parts_of_a_batch_give_what_the_whole_gives():
     images, small = torch.randn(2, 6, 3, 8, 8), torch.randn(3, 6, 3, 4, 4)  # [crops, samples, ...]
 
     def forward(samples):
-        groups = tuple(CropNumbers.of_samples(crops, samples, 6) for crops in (2, 3))
+        groups = tuple(CropIndices.of_samples(crops, samples, 6) for crops in (2, 3))
         crops = [stack[:, list(samples)].flatten(0, 1) for stack in (images, small)]
-        outputs = model.forward_crops(crops, draws=ForwardDraws(9, 4, groups))
+        outputs = model.forward_crops(crops, plan=DropPathPlan(9, 4, groups))
         return [tokens_of(output).unflatten(0, (-1, len(samples))) for output in outputs]
 
     whole = forward(range(6))
@@ -129,12 +129,13 @@ def test_forward__untied_norms():
 
 def test_activation_checkpointing__same_gradients():
     model, crops = tiny(drop_path=0.3).train(), [torch.randn(3, 3, 8, 8), torch.randn(2, 3, 4, 4)]
-    draws = ForwardDraws(1, 2, (CropNumbers((0, 1, 2), 3), CropNumbers((0, 1), 2)))
+    draws = DropPathPlan(1, 2, (CropIndices((0, 1, 2), 3), CropIndices((0, 1), 2)))
     gradients = []
     for recompute in (False, True):
-        model.activation_checkpointing = recompute
+        if recompute:
+            model.recompute_activations()
         loss = sum(
-            output.cls_token.square().sum() + output.patch_tokens.sum() for output in model.forward_crops(crops, draws=draws)
+            output.cls_token.square().sum() + output.patch_tokens.sum() for output in model.forward_crops(crops, plan=draws)
         )
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     for one, other in zip(*gradients, strict=True):

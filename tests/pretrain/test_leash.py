@@ -11,14 +11,14 @@ from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.losses.gram import gram_loss
-from meddino.models.vision_transformer import ViTOutput
+from meddino.models.backbone import BackboneOutput
 
 STAGE = "stage1_pretrain"
 
 
 def test_leash__l2_equals_a_loop_over_what_the_student_sees():
     torch.manual_seed(0)
-    seen = ViTOutput(torch.randn(2, 5), torch.randn(2, 0, 5), torch.randn(2, 4, 5), (2, 2))
+    seen = BackboneOutput(torch.randn(2, 5), torch.randn(2, 0, 5), torch.randn(2, 4, 5), (2, 2))
     cls_token, patches = torch.randn(2, 5), torch.randn(2, 4, 5)
     masks = torch.tensor([[True, False, False, True], [False, False, False, False]])
     of_cls = sum((seen.cls_token[i, d] - cls_token[i, d]) ** 2 for i in range(2) for d in range(5)) / 10

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from meddino.checkpoints.export.model import Model
 from meddino.models.registry import tapped_blocks
+from meddino.models.vision_transformer import VisionTransformer
 from meddino_evaluation.backbones.contract import ImageContract
 
 
@@ -97,6 +98,8 @@ class MedDINOBackbone(Backbone):
     def __init__(self, name: str, model: Model) -> None:
         super().__init__()
         self.name = name
+        if not isinstance(model.backbone, VisionTransformer):
+            raise TypeError(f"{name} is no vision transformer of ours but {type(model.backbone).__name__}")
         self.vit = model.backbone
         self.lineage = model.lineage
         self.embed_dim, self.patch_size = model.embed_dim, model.patch_size

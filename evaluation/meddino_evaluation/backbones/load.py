@@ -9,9 +9,11 @@ from torch import nn
 from meddino.checkpoints.export import model as model_files
 from meddino.core.errors import ConfigError
 from meddino.models.registry import BACKBONES
+from meddino.models.timm_backbone import TimmBackbone as TrainedTimmBackbone
+from meddino.models.timm_backbone import build_timm
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
 from meddino_evaluation.backbones.catalogue import CATALOGUE, Entry
-from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
+from meddino_evaluation.backbones.timm_adapter import TimmBackbone
 from meddino_evaluation.backbones.transformers_adapter import (
     TransformersBackbone,
     build_transformers,
@@ -50,7 +52,7 @@ def load_backbone(spec: str, seed: int = 0) -> Backbone:
     if spec in CATALOGUE:
         return _finished(_from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed))
     if Path(spec).exists():
-        return _finished(MedDINOBackbone(spec, model_files.load(spec)))
+        return _finished(_ours(spec, model_files.load(spec)))
     known = [*CATALOGUE, *BACKBONES]
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -65,7 +67,14 @@ def _random(spec: str, name: str, seed: int) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return _built(spec, name)[0]
-    return MedDINOBackbone(spec, model_files.load(spec, seed=seed))
+    return _ours(spec, model_files.load(spec, seed=seed))
+
+
+def _ours(spec: str, model: model_files.Model) -> Backbone:
+    """Return a model of ours, whichever kind of network was trained."""
+    if isinstance(model.backbone, TrainedTimmBackbone):
+        return TimmBackbone(spec, model.backbone.model, model.contract)
+    return MedDINOBackbone(spec, model)
 
 
 def _from_file(spec: str, name: str, file: Path, seed: int) -> Backbone:

@@ -7,38 +7,17 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meddino.core.errors import ConfigError
+from meddino.data.contract import InputContract
 from meddino.models.registry import tapped_blocks
 from meddino_evaluation.backbones.adapter import Backbone, Tokens
 from meddino_evaluation.backbones.contract import ImageContract
 
 
-def build_timm(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """Build a timm model without its classifier, with random weights; nothing is downloaded.
-
-    Raises:
-        ConfigError: timm does not know the name.
-    """
-    import timm
-
-    base = architecture.split(".", maxsplit=1)[0]
-    if not timm.is_model(base):
-        near = timm.list_models(f"*{base.split('_')[0]}*")[:6]
-        raise ConfigError(f"timm has no model '{architecture}'; similar: {', '.join(near) or 'none'}")
-    options = dict(arguments)
-    parameters = inspect.signature(timm.models.VisionTransformer.__init__).parameters
-    entry = inspect.getmodule(timm.model_entrypoint(base))
-    if entry is not None and entry.__name__.endswith(".vision_transformer") and "dynamic_img_size" in parameters:
-        # The position embedding is resampled to whatever size comes in, as the published protocols do.
-        options.setdefault("dynamic_img_size", True)
-    model: nn.Module = timm.create_model(architecture, pretrained=False, num_classes=0, **options)
-    return model
-
-
 class TimmBackbone(Backbone):
     """A timm model behind the common face."""
 
-    def __init__(self, name: str, model: nn.Module) -> None:
+    def __init__(self, name: str, model: nn.Module, hu: InputContract | None = None) -> None:
+        """Take a model of timm; with `hu` it wants Hounsfield units instead of a photograph's values."""
         super().__init__()
         self.name = name
         self.model = model
@@ -56,6 +35,7 @@ class TimmBackbone(Backbone):
             tuple(config.get("std", ImageContract.std)),
             self.patch_size if embedding is not None else 1,
             native,
+            hu,
         )
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:

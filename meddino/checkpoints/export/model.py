@@ -11,7 +11,9 @@ from meddino.checkpoints.export.model_folder import (
     Architecture,
     Lineage,
     ModelConfig,
+    TimmArchitecture,
     WeightsRecord,
+    architecture_of_config,
     check_names,
     is_model_folder,
     meddino_version,
@@ -29,8 +31,9 @@ from meddino.core.errors import CheckpointError
 from meddino.core.logging import get_logger
 from meddino.data.contract import InputContract
 from meddino.data.model_input import normalise
-from meddino.models.registry import backbone_config, tapped_blocks
-from meddino.models.vision_transformer import VisionTransformer, ViTConfig, ViTOutput
+from meddino.models.backbone import Backbone, BackboneOutput
+from meddino.models.registry import BackboneConfig, backbone_config, backbone_from_config, tapped_blocks
+from meddino.models.vision_transformer import VisionTransformer
 
 RANDOM_PREFIX = "random:"
 _log = get_logger(__name__)
@@ -40,11 +43,11 @@ class Model(nn.Module):
     """A backbone with its input contract and its lineage.
 
     Attributes:
-        backbone: The vision transformer.
+        backbone: The network.
         config: Everything config.json says.
     """
 
-    def __init__(self, backbone: VisionTransformer, config: ModelConfig) -> None:
+    def __init__(self, backbone: Backbone, config: ModelConfig) -> None:
         super().__init__()
         self.backbone = backbone
         self.config = config
@@ -66,7 +69,7 @@ class Model(nn.Module):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch [px]; image sides are multiples of it."""
+        """Pixels between patch tokens; image sides are multiples of `backbone.multiple_px`."""
         return self.backbone.patch_size
 
     @property
@@ -78,22 +81,21 @@ class Model(nn.Module):
         """Turn Hounsfield units into model input by the input contract; see `meddino.data.model_input.normalise`."""
         return normalise(hu, self.contract)
 
-    def forward_features(self, images: Float[Tensor, "batch c h w"]) -> ViTOutput:
+    def forward_features(self, images: Float[Tensor, "batch c h w"]) -> BackboneOutput:
         """Return the normalised CLS, register and patch tokens.
 
         Args:
-            images: From `preprocess`; sides are multiples of `patch_size`.
+            images: From `preprocess`; sides are multiples of `backbone.multiple_px`.
         """
-        output: ViTOutput = self.backbone(images)
-        return output
+        return self.backbone.tokens(images)
 
-    def forward(self, images: Float[Tensor, "batch c h w"]) -> ViTOutput:
+    def forward(self, images: Float[Tensor, "batch c h w"]) -> BackboneOutput:
         """Return `forward_features(images)`."""
         return self.forward_features(images)
 
     def get_intermediate_layers(
         self, images: Float[Tensor, "batch c h w"], blocks: Sequence[int] | None = None, *, norm: bool = True
-    ) -> list[Float[Tensor, "batch dim rows columns"]]:
+    ) -> list[Float[Tensor, "batch _dim _rows _columns"]]:
         """Return patch tokens after some blocks as maps.
 
         Args:
@@ -140,7 +142,7 @@ def load(source: str | Path, *, seed: int = 0, contract: InputContract | None = 
     _log.info("%s", fitted.coverage.text())
     backbone = VisionTransformer(weights.config)
     fitted.load_into(backbone)
-    architecture = Architecture(**weights.config.model_dump(), name=backbone_name(weights.config))
+    architecture = architecture_of_config(weights.config, backbone_name(weights.config))
     lineage = Lineage(parent=weights.parent, licence=weights.parent.licence)
     config = _config_of(
         backbone.state_dict(),
@@ -160,14 +162,14 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> Mod
     Raises:
         CheckpointError: If names or shapes differ.
     """
-    backbone = VisionTransformer(config.architecture.vit_config())
+    backbone = backbone_from_config(config.architecture.backbone_config())
     check_names(tensors, backbone.state_dict(), where)
     backbone.load_state_dict(tensors, strict=True)
     return Model(backbone, config).eval().requires_grad_(False)
 
 
 def random_model(
-    architecture: str | ViTConfig, seed: int = 0, contract: InputContract | None = None, *, name: str | None = None
+    architecture: str | BackboneConfig, seed: int = 0, contract: InputContract | None = None, *, name: str | None = None
 ) -> Model:
     """Return a model with random weights, for comparison with a trained one.
 
@@ -177,12 +179,12 @@ def random_model(
         contract: The input contract; the default one if None.
         name: Name to record; by default the backbone's name.
     """
-    vit = backbone_config(architecture) if isinstance(architecture, str) else architecture
+    built = backbone_config(architecture) if isinstance(architecture, str) else architecture
     label = name or (architecture if isinstance(architecture, str) else "custom")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = VisionTransformer(vit)
-    architecture_record = Architecture(**vit.model_dump(), name=label)
+        backbone = backbone_from_config(built)
+    architecture_record = architecture_of_config(built, label)
     config = _config_of(
         backbone.state_dict(),
         architecture_record,
@@ -197,7 +199,7 @@ def random_model(
 
 def _config_of(
     tensors: dict[str, Tensor],
-    architecture: Architecture,
+    architecture: Architecture | TimmArchitecture,
     contract: InputContract,
     resolutions_px_seen: tuple[int, ...],
     lineage: Lineage,
@@ -223,5 +225,5 @@ def _load_random(name: str, seed: int) -> Model:
     if folder.is_dir():
         reference = read_config(folder)
         architecture = reference.architecture
-        return random_model(architecture.vit_config(), seed, reference.input_contract, name=architecture.name)
+        return random_model(architecture.backbone_config(), seed, reference.input_contract, name=architecture.name)
     return random_model(name, seed)

@@ -1,23 +1,22 @@
 """MODEL_CARD.md: what a person needs to know before using the weights. Made from config.json's content alone."""
 
-from meddino.checkpoints.export.model_folder import OWN_LICENCE, Lineage, ModelConfig
+from meddino.checkpoints.export.model_folder import OWN_LICENCE, Architecture, Lineage, ModelConfig, TimmArchitecture
 
 DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
 
 def model_card(config: ModelConfig) -> str:
     """Return the card as Markdown. Equal configs give equal text; there is no date in it."""
-    vit = config.architecture
+    kind = "vision transformer" if isinstance(config.architecture, Architecture) else "network"
     parts = [
         _front_matter(config.lineage),
-        f"# MedDINO {vit.name}",
-        f"A vision transformer for axial CT slices ({config.weights.role}'s backbone), pretrained by self-supervision.",
+        f"# MedDINO {config.architecture.name}",
+        f"A {kind} for axial CT slices ({config.weights.role}'s backbone), pretrained by self-supervision.",
         "Research use; not a medical device. It was never tested for diagnosis.",
         _section(
             "Architecture",
             [
-                f"{vit.depth} blocks, {vit.num_heads} heads, width {vit.embed_dim}, patch {vit.patch_size} px, "
-                f"{vit.num_registers} register tokens, {vit.ffn_layer} x {vit.ffn_ratio:g}",
+                _shape(config.architecture),
                 f"{config.weights.parameters:,} parameters, {config.weights.dtype}, SHA-256 of `{config.weights.file}`: "
                 f"`{config.weights.sha256}`",
             ],
@@ -47,15 +46,31 @@ def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {line}" for line in lines)])
 
 
+def _shape(architecture: Architecture | TimmArchitecture) -> str:
+    if isinstance(architecture, TimmArchitecture):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in architecture.arguments.items())
+        return (
+            f"timm's {architecture.timm}{f' with {arguments}' if arguments else ''} (timm {architecture.timm_version}), width "
+            f"{architecture.embed_dim}, one patch token every {architecture.patch_size} px"
+        )
+    return (
+        f"{architecture.depth} blocks, {architecture.num_heads} heads, width {architecture.embed_dim}, patch "
+        f"{architecture.patch_size} px, {architecture.num_registers} register tokens, {architecture.ffn_layer} x "
+        f"{architecture.ffn_ratio:g}"
+    )
+
+
 def _input(config: ModelConfig) -> str:
-    contract, vit = config.input_contract, config.architecture
+    contract = config.input_contract
+    any_side = "Sides of the crops" if isinstance(config.architecture, TimmArchitecture) else ""
+    sides = any_side or f"Sides that are multiples of {config.architecture.patch_size} px; sides of the crops"
     seen = ", ".join(map(str, config.resolutions_px_seen)) or "not recorded"
     return _section(
         "Input contract",
         [
             f"Hounsfield units, clipped to [{contract.hu_min:g}, {contract.hu_max:g}], minus {contract.mean:g}, "
             f"over {contract.std:g}, repeated to {contract.channels} channels",
-            f"Sides that are multiples of {vit.patch_size} px; sides of the crops in training [px]: {seen}",
+            f"{sides} in training [px]: {seen}",
             "Axial slices, rows from front to back, columns from the patient's right to left (LPS)",
         ],
     )

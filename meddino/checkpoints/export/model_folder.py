@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
@@ -17,6 +17,8 @@ from meddino.core.config import StrictConfig, check_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import sha256_file, write_json
 from meddino.data.contract import InputContract
+from meddino.models.registry import BackboneConfig
+from meddino.models.timm_backbone import TimmConfig
 from meddino.models.vision_transformer import ViTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -26,6 +28,7 @@ FORMAT = "meddino-model"
 VERSION = 1
 OWN_LICENCE = "Apache-2.0"
 DINOV3_LICENCE = "DINOv3 License"
+BUFFERS = (".bias_mask", "rope_embed.periods", ".running_mean", ".running_var", ".num_batches_tracked")
 
 
 class Architecture(ViTConfig):
@@ -33,9 +36,46 @@ class Architecture(ViTConfig):
 
     name: Annotated[str, Field(description="registry name, or 'custom'")] = "custom"
 
-    def vit_config(self) -> ViTConfig:
+    def backbone_config(self) -> BackboneConfig:
         """Return it without the name."""
         return ViTConfig(**self.model_dump(exclude={"name"}))
+
+
+class TimmArchitecture(TimmConfig):
+    """The same for a model of timm."""
+
+    name: Annotated[str, Field(description="timm:<its name>")]
+
+    def backbone_config(self) -> BackboneConfig:
+        """Return it without the name."""
+        return TimmConfig(**self.model_dump(exclude={"name"}))
+
+
+def _kind_of(values: Any) -> str:
+    return "timm" if isinstance(values, TimmConfig) or (isinstance(values, dict) and "timm" in values) else "vit"
+
+
+AnyArchitecture = Annotated[
+    Annotated[Architecture, Tag("vit")] | Annotated[TimmArchitecture, Tag("timm")], Discriminator(_kind_of)
+]
+
+
+def read_architecture(values: Any, where: str) -> Architecture | TimmArchitecture:
+    """Check an architecture as checkpoints and exports carry it.
+
+    Raises:
+        ConfigError: Names every wrong key.
+    """
+    if _kind_of(values) == "timm":
+        return check_config(TimmArchitecture, values, where=where)
+    return check_config(Architecture, values, where=where)
+
+
+def architecture_of_config(config: BackboneConfig, name: str) -> Architecture | TimmArchitecture:
+    """Return an architecture under a name."""
+    if isinstance(config, TimmConfig):
+        return TimmArchitecture(**config.model_dump(), name=name)
+    return Architecture(**config.model_dump(), name=name)
 
 
 class StageRecord(StrictConfig):
@@ -97,7 +137,7 @@ class ModelConfig(StrictConfig):
 
     format: Annotated[Literal["meddino-model"], Field(description="says what this folder is")] = "meddino-model"
     version: Annotated[Literal[1], Field(description="of the format")] = 1
-    architecture: Annotated[Architecture, Field(description="what to build")]
+    architecture: Annotated[AnyArchitecture, Field(description="what to build")]
     input_contract: Annotated[InputContract, Field(description="how HU become input")]
     resolutions_px_seen: Annotated[tuple[int, ...], Field(description="sides of the global crops in training [px]")] = ()
     lineage: Annotated[Lineage, Field(description="where the weights come from")] = Lineage()
@@ -192,8 +232,8 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def parameter_count(tensors: dict[str, Tensor]) -> int:
-    """Return the number of parameters; masks and rotary periods are none."""
-    return sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith((".bias_mask", "rope_embed.periods")))
+    """Return the number of parameters; masks, rotary periods and running statistics are none."""
+    return sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(BUFFERS))
 
 
 def check_names(tensors: dict[str, Tensor], wanted: dict[str, Tensor], where: str) -> None:

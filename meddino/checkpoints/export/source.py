@@ -10,7 +10,9 @@ from meddino.checkpoints.export.model_folder import (
     DINOV3_LICENCE,
     Architecture,
     Lineage,
+    TimmArchitecture,
     is_model_folder,
+    read_architecture,
     read_config,
     read_weights,
 )
@@ -46,7 +48,7 @@ class ExportSource:
 
     tensors: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
-    architecture: Architecture
+    architecture: Architecture | TimmArchitecture
     contract: InputContract
     resolutions_px_seen: tuple[int, ...]
     lineage: Lineage
@@ -136,7 +138,7 @@ def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
     if not tensors:
         raise CheckpointError(f"{folder} holds no '{role}.backbone' weights; it was not written by meddino-pretrain")
     try:
-        architecture = check_config(Architecture, meta["backbone"], where=f"{folder}: backbone")
+        architecture = read_architecture(meta["backbone"], where=f"{folder}: backbone")
         contract = check_config(InputContract, meta["input_contract"], where=f"{folder}: input_contract")
         lineage = _lineage(checkpoint)
         resolutions = tuple(int(size) for size in meta["lineage"].get("resolutions_px_seen", ()))

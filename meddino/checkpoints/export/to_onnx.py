@@ -12,6 +12,7 @@ from meddino.checkpoints.export.foreign_options import ForeignOptions, need, qui
 from meddino.checkpoints.export.model import Model
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_text
+from meddino.models.backbone import Backbone
 from meddino.models.vision_transformer import VisionTransformer
 
 ONNX_FILE = "model.onnx"
@@ -23,14 +24,16 @@ MAX_INLINE_BYTES = 1 << 30
 class _Graph(nn.Module):
     """The outputs that the ONNX model has, as a tuple."""
 
-    def __init__(self, backbone: VisionTransformer, layers: tuple[int, ...]) -> None:
+    def __init__(self, backbone: Backbone, layers: tuple[int, ...]) -> None:
         super().__init__()
         self.backbone, self.layers = backbone, layers
+        self.has_registers = isinstance(backbone, VisionTransformer)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self.backbone(images)
         maps = self.backbone.get_intermediate_layers(images, self.layers) if self.layers else []
-        return (features.cls_token, features.register_tokens, features.patch_tokens, *maps)
+        registers = (features.register_tokens,) if self.has_registers else ()
+        return (features.cls_token, *registers, features.patch_tokens, *maps)
 
 
 def export_onnx(folder: Path, model: Model, options: ForeignOptions) -> None:
@@ -49,7 +52,8 @@ def export_onnx(folder: Path, model: Model, options: ForeignOptions) -> None:
     if wrong:
         raise CheckpointError(f"--onnx-layers {wrong}: this model has blocks 0 to {model.depth - 1}")
     graph = _Graph(model.backbone, options.onnx_layers).eval()
-    names = [*OUTPUTS, *(f"patch_map_{layer}" for layer in options.onnx_layers)]
+    outputs = [name for name in OUTPUTS if name != "register_tokens" or graph.has_registers]
+    names = [*outputs, *(f"patch_map_{layer}" for layer in options.onnx_layers)]
     _write(folder / ONNX_FILE, graph, names, model)
     write_text(folder / "README.md", _readme(model, names))
     session = _session(folder / ONNX_FILE)
@@ -64,19 +68,24 @@ def export_onnx(folder: Path, model: Model, options: ForeignOptions) -> None:
 def _write(path: Path, graph: _Graph, names: list[str], model: Model) -> None:
     patch = model.patch_size
     # Not square and not one: equal or single numbers would be taken for a rule.
-    example = torch.zeros(2, model.backbone.config.in_chans, 4 * patch, 6 * patch)
+    example = torch.zeros(2, model.contract.channels, 4 * patch, 6 * patch)
     limits = {"batch": 65536, "rows": 1024, "columns": 1024}
     batch, rows, columns = (torch.export.Dim(name, min=1, max=limit) for name, limit in limits.items())
     with quiet("torch.onnx", "onnxscript", "onnx_ir"):
-        program = torch.onnx.export(
-            graph,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: batch, 2: patch * rows, 3: patch * columns},),
-            input_names=["images"],
-            output_names=names,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                graph,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: batch, 2: patch * rows, 3: patch * columns},),
+                input_names=["images"],
+                output_names=names,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason given"])[0][:200]
+            name = model.config.architecture.name
+            raise CheckpointError(f"{name} cannot be written as ONNX with free sizes: {reason}; leave onnx away") from error
     assert program is not None  # only the old exporter returns None
     size = sum(parameter.numel() * 4 for parameter in graph.parameters())
     program.save(str(path), external_data=size > MAX_INLINE_BYTES)

@@ -14,7 +14,8 @@ from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.infer_architecture import RELEASED_NORM_EPS
 from meddino.checkpoints.weights.key_formats import to_timm
 from meddino.core.files import write_json, write_text
-from meddino.models.vision_transformer import ViTConfig
+from meddino.models.timm_backbone import TimmBackbone
+from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
 # Released sizes -> timm's name; `_qkvb` follows where the weights have a bias of queries and values.
 _NAMES = {
@@ -38,16 +39,23 @@ def export_timm(folder: Path, model: Model, options: ForeignOptions) -> None:
         CheckpointError: timm's model cannot hold the architecture, or computes something else.
     """
     need(["timm"], "timm")
-    vit = model.backbone.config
-    tensors = to_timm(_without_zero_bias(model.backbone.state_dict()), vit)
-    name, arguments = timm_model(vit, has_bias="blocks.0.attn.q_bias" in tensors)
-    write_weights(folder / WEIGHTS_FILE, {key: tensor.to(options.dtype) for key, tensor in tensors.items()})
+    backbone = model.backbone
+    norm_eps = RELEASED_NORM_EPS
+    if isinstance(backbone, TimmBackbone):
+        tensors = backbone.model.state_dict()
+        name, arguments = backbone.config.timm, dict(backbone.config.arguments)
+    else:
+        assert isinstance(backbone, VisionTransformer)  # there is no third kind
+        tensors = to_timm(_without_zero_bias(backbone.state_dict()), backbone.config)
+        name, arguments = timm_model(backbone.config, has_bias="blocks.0.attn.q_bias" in tensors)
+        norm_eps = backbone.config.norm_eps
+    write_weights(folder / WEIGHTS_FILE, {key: _in_dtype(tensor, options.dtype) for key, tensor in tensors.items()})
     # timm reads this as `local-dir:`; LayerNorm's epsilon is a function there and no JSON.
     contract = model.contract
     config = {
         "architecture": name,
         "num_classes": 0,
-        "num_features": vit.embed_dim,
+        "num_features": model.embed_dim,
         "model_args": arguments,
         "pretrained_cfg": {
             "num_classes": 0,
@@ -58,14 +66,16 @@ def export_timm(folder: Path, model: Model, options: ForeignOptions) -> None:
         },
     }
     write_json(folder / "config.json", config)
-    write_text(folder / "README.md", _readme(name, arguments, model))
+    write_text(folder / "README.md", _readme(name, arguments, model, norm_eps))
     with quiet("timm"):
-        loaded = load_timm(folder / WEIGHTS_FILE, name, arguments, vit.norm_eps)
+        loaded = load_timm(folder / WEIGHTS_FILE, name, arguments, norm_eps)
     for hu in options.slices:
         images = model.preprocess(hu)
         with torch.no_grad():
             found = loaded.forward_features(images)  # type: ignore[operator]
-        check_other_library([all_tokens(model, images)], [found], "timm", f"tokens at {list(hu.shape[-2:])} px")
+            own = backbone.model.forward_features if isinstance(backbone, TimmBackbone) else partial(all_tokens, model)
+            expected = own(images)  # type: ignore[operator]
+        check_other_library([expected], [found], "timm", f"tokens at {list(hu.shape[-2:])} px")
 
 
 def timm_model(vit: ViTConfig, has_bias: bool) -> tuple[str, dict[str, Any]]:
@@ -98,7 +108,9 @@ def load_timm(weights: Path, name: str, arguments: dict[str, Any], norm_eps: flo
     """Load a file with timm as a user would; strict."""
     import timm
 
-    extra = {} if norm_eps == RELEASED_NORM_EPS else {"norm_layer": partial(nn.LayerNorm, eps=norm_eps)}
+    extra: dict[str, Any] = {} if norm_eps == RELEASED_NORM_EPS else {"norm_layer": partial(nn.LayerNorm, eps=norm_eps)}
+    if not name.partition("_qkvb")[0].endswith("_dinov3"):
+        extra["num_classes"] = 0
     model: nn.Module = timm.create_model(name, checkpoint_path=str(weights), **arguments, **extra)
     return model.eval()
 
@@ -111,11 +123,18 @@ def _without_zero_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-def _readme(name: str, arguments: dict[str, Any], model: Model) -> str:
-    vit, contract = model.backbone.config, model.contract
+def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _readme(name: str, arguments: dict[str, Any], model: Model, norm_eps: float) -> str:
+    contract = model.contract
     words = [f'"{name}"', f'checkpoint_path="{WEIGHTS_FILE}"', *(f"{key}={value!r}" for key, value in arguments.items())]
-    if vit.norm_eps != RELEASED_NORM_EPS:
-        words.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={vit.norm_eps!r})")
+    if isinstance(model.backbone, TimmBackbone):
+        words.append("num_classes=0")
+    if norm_eps != RELEASED_NORM_EPS:
+        words.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={norm_eps!r})")
+    told = "" if isinstance(model.backbone, TimmBackbone) else "  # CLS, registers, patches"
     lines = [
         "# For timm",
         "",
@@ -124,7 +143,7 @@ def _readme(name: str, arguments: dict[str, Any], model: Model) -> str:
         "",
         f"model = timm.create_model({', '.join(words)}).eval()",
         f"images = (hu.clamp({contract.hu_min!r}, {contract.hu_max!r}) - {contract.mean!r}) / {contract.std!r}",
-        f"tokens = model.forward_features(images[:, None].repeat(1, {contract.channels}, 1, 1))  # CLS, registers, patches",
+        f"tokens = model.forward_features(images[:, None].repeat(1, {contract.channels}, 1, 1)){told}",
         "```",
         "",
         "`hu` is [batch, rows, columns] in Hounsfield units. Licence and lineage: ../MODEL_CARD.md.",

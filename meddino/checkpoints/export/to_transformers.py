@@ -17,7 +17,7 @@ from meddino.checkpoints.weights.key_formats import to_transformers
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_json, write_text
 from meddino.layers.feed_forward import SWIGLU_MULTIPLES
-from meddino.models.vision_transformer import ViTConfig
+from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
 PROCESSOR_MODULE = "image_processing_meddino"
 PROCESSOR_CLASS = "MedDINOImageProcessor"
@@ -35,6 +35,8 @@ def export_transformers(folder: Path, model: Model, options: ForeignOptions) -> 
         CheckpointError: transformers' model cannot hold the architecture, or computes something else.
     """
     need(["transformers"], "hf")
+    if not isinstance(model.backbone, VisionTransformer):
+        raise CheckpointError(f"transformers has no {model.config.architecture.name}; export to timm or onnx instead")
     tensors = to_transformers(model.backbone.state_dict(), model.backbone.config)
     write_weights(folder / WEIGHTS_FILE, {key: tensor.to(options.dtype) for key, tensor in tensors.items()})
     dtype = str(options.dtype).removeprefix("torch.")

@@ -151,7 +151,8 @@ def _in_dtype(source: ExportSource, dtype: ExportDtype) -> ExportSource:
 
 
 def _config(source: ExportSource, sha256: str, metrics: dict[str, Any], command: str) -> ModelConfig:
-    kinds = {tensor.dtype for name, tensor in source.tensors.items() if not name.endswith("rope_embed.periods")}
+    weights_alone = (tensor for name, tensor in source.tensors.items() if not name.endswith("rope_embed.periods"))
+    kinds = {tensor.dtype for tensor in weights_alone if tensor.is_floating_point()}
     dtype = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
     weights = {"sha256": sha256, "dtype": dtype, "parameters": parameter_count(source.tensors), "role": source.role}
     return ModelConfig(

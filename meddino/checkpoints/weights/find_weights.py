@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, ParentRecord, is_model_folder
+from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, Architecture, ParentRecord, is_model_folder
 from meddino.checkpoints.export.source import HEADS, find_checkpoint, read_source
 from meddino.checkpoints.state.training_state import META_FILE, list_checkpoints
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, architecture_of
@@ -86,11 +86,13 @@ def _from_folder(path: Path, section: str | None, num_heads: int | None) -> Foun
     if is_model_folder(path) or is_training_output(path):
         role: Literal["teacher", "student"] = "student" if section == "student" else "teacher"
         source = read_source(path if is_model_folder(path) else find_checkpoint(path).folder, role=role)
+        if not isinstance(source.architecture, Architecture):
+            raise CheckpointError(f"{path} is of {source.architecture.name}, not of a vision transformer of ours")
         parent = ParentRecord(name=path.resolve().name, sha256=None, licence=source.lineage.licence)
         return FoundWeights(
             {name: tensor.float() for name, tensor in to_official(source.tensors, "official").items()},
             "official",
-            source.architecture.vit_config(),
+            ViTConfig(**source.architecture.model_dump(exclude={"name"})),
             parent,
             source.heads,
             {head: len(weights) for head, weights in source.heads.items()},

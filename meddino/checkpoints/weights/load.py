@@ -1,6 +1,7 @@
 """Backbone weights from wherever they come: complete, or every gap named, with a report of coverage."""
 
 import fnmatch
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from meddino.checkpoints.export.model_folder import ParentRecord
+from meddino.checkpoints.export.source import read_source
 from meddino.checkpoints.weights.coverage import Coverage, GapsConfig
 from meddino.checkpoints.weights.find_weights import FoundWeights, find_weights
 from meddino.checkpoints.weights.key_formats import DERIVED
+from meddino.checkpoints.weights.weight_files import read_weights_file
 from meddino.core.errors import CheckpointError
+from meddino.core.files import sha256_file
 from meddino.core.logging import get_logger
 from meddino.layers.rotary_embedding import RotaryEmbedding
+from meddino.models.backbone import Backbone
+from meddino.models.registry import BackboneConfig
+from meddino.models.timm_backbone import TIMM_PREFIX, TimmBackbone, TimmConfig
 from meddino.models.vision_transformer import ROPE_DTYPES, VisionTransformer, ViTConfig
 
 _log = get_logger(__name__)
@@ -36,18 +43,22 @@ class BackboneWeights:
     parent: ParentRecord
     heads: dict[str, dict[str, Tensor]]
 
-    def load_into(self, backbone: VisionTransformer) -> None:
-        """Copy the weights in; what the gaps allowed keeps its fresh values."""
+    def load_into(self, backbone: Backbone) -> None:
+        """Copy the weights in; what the tolerances allowed keeps its fresh values."""
         registers = self.tensors.get("storage_tokens")
         given = dict(self.tensors)
-        if registers is not None and registers.shape[1] < backbone.config.num_registers:
+        if (
+            isinstance(backbone, VisionTransformer)
+            and registers is not None
+            and registers.shape[1] < backbone.config.num_registers
+        ):
             given["storage_tokens"] = torch.cat([registers, backbone.storage_tokens.detach()[:, registers.shape[1] :]], dim=1)
         outcome = backbone.load_state_dict(given, strict=False)
         assert sorted(outcome.missing_keys) == sorted(self.coverage.fresh) and not outcome.unexpected_keys
 
 
 def load_backbone_weights(
-    source: str | Path, config: ViTConfig, gaps: GapsConfig | None = None, section: str | None = None
+    source: str | Path, config: BackboneConfig, gaps: GapsConfig | None = None, section: str | None = None
 ) -> BackboneWeights:
     """Read weights for a model, all of them.
 
@@ -61,10 +72,59 @@ def load_backbone_weights(
         CheckpointError: The source cannot be read, or something is missing, unexpected or of another shape and no
             option allows it; the message is the coverage report.
     """
+    if isinstance(config, TimmConfig):
+        return _load_timm_weights(source, config, gaps or GapsConfig(), section)
     found = find_weights(source, section, config.num_heads)
     weights = fit(found, config, gaps or GapsConfig())
     _log.info("%s", weights.coverage.text())
     return weights
+
+
+def _load_timm_weights(source: str | Path, config: TimmConfig, gaps: GapsConfig, section: str | None) -> BackboneWeights:
+    """Read weights for a model of timm: our export, run or checkpoint, or any file of timm's or the model's own names."""
+    text = str(source).removeprefix(f"{TIMM_PREFIX}{config.timm}@")
+    path, notes, backbone = Path(text), [], TimmBackbone(config)
+    if not path.exists():
+        raise CheckpointError(f"no weights at {path}; nothing is downloaded: give a file or folder on this machine")
+    if path.is_dir():
+        found = read_source(path, role="student" if section == "student" else "teacher")
+        tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in found.tensors.items()}
+        parent = ParentRecord(name=path.resolve().name, sha256=None, licence=found.lineage.licence)
+    else:
+        file = read_weights_file(path, section)
+        named = timm_names(backbone.model, file.tensors)
+        tensors, notes = {f"model.{name}": tensor for name, tensor in named.items()}, file.notes
+        parent = ParentRecord(name=path.name, sha256=sha256_file(path), licence="unknown")
+    coverage = Coverage(str(path), "timm", notes=notes)
+    for name, target in backbone.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is None and (name.endswith(".num_batches_tracked") or _matches(name, gaps.missing)):
+            coverage.fresh.append(name)
+        elif tensor is None:
+            coverage.missing.append(f"{name} {list(target.shape)}")
+        elif tensor.shape != target.shape:
+            coverage.wrong_shape[name] = f"{list(tensor.shape)} instead of {list(target.shape)}"
+        else:
+            coverage.loaded[name] = tensor.numel()
+    classifier = getattr(backbone.model, "pretrained_cfg", {}).get("classifier") or "head.fc"
+    ends = tuple(f"model.{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
+    for name, tensor in tensors.items():
+        if name not in coverage.loaded and name not in coverage.wrong_shape:
+            allowed = name.startswith(ends) or _matches(name, gaps.unexpected)
+            (coverage.left_out if allowed else coverage.unexpected).append(f"{name} {list(tensor.shape)}")
+    _refuse_gaps(coverage)
+    _log.info("%s", coverage.text())
+    return BackboneWeights({name: tensors[name] for name in coverage.loaded}, coverage, parent, {})
+
+
+def timm_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a file's tensors under the names of a timm model, by timm's own rules for the files it knows."""
+    module = sys.modules.get(type(model).__module__)
+    rename = getattr(module, "checkpoint_filter_fn", None)
+    if rename is None or not type(model).__module__.startswith("timm."):
+        return tensors
+    renamed: dict[str, Tensor] = dict(rename(dict(tensors), model))
+    return renamed
 
 
 def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWeights:
@@ -104,6 +164,11 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
         dropped = name.endswith("attn.qkv.bias") and gaps.qkv_bias == "drop"
         allowed = dropped or (name == "storage_tokens" and gaps.registers == "cut") or _matches(name, gaps.unexpected)
         (coverage.left_out if allowed else coverage.unexpected).append(f"{name} {list(tensor.shape)}")
+    _refuse_gaps(coverage)
+    return BackboneWeights(result, coverage, found.parent, found.heads)
+
+
+def _refuse_gaps(coverage: Coverage) -> None:
     if not coverage.is_complete:
         _log.warning("%s", coverage.text())
         raise CheckpointError(
@@ -111,7 +176,6 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
             "name each gap in the config (sum_input_channels, resample_patches, qkv_bias, registers, missing, unexpected), "
             "or choose the backbone that the file is of"
         )
-    return BackboneWeights(result, coverage, found.parent, found.heads)
 
 
 def resample_patch_weights(weight: Tensor, size: int) -> Tensor:

@@ -205,7 +205,8 @@ class MeasuredStep:
         import copy
 
         from meddino.layers.projection_head import ProjectionHead
-        from meddino.models.registry import build_backbone
+        from meddino.models.registry import vit_config
+        from meddino.models.vision_transformer import VisionTransformer
         from meddino_pretrain.data.sampler import BatchShare
         from meddino_pretrain.methods.dinov3.config import DINOv3Config
         from meddino_pretrain.methods.dinov3.method import DINOv3Objective
@@ -214,15 +215,16 @@ class MeasuredStep:
         from meddino_pretrain.schedules import StepValues
 
         torch.manual_seed(0)
-        backbone = build_backbone(size.backbone, drop_path=size.drop_path)
+        backbone = VisionTransformer(vit_config(size.backbone, drop_path=size.drop_path))
         heads = (ProjectionHead(backbone.embed_dim, size.prototypes) for _ in range(2))
         student = DINOv3Network(backbone, *heads).to(machine.device)
         teacher = copy.deepcopy(student)
         gram_teacher = copy.deepcopy(student.backbone) if size.gram else None
-        backbone.activation_checkpointing = size.checkpointing
+        if size.checkpointing:
+            backbone.recompute_activations()
         if size.compiled:
             for network in (student.backbone, teacher.backbone):
-                for block in network.blocks:
+                for block in network.parts():
                     block.compile()
         config = DINOv3Config(
             dino_weight=1.0,

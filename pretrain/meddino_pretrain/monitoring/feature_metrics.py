@@ -15,7 +15,7 @@ from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_write
 from meddino.distributed.collectives import is_main
-from meddino.models.vision_transformer import ViTOutput
+from meddino.models.backbone import BackboneOutput
 from meddino_pretrain.monitoring.config import HealthConfig
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
 from meddino_pretrain.monitoring.patch_quality import CHUNK, patch_consistency, patch_map
@@ -31,7 +31,7 @@ class Looks(Protocol):
 
     def look(
         self, images: Float[Tensor, "n c h w"], every: int
-    ) -> tuple[ViTOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
+    ) -> tuple[BackboneOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
         """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
         ...
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from meddino.core.device import Machine
-from meddino.models.vision_transformer import ViTOutput
+from meddino.models.backbone import BackboneOutput
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
 
 CHUNK = 4  # slices in one forward pass: small enough for any machine that can train
@@ -49,14 +49,14 @@ def patch_consistency(
     return torch.stack(scores)
 
 
-def patch_map(output: ViTOutput) -> Float[Tensor, "n d h w"]:
+def patch_map(output: BackboneOutput) -> Float[Tensor, "n d h w"]:
     """Return patch tokens as a map, float32."""
     tokens = output.patch_tokens.float()
     return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[-1], *output.grid)
 
 
 @torch.no_grad()
-def snapshot_scores(see: Callable[[Tensor], ViTOutput], fixed: FixedSlices, machine: Machine) -> Float[Tensor, " n"]:
+def snapshot_scores(see: Callable[[Tensor], BackboneOutput], fixed: FixedSlices, machine: Machine) -> Float[Tensor, " n"]:
     """Score a backbone's patch tokens on fixed slices; see `patch_consistency`.
 
     Args:

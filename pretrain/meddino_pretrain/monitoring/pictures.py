@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from meddino.core.device import Machine
+from meddino.models.backbone import BackboneOutput
 from meddino.models.patch_pca import patch_pca_images
-from meddino.models.vision_transformer import ViTOutput
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
 from meddino_pretrain.monitoring.patch_quality import patch_map
 
@@ -24,7 +24,7 @@ _TILE_PX = 160
 
 @torch.no_grad()
 def health_pictures(
-    see: Callable[[Tensor], ViTOutput], fixed: FixedSlices, machine: Machine, count: int = 6
+    see: Callable[[Tensor], BackboneOutput], fixed: FixedSlices, machine: Machine, count: int = 6
 ) -> dict[str, bytes]:
     """Draw fixed slices, their patch tokens as colours, and cosine-similarity maps from a few points.
 

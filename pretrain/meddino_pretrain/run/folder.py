@@ -19,7 +19,7 @@ from meddino.core.files import write_json, write_text
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import is_main
-from meddino.models.vision_transformer import ViTConfig
+from meddino.models.registry import BackboneConfig
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.run.recipe_changes import begun_stages, may_change, place_of
 
@@ -51,7 +51,7 @@ class RunFolder:
         """Return a stage's folder."""
         return self.folder / name
 
-    def checkpoint_meta(self, stage: str, backbone: ViTConfig) -> dict[str, Any]:
+    def checkpoint_meta(self, stage: str, backbone: BackboneConfig) -> dict[str, Any]:
         """Return what a checkpoint says of itself besides its step: all that an export needs."""
         return {
             "stage": stage,

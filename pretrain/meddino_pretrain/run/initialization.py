@@ -11,7 +11,7 @@ from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
-from meddino.models.vision_transformer import VisionTransformer, ViTConfig
+from meddino.models.registry import BackboneConfig, backbone_from_config
 from meddino_pretrain.methods.dinov3.config import GramTeacherConfig
 from meddino_pretrain.methods.dinov3.gram_choice import GramChoice, choose_gram_teacher
 from meddino_pretrain.methods.dinov3.method import DINOv3Objective
@@ -56,7 +56,7 @@ class Origin:
         }
 
 
-def find_origin(run: RunFolder, name: str, backbone: ViTConfig, corpus: Corpus, machine: Machine) -> Origin:
+def find_origin(run: RunFolder, name: str, backbone: BackboneConfig, corpus: Corpus, machine: Machine) -> Origin:
     """Decide what a stage starts from, from what lies in the run's folder.
 
     Args:
@@ -103,7 +103,7 @@ def load_origin(origin: Origin, objective: DINOv3Objective) -> None:
         load_training_state(origin.gram_teacher, {"backbone": objective.gram_teacher})
 
 
-def read_init(init: InitConfig, backbone: ViTConfig) -> BackboneWeights | None:
+def read_init(init: InitConfig, backbone: BackboneConfig) -> BackboneWeights | None:
     """Read the weights that the first stage starts from; None for fresh ones.
 
     Raises:
@@ -141,10 +141,12 @@ def take_init(weights: BackboneWeights, heads: str, networks: Mapping[str, DINOv
     logger.info("heads: %s", f"{', '.join(taken)} from the file" if taken else "fresh")
 
 
-def _measure(run: RunFolder, config: GramTeacherConfig, backbone: ViTConfig, corpus: Corpus, machine: Machine) -> GramChoice:
+def _measure(
+    run: RunFolder, config: GramTeacherConfig, backbone: BackboneConfig, corpus: Corpus, machine: Machine
+) -> GramChoice:
     size_px = run.config.stages[config.stage].crops.sizes[0].global_px
     fixed = fixed_slices(corpus, run.config.input_contract, config.choice.slices, size_px)
-    see = VisionTransformer(backbone).to(machine.device, machine.weight_dtype).eval()
+    see = backbone_from_config(backbone).to(machine.device, machine.weight_dtype).eval()
     scores = {}
     for step in sorted(run.config.snapshots(config.stage)):
         load_training_state(snapshot_folder(run.stage_folder(config.stage), step), {"backbone": see})

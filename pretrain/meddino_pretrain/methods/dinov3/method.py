@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from meddino.core.device import Machine
 from meddino.core.precision import at_least_float32
 from meddino.distributed.parallel import gradient_sync
-from meddino.layers.drop_path import CropNumbers, ForwardDraws
+from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.losses.gram import resize_patch_map
 from meddino.losses.sinkhorn import SinkhornTargets, sinkhorn_targets
 from meddino.models.vision_transformer import VisionTransformer
@@ -125,16 +125,16 @@ class DINOv3Objective:
             leash=self.config.leash_weight,
         )
 
-    def _draws(self, batch: Batch, step: int) -> ForwardDraws:
+    def _draws(self, batch: Batch, step: int) -> DropPathPlan:
         samples = self.share.places(batch.micro_step)
-        groups = [CropNumbers.of_samples(GLOBAL_CROPS, samples, self.share.global_batch)]
+        groups = [CropIndices.of_samples(GLOBAL_CROPS, samples, self.share.global_batch)]
         if len(batch.local_crops):
             num_local = len(batch.local_crops) // len(batch.keys)
-            groups.append(CropNumbers.of_samples(num_local, samples, self.share.global_batch))
-        return ForwardDraws(self.seed, step, tuple(groups))
+            groups.append(CropIndices.of_samples(num_local, samples, self.share.global_batch))
+        return DropPathPlan(self.seed, step, tuple(groups))
 
     @torch.no_grad()
-    def _targets(self, batches: Sequence[Batch], draws: Sequence[ForwardDraws], temperature: float) -> list[Targets]:
+    def _targets(self, batches: Sequence[Batch], draws: Sequence[DropPathPlan], temperature: float) -> list[Targets]:
         with self.machine.autocast():
             logits = [self.teacher.target_logits(batch) for batch in batches]
             gram = [self._gram_tokens(batch) for batch in batches]
@@ -162,7 +162,7 @@ class DINOv3Objective:
         maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *seen.grid)
         return resize_patch_map(maps, grid).flatten(2).transpose(1, 2)
 
-    def _koleo_pulls(self, batches: Sequence[Batch], draws: Sequence[ForwardDraws]) -> list[KoLeoPull | None]:
+    def _koleo_pulls(self, batches: Sequence[Batch], draws: Sequence[DropPathPlan]) -> list[KoLeoPull | None]:
         if len(batches) == 1:
             return [None]
         # An image's nearest neighbour may lie in another micro-batch: the CLS tokens of all are computed once without a

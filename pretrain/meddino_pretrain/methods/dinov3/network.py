@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_with_grad, rank
-from meddino.layers.drop_path import ForwardDraws
+from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.projection_head import ProjectionHead
 from meddino.losses.dino import dino_terms
 from meddino.losses.gram import Negatives, gram_loss
 from meddino.losses.ibot import ibot_term
 from meddino.losses.koleo import koleo_loss
 from meddino.losses.sinkhorn import SinkhornTargets
-from meddino.models.vision_transformer import VisionTransformer, ViTOutput
+from meddino.models.backbone import BackboneOutput
+from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.crops import GLOBAL_CROPS
 
@@ -48,7 +49,7 @@ class Leash:
     cls_token: Float[Tensor, "gb d"]
     patch_tokens: Float[Tensor, "gb n d"]
 
-    def loss(self, seen: ViTOutput, masks: Bool[Tensor, "gb n"]) -> Float[Tensor, ""]:
+    def loss(self, seen: BackboneOutput, masks: Bool[Tensor, "gb n"]) -> Float[Tensor, ""]:
         """Return how far the student's tokens went: mean squared difference over CLS tokens and patches it sees."""
         if self.kind == "gram":
             return gram_loss(seen.patch_tokens, self.patch_tokens)
@@ -106,7 +107,7 @@ class DINOv3Network(nn.Module):
         self,
         batch: Batch,
         targets: Targets,
-        draws: ForwardDraws,
+        draws: DropPathPlan,
         weights: TermWeights,
         student_temperature: float,
         gram_negatives: Negatives,
@@ -115,7 +116,7 @@ class DINOv3Network(nn.Module):
         groups, masks = [batch.global_crops], [batch.masks, None]
         if len(batch.local_crops):
             groups.append(batch.local_crops)
-        outputs = self.backbone.forward_crops(groups, masks[: len(groups)], draws=draws)
+        outputs = self.backbone.forward_crops(groups, masks[: len(groups)], plan=draws)
         seen = outputs[0]
         # The heads stop at the bottleneck: the losses go from there to the prototypes a chunk of rows at a time.
         bottlenecks = [self.dino_head(output.cls_token, no_last_layer=True) for output in outputs]
@@ -160,17 +161,17 @@ class DINOv3Network(nn.Module):
     @torch.no_grad()
     def look(
         self, images: Float[Tensor, "n c h w"], every: int
-    ) -> tuple[ViTOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
+    ) -> tuple[BackboneOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
         """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
-        seen: ViTOutput = self.backbone(images)
+        seen: BackboneOutput = self.backbone(images)
         patches = seen.patch_tokens[:, ::every].flatten(0, 1)
         return seen, at_least_float32(self.dino_head(seen.cls_token)), at_least_float32(self.ibot_head(patches))
 
     @torch.no_grad()
-    def global_cls(self, batch: Batch, draws: ForwardDraws) -> Float[Tensor, "gb d"]:
+    def global_cls(self, batch: Batch, draws: DropPathPlan) -> Float[Tensor, "gb d"]:
         """Return the student's CLS tokens of the masked global crops as `forward` will compute them."""
         alone = replace(draws, groups=draws.groups[:1])
-        cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, draws=alone).cls_token
+        cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, plan=alone).cls_token
         return at_least_float32(cls_token)
 
     @staticmethod
