@@ -182,7 +182,7 @@ class TimmBackbone(Backbone):
             # A list of modules is not called as a whole.
             if not isinstance(module, nn.ModuleList) and any(True for _ in module.children()) and inside <= set(names):
                 sizes[owner] = len(inside)
-        return max(sizes, key=lambda owner: sizes[owner]) if sizes else None
+        return max(sizes, key=lambda owner: (sizes[owner], owner.count("."))) if sizes else None
 
     @functools.cached_property
     def _is_random(self) -> bool:
