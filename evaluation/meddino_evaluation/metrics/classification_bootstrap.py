@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from meddino_evaluation.metrics.classification import (
     METRICS,
@@ -15,7 +16,7 @@ from meddino_evaluation.metrics.classification import (
     from_confusion,
     quadratic_kappa,
 )
-from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling
+from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges
 
 Weights = NDArray[np.int64]
 Drawn = NDArray[np.float64]
@@ -177,18 +178,41 @@ def paired_metric(
     level: float = 0.95,
     seed: int = 0,
 ) -> PairedResult:
-    """Compare a metric of two models on the same cases by the paired bootstrap over patients; see `metric_intervals`.
+    """Compare a metric of two models on the same cases: bootstrap interval and permutation test, both over patients.
+
+    The test exchanges the two models' probabilities in whole patients. For metrics of order (AUROC, AUPRC) ranks are exchanged
+    instead: they see no scale, and two scales mixed would.
 
     Args:
         kind: Kind of task.
         runs_a: Of the first model.
         runs_b: Of the second: the same runs with the same cases in the same order.
         name: Metric.
-        resamples: How many.
+        resamples: How many; also the number of permutations where not all are tried.
         level: Confidence level.
-        seed: Equal seeds draw equal resamples.
+        seed: Equal seeds draw equal resamples and permutations.
+
+    Source: Bandos et al. 2005 (exchange of ranks for AUROC).
     """
     drawing = Resampling(*_patients(runs_a), level=level, resamples=resamples, seed=seed)
     weights = drawing.weights()
     (first, drawn_first), (second, drawn_second) = (_over_runs(name, kind, runs, weights) for runs in (runs_a, runs_b))
-    return drawing.paired(first - second, drawn_first - drawn_second)
+    owners = drawing.owners()
+    exchanged, all_tried = exchanges(int(owners.max()) + 1, resamples, seed)
+    permuted = _exchanged(name, kind, (runs_a, runs_b), exchanged[:, owners])
+    return drawing.paired(first - second, drawn_first - drawn_second, permuted, all_tried)
+
+
+def _exchanged(name: str, kind: TaskKind, both: tuple[Runs, Runs], exchanged: NDArray[np.bool_]) -> Drawn:
+    """Return the difference of two models [ways] after they changed places in the rows [ways, rows] that are true."""
+    differences, start = [], 0
+    for (groups, truth, first), (_, _, second) in zip(*both, strict=True):
+        moved = exchanged[:, start : start + len(groups)]
+        columns = [rankdata(one, axis=0) if name in ("auroc", "auprc") else one for one in (first, second)]
+        # Both models' rows one under the other: a model is a choice of one of each two, which is a row of weights.
+        sides = [np.concatenate([~taken, taken], axis=1).astype(np.int64) for taken in (moved, ~moved)]
+        rows = np.concatenate([truth, truth]), np.concatenate(columns)
+        values = [resampled_metric(name, kind, *rows, weights) for weights in sides]
+        differences.append(values[0] - values[1])
+        start += len(groups)
+    return _nanmean(np.stack(differences))

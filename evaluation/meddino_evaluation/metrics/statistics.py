@@ -1,11 +1,14 @@
-"""Intervals and tests for evaluation results: bootstrap over patients, paired tests, DeLong, Holm.
+"""Intervals and tests for evaluation results: bootstrap intervals and permutation tests over patients, DeLong, Holm.
 
-Every function takes one number a case, or a statistic of row numbers; nothing here bootstraps a bootstrap (a published
-study did, and its intervals were seventy times too narrow).
+Intervals come from the bootstrap, p values from permutations: with few patients the share of bootstrap differences on one side
+of zero says nothing (two patients gave p = 0.001), while a permutation test keeps its error rate at every number of patients.
+Fewer than six patients cannot reach p < 0.05 (two-sided, the smallest p of n is 2 / 2^n) and their resamples cannot cover a
+mean with 95 %: for them there is neither. Nothing here bootstraps a bootstrap (a published study did, and its intervals were
+seventy times too narrow).
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +17,20 @@ from scipy import stats
 
 from meddino.core.seeds import numpy_rng
 
-Statistic = Callable[[NDArray[np.int64]], float]
-"""Takes the row numbers of a resample (with repeats) and returns one number; NaN where it is undefined."""
-
 FEWEST_DEFINED = 0.5
 """Below this share of resamples in which the statistic is defined, no interval is given."""
+
+ENUMERATED = 4096
+"""Up to this many exchanges of two models (13 patients) all are tried; beyond, some are drawn."""
+
+PERMUTATIONS = 9999
+"""Exchanges drawn for means, beyond `ENUMERATED`."""
+
+_EXACT_WILCOXON = 13
+"""Up to this many differences all signs are tried, ties or not."""
+
+_TIE = 1e-9
+"""Relative; sums in another order differ by less than this and count as equal."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,6 @@ class Interval:
     level: float = 0.95
     resamples: int = 0
 
-    def text(self, digits: int = 3) -> str:
-        """Return `estimate [low, high]`."""
-        return f"{self.estimate:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-
 
 @dataclass(frozen=True)
 class PairedResult:
@@ -52,16 +60,20 @@ class PairedResult:
         difference: First minus second.
         low: Lower end of the interval of the difference.
         high: Upper end.
-        p_value: Two-sided.
+        p_value: Two-sided, of the permutation test over patients; NaN where even the smallest could not be significant.
+        smallest_p: The smallest that this number of patients and permutations can give.
+        permutations: Exchanges drawn at random; 0: all were tried, the p value is exact.
     """
 
     difference: float
     low: float
     high: float
     p_value: float
+    smallest_p: float
+    permutations: int
 
 
-NO_RESULT = PairedResult(math.nan, math.nan, math.nan, math.nan)
+NO_RESULT = PairedResult(math.nan, math.nan, math.nan, math.nan, math.nan, 0)
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,8 @@ class DeLongResult:
         auroc_a: Of the first model.
         auroc_b: Of the second.
         covariance: 2 x 2, of the two estimates.
-        z: Difference over its standard error; 0 if both are identical.
-        p_value: Two-sided.
+        z: Difference over its standard error; 0 if both are identical, NaN if they differ without any spread.
+        p_value: Two-sided; NaN without a spread to judge by.
     """
 
     auroc_a: float
@@ -106,30 +118,29 @@ class Resampling:
         size = (resamples, len(self._members))
         self._draws = numpy_rng(seed, "bootstrap").integers(0, len(self._members), size=size)
 
-    def statistic(self, statistic: Statistic) -> NDArray[np.float64]:
-        """Return a statistic of row numbers in every resample."""
-        if all(len(rows) == 1 for rows in self._members):
-            samples: Sequence[NDArray[np.int64]] = list(np.concatenate(self._members)[self._draws])
-        else:
-            samples = [np.concatenate([self._members[number] for number in draw]) for draw in self._draws]
-        return np.array([statistic(sample) for sample in samples])
-
     def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the mean of one number a row in every resample."""
-        # Sums a patient, so that a resample is a draw of patients and nothing else.
-        sums = np.array([values[rows].sum() for rows in self._members])
+        sums = self.sums(values)
         sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
         means: NDArray[np.float64] = sums[self._draws].sum(1) / sizes[self._draws].sum(1)
         return means
+
+    def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum of one number a row over each patient's rows: patients are drawn and exchanged, never rows."""
+        return np.array([values[rows].sum() for rows in self._members])
+
+    def owners(self) -> NDArray[np.int64]:
+        """Return the number of each row's patient."""
+        owner = np.empty(self.rows, dtype=np.int64)
+        for number, rows in enumerate(self._members):
+            owner[rows] = number
+        return owner
 
     def weights(self) -> NDArray[np.int64]:
         """Return how often each row occurs in each resample [resamples, rows]."""
         patients = np.zeros(self._draws.shape, dtype=np.int64)
         np.add.at(patients, (np.arange(len(patients))[:, None], self._draws), 1)
-        owner = np.empty(self.rows, dtype=np.int64)
-        for number, rows in enumerate(self._members):
-            owner[rows] = number
-        return patients[:, owner]
+        return patients[:, self.owners()]
 
     def interval(self, estimate: float, drawn: NDArray[np.float64]) -> Interval:
         """Return the percentile interval of a statistic.
@@ -141,42 +152,69 @@ class Resampling:
         Source: Efron and Tibshirani 1993, chapter 13. The plain percentile interval is too narrow for few patients (it
         covers 92 % instead of 95 % at 25), so its two percentiles are moved out by the ratio of Student's t to the normal, as
         in Hesterberg 2015 (expanded percentile interval); at 200 patients nothing visible changes. Resamples where the
-        statistic is undefined are left out; if that is more than half of them, or there is one patient, there is no interval
-        (NaN).
+        statistic is undefined are left out. There is no interval (NaN) if that is more than half of them; with too few
+        patients (`can_be_significant`): no resample of 4 reaches beyond its patients, who all lie on one side of the truth in
+        12 % of studies; and where all resamples agree (ten of ten right): an interval without width would claim certainty.
         """
         defined, patients = drawn[~np.isnan(drawn)], len(self._members)
-        if len(defined) < FEWEST_DEFINED * len(drawn) or not len(defined) or patients < 2:
+        enough = len(defined) and len(defined) >= FEWEST_DEFINED * len(drawn) and can_be_significant(patients, self.level)
+        if not enough or np.ptp(defined) <= _TIE * max(1.0, float(np.abs(defined).max())):
             return Interval(estimate, math.nan, math.nan, self.level, len(defined))
         wider = math.sqrt(patients / (patients - 1))
         tail = float(stats.norm.cdf(stats.t.ppf((1 - self.level) / 2, patients - 1) * wider))
         low, high = np.quantile(defined, [tail, 1 - tail])
         return Interval(estimate, float(low), float(high), self.level, len(defined))
 
-    def paired(self, difference: float, drawn: NDArray[np.float64]) -> PairedResult:
-        """Return the interval of a difference and its p value.
+    def paired(
+        self, difference: float, drawn: NDArray[np.float64], permuted: NDArray[np.float64], all_tried: bool
+    ) -> PairedResult:
+        """Return a difference with its bootstrap interval and the p value of its permutation test.
 
         Args:
             difference: The estimate.
             drawn: One difference a resample; NaN where undefined.
-
-        Returns:
-            The p value is twice the smaller share of resamples on either side of zero, with one added to both counts so that
-            it is never 0.
+            permuted: One difference for each row of `exchanges`.
+            all_tried: Whether these were all.
         """
-        found = self.interval(difference, drawn)
-        if not found.resamples or math.isnan(difference):
+        if math.isnan(difference):
             return NO_RESULT
-        at_most, at_least = int((drawn <= 0).sum()), int((drawn >= 0).sum())
-        p_value = min(1.0, 2 * (min(at_most, at_least) + 1) / (found.resamples + 1))
-        return PairedResult(difference, found.low, found.high, p_value)
+        found, patients = self.interval(difference, drawn), len(self._members)
+        smallest = max(smallest_p(patients), 0.0 if all_tried else 1 / (len(permuted) + 1))
+        p_value = permutation_p(difference, permuted, all_tried) if can_be_significant(patients, self.level) else math.nan
+        return PairedResult(difference, found.low, found.high, p_value, smallest, 0 if all_tried else len(permuted))
 
 
-def bootstrap_interval(
-    statistic: Statistic, rows: int, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """Return the percentile bootstrap interval of a statistic of row numbers, drawn over patients; see `Resampling`."""
-    drawing = Resampling(rows, groups, level=level, resamples=resamples, seed=seed)
-    return drawing.interval(float(statistic(np.arange(rows))), drawing.statistic(statistic))
+def smallest_p(patients: int) -> float:
+    """Return the smallest two-sided p value of a test that exchanges two models in each of so many patients: 2 / 2^n."""
+    return min(1.0, 2.0 ** (1 - patients)) if patients else math.nan
+
+
+def can_be_significant(patients: int, level: float = 0.95) -> bool:
+    """Return whether a paired test over so many patients can reach 1 - level: from six patients on at 95 %."""
+    return patients > 0 and smallest_p(patients) <= 1 - level + 1e-12
+
+
+def exchanges(patients: int, permutations: int, seed: int) -> tuple[NDArray[np.bool_], bool]:
+    """Return in which patients two models change places [ways, patients], and whether these are all ways.
+
+    All means one of each pair of opposite ways, which give differences of the same size: `2^(patients - 1)`, the first of them
+    without any change. Beyond `ENUMERATED` ways, `permutations` are drawn.
+    """
+    if patients < 1 or 2 ** (patients - 1) > ENUMERATED:
+        return numpy_rng(seed, "permutation").integers(0, 2, size=(permutations, patients)).astype(bool), False
+    ways = np.arange(2 ** (patients - 1))
+    return (ways[:, None] >> np.arange(patients)[None]) & 1 == 1, True
+
+
+def permutation_p(observed: float, permuted: NDArray[np.float64], all_tried: bool) -> float:
+    """Return the share of differences at least as far from zero as the observed one.
+
+    Where ways were drawn, the observed one counts as one more of them, so that p is never too small.
+
+    Source: Phipson and Smyth 2010.
+    """
+    extreme = int((np.abs(permuted) >= abs(observed) * (1 - _TIE) - 1e-15).sum())
+    return extreme / len(permuted) if all_tried else (extreme + 1) / (len(permuted) + 1)
 
 
 def bootstrap_mean(
@@ -198,57 +236,59 @@ def bootstrap_mean(
     return drawing.interval(float(array.mean()), drawing.means(array))
 
 
-def paired_bootstrap(
-    statistic_a: Statistic,
-    statistic_b: Statistic,
-    rows: int,
-    *,
-    groups: Groups = None,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> PairedResult:
-    """Compare two models on the same cases: first minus second, its interval over patients and its p value.
-
-    Args:
-        statistic_a: First model's statistic of row numbers.
-        statistic_b: Second model's.
-        rows: Number of rows, which are the same cases for both.
-        groups: The patient of each row.
-        level: Confidence level.
-        resamples: How many.
-        seed: Equal seeds draw equal resamples.
-    """
-
-    def difference(sample: NDArray[np.int64]) -> float:
-        return statistic_a(sample) - statistic_b(sample)
-
-    drawing = Resampling(rows, groups, level=level, resamples=resamples, seed=seed)
-    return drawing.paired(float(difference(np.arange(rows))), drawing.statistic(difference))
-
-
-def paired_bootstrap_means(
+def paired_means(
     a: ArrayLike, b: ArrayLike, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> PairedResult:
-    """Compare the means of one number a case of two models; see `paired_bootstrap`. Cases undefined in either are left out."""
+    """Compare the means of one number a case of two models: bootstrap interval, and sign-flip permutation test over patients.
+
+    If the models are exchangeable, each patient's difference could as well have had the other sign; all sign patterns are tried
+    up to 13 patients, beyond `PERMUTATIONS` are drawn.
+
+    Args:
+        a: [n] of the first model; a case that is NaN in either is left out.
+        b: [n] of the second.
+        groups: The patient of each case; his cases change sign together.
+        level: Confidence level.
+        resamples: Of the interval.
+        seed: Equal seeds draw equal resamples and permutations.
+
+    Source: Fisher 1935; Good 2005, chapter 3.
+    """
     difference, kept_groups = _defined(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups)
     if not len(difference):
         return NO_RESULT
     drawing = Resampling(len(difference), kept_groups, level=level, resamples=resamples, seed=seed)
-    return drawing.paired(float(difference.mean()), drawing.means(difference))
+    sums = drawing.sums(difference)
+    flipped, all_tried = exchanges(len(sums), PERMUTATIONS, seed)
+    permuted = (sums.sum() - 2 * (flipped @ sums)) / len(difference)
+    return drawing.paired(float(difference.mean()), drawing.means(difference), permuted, all_tried)
 
 
-def wilcoxon_signed_rank(a: ArrayLike, b: ArrayLike) -> float:
-    """Return the two-sided p value of Wilcoxon's signed-rank test over cases.
+def wilcoxon_signed_rank(a: ArrayLike, b: ArrayLike, *, groups: Groups = None, level: float = 0.95) -> float:
+    """Return the two-sided p value of Wilcoxon's signed-rank test over patients.
 
-    Cases undefined in either are left out; without any difference the p value is 1, with no case NaN.
+    Args:
+        a: [n] of the first model; a case that is NaN in either is left out.
+        b: [n] of the second.
+        groups: The patient of each case, whose mean difference counts once. None: each case is a patient.
+        level: With too few patients to reach 1 - level the p value is NaN; without any difference it is 1.
     """
-    difference = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    difference = difference[~np.isnan(difference)]
-    if not len(difference):
+    values, kept_groups = _defined(np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64), groups)
+    if not len(values):
         return math.nan
-    if not difference.any():
+    members = _members(len(values), kept_groups)
+    difference = np.array([values[rows].mean() for rows in members])
+    if not can_be_significant(len(difference), level):
+        return math.nan
+    # Zeros are dropped (Wilcoxon 1945). SciPy's exact table knows no ties, and its normal approximation is for more patients.
+    difference = difference[difference != 0]
+    if not len(difference):
         return 1.0
+    if len(difference) <= _EXACT_WILCOXON:
+        ranks = stats.rankdata(np.round(np.abs(difference), 12))
+        flipped, all_tried = exchanges(len(ranks), 0, 0)
+        total = float(np.sign(difference) @ ranks)
+        return permutation_p(total, np.abs(ranks.sum() - 2 * (flipped @ ranks)), all_tried)
     return float(stats.wilcoxon(difference).pvalue)
 
 
@@ -297,18 +337,9 @@ def delong(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike) -> DeLon
     covariance = np.cov(over_positives) / positives + np.cov(over_negatives) / negatives
     variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     difference = float(aurocs[0] - aurocs[1])
-    if variance <= 1e-18:
-        z = 0.0 if abs(difference) < 1e-12 else math.copysign(math.inf, difference)
-    else:
-        z = difference / math.sqrt(variance)
+    without_spread = 0.0 if abs(difference) < 1e-12 else math.nan
+    z = difference / math.sqrt(variance) if variance > 1e-18 else without_spread
     return DeLongResult(float(aurocs[0]), float(aurocs[1]), covariance, z, float(2 * stats.norm.sf(abs(z))))
-
-
-def delong_interval(labels: ArrayLike, scores: ArrayLike, level: float = 0.95) -> Interval:
-    """Return an AUROC with DeLong's interval (normal approximation, cut to [0, 1]); see `delong`."""
-    result = delong(labels, scores, scores)
-    half = float(stats.norm.ppf(0.5 + level / 2)) * math.sqrt(max(0.0, float(result.covariance[0, 0])))
-    return Interval(result.auroc_a, max(0.0, result.auroc_a - half), min(1.0, result.auroc_a + half), level, 0)
 
 
 def mean_and_std(values: ArrayLike) -> tuple[float, float]:

@@ -20,7 +20,9 @@ from meddino_evaluation.segmentation.segment_command import add_test_argument, n
 MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
 NOTE = (
     "Dice, averaged over the labels of a case, then over cases; mean and standard deviation over seeds, 95 % bootstrap "
-    "interval over patients; p values over cases after Holm over all pairs. † the model has seen test volumes in pretraining; "
+    "interval over patients; p values over patients (sign-flip permutations, exact up to 13 patients; Wilcoxon), after Holm "
+    "over all pairs. Fewer than six patients cannot reach p < 0.05: intervals and p values are left out. "
+    "† the model has seen test volumes in pretraining; "
     "? nobody looked (give --corpus)."
 )
 
@@ -121,11 +123,14 @@ def pair_table(found: dict[str, Any]) -> Table:
             "{} to {}".format(*(_text(end, "+.3f") for end in pair["interval_95"])),
             _text(pair["p_wilcoxon"]),
             _text(pair["p_wilcoxon_holm"]),
-            _text(pair["p_bootstrap_holm"]),
+            _text(pair["p_permutation_holm"]),
+            _text(pair["smallest_p"], ".2g"),
         )
         for pair in found["pairs"]
     ]
-    return Table(("pair", "difference", "95 %", "Wilcoxon p", "after Holm", "bootstrap p after Holm"), tuple(rows))
+    return Table(
+        ("pair", "difference", "95 %", "Wilcoxon p", "after Holm", "permutation p after Holm", "smallest p"), tuple(rows)
+    )
 
 
 def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external: Mapping[str, dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from meddino_evaluation.metrics.statistics import (
     bootstrap_mean,
     holm,
     mean_and_std,
-    paired_bootstrap_means,
+    paired_means,
     wilcoxon_signed_rank,
 )
 
@@ -84,8 +84,10 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
 
     Returns:
         "variants": mean and standard deviation over seeds, 95 % interval over patients, mean rank, share of resamples in
-        which it is first. "pairs": difference, its interval, p of Wilcoxon and of the paired bootstrap, both also after
-        Holm over all pairs. "ranking_tau": mean Kendall tau between the ranking and that of a resample.
+        which it is first. "pairs": difference, its interval, p of Wilcoxon and of the permutation test, both over patients, and
+        both also after Holm over all pairs; "smallest_p" is the least that so many patients can give, "permutations" how many
+        were drawn (0: all were tried). With fewer than six patients intervals and p values are None. "ranking_tau": mean
+        Kendall tau between the ranking and that of a resample.
 
     Raises:
         ConfigError: They were run on other data, or share no case.
@@ -151,8 +153,8 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     pairs: list[dict[str, Any]] = []
     for first, second in itertools.combinations(range(len(variants)), 2):
-        result = paired_bootstrap_means(values[first], values[second], groups=patients, resamples=resamples)
-        wilcoxon = wilcoxon_signed_rank(values[first], values[second])
+        result = paired_means(values[first], values[second], groups=patients, resamples=resamples)
+        wilcoxon = wilcoxon_signed_rank(values[first], values[second], groups=patients)
         pairs.append(
             {
                 "first": variants[first].name,
@@ -160,10 +162,12 @@ def _pairs(
                 "difference": _number(result.difference),
                 "interval_95": [_number(result.low), _number(result.high)],
                 "p_wilcoxon": _number(wilcoxon),
-                "p_bootstrap": _number(result.p_value),
+                "p_permutation": _number(result.p_value),
+                "smallest_p": _number(result.smallest_p),
+                "permutations": result.permutations,
             }
         )
-    for key in ("p_wilcoxon", "p_bootstrap"):
+    for key in ("p_wilcoxon", "p_permutation"):
         defined = [(number, float(pair[key])) for number, pair in enumerate(pairs) if pair[key] is not None]
         adjusted = holm([value for _, value in defined]).tolist() if defined else []
         for pair in pairs:

@@ -95,7 +95,8 @@ def _external(sets: dict[str, Any]) -> Markup:
 def _note(tolerance_mm: float) -> str:
     return (
         "Metrics are averaged over the labels of a case, then over cases, for each seed; the table gives mean and standard "
-        "deviation over seeds, and a 95 % bootstrap interval over patients. A label that is empty in reference and "
+        "deviation over seeds, and a 95 % bootstrap interval over patients (none for fewer than six: it could not hold). "
+        "A label that is empty in reference and "
         "prediction is left out; one that is empty in exactly one has Dice, IoU and NSD of 0 and no distance. "
         f"NSD tolerance: {tolerance_mm} mm. Volume difference: prediction minus reference; volume error: without its sign."
     )

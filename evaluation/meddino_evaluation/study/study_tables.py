@@ -14,7 +14,7 @@ from meddino_evaluation.adaptation.few_shot import curve_points
 from meddino_evaluation.classification.results import ALL_DATA, Run, Table, metric_text, read_per_case
 from meddino_evaluation.metrics.classification import METRICS
 from meddino_evaluation.metrics.classification_bootstrap import paired_metric
-from meddino_evaluation.metrics.statistics import delong, holm, wilcoxon_signed_rank
+from meddino_evaluation.metrics.statistics import can_be_significant, delong, holm, wilcoxon_signed_rank
 from meddino_evaluation.study.job_list import FEW_SHOT, Job, StudyKind
 from meddino_evaluation.study.study_config import StudyConfig
 
@@ -68,7 +68,7 @@ def results_table(kind: StudyKind, config: StudyConfig, found: Found) -> Table:
 
 
 def comparison_table(config: StudyConfig, found: Found, out: Path) -> Table:
-    """Compare every model with the first, on the same cases: paired bootstrap, Wilcoxon, DeLong; Holm over the whole table."""
+    """Compare every model with the first, on the same cases, over patients: permutations, Wilcoxon, DeLong; Holm over all."""
     groups: dict[tuple[str, str, str], list[tuple[Job, dict[str, Any]]]] = {}
     for job, content in found:
         for entry in content["results"]:
@@ -95,11 +95,12 @@ def comparison_table(config: StudyConfig, found: Found, out: Path) -> Table:
         "reference",
         "metric",
         "difference",
-        "p bootstrap",
+        "smallest p",
+        "p permutation",
         "p Wilcoxon",
         "p DeLong",
     )
-    return Table((*header, "Holm bootstrap", "Holm Wilcoxon", "Holm DeLong"), tuple(full))
+    return Table((*header, "Holm permutation", "Holm Wilcoxon", "Holm DeLong"), tuple(full))
 
 
 def _p_text(value: float) -> str:
@@ -113,7 +114,7 @@ def _paired(
     protocol: str,
     setting: str,
     out: Path,
-) -> tuple[tuple[str, str], tuple[float, float, float]] | None:
+) -> tuple[tuple[str, str, str], tuple[float, float, float]] | None:
     kind, classes = reference[1]["data"]["task"], reference[1]["data"]["classes"]
     runs = []
     for job, _ in (other, reference):
@@ -132,9 +133,12 @@ def _paired(
         level=settings.level,
         seed=config.evaluation.split.seed,
     )
-    text = f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
-    rank = wilcoxon_signed_rank(*(_by_patient(kind, one) for one in runs))
-    return (metric, text), (result.p_value, rank, _delong(kind, runs[0], runs[1]))
+    text = f"{result.difference:+.3f}"
+    if not math.isnan(result.low):
+        text += f" [{result.low:+.3f}, {result.high:+.3f}]"
+    rank = wilcoxon_signed_rank(*(_by_patient(kind, one) for one in runs), level=settings.level)
+    smallest = f"{result.smallest_p:.2g}"
+    return (metric, text, smallest), (result.p_value, rank, _delong(kind, runs[0], runs[1], settings.level))
 
 
 def plot_metric(config: StudyConfig, kind: str) -> str:
@@ -158,8 +162,11 @@ def _by_patient(kind: str, runs: Sequence[Run]) -> NDArray[np.float64]:
     return np.array([np.mean(values[patient]) if values[patient] else np.nan for patient in sorted(values)])
 
 
-def _delong(kind: str, runs_a: Sequence[Run], runs_b: Sequence[Run]) -> float:
-    """Return DeLong's p value for a binary task whose patients have one label each; else NaN: rows would not be independent."""
+def _delong(kind: str, runs_a: Sequence[Run], runs_b: Sequence[Run], level: float) -> float:
+    """Return DeLong's p value for a binary task whose patients have one label each; else NaN: rows would not be independent.
+
+    Also NaN with fewer patients than any test needs to reach 1 - level.
+    """
     if kind != "binary":
         return math.nan
     labels: dict[str, set[int]] = {}
@@ -171,7 +178,7 @@ def _delong(kind: str, runs_a: Sequence[Run], runs_b: Sequence[Run]) -> float:
                 scores[side].setdefault(patient, []).append(float(run.probabilities[place, 1]))
     single = sorted(patient for patient, found in labels.items() if len(found) == 1)
     truth = [next(iter(labels[patient])) for patient in single]
-    if len(single) < len(labels) or min(truth.count(0), truth.count(1)) < 2:
+    if len(single) < len(labels) or not can_be_significant(len(single), level) or min(truth.count(0), truth.count(1)) < 2:
         return math.nan
     means = [[float(np.mean(side[patient])) for patient in single] for side in scores]
     return delong(truth, means[0], means[1]).p_value
@@ -194,7 +201,9 @@ def _page(kind: StudyKind, config: StudyConfig, found: Found, results: Table, co
         sections.append(html.Section("Plots", html.join(*pictures)))
     if comparison.rows:
         words = (
-            "Differences to the first model on the same cases, over patients; p values as they are and by Holm over the table."
+            "Differences to the first model on the same cases, over patients; p values as they are and by Holm over the table. "
+            "Permutation: all exchanges of the two models up to 13 patients, beyond as many as resamples. Intervals and p "
+            "values are left out with fewer than six patients, who cannot reach p < 0.05."
         )
         sections.append(
             html.Section("Paired comparison", html.join(html.text(words), html.table(comparison.header, comparison.rows)))

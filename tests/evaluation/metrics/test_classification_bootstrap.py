@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
-from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, resampled_metric
-from meddino_evaluation.metrics.statistics import Resampling, bootstrap_interval
+from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric, resampled_metric
+from meddino_evaluation.metrics.statistics import Resampling
 
 
 def _case(kind, classes, rows=40, seed=0):
@@ -39,15 +41,44 @@ def test_metric_intervals__one_run_equals_the_plain_bootstrap():
     truth, p = _case("binary", 2)
     groups = [f"p{row // 3}" for row in range(len(truth))]
     fast = metric_intervals("binary", [(groups, truth, p)], names=["auroc"], resamples=200, seed=9)["auroc"]
-    slow = bootstrap_interval(
-        lambda rows: classification_metric("auroc", "binary", truth[rows], p[rows]),
-        len(truth),
-        groups=groups,
-        resamples=200,
-        seed=9,
+    drawing = Resampling(len(truth), groups, resamples=200, seed=9)
+    samples = [np.repeat(np.arange(len(truth)), counts) for counts in drawing.weights()]
+    loop = np.array([classification_metric("auroc", "binary", truth[rows], p[rows]) for rows in samples])
+    slow = drawing.interval(classification_metric("auroc", "binary", truth, p), loop)
+    assert (fast.estimate, fast.low, fast.high) == pytest.approx((slow.estimate, slow.low, slow.high))
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "name"), [("binary", 2, "accuracy"), ("ordinal", 3, "kappa"), ("multilabel", 3, "f1")]
+)
+def test_paired_metric__p_equals_a_loop_that_swaps_patients(kind, classes, name):
+    truth, first = _case(kind, classes, rows=21)
+    second = _case(kind, classes, rows=21, seed=1)[1]
+    patients = np.arange(21) // 3  # seven
+    runs = [[(list(patients), truth, p)] for p in (first, second)]
+    found = paired_metric(kind, runs[0], runs[1], name, resamples=100)
+    sizes = []
+    for swapped in itertools.product([False, True], repeat=7):
+        mine = np.array(swapped)[patients][:, None]
+        a, b = np.where(mine, second, first), np.where(mine, first, second)
+        sizes.append(abs(classification_metric(name, kind, truth, a) - classification_metric(name, kind, truth, b)))
+    assert found.difference == pytest.approx(
+        classification_metric(name, kind, truth, first) - classification_metric(name, kind, truth, second)
     )
-    assert fast.estimate == pytest.approx(slow.estimate)
-    assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high))
+    assert found.p_value == pytest.approx(np.mean(np.array(sizes) >= abs(found.difference) - 1e-12))
+    assert found.permutations == 0
+
+
+def test_paired_metric__auroc_does_not_see_the_scale_of_a_model():
+    truth, p = _case("binary", 2, rows=20)
+    q = _case("binary", 2, rows=20, seed=1)[1]
+    squeezed = np.stack([1 - q[:, 1] ** 4, q[:, 1] ** 4], 1)
+    groups = list(range(20))
+    plain, other = (
+        paired_metric("binary", [(groups, truth, p)], [(groups, truth, one)], "auroc", resamples=300) for one in (q, squeezed)
+    )
+    assert plain == other
+    assert plain.permutations == 300
 
 
 def test_metric_intervals__a_patient_tested_in_five_repeats_counts_once():

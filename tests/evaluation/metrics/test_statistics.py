@@ -3,14 +3,14 @@ import math
 import numpy as np
 import pytest
 from meddino_evaluation.metrics.statistics import (
-    bootstrap_interval,
+    Resampling,
     bootstrap_mean,
+    can_be_significant,
     delong,
-    delong_interval,
     holm,
     mean_and_std,
-    paired_bootstrap,
-    paired_bootstrap_means,
+    paired_means,
+    smallest_p,
     wilcoxon_signed_rank,
 )
 from scipy import stats
@@ -51,29 +51,36 @@ def test_bootstrap_mean__width_for_an_accuracy_of_85_percent():
     assert interval.high == pytest.approx(0.90, abs=0.01)
 
 
-def test_bootstrap_interval__equals_the_mean_version_and_repeats():
+def test_bootstrap_mean__equals_a_loop_over_resampled_patients_and_repeats():
     values = np.random.default_rng(2).normal(size=30)
     groups = [f"p{row // 3}" for row in range(30)]
-    general = bootstrap_interval(lambda rows: values[rows].mean(), 30, groups=groups, resamples=300, seed=5)
-    short = bootstrap_mean(values, groups=groups, resamples=300, seed=5)
-    assert general.estimate == pytest.approx(short.estimate)
-    assert (general.low, general.high) == pytest.approx((short.low, short.high))
-    assert general == bootstrap_interval(lambda rows: values[rows].mean(), 30, groups=groups, resamples=300, seed=5)
+    drawn = Resampling(30, groups, resamples=300, seed=5).weights()
+    loop = [np.repeat(values, counts).mean() for counts in drawn]
+    fast = bootstrap_mean(values, groups=groups, resamples=300, seed=5)
+    t = stats.norm.cdf(stats.t.ppf(0.025, 9) * math.sqrt(10 / 9))
+    assert (fast.low, fast.high) == pytest.approx(tuple(np.quantile(loop, [t, 1 - t])))
+    assert fast == bootstrap_mean(values, groups=groups, resamples=300, seed=5)
 
 
-def test_bootstrap_interval__undefined_resamples_are_left_out():
-    labels = np.array([1, 1, 1, 0, 0, 0])
-    scores = np.array([0.9, 0.8, 0.3, 0.4, 0.2, 0.1])
+def test_interval__none_where_it_could_not_hold():
+    assert not math.isnan(bootstrap_mean([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).low)
+    assert math.isnan(bootstrap_mean([0.1, 0.2, 0.3, 0.4, 0.5]).low)
+    assert math.isnan(bootstrap_mean(np.arange(12.0), groups=np.arange(12) % 4).low)  # twelve cases of four patients
+    all_right = bootstrap_mean(np.ones(40))
+    assert all_right.estimate == 1.0
+    assert math.isnan(all_right.low)
+    assert math.isnan(all_right.high)
 
-    def auroc(rows):
-        return roc_auc_score(labels[rows], scores[rows]) if 0 < labels[rows].sum() < len(rows) else math.nan
 
-    interval = bootstrap_interval(auroc, 6, resamples=300)
-    assert interval.resamples < 300
-    assert interval.low <= interval.estimate <= interval.high
-    never = bootstrap_interval(lambda rows: math.nan, 6, resamples=20)
-    assert math.isnan(never.low)
-    assert math.isnan(never.high)
+def test_interval__undefined_resamples_are_left_out():
+    drawing = Resampling(8, resamples=300)
+    drawn = drawing.means(np.arange(8.0))
+    drawn[:100] = math.nan
+    interval = drawing.interval(3.5, drawn)
+    assert interval.resamples == 200
+    assert interval.low <= 3.5 <= interval.high
+    drawn[:200] = math.nan
+    assert math.isnan(drawing.interval(3.5, drawn).low)
 
 
 def test_bootstrap_mean__leaves_out_undefined_cases():
@@ -85,34 +92,69 @@ def test_bootstrap_mean__leaves_out_undefined_cases():
         bootstrap_mean([0.1, 0.2], groups=["a", "b", "c"])
 
 
-def test_paired_bootstrap__finds_a_difference_and_none():
+def test_paired_means__finds_a_difference_and_none():
     rng = np.random.default_rng(3)
     a = rng.normal(0.8, 0.1, size=50)
-    better = paired_bootstrap_means(a + 0.02 + rng.normal(0, 0.01, size=50), a, resamples=500)
+    better = paired_means(a + 0.02 + rng.normal(0, 0.01, size=50), a, resamples=500)
     assert better.low > 0
     assert better.p_value < 0.01
-    same = paired_bootstrap_means(a, a, resamples=100)
+    assert better.permutations == 9999
+    assert better.smallest_p == 1 / 10_000
+    same = paired_means(a, a, resamples=100)
     assert same.difference == 0
     assert same.p_value == 1.0
-    direct = paired_bootstrap(lambda r: a[r].mean(), lambda r: 0.5 * a[r].mean(), 50, resamples=200)
-    assert direct.difference == pytest.approx(0.5 * a.mean())
 
 
-def test_paired_bootstrap__rejects_a_true_null_about_5_percent_of_the_time():
-    rng = np.random.default_rng(4)
-    rejected = sum(
-        paired_bootstrap_means(rng.normal(size=40), rng.normal(size=40), resamples=300, seed=trial).p_value < 0.05
-        for trial in range(300)
-    )
-    assert 0.02 <= rejected / 300 <= 0.10
+@pytest.mark.parametrize("patients", [6, 9, 13])
+def test_paired_means__p_equals_scipys_permutation_test(patients):
+    rng = np.random.default_rng(patients)
+    for a, b in ((rng.normal(0.3, 1, patients), rng.normal(size=patients)), rng.integers(0, 4, (2, patients)) / 4):
+        found = paired_means(a, b, resamples=100)
+        scipys = stats.permutation_test((a - b,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert found.p_value == pytest.approx(scipys.pvalue)
+        assert found.permutations == 0
+        assert found.smallest_p == 2 / 2**patients
 
 
-def test_wilcoxon__equals_scipy_and_handles_ties():
+def test_paired_means__drawn_permutations_come_near_the_exact_value():
+    rng = np.random.default_rng(8)
+    a, b = rng.normal(0.4, 1, 16), rng.normal(size=16)
+    exact = stats.permutation_test((a - b,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert paired_means(a, b, resamples=100).p_value == pytest.approx(exact, abs=5 * math.sqrt(exact / 9999))
+
+
+def test_paired_means__a_patients_cases_change_sign_together():
+    rng = np.random.default_rng(9)
+    patients = np.repeat(np.arange(8), 5)
+    a, b = rng.normal(size=40), rng.normal(size=40)
+    sums = np.array([(a - b)[patients == p].sum() for p in range(8)])
+    by_hand = stats.permutation_test((sums,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert paired_means(a, b, groups=patients, resamples=100).p_value == pytest.approx(by_hand)
+
+
+def test_smallest_p__two_of_all_sign_patterns():
+    assert [smallest_p(n) for n in (1, 2, 5, 6, 10)] == [1.0, 0.5, 0.0625, 0.03125, 2 / 1024]
+    assert [n for n in range(21) if can_be_significant(n)] == list(range(6, 21))
+    withheld = paired_means([0.9, 0.8], [0.1, 0.2])
+    assert math.isnan(withheld.p_value)
+    assert withheld.smallest_p == 0.5
+
+
+@pytest.mark.parametrize("patients", [6, 13, 20])
+def test_wilcoxon__equals_scipy(patients):
     rng = np.random.default_rng(5)
-    a, b = rng.normal(size=20), rng.normal(size=20)
+    a, b = rng.normal(size=patients), rng.normal(size=patients)
     assert wilcoxon_signed_rank(a, b) == pytest.approx(stats.wilcoxon(a, b).pvalue)
+    a, b = rng.integers(0, 5, (2, patients)) / 4
+    assert wilcoxon_signed_rank(a, b) == pytest.approx(stats.wilcoxon(a - b).pvalue)
+
+
+def test_wilcoxon__no_difference_no_case_and_few_patients():
+    a = np.arange(20.0)
     assert wilcoxon_signed_rank(a, a) == 1.0
     assert math.isnan(wilcoxon_signed_rank([math.nan], [1.0]))
+    assert math.isnan(wilcoxon_signed_rank(a, -a, groups=np.arange(20) % 5))
+    assert wilcoxon_signed_rank(a + 1, -a, groups=np.arange(20) % 10) == pytest.approx(2 / 2**10)
 
 
 def test_holm__literal_values():
@@ -155,19 +197,9 @@ def test_delong__equals_the_definition():
 def test_delong__same_scores_and_too_few_cases():
     labels, scores = np.array([1, 1, 0, 0]), np.array([0.9, 0.4, 0.5, 0.1])
     assert delong(labels, scores, scores).p_value == 1.0
+    assert math.isnan(delong(labels, labels, [0.5] * 4).p_value)  # perfect against blind: a difference without any spread
     with pytest.raises(ValueError, match="two cases of each class"):
         delong([1, 0, 0], [1, 2, 3], [1, 2, 3])
-
-
-def test_delong_interval__covers():
-    rng = np.random.default_rng(7)
-    truth = stats.norm.cdf(1 / math.sqrt(2))
-    labels = np.array([1] * 50 + [0] * 50)
-    hits = 0
-    for _ in range(600):
-        interval = delong_interval(labels, rng.normal(size=100) + labels)
-        hits += interval.low <= truth <= interval.high
-    assert 0.92 <= hits / 600 <= 0.975
 
 
 def test_mean_and_std__over_seeds():

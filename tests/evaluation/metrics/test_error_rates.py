@@ -1,0 +1,156 @@
+"""Simulated studies without a difference, and with a known truth: what is printed must be wrong as rarely as it says."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric
+from meddino_evaluation.metrics.statistics import bootstrap_mean, delong, paired_means, wilcoxon_signed_rank
+from scipy import stats
+
+FEWEST = 6
+Study = Callable[[np.random.Generator, int], float]
+
+
+def _dice(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Two models' Dice on the same cases: skewed, tied (rounded), each fails outright now and then."""
+    case = rng.beta(8, 2, size=n)
+    values = np.clip(case + rng.normal(0, 0.05, size=(2, n)), 0, 1)
+    return np.where(rng.random((2, n)) < 0.1, 0.0, values).round(2)
+
+
+def _slices(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of three cases of each patient, who are alike."""
+    patients = np.repeat(np.arange(n), 3)
+    return rng.normal(size=n)[patients] + 0.3 * rng.normal(size=3 * n), patients
+
+
+def _two_classifiers(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    labels = np.arange(n) % 2
+    logits = rng.normal(size=n) + 1.5 * labels + rng.normal(size=(2, n))
+    logits[1] = 3 * logits[1] - 2  # as good, on another scale
+    positive = 1 / (1 + np.exp(-logits))
+    return labels, np.stack([1 - positive, positive], -1)
+
+
+def _means(rng: np.random.Generator, n: int) -> float:
+    return paired_means(*_dice(rng, n), resamples=20).p_value
+
+
+def _means_of_patients(rng: np.random.Generator, n: int) -> float:
+    values, patients = _slices(rng, n)
+    return paired_means(values, np.zeros(3 * n), groups=patients, resamples=20).p_value
+
+
+def _wilcoxon(rng: np.random.Generator, n: int) -> float:
+    return wilcoxon_signed_rank(*_dice(rng, n))
+
+
+def _wilcoxon_of_patients(rng: np.random.Generator, n: int) -> float:
+    values, patients = _slices(rng, n)
+    return wilcoxon_signed_rank(values, np.zeros(3 * n), groups=patients)
+
+
+def _auroc(rng: np.random.Generator, n: int) -> float:
+    labels, (a, b) = _two_classifiers(rng, n)
+    groups = list(range(n))
+    return paired_metric("binary", [(groups, labels, a)], [(groups, labels, b)], "auroc", resamples=200).p_value
+
+
+def _accuracy(rng: np.random.Generator, n: int) -> float:
+    labels = np.arange(n) % 2
+    a, b = rng.beta(2, 2, size=(2, n))
+    groups = list(range(n))
+    runs = [[(groups, labels, np.stack([1 - p, p], -1))] for p in (a, b)]
+    return paired_metric("binary", runs[0], runs[1], "accuracy", resamples=200).p_value
+
+
+def _delong(rng: np.random.Generator, n: int) -> float:
+    labels, both = _two_classifiers(rng, n)
+    return delong(labels, both[0, :, 1], both[1, :, 1]).p_value if n >= FEWEST else math.nan
+
+
+def _share(study: Study, patients: range, trials: int, below: float = 0.05) -> float:
+    rng = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # SciPy: normal approximation for ties
+        return float(np.mean([study(rng, n) <= below for n in patients for _ in range(trials)]))
+
+
+P_VALUES = [_means, _means_of_patients, _wilcoxon, _wilcoxon_of_patients, _auroc, _accuracy, _delong]
+
+
+@pytest.mark.parametrize("study", P_VALUES)
+def test_p_values__are_withheld_where_they_cannot_be_significant(study):
+    rng = np.random.default_rng(1)
+    assert all(math.isnan(study(rng, n)) for n in range(1, FEWEST) for _ in range(3))
+
+
+@pytest.mark.parametrize("study", P_VALUES)
+def test_p_values__false_positives_are_at_most_5_percent(study):
+    share = _share(study, range(FEWEST, 21), 20)
+    assert share <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", P_VALUES)
+@pytest.mark.parametrize("patients", range(1, 21))
+def test_p_values__false_positives_at_each_number_of_patients(study, patients):
+    # DeLong's normal approximation is allowed one point more: it is printed beside the exact test.
+    share = _share(study, range(patients, patients + 1), 2000)
+    assert share <= (0.06 if study is _delong else 0.05) + 3 * math.sqrt(0.05 * 0.95 / 2000)
+
+
+def _covered(study: Callable[[np.random.Generator, int], tuple[float, float, float]], patients: range, trials: int) -> float:
+    rng = np.random.default_rng(0)
+    printed = [study(rng, n) for n in patients for _ in range(trials)]
+    printed = [one for one in printed if not math.isnan(one[1])]
+    return float(np.mean([low <= truth <= high for truth, low, high in printed]))
+
+
+def _mean_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
+    found = bootstrap_mean(rng.beta(8, 2, size=n), resamples=400)
+    return 0.8, found.low, found.high
+
+
+def _patient_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
+    values, patients = _slices(rng, n)
+    found = bootstrap_mean(values, groups=patients, resamples=400)
+    return 0.0, found.low, found.high
+
+
+def _difference_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
+    found = paired_means(rng.normal(size=n), rng.normal(size=n), resamples=400)
+    return 0.0, found.low, found.high
+
+
+def _accuracy_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
+    found = bootstrap_mean(rng.random(n) < 0.85, resamples=400)
+    return 0.85, found.low, found.high
+
+
+def _auroc_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
+    labels = np.arange(n) % 2
+    positive = 1 / (1 + np.exp(-rng.normal(size=n) - labels))
+    runs = [(list(range(n)), labels, np.stack([1 - positive, positive], 1))]
+    found = metric_intervals("binary", runs, names=["auroc"], resamples=400)["auroc"]
+    return float(stats.norm.cdf(1 / math.sqrt(2))), found.low, found.high
+
+
+INTERVALS = [_mean_interval, _patient_interval, _difference_interval, _accuracy_interval, _auroc_interval]
+
+
+@pytest.mark.parametrize("study", INTERVALS)
+def test_intervals__none_below_six_patients_and_cover_above(study):
+    rng = np.random.default_rng(1)
+    assert all(math.isnan(study(rng, n)[1]) for n in range(1, FEWEST))
+    assert _covered(study, range(FEWEST, 21), 20) >= 0.95 - 0.015 - 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", INTERVALS)
+@pytest.mark.parametrize("patients", range(FEWEST, 21))
+def test_intervals__cover_at_each_number_of_patients(study, patients):
+    assert _covered(study, range(patients, patients + 1), 1500) >= 0.92 - 2 * math.sqrt(0.05 * 0.95 / 1500)
