@@ -60,7 +60,7 @@ def test_study__compare_is_resumable_and_writes_every_format(config, data_root, 
     assert (out / "results.csv").read_text().count("\n") == 9
     comparison = (out / "comparison.csv").read_text().splitlines()
     assert len(comparison) == 5  # two data sets, two protocols, one model against the reference
-    assert "Holm bootstrap" in comparison[0]
+    assert "Holm permutation" in comparison[0]
     before = (out / "results.csv").read_bytes()
     monkeypatch.setattr("meddino_evaluation.study.job_list.run_job", lambda *_: pytest.fail("a finished job ran again"))
     assert _study("compare", config, data_root, out) == 0
