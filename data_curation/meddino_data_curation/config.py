@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
-from meddino.data.sample import Codec
+from meddino.data.sample import Codec, Modality
 from meddino.volumes.limits import ReadLimits
 from meddino_data_curation.sources.licences import NOT_STATED
 
@@ -54,6 +54,7 @@ class SourceConfig(StrictConfig):
         ),
     ] = None
     citation: Annotated[str, Field(description="shown in the report")] = ""
+    modality: Annotated[Modality, Field(description="what the values mean: ct (Hounsfield units), mr or image")] = "ct"
     preference: Annotated[int, Field(description="of duplicates, the one from the set with the lowest number is kept")] = 0
     patient_pattern: Annotated[
         str,

@@ -1,23 +1,28 @@
 """The name of a volume's voxels: the same whatever file, data type or orientation they came in."""
 
+from typing import Any
+
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
 
 class ContentHash:
-    """Hash of a canonical volume's shape and of its HU as int16, taken slice by slice.
+    """Hash of a canonical volume's shape and of its stored values, taken slice by slice.
 
     Args:
-        shape: Slices, rows, columns.
+        shape: Slices, rows, columns; of colour pictures also channels.
+        dtype: Of the stored values; CT is int16 in Hounsfield units.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
-        self._digest = blake3(repr(tuple(int(size) for size in shape)).encode())
+    def __init__(self, shape: tuple[int, ...], dtype: str = "int16") -> None:
+        named = repr(tuple(int(size) for size in shape)) + ("" if dtype == "int16" else dtype)
+        self._type = np.dtype(dtype).newbyteorder("<")
+        self._digest = blake3(named.encode())
 
-    def add(self, hu: NDArray[np.int16]) -> None:
-        """Take the next slice, int16 [rows, cols], from the feet up."""
-        self._digest.update(np.ascontiguousarray(hu, dtype="<i2").view(np.uint8).data)
+    def add(self, values: NDArray[Any]) -> None:
+        """Take the next slice, [rows, cols], from the feet up."""
+        self._digest.update(np.ascontiguousarray(values, dtype=self._type).view(np.uint8).data)
 
     def hexdigest(self) -> str:
         """Return 32 hexadecimal digits."""

@@ -1,7 +1,5 @@
 """Reading a corpus: its manifests, and any slice at random with one seek."""
 
-import hashlib
-import json
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -9,61 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddino.core.errors import ShardError
+from meddino.data.manifests import SLICES_SCHEMA, VOLUMES_SCHEMA, read_info, read_manifest
 from meddino.data.remote import is_url
-from meddino.data.sample import SUFFIXES, Codec, decode_slice
+from meddino.data.sample import DTYPES, SUFFIXES, Codec, Modality, decode_slice
 from meddino.data.shard_files import LocalShards, RemoteShards, mirror_manifests
-
-SCHEMA_VERSION = 1
-
-SLICES_SCHEMA = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("volume_id", pa.string(), nullable=False),
-        pa.field("z_index", pa.int32(), nullable=False),
-        pa.field("z_mm", pa.float64(), nullable=False),
-        pa.field("shard", pa.string(), nullable=False),
-        pa.field("offset", pa.int64(), nullable=False),  # of the pixel data's first byte in the tar
-        pa.field("length", pa.int64(), nullable=False),  # bytes of pixel data
-        pa.field("crc32", pa.int64(), nullable=False),  # of the pixel data as stored: a flipped bit may decode without a murmur
-        pa.field("rows", pa.int32(), nullable=False),
-        pa.field("cols", pa.int32(), nullable=False),
-        pa.field("spacing_mm", pa.list_(pa.float64(), 2), nullable=False),  # y, x
-        pa.field("codec", pa.string(), nullable=False),
-        pa.field("hu_p01", pa.int16(), nullable=False),
-        pa.field("hu_p50", pa.int16(), nullable=False),
-        pa.field("hu_p99", pa.int16(), nullable=False),
-        pa.field("body_fraction", pa.float32(), nullable=False),
-    ]
-)
-
-VOLUMES_SCHEMA = pa.schema(
-    [
-        pa.field("volume_id", pa.string(), nullable=False),
-        pa.field("dataset", pa.string(), nullable=False),
-        pa.field("status", pa.string(), nullable=False),  # accepted | rejected | duplicate
-        pa.field("reason", pa.string()),
-        pa.field("duplicate_of", pa.string()),
-        pa.field("duplicate_kind", pa.string()),  # exact | near
-        pa.field("patient_key", pa.string()),
-        pa.field("series_key", pa.string()),
-        pa.field("content_hash", pa.string()),
-        pa.field("shape", pa.list_(pa.int32(), 3)),
-        pa.field("spacing_mm", pa.list_(pa.float64(), 3)),
-        pa.field("num_slices_kept", pa.int32(), nullable=False),
-        pa.field("licence", pa.string(), nullable=False),
-        pa.field("format", pa.string()),
-    ]
-)
-
-
-def corpus_hash(shard_hashes: dict[str, str]) -> str:
-    """Return the hash that names a corpus by its content: SHA-256 over the shards' names and SHA-256 sums."""
-    text = "\n".join(f"{name} {digest}" for name, digest in sorted(shard_hashes.items()))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Corpus:
@@ -99,12 +49,12 @@ class Corpus:
         else:
             self.root = Path(root)
             self.shards = LocalShards(self.root / "shards")
-        self.info = _read_info(self.root)
-        self.slices = _read_table(self.root / "slices.parquet", SLICES_SCHEMA)
+        self.info = read_info(self.root)
+        self.slices = read_manifest(self.root / "slices.parquet", SLICES_SCHEMA, self.info["schema_version"])
         if self.slices.num_rows == 0:
             raise ShardError(f"corpus {self.location} holds no slices")
         self._columns: dict[str, NDArray[Any]] = {
-            name: self.slices.column(name).to_numpy() for name in ("offset", "length", "crc32", "rows", "cols")
+            name: self.slices.column(name).to_numpy() for name in ("offset", "length", "crc32", "rows", "cols", "channels")
         }
         shards = self.slices.column("shard").dictionary_encode().combine_chunks()
         self._shard_names: list[str] = shards.dictionary.to_pylist()
@@ -129,26 +79,38 @@ class Corpus:
     @cached_property
     def volumes(self) -> pa.Table:
         """The volume manifest, rejected ones included."""
-        return _read_table(self.root / "volumes.parquet", VOLUMES_SCHEMA)
+        return read_manifest(self.root / "volumes.parquet", VOLUMES_SCHEMA, self.info["schema_version"])
 
     @cached_property
     def spacing_mm(self) -> NDArray[np.float64]:
-        """[slices, 2]: spacing (y, x) of every slice."""
-        flat = self.slices.column("spacing_mm").combine_chunks().flatten().to_numpy()
-        return np.asarray(flat, dtype=np.float64).reshape(-1, 2)
+        """[slices, 2]: spacing (y, x) of every slice; 1, 1 of one that says none: its pixels are taken for squares."""
+        column = self.slices.column("spacing_mm").combine_chunks()
+        spacing = np.ones((len(column), 2))
+        spacing[column.is_valid().to_numpy(zero_copy_only=False)] = column.flatten().to_numpy().reshape(-1, 2)
+        return spacing
+
+    def modality(self, index: int) -> Modality:
+        """Return of which modality a slice is."""
+        modality: Modality = self.slices.column("modality")[index].as_py()
+        return modality
+
+    def value_range(self, index: int) -> tuple[float, float] | None:
+        """Return the range that the values of a slice's volume are seen in; None where their unit says it (CT)."""
+        low, high = (self.slices.column(name)[index].as_py() for name in ("value_low", "value_high"))
+        return None if low is None or high is None else (low, high)
 
     def key(self, index: int) -> str:
         """Return the key of a slice."""
         return str(self.slices.column("key")[index].as_py())
 
-    def read(self, index: int) -> NDArray[np.int16]:
+    def read(self, index: int) -> NDArray[Any]:
         """Read one slice: one seek, one read, one decode.
 
         Args:
             index: Row of `slices.parquet`.
 
         Returns:
-            int16 [rows, cols] in Hounsfield units.
+            Stored values [rows, cols], of a colour picture [rows, cols, channels]; of CT int16 in Hounsfield units.
 
         Raises:
             ShardError: The data is damaged or cannot be read.
@@ -159,6 +121,9 @@ class Corpus:
         where = f"{self.location}/shards/{name}, sample {self.key(index)}"
         if codec not in SUFFIXES:
             raise ShardError(f"{where}: codec '{codec}' is unknown; allowed: {', '.join(SUFFIXES)}")
+        dtype = str(self.slices.column("dtype")[index].as_py())
+        if dtype not in DTYPES:
+            raise ShardError(f"{where}: stored type '{dtype}' is unknown; allowed: {', '.join(DTYPES)}")
         offset, crc32 = int(self._columns["offset"][index]), int(self._columns["crc32"][index])
         try:
             data = self.shards.read(name, offset, length, crc32)
@@ -171,35 +136,5 @@ class Corpus:
                 f"{where}: checksum mismatch, the shard is damaged; "
                 f"`meddino-curate verify {self.location}` lists all such places"
             )
-        return decode_slice(data, codec, int(self._columns["rows"][index]), int(self._columns["cols"][index]), where)
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / "corpus.json"
-    if not root.is_dir():
-        raise ShardError(f"no corpus at {root}: no such folder; make one with `meddino-curate build SOURCE --out {root}`")
-    if not path.is_file():
-        raise ShardError(
-            f"{root} is no finished corpus: corpus.json is missing; run its `meddino-curate build` again to its end"
-        )
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ShardError(f"{path} is damaged: {error}") from error
-    version = info.get("schema_version") if isinstance(info, dict) else None
-    if version != SCHEMA_VERSION:
-        raise ShardError(
-            f"{path}: schema version {version} found, this program reads version {SCHEMA_VERSION}; curate it again"
-        )
-    return dict(info)
-
-
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException) as error:
-        raise ShardError(f"{path} is missing or damaged: {error}") from error
-    lacking = [name for name in schema.names if name not in table.column_names]
-    if lacking:
-        raise ShardError(f"{path} lacks the columns {', '.join(lacking)}")
-    return table
+        rows, cols, channels = (int(self._columns[name][index]) for name in ("rows", "cols", "channels"))
+        return decode_slice(data, codec, rows, cols, where, dtype, channels)

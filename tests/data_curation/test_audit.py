@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from meddino_data_curation.cli import main
 
+from meddino.data.content import ContentHash
 from meddino.data.corpus import Corpus
+from tests.data.tiny_corpus import write_corpus
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.dicom_files import write_series
 
@@ -187,3 +189,17 @@ def test_audit__wrong_input_is_one_clear_line(corpus, tmp_path, capsys, monkeypa
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert words in line
     assert (corpus / "corpus.json").read_bytes() == before
+
+
+def test_audit__of_a_corpus_of_schema_1_finds_the_same_scan(tmp_path, capsys):
+    hu = make_hu(0, (4, 64, 72))
+    content = ContentHash(hu.shape)
+    for plane in hu:
+        content.add(plane)
+    known = {"content_hash": content.hexdigest(), "shape": list(hu.shape), "format": "nifti"}
+    root = write_corpus(tmp_path / "corpus", list(hu), (4.5, 4.5), 1, [known])
+    write_volume(tmp_path / "t" / "x.nii.gz", hu)
+    assert run_audit(root, None, tmp_path / "t", "--name", "t") == 2
+    assert "v000 is by exact: x.nii.gz" in capsys.readouterr().out
+    (entry,) = Corpus(root).info["audit"]
+    assert (entry["overlaps_by_kind"], Corpus(root).info["schema_version"]) == ({"exact": 1}, 1)

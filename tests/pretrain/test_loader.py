@@ -18,6 +18,9 @@ from meddino_pretrain.methods.dinov3.config import MaskingConfig
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError
 from meddino.data.contract import InputContract
+from meddino.data.corpus import Corpus
+from tests.data.tiny_corpus import write_corpus
+from tests.pretrain.conftest import disc_slice
 
 CONTRACT = InputContract()
 CROPS = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16, gram_px=64),), num_local=3)
@@ -50,6 +53,13 @@ def test_loader__workers_change_nothing(make_corpus, workers):
     alone, helped = list(loader_of(corpus)), list(loader_of(corpus, workers=workers))
     assert len(alone) == len(helped) == 3
     for one, other in zip(alone, helped, strict=True):
+        assert_equal(one, other)
+
+
+def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):
+    slices = [disc_slice(number, 96, 80) for number in range(16)]
+    old, new = (Corpus(write_corpus(tmp_path / str(schema), slices, schema=schema)) for schema in (1, 2))
+    for one, other in zip(loader_of(old), loader_of(new), strict=True):
         assert_equal(one, other)
 
 

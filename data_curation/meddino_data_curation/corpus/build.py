@@ -76,7 +76,8 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
     _check_licences(config)
     found = discover(config.sources, salt, worker_count(config))
     _check_found(found, config)
-    found.candidates = without_common_names(found.candidates, config.sources, salt)
+    named = without_common_names(found.candidates, config.sources, salt)
+    found.candidates = sorted(named, key=lambda item: (item.source, item.place))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
     if listed_before is not None and listed.stamp != listed_before:
         raise ConfigError(
@@ -202,7 +203,7 @@ def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, list
             is_listed = candidate.volume_id in listed.volumes
             parts = (candidate.volume_id, candidate.stamp, candidate.problem, *(["listed"] if is_listed else []))
             job = job_hash(salt.fingerprint, text, *parts)
-            jobs.append(VolumeJob(candidate, job, source.name, source.licence_text, is_survey=is_listed))
+            jobs.append(VolumeJob(candidate, job, source.name, source.licence_text, source.modality, is_listed))
     return jobs
 
 

@@ -84,7 +84,7 @@ def finish(
         mark_near(rows, prints, preference)
     lists = _exclude_listed(listed, rows)
     audits = [_exclude(held, rows, prints) for held in held_out]
-    kept = [record for record in records if record.row["status"] == "accepted"]
+    kept = sorted((record for record in records if record.row["status"] == "accepted"), key=_by_content)
     if not kept:
         raise VolumeError(f"none of {len(rows)} volumes could be used: {_reasons(rows)}")
     plan = plan_shards(kept, int(config.shards.size_mib * 2**20))
@@ -92,8 +92,8 @@ def finish(
     lost = {record.row["volume_id"] for record in kept if record.row["volume_id"] not in placed and not work.has_piece(record)}
     if lost:
         run_again([job for job in jobs if job.candidate.volume_id in lost])
-    shards = write_shards(corpus, work, plan, worker_count(config))
-    num_slices = write_slices(corpus / "slices.parquet", work, plan, config.shards.codec)
+    shards = write_shards(corpus, work, plan, config.shards.codec, worker_count(config))
+    num_slices = write_slices(corpus / "slices.parquet", work, plan, shards, config.shards.codec)
     write_volumes(corpus / "volumes.parquet", rows)
     if config.duplicates.near:
         write_fingerprints(corpus / "fingerprints.parquet", {name: prints[name] for name in _ids(kept) if name in prints})
@@ -154,6 +154,11 @@ def _exclude_listed(listed: Listed, rows: list[dict[str, Any]]) -> list[dict[str
     if any(entry["unread"] for entry in entries):
         _logger.warning("listed volumes could not be read, so that copies of them are not found: %s", lists_text(entries))
     return entries
+
+
+def _by_content(record: VolumeRecord) -> str:
+    """Return what orders volumes: not their ids, so that another salt gives the same order and the same training."""
+    return str(record.row["content_hash"])
 
 
 def _ids(records: Sequence[VolumeRecord]) -> list[str]:

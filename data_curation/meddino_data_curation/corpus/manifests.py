@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 import meddino
 from meddino.core.files import atomic_write, sha256_file, write_json
-from meddino.data.corpus import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
+from meddino.data.manifests import SCHEMA_VERSION, SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.shards import PlannedShard
 from meddino_data_curation.corpus.work_folder import WorkFolder
@@ -28,42 +29,49 @@ VOLUMES_WRITTEN = pa.schema(
         pa.field("study_key", pa.string()),
         pa.field("patient_is_known", pa.bool_()),  # patient_key means the same person in every source
         pa.field("tilt_deg", pa.float64()),
-        pa.field("notes", pa.string()),
         pa.field("slices_left_out", pa.map_(pa.string(), pa.int32())),  # by reason
     ]
 )
 
 
-def write_slices(path: Path, work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> int:
+def write_slices(
+    path: Path, work: WorkFolder, plan: Sequence[PlannedShard], notes: Mapping[str, Mapping[str, Any]], codec: str
+) -> int:
     """Write slices.parquet in the order of the shards, a few volumes in memory at a time.
+
+    Args:
+        path: The manifest.
+        work: Has the records of the volumes.
+        plan: The shards.
+        notes: What `write_shards` says of them.
+        codec: How slices are stored.
 
     Returns:
         The number of slices.
     """
     total = 0
     with atomic_write(path) as stream, pq.ParquetWriter(stream, SLICES_SCHEMA, compression="zstd") as writer:
-        for table in _slice_tables(work, plan, codec):
+        for table in _slice_tables(work, plan, notes, codec):
             writer.write_table(table)
             total += table.num_rows
     return total
 
 
-def _slice_tables(work: WorkFolder, plan: Sequence[PlannedShard], codec: str) -> Iterator[pa.Table]:
+def _slice_tables(
+    work: WorkFolder, plan: Sequence[PlannedShard], notes: Mapping[str, Mapping[str, Any]], codec: str
+) -> Iterator[pa.Table]:
     columns: dict[str, list[Any]] = {name: [] for name in SLICES_SCHEMA.names}
     for shard in plan:
-        for volume_id, start in shard.offsets().items():
-            record = work.read_record(volume_id)
-            assert record is not None  # it was read a moment ago to plan the shards
+        offsets = iter(notes[shard.name]["offsets"])
+        for volume_id, _, _ in shard.volumes:
+            record = work.finished_record(volume_id)
             count = len(record.slices["key"])
+            same = {"volume_id": volume_id, "shard": shard.name, "codec": codec, "modality": record.row["modality"]}
             for name in SLICES_SCHEMA.names:
-                match name:
-                    case "volume_id" | "shard" | "codec":
-                        value = {"volume_id": volume_id, "shard": shard.name, "codec": codec}[name]
-                        columns[name] += [value] * count
-                    case "offset":
-                        columns[name] += [start + offset for offset in record.slices["offset"]]
-                    case _:
-                        columns[name] += record.slices[name]
+                if name == "offset":
+                    columns[name] += islice(offsets, count)
+                else:
+                    columns[name] += [same[name]] * count if name in same else record.slices[name]
         if len(columns["key"]) >= _ROWS_PER_GROUP:
             yield pa.table(columns, schema=SLICES_SCHEMA)
             columns = {name: [] for name in SLICES_SCHEMA.names}
@@ -71,8 +79,8 @@ def _slice_tables(work: WorkFolder, plan: Sequence[PlannedShard], codec: str) ->
 
 
 def write_volumes(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write volumes.parquet, sorted by id."""
-    ordered = sorted(rows, key=lambda row: str(row["volume_id"]))
+    """Write volumes.parquet, sorted by content, those without any last."""
+    ordered = sorted(rows, key=lambda row: (row["content_hash"] is None, str(row["content_hash"]), str(row["volume_id"])))
     columns = {name: [row[name] for row in ordered] for name in VOLUMES_WRITTEN.names}
     columns["slices_left_out"] = [sorted(counts.items()) for counts in columns["slices_left_out"]]
     table = pa.table(columns, schema=VOLUMES_WRITTEN)

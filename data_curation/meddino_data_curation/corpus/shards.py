@@ -1,16 +1,17 @@
-"""Pieces of volumes put together to shards: the same bytes whatever happened on the way."""
+"""Slices put together to shards: the same bytes whatever happened on the way."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
-from meddino.core.files import atomic_write, check_free_space, sha256_file, write_json
-from meddino_data_curation.corpus.tar_members import END_OF_ARCHIVE
+from meddino.core.files import atomic_write, check_free_space, write_json
+from meddino.data.sample import SUFFIXES, Codec, SliceInfo
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
 
-_COPY_BYTES = 4 << 20
+_BLOCK = 512  # of a tar
 
 
 @dataclass(frozen=True)
@@ -25,21 +26,13 @@ class PlannedShard:
     name: str
     volumes: tuple[tuple[str, str, int], ...]
 
-    def offsets(self) -> dict[str, int]:
-        """Return where each volume's piece begins."""
-        places, at = {}, 0
-        for volume_id, _, length in self.volumes:
-            places[volume_id] = at
-            at += length
-        return places
-
 
 def plan_shards(records: Sequence[VolumeRecord], size_bytes: int) -> list[PlannedShard]:
     """Fill shards one after the other with whole volumes.
 
     Args:
-        records: Of the volumes that are kept, sorted by id.
-        size_bytes: A shard is closed once it holds this much.
+        records: Of the volumes that are kept, in the order of the corpus.
+        size_bytes: A shard is closed once it holds this much pixel data.
     """
     shards: list[PlannedShard] = []
     volumes: list[tuple[str, str, int]] = []
@@ -73,17 +66,20 @@ def drop_stale_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShar
     return placed
 
 
-def write_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShard], threads: int) -> dict[str, dict[str, object]]:
+def write_shards(
+    corpus: Path, work: WorkFolder, plan: Sequence[PlannedShard], codec: Codec, threads: int
+) -> dict[str, dict[str, Any]]:
     """Write the shards that are not there yet; pieces are deleted once their shard is safe.
 
     Args:
         corpus: Folder to write.
         work: Has the pieces.
         plan: What goes where.
+        codec: How the pieces' slices are stored.
         threads: Shards written at once; copying and hashing leave Python's lock alone.
 
     Returns:
-        By name: sha256, bytes, volumes.
+        By name: sha256, bytes, volumes, offsets (of each slice's pixel data).
 
     Raises:
         OSError: A full disk.
@@ -92,34 +88,67 @@ def write_shards(corpus: Path, work: WorkFolder, plan: Sequence[PlannedShard], t
     notes = work.shard_notes()
     with ThreadPoolExecutor(threads) as pool:
         missing = [shard for shard in plan if shard.name not in notes]
-        for shard, note in zip(missing, pool.map(lambda shard: _write_shard(corpus, work, shard), missing), strict=True):
+        written = pool.map(lambda shard: _write_shard(corpus, work, shard, codec), missing)
+        for shard, note in zip(missing, written, strict=True):
             notes[shard.name] = note
     return {shard.name: notes[shard.name] for shard in plan}
 
 
-def _write_shard(corpus: Path, work: WorkFolder, shard: PlannedShard) -> dict[str, object]:
-    path = corpus / "shards" / shard.name
+def _write_shard(corpus: Path, work: WorkFolder, shard: PlannedShard, codec: Codec) -> dict[str, Any]:
     check_free_space(corpus, sum(length for _, _, length in shard.volumes), "a shard")
-    digest = hashlib.sha256()
-    with atomic_write(path) as stream:
-        for volume_id, _, _ in shard.volumes:
-            with work.piece(volume_id).open("rb") as piece:
-                while block := piece.read(_COPY_BYTES):
-                    digest.update(block)
-                    stream.write(block)
-        digest.update(END_OF_ARCHIVE)
-        stream.write(END_OF_ARCHIVE)
-    note: dict[str, object] = {
-        "sha256": digest.hexdigest(),
-        "bytes": path.stat().st_size,
-        "volumes": [list(volume) for volume in shard.volumes],
-    }
+    samples = (sample for volume_id, _, _ in shard.volumes for sample in _samples(work, volume_id, codec))
+    note = write_shard(corpus / "shards" / shard.name, samples)
+    note["volumes"] = [list(volume) for volume in shard.volumes]
     write_json(work.shard_note(shard.name), note)
     for volume_id, _, _ in shard.volumes:
         work.piece(volume_id).unlink()
     return note
 
 
-def damaged_shards(corpus: Path, shards: dict[str, dict[str, object]]) -> list[str]:
-    """Return the names of shards whose bytes are not those that were written."""
-    return [name for name, note in shards.items() if sha256_file(corpus / "shards" / name) != note["sha256"]]
+def _samples(work: WorkFolder, volume_id: str, codec: Codec) -> Iterator[tuple[str, SliceInfo, bytes]]:
+    record = work.finished_record(volume_id)
+    row, slices = record.row, record.slices
+    with work.piece(volume_id).open("rb") as piece:
+        for number, key in enumerate(slices["key"]):
+            z_mm, spacing, thickness = (slices[name][number] for name in ("z_mm", "spacing_mm", "thickness_mm"))
+            where = (volume_id, slices["z_index"][number], z_mm, spacing and tuple(spacing), thickness)
+            info = SliceInfo(*where, row["dataset"], codec, row["modality"])
+            yield key, info, piece.read(slices["length"][number])
+
+
+def write_shard(path: Path, samples: Iterable[tuple[str, SliceInfo, bytes]]) -> dict[str, Any]:
+    """Write one shard with nothing in its headers that could differ between two runs.
+
+    Args:
+        path: The tar.
+        samples: Key, description and pixel data of each slice, in their order.
+
+    Returns:
+        sha256, bytes, and offsets: of each slice's pixel data.
+    """
+    from webdataset import TarWriter  # imports torch
+
+    offsets: list[int] = []
+    with atomic_write(path) as stream:
+        hashed = _Hashed(stream)
+        with TarWriter(hashed, user="", group="", mode=0o644, encoder=False, mtime=0) as writer:
+            for key, info, data in samples:
+                members = {SUFFIXES[info.codec]: data, "json": info.to_json()}
+                at = writer.tarstream.offset + _BLOCK
+                for suffix in sorted(members):  # TarWriter's order
+                    if suffix != "json":
+                        offsets.append(at)
+                    at += _BLOCK - (-len(members[suffix]) // _BLOCK) * _BLOCK
+                writer.write({"__key__": key, **members})
+    return {"sha256": hashed.digest.hexdigest(), "bytes": path.stat().st_size, "offsets": offsets}
+
+
+class _Hashed:
+    """A file that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.stream.write(data)

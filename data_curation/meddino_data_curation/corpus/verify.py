@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from meddino.core.files import sha256_file
-from meddino.data.corpus import Corpus, corpus_hash
+from meddino.data.corpus import Corpus
+from meddino.data.manifests import corpus_hash
 from meddino.data.shard_files import LocalShards
 from meddino_data_curation.progress import progress
 

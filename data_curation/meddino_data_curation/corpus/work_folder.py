@@ -14,7 +14,7 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json, write_json
 
 WORK_NAME = ".work"
-RECORD_VERSION = 3  # another number makes every volume be read again
+RECORD_VERSION = 4  # another number makes every volume be read again
 
 
 @dataclass
@@ -24,7 +24,7 @@ class VolumeRecord:
     Attributes:
         job: Hash of everything that decides the result; another one means the volume has to be read again.
         row: Columns of volumes.parquet.
-        slices: Columns of slices.parquet; `offset` counts from the start of the volume's own piece.
+        slices: Columns of slices.parquet without those that say where a slice lies; the piece holds them in this order.
         piece_bytes: Length of the piece; 0 if there is none.
         fingerprint: Features for near duplicates, or None.
         thumbnail: PNG as base64, or "".
@@ -53,8 +53,8 @@ class WorkFolder:
         return self.root.is_dir()
 
     def piece(self, volume_id: str) -> Path:
-        """Return where a volume's tar members lie, without the archive's end."""
-        return self.root / "volumes" / volume_id[:2] / f"{volume_id}.members"
+        """Return where a volume's encoded slices lie, one behind the other."""
+        return self.root / "volumes" / volume_id[:2] / f"{volume_id}.slices"
 
     def record_path(self, volume_id: str) -> Path:
         """Return where a volume's record lies; it is written after the piece."""

@@ -7,8 +7,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import sha256_file, write_json, write_text
@@ -84,7 +82,7 @@ def audit(root: Path, against: Sequence[Path], names: Sequence[str], options: Au
     salt, hidden = _salt(corpus, options.salt_file)
     prints = read_fingerprints(root / "fingerprints.parquet")
     hidden_columns = {f"{kind}_key": None for kind in hidden}
-    rows = [{**row, **hidden_columns} for row in pq.read_table(root / "volumes.parquet").to_pylist()]
+    rows = [{**row, **hidden_columns} for row in corpus.volumes.to_pylist()]
     sources = _named(against, names, corpus.info.get("audit", []), options)
     trained_on = [source["name"] for source in corpus.info["sources"]]
     results = []

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json
 from meddino.data.corpus import Corpus
@@ -86,7 +84,7 @@ def survey(
     jobs = []
     for item in candidates:
         digest = job_hash("survey", salt.fingerprint, text, item.volume_id, item.stamp, item.problem)
-        jobs.append(VolumeJob(item, digest, folders[item.source].name, "", is_survey=True))
+        jobs.append(VolumeJob(item, digest, folders[item.source].name, "", folders[item.source].modality, True))
     if jobs:
         with _kept(work) as place:
             _read(jobs, config, place)
@@ -175,8 +173,7 @@ def _read_corpus(root: Path, salt: Salt, result: Survey) -> None:
     elif corpus.info.get("patient_ids") != RULES_VERSION:
         result.hidden["patient"] = "it is a corpus of an earlier version"
     columns = {f"{kind}_key": None for kind in result.hidden}
-    table = pq.read_table(root / "volumes.parquet").to_pylist()
-    rows = [{**row, **columns} for row in table if row["status"] in ("accepted", "duplicate")]
+    rows = [{**row, **columns} for row in corpus.volumes.to_pylist() if row["status"] in ("accepted", "duplicate")]
     result.rows += rows
     result.volumes += len(rows)
     result.places.update({row["volume_id"]: f"volume {row['volume_id']}" for row in rows})

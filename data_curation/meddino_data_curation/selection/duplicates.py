@@ -60,8 +60,12 @@ def mark_near(rows: Sequence[Row], prints: Mapping[str, Fingerprint], preference
 
 
 def preference_key(row: Row, preference: Mapping[str, int]) -> tuple[int, int, int, str]:
-    """Return what volumes of a group are sorted by, the first is kept: data set, slices kept, pixels a slice, id."""
-    return preference.get(row["dataset"], 0), -row["num_slices_kept"], -row["shape"][1] * row["shape"][2], row["volume_id"]
+    """Return what volumes of a group are sorted by, the first is kept: data set, slices kept, pixels a slice, content.
+
+    Not the id: with another salt another copy would be kept. Of equal content the order of the rows decides.
+    """
+    pixels = row["shape"][1] * row["shape"][2]
+    return preference.get(row["dataset"], 0), -row["num_slices_kept"], -pixels, row["content_hash"]
 
 
 def _keep_one(group: Sequence[Row], preference: Mapping[str, int], kind: str) -> None:

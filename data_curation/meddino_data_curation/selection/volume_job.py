@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash
-from meddino.data.sample import SUFFIXES, SliceInfo, encode_slice
+from meddino.data.sample import Modality, encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.itk_files import read_volume_file
 from meddino.volumes.orientation import OUTSIDE_HU, to_axial_lps
 from meddino.volumes.volume import AxialVolume
 from meddino_data_curation.config import CurationConfig
-from meddino_data_curation.corpus.tar_members import write_member
 from meddino_data_curation.corpus.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, slice_vector
@@ -50,6 +49,7 @@ class VolumeJob:
         job: Hash of everything that decides the result.
         dataset: Name of its source.
         licence: Of its source.
+        modality: Of its source.
         is_survey: True if only content and fingerprint are wanted, no slices.
     """
 
@@ -57,6 +57,7 @@ class VolumeJob:
     job: str
     dataset: str
     licence: str
+    modality: Modality = "ct"
     is_survey: bool = False
 
 
@@ -102,6 +103,7 @@ def _empty_row(job: VolumeJob) -> dict[str, Any]:
     return {
         "volume_id": candidate.volume_id,
         "dataset": job.dataset,
+        "modality": job.modality,
         "status": "accepted",
         "reason": None,
         "duplicate_of": None,
@@ -183,6 +185,8 @@ class _Curation:
             volume = read_dicom_volume(candidate.stack, config.limits)
         else:
             volume = read_volume_file(candidate.files[0], candidate.format, config.limits)
+        if self.job.modality != "ct":
+            raise VolumeError(f"modality {self.job.modality}: no rules for it")
         try:
             verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
         except VolumeError:
@@ -245,15 +249,13 @@ class _Curation:
         hu, spacing = resample_slice(hu, (inplane[0], inplane[1]), self.config.inplane)
         shards = self.config.shards
         data = encode_slice(hu, shards.codec, shards.level)
-        volume_id = self.row["volume_id"]
-        key = f"{volume_id}-{z:05d}"
-        info = SliceInfo(volume_id, z, round(z_mm, 4), _rounded(spacing), round(thickness, 4), self.job.dataset, shards.codec)
-        offset = write_member(stream, f"{key}.{SUFFIXES[shards.codec]}", data)
-        write_member(stream, f"{key}.json", info.to_json())
+        stream.write(data)
         values = {
-            "key": key, "z_index": z, "z_mm": info.z_mm, "offset": offset, "length": len(data), "crc32": zlib.crc32(data),
-            "rows": hu.shape[0], "cols": hu.shape[1], "spacing_mm": list(info.spacing_mm), "hu_p01": statistics.hu_p01,
-            "hu_p50": statistics.hu_p50, "hu_p99": statistics.hu_p99, "body_fraction": round(statistics.body_fraction, 4),
+            "key": f"{self.row['volume_id']}-{z:05d}", "z_index": z, "z_mm": round(z_mm, 4), "length": len(data),
+            "crc32": zlib.crc32(data), "rows": hu.shape[0], "cols": hu.shape[1], "channels": 1, "dtype": str(hu.dtype),
+            "spacing_mm": [round(step, 6) for step in spacing], "thickness_mm": round(thickness, 4),
+            "value_low": None, "value_high": None, "intensity_p01": statistics.hu_p01, "intensity_p50": statistics.hu_p50,
+            "intensity_p99": statistics.hu_p99, "body_fraction": round(statistics.body_fraction, 4),
         }  # fmt: skip
         for name, value in values.items():
             self.slices.setdefault(name, []).append(value)
@@ -270,7 +272,3 @@ def to_int16(plane: NDArray[Any], offset: int) -> NDArray[np.int16]:
         return np.ascontiguousarray(plane)
     wide = plane.astype(np.float64) + offset
     return np.ascontiguousarray(np.clip(np.rint(wide), _INT16.min, _INT16.max), dtype=np.int16)
-
-
-def _rounded(spacing: tuple[float, float]) -> tuple[float, float]:
-    return round(spacing[0], 6), round(spacing[1], 6)
