@@ -27,3 +27,10 @@ class ContentHash:
     def hexdigest(self) -> str:
         """Return 32 hexadecimal digits."""
         return self._digest.hexdigest(length=16)
+
+
+def slice_hash(values: NDArray[Any]) -> str:
+    """Return the hash of one slice of stored values, [rows, cols] or [rows, cols, channels]: that of a volume of this slice."""
+    content = ContentHash((1, *values.shape), str(values.dtype))
+    content.add(values)
+    return content.hexdigest()

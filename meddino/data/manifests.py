@@ -23,6 +23,7 @@ SLICES_SCHEMA = pa.schema(
         pa.field("offset", pa.int64(), nullable=False),  # of the pixel data's first byte in the tar
         pa.field("length", pa.int64(), nullable=False),  # bytes of pixel data
         pa.field("crc32", pa.int64(), nullable=False),  # of the pixel data as stored: a flipped bit may decode without a murmur
+        pa.field("content_hash", pa.string()),  # of the stored values, see `content.slice_hash`; null in schema 1
         pa.field("rows", pa.int32(), nullable=False),
         pa.field("cols", pa.int32(), nullable=False),
         pa.field("channels", pa.int32(), nullable=False),  # 1, or 3 of a colour picture

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meddino.core.files import canonical_json, sha256_file, write_json
+from meddino.data.content import slice_hash
 from meddino.data.manifests import SLICES_SCHEMA, VOLUMES_SCHEMA, corpus_hash
 from meddino.data.sample import encode_slice
 
@@ -91,6 +92,6 @@ def _add(tar: tarfile.TarFile, index: int, values: np.ndarray, spacing_mm: tuple
         tar.addfile(member, io.BytesIO(content))
     prefix = "hu" if schema == 1 else "intensity"
     shares = {f"{prefix}_p{share:02d}": int(np.percentile(values, share)) for share in (1, 50, 99)}
-    said = {} if schema == 1 else {"channels": 1, "dtype": "int16", "modality": "ct"}
+    said = {} if schema == 1 else {"channels": 1, "dtype": "int16", "modality": "ct", "content_hash": slice_hash(values)}
     where |= {"key": key, "offset": offset, "length": len(data), "crc32": zlib.crc32(data), "body_fraction": 0.5}
     return {**where, **shares, **said, "rows": values.shape[0], "cols": values.shape[1], "spacing_mm": list(spacing_mm)}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
-from meddino.data.content import ContentHash
+from meddino.data.content import ContentHash, slice_hash
 from meddino.data.sample import Modality, encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.itk_files import read_volume_file
@@ -251,8 +251,9 @@ class _Curation:
         data = encode_slice(hu, shards.codec, shards.level)
         stream.write(data)
         values = {
-            "key": f"{self.row['volume_id']}-{z:05d}", "z_index": z, "z_mm": round(z_mm, 4), "length": len(data),
-            "crc32": zlib.crc32(data), "rows": hu.shape[0], "cols": hu.shape[1], "channels": 1, "dtype": str(hu.dtype),
+            "key": f"{self.row['volume_id']}-{z:05d}", "z_index": z, "z_mm": round(z_mm, 4),
+            "length": len(data), "crc32": zlib.crc32(data), "content_hash": slice_hash(hu), "rows": hu.shape[0],
+            "cols": hu.shape[1], "channels": 1, "dtype": str(hu.dtype),
             "spacing_mm": [round(step, 6) for step in spacing], "thickness_mm": round(thickness, 4),
             "value_low": None, "value_high": None, "intensity_p01": statistics.hu_p01, "intensity_p50": statistics.hu_p50,
             "intensity_p99": statistics.hu_p99, "body_fraction": round(statistics.body_fraction, 4),

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.export.training_volumes import content_key, training_hashes, training_volumes
+from meddino.checkpoints.export.training_volumes import training_volumes
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
+from meddino.data.overlap import content_key, volume_hashes
 
 logger = get_logger(__name__)
 
@@ -43,7 +44,7 @@ class LeakageCheck:
                 f"--corpus {corpus} has the content hash {opened.content_hash[:16]}..., but the model was pretrained on "
                 f"{str(named)[:16]}...; give that corpus"
             )
-        self._keys = frozenset(content_key(name) for name in training_hashes(opened))
+        self._keys = frozenset(content_key(name) for name in volume_hashes(opened))
         self.source = "the corpus"
 
     @property

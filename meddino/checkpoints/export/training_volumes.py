@@ -12,28 +12,16 @@ from meddino.checkpoints.export.model_folder import TrainingVolumesRecord, is_mo
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_text
 from meddino.data.corpus import Corpus
+from meddino.data.overlap import content_key, volume_hashes
 
 VOLUMES_FILE = "training_volumes.txt"
-PREFIX_LENGTH = 16  # of 32 hex digits: among a million volumes two alike come by chance once in 4e7 corpora
-IN_TRAINING = ("accepted", "duplicate")  # a duplicate's scan is in the corpus in another guise
 _MAX_BYTES = 1 << 28
 _LEVELS = 3  # from a checkpoint's folder up to its run's
 
 
-def content_key(content_hash: str) -> str:
-    """Return what the list holds of a content hash."""
-    return content_hash[:PREFIX_LENGTH]
-
-
-def training_hashes(corpus: Corpus) -> frozenset[str]:
-    """Return the content hashes of the volumes whose scans are in a corpus, duplicates that were left out included."""
-    rows = corpus.volumes.select(["status", "content_hash"]).to_pylist()
-    return frozenset(str(row["content_hash"]) for row in rows if row["content_hash"] and row["status"] in IN_TRAINING)
-
-
 def volume_list(corpus: Corpus) -> str:
     """Return the list of a corpus, one volume a line, sorted: equal corpora give equal bytes."""
-    return "".join(f"{key}\n" for key in sorted({content_key(name) for name in training_hashes(corpus)}))
+    return "".join(f"{key}\n" for key in sorted({content_key(name) for name in volume_hashes(corpus)}))
 
 
 def list_record(text: str) -> TrainingVolumesRecord:

@@ -11,9 +11,10 @@ from meddino_evaluation.segmentation.run import segment
 from meddino_pretrain.cli import main as pretrain
 
 from meddino.checkpoints.cli import main as export
-from meddino.checkpoints.export.training_volumes import VOLUMES_FILE, content_key, training_hashes, training_volumes
+from meddino.checkpoints.export.training_volumes import VOLUMES_FILE, training_volumes
 from meddino.core.errors import CheckpointError
 from meddino.data.corpus import Corpus
+from meddino.data.overlap import content_key, volume_hashes
 from tests.conftest import PROJECT
 
 SHORT = ["--stage", "stage1_pretrain", "stages.stage1_pretrain.steps=3"]
@@ -36,7 +37,7 @@ def test_segment__names_test_volumes_of_the_training_corpus_from_the_export_alon
     assert pretrain([str(PROJECT / "tests/pretrain/tiny.yaml"), "--corpus", str(corpus), "--out", str(run), *SHORT]) == 0
     assert export([str(run), "--out", str(model)]) == 0
     listed = (model / VOLUMES_FILE).read_text().split()
-    assert listed == sorted(content_key(name) for name in training_hashes(Corpus(corpus)))
+    assert listed == sorted(content_key(name) for name in volume_hashes(Corpus(corpus)))
     record = json.loads((model / "config.json").read_text())["lineage"]["training_volumes"]
     assert record["volumes"] == len(listed) == 2
     assert export([str(model), "--out", str(tmp_path / "again")]) == 0  # an export of an export keeps it
@@ -58,7 +59,7 @@ def test_segment__names_test_volumes_of_the_training_corpus_from_the_export_alon
     assert LeakageCheck({}, None, str(damaged)).known is False
 
 
-def test_training_hashes__volumes_that_were_kept_out_are_not_among_them(make_dataset, tmp_path):
+def test_volume_hashes__volumes_that_were_kept_out_are_not_among_them(make_dataset, tmp_path):
     data = make_dataset()
     (tmp_path / "held").mkdir()
     shutil.copy(data / "imagesTr" / "case_03_0000.nii.gz", tmp_path / "held")
