@@ -305,9 +305,8 @@ def test_show_and_sample__print_and_draw(corpus_folder, tmp_path, capsys):
 
 
 def test_build__real_data(shared_data, salt_file, tmp_path):
-    folders = [str(folder) for folder in sorted((shared_data / "ct").iterdir()) if folder.name != "sts"]
-    command = ["build", *folders, "--out", str(tmp_path / "real"), f"privacy.salt_file={salt_file}", "duplicates.near=false"]
-    assert main(command) == 0
+    source = shared_data / "ct"
+    assert run_build(source, tmp_path / "real", salt_file, "duplicates.near=false") == 0
     corpus = Corpus(tmp_path / "real")
     assert corpus.info["totals"]["volumes"] == 99
     assert corpus.info["totals"]["rejected"] == 0
