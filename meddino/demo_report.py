@@ -19,7 +19,7 @@ from meddino.core import html
 from meddino.core.files import write_text
 from meddino.core.logging import console
 from meddino.data.corpus import Corpus
-from meddino.data.model_input import to_uint8_window
+from meddino.data.model_input import to_picture
 from meddino.models.patch_pca import patch_pca_images
 
 PCA_SLICES = 4
@@ -157,7 +157,7 @@ def _pca_pictures(out: Path) -> Markup:
     before, after = load(f"random:{out / 'model'}"), load(out / "model")
     rows = _chosen_slices(corpus, PCA_SLICES)
     images = [_square(corpus.read(row)) for row in rows]
-    pictures = [to_uint8_window(image, 40, 400).numpy() for image in images]
+    pictures = [to_picture(image, "ct").numpy() for image in images]
     for model in (before, after):
         pictures += patch_pca_images([_patch_map(model, image) for image in images], upscale=model.patch_size)
     titles = ["slice"] * len(rows) + ["random weights"] * len(rows) + ["exported"] * len(rows)
@@ -181,7 +181,7 @@ def _square(hu: NDArray[np.int16]) -> torch.Tensor:
 
 
 def _windowed(hu: NDArray[np.int16]) -> NDArray[np.uint8]:
-    picture: NDArray[np.uint8] = to_uint8_window(torch.from_numpy(hu)).numpy()
+    picture: NDArray[np.uint8] = to_picture(torch.from_numpy(hu), "ct").numpy()
     return picture
 
 

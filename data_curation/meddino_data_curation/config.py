@@ -9,7 +9,8 @@ from pydantic import Field, field_validator
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
-from meddino.data.sample import Codec, Modality
+from meddino.data.intensity import Modality
+from meddino.data.sample import Codec
 from meddino.volumes.limits import ReadLimits
 from meddino_data_curation.sources.licences import NOT_STATED
 

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -261,10 +261,10 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _describe(schema: type[BaseModel], problem: Any) -> str:
-    location = list(problem["loc"])
+    location, models = _walk(schema, problem["loc"])
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(schema, location[:-1])
+        known = sorted({name for model in models for name in model.model_fields})
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
         return f"unknown key '{key}'; {hint}"
@@ -277,15 +277,29 @@ def _describe(schema: type[BaseModel], problem: Any) -> str:
     return f"'{key}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Return the keys of the section at a location of pydantic's error, which also names union branches."""
-    models = [schema]
+def _walk(schema: type[BaseModel], location: Sequence[Any]) -> tuple[list[Any], list[type[BaseModel]]]:
+    """Return the keys of pydantic's location, in which it also names members of unions, and the sections it ends in."""
+    models, keys = [schema], []
     for part in location:
+        members = [model for model in models if len(models) > 1 and part in _tags(model)]
+        if members:
+            models = members
+            continue
+        keys.append(part)
         inside = [
             model for owner in models if part in owner.model_fields for model in _models_in(owner.model_fields[part].annotation)
         ]
         models = inside or models
-    return sorted({name for model in models for name in model.model_fields})
+    return keys, models
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    return {
+        value
+        for field in model.model_fields.values()
+        if typing.get_origin(field.annotation) is Literal
+        for value in typing.get_args(field.annotation)
+    }
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

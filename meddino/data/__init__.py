@@ -1,1 +1,1 @@
-"""The corpus as it lies on disk (one definition for writer and reader), HU windows, geometry, the input contract."""
+"""The corpus as it lies on disk (one definition for writer and reader), the intensities of each modality, geometry."""

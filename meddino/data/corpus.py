@@ -10,9 +10,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from meddino.core.errors import ShardError
+from meddino.data.intensity import Modality
 from meddino.data.manifests import SLICES_SCHEMA, VOLUMES_SCHEMA, read_info, read_manifest
 from meddino.data.remote import is_url
-from meddino.data.sample import DTYPES, SUFFIXES, Codec, Modality, decode_slice
+from meddino.data.sample import DTYPES, SUFFIXES, Codec, decode_slice
 from meddino.data.shard_files import LocalShards, RemoteShards, mirror_manifests
 
 
@@ -98,6 +99,11 @@ class Corpus:
         """Return the range that the values of a slice's volume are seen in; None where their unit says it (CT)."""
         low, high = (self.slices.column(name)[index].as_py() for name in ("value_low", "value_high"))
         return None if low is None or high is None else (low, high)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Return the modalities of its slices."""
+        return tuple(sorted(self.slices.column("modality").unique().to_pylist()))
 
     def key(self, index: int) -> str:
         """Return the key of a slice."""

@@ -11,10 +11,10 @@ from PIL import Image
 
 from meddino.core.errors import ShardError
 from meddino.core.files import canonical_json
+from meddino.data.intensity import Modality
 
 Codec = Literal["blosc2", "png16"]
 SUFFIXES: dict[Codec, str] = {"blosc2": "b2", "png16": "png"}
-Modality = Literal["ct", "mr", "image"]
 DTYPES = ("int16", "uint8", "uint16", "float32")  # of stored values
 MAX_SLICE_PIXELS = 16384 * 16384
 _MAX_BLOCK_PIXELS = 4096 * 4096

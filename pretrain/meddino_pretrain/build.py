@@ -10,7 +10,6 @@ from meddino.core.device import Machine
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
-from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
@@ -19,6 +18,7 @@ from meddino.models.registry import backbone_config, build_backbone
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, RawBatch, to_model_input
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.data.loader import Loader, build_loader
 from meddino_pretrain.data.sampler import BatchShare
 from meddino_pretrain.methods.dinov3.config import HeadConfig
@@ -118,8 +118,7 @@ def build_stage_loader(
         corpus,
         stage.crops,
         stage.masking,
-        stage.augment,
-        config.input_contract,
+        Intensities(config.contracts, stage.augment),
         config.loader,
         patch_size=backbone_config(config.backbone.name, **config.backbone.changes).patch_size,
         seed=seed,
@@ -133,11 +132,13 @@ def build_stage_loader(
     )
 
 
-def steps_of(loader: Iterable[RawBatch], accumulation: int, machine: Machine, contract: InputContract) -> Iterator[list[Batch]]:
+def steps_of(
+    loader: Iterable[RawBatch], accumulation: int, machine: Machine, intensities: Intensities
+) -> Iterator[list[Batch]]:
     """Yield the micro-batches of one optimizer step after the other, on the device."""
     waiting = iter(loader)
     while raw := list(itertools.islice(waiting, accumulation)):
-        yield [to_model_input(batch, machine, contract) for batch in raw]
+        yield [to_model_input(batch, machine, intensities) for batch in raw]
 
 
 def build_trainer(
@@ -178,7 +179,7 @@ def build_trainer(
         objective=objective,
         optimizer=optimizer,
         schedules=Schedules(stage.schedule, stage.steps),
-        steps=steps_of(loader, stage.accumulation, machine, config.input_contract),
+        steps=steps_of(loader, stage.accumulation, machine, loader.maker.intensities),
         checkpoints=checkpoints,
         metrics=metrics,
         progress=progress,

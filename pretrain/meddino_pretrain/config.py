@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
 from meddino.core.machine_config import MachineConfig
-from meddino.data.contract import InputContract
+from meddino.data.intensity import MODALITIES, CTIntensity, Intensity
 from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
 from meddino_pretrain.methods.dinov3.config import DINOv3Config, GramTeacherConfig, HeadsConfig, MaskingConfig
 from meddino_pretrain.monitoring.config import DiagnosisConfig, HealthConfig
@@ -78,7 +78,10 @@ class PretrainConfig(StrictConfig):
     corpus: CorpusConfig = CorpusConfig()
     init: InitConfig
     machine: MachineConfig = MachineConfig()
-    input_contract: InputContract = InputContract()
+    input_contract: Intensity = CTIntensity()
+    """How stored values become model input; exports carry it."""
+    other_contracts: tuple[Intensity, ...] = ()
+    """Of further modalities in the corpus, one each: a batch may hold all of them."""
     backbone: BackboneConfig
     heads: HeadsConfig = HeadsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -88,6 +91,22 @@ class PretrainConfig(StrictConfig):
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     stages: dict[str, StageConfig] = Field(min_length=1)
     """Stages by name; the order follows from starts_from."""
+
+    @property
+    def contracts(self) -> tuple[Intensity, ...]:
+        """The contract of every modality that is trained on, the model's own first."""
+        return self.input_contract, *self.other_contracts
+
+    @model_validator(mode="after")
+    def _contracts_fit_together(self) -> "PretrainConfig":
+        modalities = [contract.modality for contract in self.contracts]
+        twice = [modality for modality in MODALITIES if modalities.count(modality) > 1]
+        if twice:
+            raise ValueError(f"input_contract and other_contracts hold modality '{twice[0]}' twice; one contract a modality")
+        channels = {contract.modality: contract.channels for contract in self.contracts}
+        if len(set(channels.values())) > 1:
+            raise ValueError(f"contracts of different channels, {channels}: one model has one number of them")
+        return self
 
     @model_validator(mode="after")
     def _graph_is_sound(self) -> "PretrainConfig":

@@ -23,6 +23,7 @@ from meddino_pretrain.build import (
 )
 from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods.dinov3.method import DINOv3Objective
 from meddino_pretrain.monitoring.feature_metrics import HealthProbe
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
@@ -72,10 +73,12 @@ def run_pretraining(
             use_cpu_threads()
         corpus = Corpus(corpus_folder)
         check_audit(corpus, config.corpus)
+        intensities = Intensities(config.contracts)
+        intensities.check(corpus.modalities)
         with open_run(out, config, corpus) as run:
             # The same size in every stage, so that looks can be compared along the whole run.
             first_size = next(iter(config.stages.values())).crops.sizes[0].global_px
-            fixed = fixed_slices(corpus, config.input_contract, config.health.slices, first_size)
+            fixed = fixed_slices(corpus, intensities, config.health.slices, first_size)
             peak, report = measure_peak(machine), RunReport(run.folder, config)
             for name in stages or config.stages:
                 stop.check(f"before {name}")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
@@ -41,7 +41,7 @@ def meta_of(config: ViTConfig, step: int, stages: list[str], planned: int) -> di
         "step": step,
         "stage": stages[-1],
         "backbone": {"name": "small", **config.model_dump(mode="json")},
-        "input_contract": InputContract(hu_min=-900.0).model_dump(mode="json"),
+        "input_contract": CTIntensity(hu_min=-900.0).model_dump(mode="json"),
         "corpus_hash": "abc123",
         "lineage": {
             "stages": chain,

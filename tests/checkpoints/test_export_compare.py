@@ -35,7 +35,7 @@ def test_export__compares_on_a_corpus(make_checkpoint, corpus, tmp_path, capsys,
     plain = export_model.__globals__["check_slices"]
     monkeypatch.setitem(export_model.__globals__, "check_slices", lambda *given: seen.append(given) or plain(*given))
     assert main([str(make_checkpoint()), "--out", str(tmp_path / "m"), "--corpus", str(corpus)]) == 0
-    assert seen == [(8, corpus)] and (tmp_path / "m" / "config.json").is_file()
+    assert seen == [(8, corpus, "ct")] and (tmp_path / "m" / "config.json").is_file()
     assert main([str(make_checkpoint()), "--out", str(tmp_path / "n"), "--corpus", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err and not (tmp_path / "n").exists()
 

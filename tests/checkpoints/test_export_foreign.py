@@ -56,7 +56,7 @@ def test_timm__a_user_gets_the_same_tokens(make_checkpoint, tmp_path, config):
     readme = (out / "timm/README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0].replace("model.safetensors", str(out / "timm/model.safetensors"))
     for hu in slices(config.patch_size):
-        names = {"hu": hu}
+        names = {"stored": hu}
         exec(code, names)  # what the folder's own README tells a user to write
         assert close(names["tokens"], all_tokens(model, model.preprocess(hu)))
     assert stat.S_IMODE((out / "timm/model.safetensors").stat().st_mode) == 0o644

@@ -22,7 +22,7 @@ def _modules() -> list[str]:
 
 def _sections() -> set[type[StrictConfig]]:
     for name in _modules():
-        if name.endswith((".config", "_config", ".contract")) or "config" in name or "model" in name or "data" in name:
+        if name.endswith((".config", "_config", ".intensity")) or "config" in name or "model" in name or "data" in name:
             importlib.import_module(name)
     found, open_ = set(), [StrictConfig]
     while open_:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.training_state import latest_checkpoint
 from meddino.core.config import load_config
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
 from meddino.models.registry import build_backbone
 
@@ -38,7 +38,7 @@ def labelled(count: int, seed: int, contrast_hu: tuple[float, float] = (150, 350
 
 
 def as_input(slices: list[np.ndarray]) -> torch.Tensor:
-    return normalise(torch.from_numpy(np.stack(slices)).float(), InputContract())
+    return normalise(torch.from_numpy(np.stack(slices)).float(), CTIntensity())
 
 
 def knn_accuracy(backbone) -> float:

@@ -3,16 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
 from meddino_pretrain.monitoring.patch_quality import patch_consistency, snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ShardError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
 from meddino.models.registry import build_backbone
 
-CONTRACT = InputContract()
+CONTRACT = CTIntensity()
+INTENSITIES = Intensities((CONTRACT,))
 
 
 def break_samples(corpus, indices):
@@ -25,14 +27,14 @@ def break_samples(corpus, indices):
 
 def test_fixed_slices__are_the_same_again_and_spread_over_the_corpus(make_corpus):
     corpus = make_corpus(count=24)
-    one, again = (fixed_slices(corpus, CONTRACT, 4, 32) for _ in range(2))
+    one, again = (fixed_slices(corpus, INTENSITIES, 4, 32) for _ in range(2))
     assert one.keys == again.keys == ("s00003", "s00009", "s00015", "s00021")
     assert torch.equal(one.first_view, again.first_view) and torch.equal(one.second_view, again.second_view)
     assert one.first_view.shape == one.second_view.shape == (4, 3, 32, 32) and one.grey.shape == (4, 32, 32)
 
 
 def test_fixed_slices__second_view_is_the_mirrored_anatomy(make_corpus):
-    fixed = fixed_slices(make_corpus(count=8), CONTRACT, 4, 64)
+    fixed = fixed_slices(make_corpus(count=8), INTENSITIES, 4, 64)
     for first, second in zip(fixed.first_view[:, 0], fixed.second_view[:, 0], strict=True):
         straight = np.corrcoef(first.flatten(), second.flatten())[0, 1]
         mirrored = np.corrcoef(first.flatten(), second.flip(-1).flatten())[0, 1]
@@ -41,7 +43,7 @@ def test_fixed_slices__second_view_is_the_mirrored_anatomy(make_corpus):
 
 def test_fixed_slices__keep_the_shape_in_millimetres(make_corpus):
     corpus = make_corpus(count=2, rows=40, cols=120, spacing_mm=(3.0, 1.0))  # 120 x 120 mm: all of it is shown
-    whole = fixed_slices(corpus, CONTRACT, 1, 40).first_view[0, 0]
+    whole = fixed_slices(corpus, INTENSITIES, 1, 40).first_view[0, 0]
     hu = torch.from_numpy(corpus.read(1).astype(np.float32))
     expected = normalise(torch.nn.functional.avg_pool2d(hu[None, None], (1, 3)), CONTRACT)[0, 0, 0]
     assert (whole - expected).abs().mean() < 0.15
@@ -50,10 +52,10 @@ def test_fixed_slices__keep_the_shape_in_millimetres(make_corpus):
 def test_fixed_slices__damaged_ones_are_left_out_and_none_at_all_is_an_error(make_corpus):
     corpus = make_corpus(count=4)
     break_samples(corpus, [1])
-    assert fixed_slices(corpus, CONTRACT, 4, 32).keys == ("s00000", "s00002", "s00003")
+    assert fixed_slices(corpus, INTENSITIES, 4, 32).keys == ("s00000", "s00002", "s00003")
     break_samples(corpus, [0, 2, 3])
     with pytest.raises(ShardError, match="none of the 4 slices"):
-        fixed_slices(corpus, CONTRACT, 4, 32)
+        fixed_slices(corpus, INTENSITIES, 4, 32)
 
 
 def slow_consistency(first: np.ndarray, second_mirrored: np.ndarray) -> float:
@@ -110,7 +112,7 @@ def test_patch_consistency__air_does_not_count():
 
 
 def test_snapshot_scores__one_score_a_slice(make_corpus):
-    fixed = fixed_slices(make_corpus(count=8), CONTRACT, 6, 32)
+    fixed = fixed_slices(make_corpus(count=8), INTENSITIES, 6, 32)
     backbone = build_backbone("vitnano8").eval()
     scores = snapshot_scores(backbone, fixed, find_machine("cpu"))
     assert scores.shape == (6,) and ((scores > 0.5) & (scores <= 1)).all()

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods.dinov3.config import GramChoiceConfig
 from meddino_pretrain.methods.dinov3.gram_choice import choose_gram_teacher
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
@@ -12,14 +13,14 @@ from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import CheckpointError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.models.registry import build_backbone
 
 CONFIG = GramChoiceConfig()
 
 
 def test_choose_gram_teacher__planted_degradation_leads_to_the_snapshot_before_it(make_corpus):
-    fixed = fixed_slices(make_corpus(count=16), InputContract(), 12, 64)
+    fixed = fixed_slices(make_corpus(count=16), Intensities((CTIntensity(),)), 12, 64)
     generator = torch.Generator().manual_seed(0)
     good = build_backbone("vitnano8").eval()
     weight = good.patch_embed.proj.weight

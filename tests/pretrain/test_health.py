@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.monitoring.config import HealthConfig
 from meddino_pretrain.monitoring.feature_metrics import (
     MEANINGS,
@@ -21,7 +22,7 @@ from torch import nn
 
 from meddino.core.device import find_machine
 from meddino.core.errors import CheckpointError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.models.registry import build_backbone
 
 MACHINE = find_machine("cpu")
@@ -44,7 +45,7 @@ class Teacher(nn.Module):
 
 @pytest.fixture
 def probe(make_corpus, tmp_path) -> HealthProbe:
-    fixed = fixed_slices(make_corpus(count=8), InputContract(), 6, 32)
+    fixed = fixed_slices(make_corpus(count=8), Intensities((CTIntensity(),)), 6, 32)
     return HealthProbe(fixed, HealthConfig(every_steps=10, slices=6), MACHINE, tmp_path / "first.safetensors")
 
 
@@ -70,7 +71,7 @@ def test_health_probe__compares_with_the_first_look_after_a_resume(probe):
 
 def test_health_probe__a_foreign_or_damaged_first_look_is_one_line(probe, make_corpus):
     probe.measure(Teacher(), 0.07)
-    other = fixed_slices(make_corpus(count=8, name="other"), InputContract(), 4, 32)
+    other = fixed_slices(make_corpus(count=8, name="other"), Intensities((CTIntensity(),)), 4, 32)
     with pytest.raises(CheckpointError, match="belongs to other slices or another model"):
         HealthProbe(other, probe.config, MACHINE, probe.reference).measure(Teacher(), 0.07)
     probe.reference.write_bytes(probe.reference.read_bytes()[:50])

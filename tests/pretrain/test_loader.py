@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 import torch
 from meddino_pretrain.data.batches import RawBatch, to_model_input
-from meddino_pretrain.data.config import AugmentConfig, CropsConfig, CropSizes, LoaderConfig
+from meddino_pretrain.data.config import CropsConfig, CropSizes, LoaderConfig
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.data.loader import Loader, _end_worker, build_loader
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError
-from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
+from meddino.data.intensity import CTIntensity
 from tests.data.tiny_corpus import write_corpus
 from tests.pretrain.conftest import disc_slice
 
-CONTRACT = InputContract()
+CONTRACT = CTIntensity()
+INTENSITIES = Intensities((CONTRACT,))
 CROPS = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16, gram_px=64),), num_local=3)
 MIXED = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16), CropSizes(global_px=48, local_px=16, weight=2.0)), num_local=2)
 
@@ -30,7 +32,7 @@ MIXED = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16), CropSizes(globa
 def loader_of(corpus, crops=CROPS, workers=0, masking=None, **changes) -> Loader:
     options = {"patch_size": 8, "seed": 7, "global_batch": 8, "first_step": 0, "last_step": 3} | changes
     config = LoaderConfig(workers=workers)
-    return build_loader(corpus, crops, masking or MaskingConfig(), AugmentConfig(), CONTRACT, config, **options)
+    return build_loader(corpus, crops, masking or MaskingConfig(), INTENSITIES, config, **options)
 
 
 def assert_equal(one: RawBatch, other: RawBatch) -> None:
@@ -76,10 +78,10 @@ def test_loader__ranks_and_accumulation_change_nothing(make_corpus, crops, world
         parts = [b for share in shares for b in share if b.step == step]
         assert len(parts) == world_size * accumulation
         assert [key for b in parts for key in b.keys] == expected.keys
-        for name, count in (("global_hu", 2), ("local_hu", crops.num_local), ("global_intensity", 2), ("masks", 2)):
+        for name, count in (("global_stored", 2), ("local_stored", crops.num_local), ("global_intensity", 2), ("masks", 2)):
             assert torch.equal(by_place(parts, name, count), getattr(expected, name)), name
-        if expected.gram_hu is not None:
-            assert torch.equal(by_place(parts, "gram_hu", 2), expected.gram_hu)
+        if expected.gram_stored is not None:
+            assert torch.equal(by_place(parts, "gram_stored", 2), expected.gram_stored)
 
 
 @pytest.mark.parametrize("first_step", [1, 2])
@@ -96,7 +98,7 @@ def test_loader__steps_and_seeds_differ(make_corpus):
     first, second, _ = loader_of(corpus)
     other = next(iter(loader_of(corpus, seed=8)))
     assert first.keys not in (second.keys, other.keys)
-    assert not torch.equal(first.global_hu, other.global_hu)
+    assert not torch.equal(first.global_stored, other.global_stored)
 
 
 def test_loader__sends_its_dataset_to_a_spawned_process(make_corpus):
@@ -177,14 +179,14 @@ def test_loader__mask_indices_and_weights_follow_the_masks(make_corpus):
 def test_loader__without_masks_or_local_crops(make_corpus):
     crops = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16),), num_local=0)
     raw = next(iter(loader_of(make_corpus(), crops, masking=MaskingConfig(probability=0.0))))
-    batch = to_model_input(raw, find_machine("cpu"), CONTRACT)
+    batch = to_model_input(raw, find_machine("cpu"), INTENSITIES)
     assert batch.local_crops.shape == (0, 3, 16, 16)
     assert batch.mask_indices.numel() == 0 and batch.mask_weights.numel() == 0 and batch.gram_teacher_crops is None
 
 
 def test_loader__model_input_has_the_shapes_and_range(make_corpus):
     raw = next(iter(loader_of(make_corpus())))
-    batch = to_model_input(raw, find_machine("cpu"), CONTRACT)
+    batch = to_model_input(raw, find_machine("cpu"), INTENSITIES)
     assert batch.global_crops.shape == (16, 3, 32, 32)
     assert batch.local_crops.shape == (24, 3, 16, 16)
     assert batch.gram_teacher_crops.shape == (16, 3, 64, 64)
@@ -197,7 +199,7 @@ def test_loader__any_slice_size(make_corpus):
     for number, (rows, cols, spacing) in enumerate([(73, 47, (0.5, 1.5)), (9, 200, (1.0, 0.3)), (300, 260, (0.7, 0.7))]):
         corpus = make_corpus(count=4, rows=rows, cols=cols, spacing_mm=spacing, name=f"c{number}")
         batch = next(iter(loader_of(corpus, last_step=1)))
-        assert batch.gram_hu.shape == (16, 64, 64)
+        assert batch.gram_stored.shape == (16, 64, 64)
 
 
 def damage(corpus, index: int) -> None:
@@ -215,7 +217,7 @@ def test_loader__damaged_slice_is_stood_in_for(make_corpus):
     batches = list(loader_of(corpus))
     for one, other in zip(batches, loader_of(corpus, workers=1), strict=True):
         assert_equal(one, other)
-    met = [each for batch in batches for each in to_model_input(batch, find_machine("cpu"), CONTRACT).damaged]
+    met = [each for batch in batches for each in to_model_input(batch, find_machine("cpu"), INTENSITIES).damaged]
     assert len(met) == 3 and len(set(met)) == 1  # once in each epoch, which is a step here
     assert met[0][0] == bad_key and f"sample {bad_key}: " in met[0][1]
     assert all(bad_key not in b.keys for b in batches)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash, slice_hash
-from meddino.data.sample import Modality, encode_slice
+from meddino.data.intensity import Modality
+from meddino.data.sample import encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.itk_files import read_volume_file
 from meddino.volumes.orientation import OUTSIDE_HU, to_axial_lps

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meddino.core.errors import ConfigError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,7 +31,7 @@ class ImageContract:
     std: tuple[float, ...] = IMAGENET_STD
     multiple_px: int = 1
     native_size_px: int = 224
-    hu: InputContract | None = None
+    hu: CTIntensity | None = None
 
     @property
     def channels(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from meddino.data.contract import InputContract
+from meddino.data.intensity import Intensity
 from meddino.models.registry import tapped_blocks
 from meddino_evaluation.backbones.adapter import Backbone, Tokens
 from meddino_evaluation.backbones.contract import ImageContract
@@ -16,7 +16,7 @@ from meddino_evaluation.backbones.contract import ImageContract
 class TimmBackbone(Backbone):
     """A timm model behind the common face."""
 
-    def __init__(self, name: str, model: nn.Module, hu: InputContract | None = None) -> None:
+    def __init__(self, name: str, model: nn.Module, hu: Intensity | None = None) -> None:
         """Take a model of timm; with `hu` it wants Hounsfield units instead of a photograph's values."""
         super().__init__()
         self.name = name

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meddino.core.errors import VolumeError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino_evaluation.data.dataset import Case
 from meddino_evaluation.data.prepare import PreparedCase
 from meddino_evaluation.data.volumes import read_geometry, turn_to_lps, turned_spacing
@@ -23,7 +23,7 @@ def median_plane_spacing(cases: Sequence[Case]) -> float:
     return float(np.median(spacings))
 
 
-def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> InputContract:
+def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> CTIntensity:
     """Return nnU-Net's CT normalisation as an input contract: clip to the foreground's 0.5 and 99.5 percentiles, z-score.
 
     Args:
@@ -44,6 +44,6 @@ def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> InputCo
     low, high = (float(value) for value in np.percentile(everything, (0.5, 99.5)))
     if high - low < 1e-6:
         raise VolumeError(f"data.intensity=fingerprint: all labelled voxels have the intensity {low:.4g}")
-    return InputContract(
+    return CTIntensity(
         hu_min=low, hu_max=high, mean=float(everything.mean()), std=max(float(everything.std()), 1e-8), channels=channels
     )

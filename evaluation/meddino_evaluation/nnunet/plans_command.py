@@ -10,6 +10,7 @@ from typing import Any
 from meddino.checkpoints.export.model import Model, load
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
+from meddino.data.intensity import CTIntensity
 
 CONFIGURATION = "2d"
 INTENSITIES = "foreground_intensity_properties_per_channel"
@@ -83,6 +84,10 @@ def make_plans(plans: dict[str, Any], model: Model, name: str, side_px: int, bat
         "use_mask_for_norm": [False] * len(old["normalization_schemes"]),
     }
     contract = model.contract
+    if not isinstance(contract, CTIntensity):
+        raise ConfigError(
+            f"the model's input contract is of modality '{contract.modality}'; nnU-Net's plans hold one of modality 'ct'"
+        )
     properties = {
         "mean": contract.mean,
         "std": contract.std,

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from meddino.data.model_input import to_uint8_window
+from meddino.data.model_input import to_picture
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase
 
@@ -60,9 +60,9 @@ def overlay_png(case: PreparedCase, prediction: NDArray[np.int32], reference: ND
 def _grey(case: PreparedCase, z: int) -> Image.Image:
     image = case.image(z)[0]
     if case.images.dtype == np.int16:
-        return Image.fromarray(to_uint8_window(image).numpy())
+        return Image.fromarray(to_picture(image, "ct").numpy())
     low, high = torch.quantile(image.flatten()[:: max(1, image.numel() // 100_000)], torch.tensor([0.01, 0.99])).tolist()
-    return Image.fromarray(to_uint8_window(image, (low + high) / 2, max(high - low, 1e-6)).numpy())
+    return Image.fromarray(to_picture(image, "ct", window=((low + high) / 2, max(high - low, 1e-6))).numpy())
 
 
 def _coloured(grey: NDArray[np.uint8], values: NDArray[np.int32], labels: LabelScheme) -> NDArray[np.uint8]:

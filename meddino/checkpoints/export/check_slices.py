@@ -1,4 +1,4 @@
-"""CT slices on which an export is compared with its source."""
+"""Slices on which an export is compared with its source."""
 
 from pathlib import Path
 
@@ -10,6 +10,10 @@ from torch import Tensor
 from meddino.core.errors import CheckpointError
 from meddino.core.seeds import numpy_rng
 from meddino.data.corpus import Corpus
+from meddino.data.intensity import Modality
+from meddino.data.model_input import to_unit
+
+_THORAX_RANGE = torch.tensor([-1000.0, 500.0])
 
 
 def check_sizes(patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -17,19 +21,21 @@ def check_sizes(patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     return (8 * patch_size, 8 * patch_size), (6 * patch_size, 10 * patch_size)
 
 
-def check_slices(patch_size: int, corpus: Path | str | None = None) -> list[Float[Tensor, "2 h w"]]:
-    """Return two slices in Hounsfield units at each of two sizes.
+def check_slices(patch_size: int, corpus: Path | str | None = None, modality: Modality = "ct") -> list[Float[Tensor, "2 h w"]]:
+    """Return two slices at each of two sizes: in Hounsfield units, or in [0, 1] for another modality than CT.
 
     Args:
         patch_size: Of the model [px].
         corpus: Take the slices from there; None makes slices that look like a thorax.
+        modality: Of the model.
 
     Raises:
         CheckpointError: If the corpus holds no slice.
     """
     sizes = check_sizes(patch_size)
     if corpus is None:
-        return [torch.stack([_thorax(rows, columns, number) for number in range(2)]) for rows, columns in sizes]
+        made = [torch.stack([_thorax(rows, columns, number) for number in range(2)]) for rows, columns in sizes]
+        return made if modality == "ct" else [to_unit(slices[:, None], _THORAX_RANGE)[:, 0] for slices in made]
     slices = Corpus(corpus)
     if not len(slices):
         raise CheckpointError(f"corpus {corpus} holds no slice to compare an export on")
@@ -40,8 +46,8 @@ def check_slices(patch_size: int, corpus: Path | str | None = None) -> list[Floa
     ]
 
 
-def _resized(hu: Tensor, size: tuple[int, int]) -> Tensor:
-    resized = torch.nn.functional.interpolate(hu[None, None], size, mode="bilinear", antialias=True, align_corners=False)
+def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+    resized = torch.nn.functional.interpolate(values[None, None], size, mode="bilinear", antialias=True, align_corners=False)
     return resized[0, 0]
 
 
@@ -54,9 +60,9 @@ def _thorax(rows: int, columns: int, number: int) -> Tensor:
         result: np.ndarray = ((y - centre_y) / height) ** 2 + ((x - centre_x) / width) ** 2 < 1
         return result
 
-    hu = np.full((rows, columns), -1000.0)
-    hu[inside(0, 0, 0.7, 0.9)] = 40.0
+    values = np.full((rows, columns), -1000.0)
+    values[inside(0, 0, 0.7, 0.9)] = 40.0
     for side in (-1, 1):
-        hu[inside(-0.05, 0.42 * side, 0.45, 0.28 + 0.03 * number)] = -820.0
-    hu[inside(0.5, 0, 0.14, 0.12)] = 420.0
-    return torch.from_numpy((hu + rng.normal(0, 20, hu.shape)).round().astype(np.float32))
+        values[inside(-0.05, 0.42 * side, 0.45, 0.28 + 0.03 * number)] = -820.0
+    values[inside(0.5, 0, 0.14, 0.12)] = 420.0
+    return torch.from_numpy((values + rng.normal(0, 20, values.shape)).round().astype(np.float32))

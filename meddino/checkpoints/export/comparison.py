@@ -35,9 +35,9 @@ def largest_difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> f
     return largest
 
 
-def outputs(model: Model, hu: Tensor) -> list[Tensor]:
+def outputs(model: Model, stored: Tensor) -> list[Tensor]:
     """Return what exports are compared on: CLS, registers, patch tokens, and the maps of four blocks."""
-    images = model.preprocess(hu)
+    images = model.preprocess(stored)
     with torch.no_grad():
         features = model.forward_features(images)
         return [features.cls_token, features.register_tokens, features.patch_tokens, *model.get_intermediate_layers(images)]

@@ -19,7 +19,7 @@ class ForeignOptions:
     """What writing a model for another library needs to know.
 
     Attributes:
-        slices: Hounsfield units to compare on, [2, h, w] each.
+        slices: To compare on, [2, h, w] each: Hounsfield units, or values in [0, 1] for a model of another modality.
         dtype: Of the weights in the file.
         onnx_layers: Blocks whose patch maps the ONNX model gives besides.
     """

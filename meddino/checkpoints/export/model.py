@@ -29,7 +29,7 @@ from meddino.checkpoints.weights.infer_architecture import backbone_name
 from meddino.checkpoints.weights.load import fit
 from meddino.core.errors import CheckpointError
 from meddino.core.logging import get_logger
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity, Intensity
 from meddino.data.model_input import normalise
 from meddino.models.backbone import Backbone, BackboneOutput
 from meddino.models.registry import BackboneConfig, backbone_config, backbone_from_config, tapped_blocks
@@ -53,8 +53,8 @@ class Model(nn.Module):
         self.config = config
 
     @property
-    def contract(self) -> InputContract:
-        """How Hounsfield units become input."""
+    def contract(self) -> Intensity:
+        """How stored values become input."""
         return self.config.input_contract
 
     @property
@@ -77,9 +77,16 @@ class Model(nn.Module):
         """Number of blocks."""
         return self.backbone.depth
 
-    def preprocess(self, hu: Float[Tensor, "*batch h w"]) -> Float[Tensor, "*batch c h w"]:
-        """Turn Hounsfield units into model input by the input contract; see `meddino.data.model_input.normalise`."""
-        return normalise(hu, self.contract)
+    def preprocess(
+        self, stored: Float[Tensor, "*batch h w"], value_range: Float[Tensor, "*batch 2"] | None = None
+    ) -> Float[Tensor, "*batch c h w"]:
+        """Turn grey values into model input by the input contract; see `meddino.data.model_input.normalise`.
+
+        Args:
+            stored: Of a CT model Hounsfield units; of others values in [0, 1], or any with their range.
+            value_range: Values that become 0 and 1; see `meddino.data.model_input.value_range`.
+        """
+        return normalise(stored, self.contract, value_range)
 
     def forward_features(self, images: Float[Tensor, "batch c h w"]) -> BackboneOutput:
         """Return the normalised CLS, register and patch tokens.
@@ -107,7 +114,7 @@ class Model(nn.Module):
         return self.backbone.get_intermediate_layers(images, chosen, norm=norm)
 
 
-def load(source: str | Path, *, seed: int = 0, contract: InputContract | None = None) -> Model:
+def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None) -> Model:
     """Load a model for use: on the CPU, in float32, in evaluation mode.
 
     Args:
@@ -115,7 +122,7 @@ def load(source: str | Path, *, seed: int = 0, contract: InputContract | None = 
             `find_weights` reads (official, timm, transformers); or `random:<name>` with a backbone's name or a folder
             made by meddino-export, for the same architecture (and contract) with random weights.
         seed: Of random weights.
-        contract: For foreign weights, which come without one: how HU become input; by default MedDINOv3's.
+        contract: For foreign weights, which come without one: how stored values become input; by default MedDINOv3's.
 
     Raises:
         CheckpointError: If it is missing, damaged or does not fit; the message says what to do.
@@ -147,7 +154,7 @@ def load(source: str | Path, *, seed: int = 0, contract: InputContract | None = 
     config = _config_of(
         backbone.state_dict(),
         architecture,
-        contract or InputContract(),
+        contract or CTIntensity(),
         (),
         lineage,
         "backbone",
@@ -169,7 +176,7 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> Mod
 
 
 def random_model(
-    architecture: str | BackboneConfig, seed: int = 0, contract: InputContract | None = None, *, name: str | None = None
+    architecture: str | BackboneConfig, seed: int = 0, contract: Intensity | None = None, *, name: str | None = None
 ) -> Model:
     """Return a model with random weights, for comparison with a trained one.
 
@@ -188,7 +195,7 @@ def random_model(
     config = _config_of(
         backbone.state_dict(),
         architecture_record,
-        contract or InputContract(),
+        contract or CTIntensity(),
         (),
         Lineage(),
         "backbone",
@@ -200,7 +207,7 @@ def random_model(
 def _config_of(
     tensors: dict[str, Tensor],
     architecture: Architecture | TimmArchitecture,
-    contract: InputContract,
+    contract: Intensity,
     resolutions_px_seen: tuple[int, ...],
     lineage: Lineage,
     role: Role,

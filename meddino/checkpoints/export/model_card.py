@@ -1,17 +1,22 @@
 """MODEL_CARD.md: what a person needs to know before using the weights. Made from config.json's content alone."""
 
 from meddino.checkpoints.export.model_folder import OWN_LICENCE, Architecture, Lineage, ModelConfig, TimmArchitecture
+from meddino.data.intensity import GIVEN, Intensity, Modality
 
+_SHOWN: dict[Modality, str] = {"ct": "axial CT slices", "mr": "axial MR slices", "image": "medical pictures"}
+_TAGS: dict[Modality, str] = {"ct": "computed-tomography", "mr": "magnetic-resonance-imaging", "image": "medical-imaging"}
+_AXIAL = "Axial slices, rows from front to back, columns from the patient's right to left (LPS)"
 DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
 
 def model_card(config: ModelConfig) -> str:
     """Return the card as Markdown. Equal configs give equal text; there is no date in it."""
     kind = "vision transformer" if isinstance(config.architecture, Architecture) else "network"
+    contract = config.input_contract
     parts = [
-        _front_matter(config.lineage),
+        _front_matter(config.lineage, contract.modality),
         f"# MedDINO {config.architecture.name}",
-        f"A {kind} for axial CT slices ({config.weights.role}'s backbone), pretrained by self-supervision.",
+        f"A {kind} for {_SHOWN[contract.modality]} ({config.weights.role}'s backbone), pretrained by self-supervision.",
         "Research use; not a medical device. It was never tested for diagnosis.",
         _section(
             "Architecture",
@@ -29,17 +34,17 @@ def model_card(config: ModelConfig) -> str:
             "How it was made",
             [f"`{config.command}`", f"MedDINO {config.meddino_version}, format {config.format} {config.version}"],
         ),
-        _usage(),
+        _usage(contract),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(lineage: Lineage) -> str:
+def _front_matter(lineage: Lineage, modality: Modality) -> str:
     licence = "apache-2.0" if lineage.licence == OWN_LICENCE else "other"
     lines = ["---", f"license: {licence}"]
     if licence == "other":
         lines.append(f"license_name: {lineage.licence}")
-    return "\n".join([*lines, "tags: [computed-tomography, self-supervised-learning, vision-transformer]", "---"])
+    return "\n".join([*lines, f"tags: [{_TAGS[modality]}, self-supervised-learning, vision-transformer]", "---"])
 
 
 def _section(title: str, lines: list[str]) -> str:
@@ -68,10 +73,9 @@ def _input(config: ModelConfig) -> str:
     return _section(
         "Input contract",
         [
-            f"Hounsfield units, clipped to [{contract.hu_min:g}, {contract.hu_max:g}], minus {contract.mean:g}, "
-            f"over {contract.std:g}, repeated to {contract.channels} channels",
+            contract.in_words,
             f"{sides} in training [px]: {seen}",
-            "Axial slices, rows from front to back, columns from the patient's right to left (LPS)",
+            *([] if contract.modality == "image" else [_AXIAL]),
         ],
     )
 
@@ -113,13 +117,13 @@ def _metrics(config: ModelConfig) -> str:
     return _section("Figures", lines or ["none were given at export"])
 
 
-def _usage() -> str:
+def _usage(contract: Intensity) -> str:
     code = [
         "import meddino, torch",
         "",
         'model = meddino.load("this/folder")',
-        "hu = torch.zeros(1, 256, 256)                            # an axial slice in Hounsfield units",
-        "images = model.preprocess(hu)                            # [1, 3, 256, 256] by the input contract",
+        f"stored = torch.zeros(1, 256, 256)                        # {GIVEN[contract.modality]}",
+        f"images = model.preprocess(stored)                        # [1, {contract.channels}, 256, 256] by the input contract",
         "features = model.forward_features(images)                # .cls_token, .patch_tokens",
         "maps = model.get_intermediate_layers(images)             # four patch maps for dense tasks",
     ]

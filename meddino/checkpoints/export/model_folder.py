@@ -16,7 +16,7 @@ from meddino.checkpoints.state.training_state import MAX_META_BYTES
 from meddino.core.config import StrictConfig, check_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import sha256_file, write_json
-from meddino.data.contract import InputContract
+from meddino.data.intensity import Intensity
 from meddino.models.registry import BackboneConfig
 from meddino.models.timm_backbone import TimmConfig
 from meddino.models.vision_transformer import ViTConfig
@@ -138,7 +138,7 @@ class ModelConfig(StrictConfig):
     format: Annotated[Literal["meddino-model"], Field(description="says what this folder is")] = "meddino-model"
     version: Annotated[Literal[1], Field(description="of the format")] = 1
     architecture: Annotated[AnyArchitecture, Field(description="what to build")]
-    input_contract: Annotated[InputContract, Field(description="how HU become input")]
+    input_contract: Annotated[Intensity, Field(description="how stored values become input")]
     resolutions_px_seen: Annotated[tuple[int, ...], Field(description="sides of the global crops in training [px]")] = ()
     lineage: Annotated[Lineage, Field(description="where the weights come from")] = Lineage()
     weights: Annotated[WeightsRecord, Field(description="the weights file")]

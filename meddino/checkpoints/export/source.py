@@ -27,7 +27,7 @@ from meddino.checkpoints.state.training_state import (
 )
 from meddino.core.config import check_config
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import Intensity, read_intensity
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FROM_SCRATCH = "scratch"
@@ -49,7 +49,7 @@ class ExportSource:
     tensors: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
     architecture: Architecture | TimmArchitecture
-    contract: InputContract
+    contract: Intensity
     resolutions_px_seen: tuple[int, ...]
     lineage: Lineage
     role: Role
@@ -139,7 +139,7 @@ def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
         raise CheckpointError(f"{folder} holds no '{role}.backbone' weights; it was not written by meddino-pretrain")
     try:
         architecture = read_architecture(meta["backbone"], where=f"{folder}: backbone")
-        contract = check_config(InputContract, meta["input_contract"], where=f"{folder}: input_contract")
+        contract = read_intensity(meta["input_contract"], where=f"{folder}: input_contract")
         lineage = _lineage(checkpoint)
         resolutions = tuple(int(size) for size in meta["lineage"].get("resolutions_px_seen", ()))
     except KeyError as error:

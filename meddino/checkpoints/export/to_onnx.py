@@ -57,12 +57,12 @@ def export_onnx(folder: Path, model: Model, options: ForeignOptions) -> None:
     _write(folder / ONNX_FILE, graph, names, model)
     write_text(folder / "README.md", _readme(model, names))
     session = _session(folder / ONNX_FILE)
-    for hu in options.slices:
-        for images in (model.preprocess(hu), model.preprocess(hu[:1])):  # the batch size is free too
+    for stored in options.slices:
+        for images in (model.preprocess(stored), model.preprocess(stored[:1])):  # the batch size is free too
             found = [torch.from_numpy(np.asarray(value)) for value in session.run(names, {"images": images.numpy()})]
             with torch.no_grad():
                 expected = list(graph(images))
-            check_other_library(expected, found, "onnxruntime", f"outputs at {list(hu.shape[-2:])} px")
+            check_other_library(expected, found, "onnxruntime", f"outputs at {list(stored.shape[-2:])} px")
 
 
 def _write(path: Path, graph: _Graph, names: list[str], model: Model) -> None:
@@ -105,8 +105,7 @@ def _readme(model: Model, names: list[str]) -> str:
         "# For ONNX runtimes",
         "",
         f"Input `images`: float32 [batch, {contract.channels}, rows, columns], sides multiples of {model.patch_size}; from",
-        f"Hounsfield units: clip to [{contract.hu_min:g}, {contract.hu_max:g}], subtract {contract.mean:g}, divide by",
-        f"{contract.std:g}, repeat to {contract.channels} channels. Batch, rows and columns are free.",
+        f"{contract.in_words}. Batch, rows and columns are free.",
         "",
         f"Outputs: {', '.join(f'`{name}`' for name in names)};",
         f"tokens are [batch, tokens, {model.embed_dim}], maps [batch, {model.embed_dim}, h, w].",

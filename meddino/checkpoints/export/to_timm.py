@@ -14,6 +14,7 @@ from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.infer_architecture import RELEASED_NORM_EPS
 from meddino.checkpoints.weights.key_formats import to_timm
 from meddino.core.files import write_json, write_text
+from meddino.data.intensity import GIVEN
 from meddino.models.timm_backbone import TimmBackbone
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
@@ -60,8 +61,8 @@ def export_timm(folder: Path, model: Model, options: ForeignOptions) -> None:
         "pretrained_cfg": {
             "num_classes": 0,
             "input_size": [contract.channels, 256, 256],
-            "mean": [contract.mean] * contract.channels,
-            "std": [contract.std] * contract.channels,
+            "mean": list(contract.channel_mean),
+            "std": list(contract.channel_std),
             "license": model.lineage.licence,
         },
     }
@@ -69,13 +70,13 @@ def export_timm(folder: Path, model: Model, options: ForeignOptions) -> None:
     write_text(folder / "README.md", _readme(name, arguments, model, norm_eps))
     with quiet("timm"):
         loaded = load_timm(folder / WEIGHTS_FILE, name, arguments, norm_eps)
-    for hu in options.slices:
-        images = model.preprocess(hu)
+    for stored in options.slices:
+        images = model.preprocess(stored)
         with torch.no_grad():
             found = loaded.forward_features(images)  # type: ignore[operator]
             own = backbone.model.forward_features if isinstance(backbone, TimmBackbone) else partial(all_tokens, model)
             expected = own(images)  # type: ignore[operator]
-        check_other_library([expected], [found], "timm", f"tokens at {list(hu.shape[-2:])} px")
+        check_other_library([expected], [found], "timm", f"tokens at {list(stored.shape[-2:])} px")
 
 
 def timm_model(vit: ViTConfig, has_bias: bool) -> tuple[str, dict[str, Any]]:
@@ -142,10 +143,12 @@ def _readme(name: str, arguments: dict[str, Any], model: Model, norm_eps: float)
         "import functools, timm, torch",
         "",
         f"model = timm.create_model({', '.join(words)}).eval()",
-        f"images = (hu.clamp({contract.hu_min!r}, {contract.hu_max!r}) - {contract.mean!r}) / {contract.std!r}",
-        f"tokens = model.forward_features(images[:, None].repeat(1, {contract.channels}, 1, 1)){told}",
+        f"mean = torch.tensor({list(contract.channel_mean)}).view(-1, 1, 1)",
+        f"std = torch.tensor({list(contract.channel_std)}).view(-1, 1, 1)",
+        f"images = (stored.clamp{contract.shown_range}[:, None].repeat(1, {contract.channels}, 1, 1) - mean) / std",
+        f"tokens = model.forward_features(images){told}",
         "```",
         "",
-        "`hu` is [batch, rows, columns] in Hounsfield units. Licence and lineage: ../MODEL_CARD.md.",
+        f"`stored` is [batch, rows, columns]: {GIVEN[contract.modality]}. Licence and lineage: ../MODEL_CARD.md.",
     ]
     return "\n".join(lines) + "\n"

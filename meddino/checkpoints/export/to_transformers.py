@@ -16,6 +16,7 @@ from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.key_formats import to_transformers
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_json, write_text
+from meddino.data.intensity import GIVEN
 from meddino.layers.feed_forward import SWIGLU_MULTIPLES
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
@@ -87,17 +88,17 @@ def transformers_config(vit: ViTConfig) -> dict[str, Any]:
 def _processor_config(model: Model) -> dict[str, Any]:
     contract = model.contract
     return {
-        # Found without running code from the folder: normalises HU that are clipped and repeated already.
+        # Found without running code from the folder: normalises values that are clipped and repeated already.
         "image_processor_type": "ViTImageProcessor",
         "do_resize": False,
         "do_rescale": False,
         "do_normalize": True,
-        "image_mean": [contract.mean] * contract.channels,
-        "image_std": [contract.std] * contract.channels,
-        # With trust_remote_code=True: the whole contract, from raw HU.
+        "image_mean": list(contract.channel_mean),
+        "image_std": list(contract.channel_std),
+        # With trust_remote_code=True: the whole contract, from stored values.
         "auto_map": {"AutoImageProcessor": f"{PROCESSOR_MODULE}.{PROCESSOR_CLASS}"},
-        "hu_min": contract.hu_min,
-        "hu_max": contract.hu_max,
+        "modality": contract.modality,
+        "shown_range": list(contract.shown_range),
         "channels": contract.channels,
     }
 
@@ -113,11 +114,11 @@ def _check(folder: Path, model: Model, options: ForeignOptions) -> None:
     plain = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     whole = _own_processor(folder)
     contract = model.contract
-    for hu in options.slices:
-        size = f"{list(hu.shape[-2:])} px"
-        images = model.preprocess(hu)
-        clipped = hu.clamp(contract.hu_min, contract.hu_max)[:, None].repeat(1, contract.channels, 1, 1)
-        for processor, given in ((plain, clipped), (whole, hu)):
+    for stored in options.slices:
+        size = f"{list(stored.shape[-2:])} px"
+        images = model.preprocess(stored)
+        clipped = stored.clamp(*contract.shown_range)[:, None].repeat(1, contract.channels, 1, 1)
+        for processor, given in ((plain, clipped), (whole, stored)):
             pixels = processor(list(given.numpy()), return_tensors="pt")["pixel_values"]
             check_other_library([images], [pixels], "transformers", f"preprocessed images at {size}")
         with torch.no_grad():
@@ -164,12 +165,13 @@ def _readme(model: Model) -> str:
         "",
         'model = AutoModel.from_pretrained("this/folder")',
         'processor = AutoImageProcessor.from_pretrained("this/folder", trust_remote_code=True)',
-        'pixels = processor([hu], return_tensors="pt")["pixel_values"]    # hu: [rows, columns] in Hounsfield units',
+        'pixels = processor([stored], return_tensors="pt")["pixel_values"]',
         "tokens = model(pixel_values=pixels).last_hidden_state            # CLS, registers, patches",
         "```",
         "",
-        f"Without `trust_remote_code` the processor is transformers' own and only normalises: clip HU to [{contract.hu_min:g}, "
-        f"{contract.hu_max:g}] and repeat them to [{contract.channels}, rows, columns] yourself. The code that",
+        f"`stored` is [rows, columns]: {GIVEN[contract.modality]}.",
+        "Without `trust_remote_code` the processor is transformers' own and only normalises: clip to "
+        f"{list(contract.shown_range)} and repeat to [{contract.channels}, rows, columns] yourself. The code that",
         f"`trust_remote_code` runs is `{PROCESSOR_MODULE}.py` here, some twenty lines. Licence and lineage: ../MODEL_CARD.md.",
     ]
     return "\n".join(lines) + "\n"

@@ -93,7 +93,7 @@ def export_model(
     with atomic_directory(out) as partial:
         config = _write_own(partial, found, heads, {**found.metrics, **(metrics or {})}, command)
         expected = assemble(config, found.tensors, where=str(source))
-        slices = check_slices(expected.patch_size, corpus)
+        slices = check_slices(expected.patch_size, corpus, expected.contract.modality)
         _check_own(partial, expected, slices)
         options = ForeignOptions(slices, DTYPES[dtype], tuple(onnx_layers))
         for name in formats:
@@ -120,12 +120,12 @@ def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str
 
 def _check_own(folder: Path, expected: Model, slices: Sequence[Tensor]) -> None:
     loaded = load(folder)
-    for hu in slices:
-        difference = largest_difference(outputs(expected, hu), outputs(loaded, hu))
+    for stored in slices:
+        difference = largest_difference(outputs(expected, stored), outputs(loaded, stored))
         if difference != 0:
             raise CheckpointError(
                 f"the export does not compute what its source does: outputs differ by {difference:.2e} at "
-                f"{list(hu.shape[-2:])} px; nothing was written, run the command again and check the disk if it repeats"
+                f"{list(stored.shape[-2:])} px; nothing was written, run the command again and check the disk if it repeats"
             )
 
 

@@ -17,13 +17,14 @@ from meddino.core.command import command_parser, run_command
 from meddino.core.config import check_config
 from meddino.core.device import Machine, find_machine
 from meddino.core.errors import ConfigError
-from meddino.data.contract import InputContract
 from meddino.data.corpus import Corpus
+from meddino.data.intensity import CTIntensity, Modality
 from meddino.data.remote import corpus_location
 from meddino.data.sample import decode_slice, encode_slice
 from meddino_pretrain.data.batches import to_model_input
-from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
+from meddino_pretrain.data.config import CropsConfig, LoaderConfig
 from meddino_pretrain.data.crops import GLOBAL_CROPS
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.data.loader import SampleMaker, SliceSource, build_loader
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
@@ -61,6 +62,13 @@ class SyntheticSlices:
         """Return the key of a slice."""
         return f"synthetic-{index:04d}"
 
+    def modality(self, index: int) -> Modality:
+        """Return what a slice's values mean."""
+        return "ct"
+
+    def value_range(self, index: int) -> None:
+        """Return no range: CT's unit says it."""
+
     def read(self, index: int) -> NDArray[np.int16]:
         """Decode a slice."""
         return decode_slice(self._stored[index], "blosc2", self.side_px, self.side_px, self.key(index))
@@ -89,13 +97,12 @@ def bench_loader(
         For one core: slices decoded a second, decoded and cropped, and taken through the intensity work on the device;
         and slices a second that the loader delivers with its workers. Beside them what was measured.
     """
-    contract, machine = InputContract(), find_machine()
+    intensities, machine = Intensities((CTIntensity(),)), find_machine()
     loader = build_loader(
         corpus,
         crops,
         MaskingConfig(),
-        AugmentConfig(),
-        contract,
+        intensities,
         LoaderConfig(workers=workers),
         patch_size=patch_size,
         seed=0,
@@ -104,7 +111,7 @@ def bench_loader(
         last_step=max(2, steps),
         pin_memory=machine.is_accelerator,
     )
-    decode_s, crop_s, device_s = _seconds_on_one_core(loader.maker, steps, machine, contract)
+    decode_s, crop_s, device_s = _seconds_on_one_core(loader.maker, steps, machine)
     waits = [batch_read.data_wait_s for batch_read in loader]
     return {
         "slices_per_s_decode": round(batch / decode_s, 1),
@@ -161,9 +168,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def _seconds_on_one_core(
-    maker: SampleMaker, steps: int, machine: Machine, contract: InputContract
-) -> tuple[float, float, float]:
+def _seconds_on_one_core(maker: SampleMaker, steps: int, machine: Machine) -> tuple[float, float, float]:
     """Return the seconds for a batch: decoded; decoded and cropped; taken through the intensity work on the device."""
     maker.corpus.read(0)  # the first read opens files and warms the codec up
     threads = torch.get_num_threads()
@@ -174,7 +179,7 @@ def _seconds_on_one_core(
         raw = maker.make(0, 0)
 
         def on_device(step: int) -> None:
-            to_model_input(raw, machine, contract)
+            to_model_input(raw, machine, maker.intensities)
             machine.synchronize()
 
         return decode_s, crop_s, _fastest(on_device, steps)

@@ -1,107 +1,76 @@
-"""CT augmentations: spatial ones once on the slice before it is cropped, point-wise ones batched on the device."""
+"""Point-wise changes of each modality, drawn on the host and applied to batches on the device.
 
-import math
+Each modality has a function that draws and one that applies: CT random windows in Hounsfield units, MR bias fields and gamma,
+pictures brightness, contrast and colour. What is drawn is a row of numbers a view, which `meddino_pretrain.data.intensities`
+carries along.
+"""
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int16
+from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meddino.core.seeds import numpy_rng
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise, stretch_window
-from meddino_pretrain.data.config import AugmentConfig
+from meddino_pretrain.data.config import CTAugment, ImageAugment, MRAugment
+from meddino_pretrain.data.distortions import between
 
-INTENSITY_COLUMNS = 4  # window's lower end [HU], its upper end [HU], gamma, scale
+CT_COLUMNS = 4  # window's lower end [HU], its upper end [HU], gamma, scale
+MR_COLUMNS = 6  # gamma, the bias field's coefficients of x, y, xx, xy, yy
+IMAGE_COLUMNS = 4  # factors of brightness, contrast and saturation, turn of the hue [turns]
 
-
-def distort_slice(hu: NDArray[np.int16], config: AugmentConfig, seed: int, number: int) -> NDArray[np.int16]:
-    """Apply low resolution, smoothing and noise to a slice, each by chance.
-
-    Args:
-        hu: int16 [rows, cols] in Hounsfield units; never changed in place.
-        config: Chances and strengths.
-        seed: The stage's seed.
-        number: Global sample number.
-
-    Returns:
-        `hu` itself if chance spared it, else a new int16 array of the same shape.
-    """
-    rng = numpy_rng(seed, "distort", number)
-    chances, strengths = rng.random(3), rng.random(3)
-    noisy, smooth, coarse = chances < (
-        config.noise_probability,
-        config.smoothing_probability,
-        config.low_resolution_probability,
-    )
-    if not (noisy or smooth or coarse):
-        return hu
-    image = torch.from_numpy(hu.astype(np.float32))
-    if coarse:
-        image = _coarsen(image, _between(config.low_resolution_zoom, strengths[2]))
-    if smooth:
-        image = _smooth(image, _between(config.smoothing_sigma_px, strengths[1]))
-    if noisy:
-        noise = torch.from_numpy(rng.standard_normal(hu.shape, dtype=np.float32))
-        image = image.add(noise, alpha=_between(config.noise_sd_hu, strengths[0]))
-    limits = torch.iinfo(torch.int16)
-    distorted: NDArray[np.int16] = image.round_().clamp_(limits.min, limits.max).to(torch.int16).numpy()
-    return distorted
+# RGB <-> brightness and two axes of colour; a turn about the first is a change of hue (NTSC's YIQ).
+_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
-def draw_intensity(config: AugmentConfig, contract: InputContract, seed: int, number: int, crops: int) -> NDArray[np.float32]:
-    """Draw what happens to the intensities of each crop of a sample.
+def draw_ct(config: CTAugment, contract: CTIntensity, rng: np.random.Generator, views: int) -> NDArray[np.float32]:
+    """Draw windows, gamma and scale.
 
     Args:
         config: Chances and ranges.
         contract: Gives the window that is no random one.
-        seed: The stage's seed.
-        number: Global sample number.
-        crops: Crops of the sample; row c is the same whatever their number.
+        rng: The sample's own.
+        views: Of the sample; row v is the same whatever their number.
 
     Returns:
-        float32 [crops, 4]: lower and upper end of the HU window, gamma, scale (1 where chance spares the sample).
+        [views, 4]: lower and upper end of the window [HU], gamma, scale (1 where chance spares the sample).
     """
-    draws = numpy_rng(seed, "intensity", number).random((crops + 1, 4))
+    draws = rng.random((views + 1, 4))
     gamma_chance, gamma_place, scale_chance, scale_place = draws[0]
     rows = draws[1:]
     contract_chance, level_place, width_place = (
-        np.broadcast_to(column if config.window_per == "crop" else column[:1], (crops,)) for column in rows.T[:3]
+        np.broadcast_to(column if config.window_per == "crop" else column[:1], (views,)) for column in rows.T[:3]
     )
     low, high = np.log(config.window_width_hu)
     width = np.exp(low + width_place * (high - low))
     level = config.window_level_hu[0] + level_place * (config.window_level_hu[1] - config.window_level_hu[0])
     own = contract_chance < config.window_contract_probability
-    result = np.empty((crops, INTENSITY_COLUMNS), dtype=np.float32)
+    result = np.empty((views, CT_COLUMNS), dtype=np.float32)
     result[:, 0] = np.where(own, contract.hu_min, level - width / 2)
     result[:, 1] = np.where(own, contract.hu_max, level + width / 2)
-    result[:, 2] = _between(config.gamma_range, gamma_place) if gamma_chance < config.gamma_probability else 1.0
-    result[:, 3] = _between(config.scale_range, scale_place) if scale_chance < config.scale_probability else 1.0
+    result[:, 2] = between(config.gamma_range, gamma_place) if gamma_chance < config.gamma_probability else 1.0
+    result[:, 3] = between(config.scale_range, scale_place) if scale_chance < config.scale_probability else 1.0
     return result
 
 
-def apply_intensity(
-    hu: Int16[Tensor, "b h w"] | Float[Tensor, "b h w"],
-    intensity: Float[Tensor, "b 4"],
-    contract: InputContract,
-    undistorted: bool = False,
+def apply_ct(
+    stored: Shaped[Tensor, "b h w"], rows: Float[Tensor, "b 4"], contract: CTIntensity, undistorted: bool = False
 ) -> Float[Tensor, "b c h w"]:
-    """Turn a batch of crops into model input: window, gamma, scale, then the contract's normalisation.
+    """Turn a batch of views into model input: window, gamma, scale, then the contract's normalisation.
 
     Args:
-        hu: Hounsfield units.
-        intensity: From `draw_intensity`, one row an image; on the host.
+        stored: Hounsfield units.
+        rows: From `draw_ct`, on the host.
         contract: Normalisation and channels.
         undistorted: Keep the window but leave gamma and scale away: what the Gram teacher sees.
     """
     # Which images chance struck is known on the host: no pass over the others, and nothing waits for the device.
-    curved = [] if undistorted else torch.nonzero(intensity[:, 2] != 1).flatten().tolist()
-    scaled = [] if undistorted else torch.nonzero(intensity[:, 3] != 1).flatten().tolist()
-    intensity = intensity.to(hu.device, non_blocking=True)
-    lower, upper, gamma, scale = intensity.unbind(1)
-    images = stretch_window(hu.float(), lower, upper, contract)
+    curved = [] if undistorted else torch.nonzero(rows[:, 2] != 1).flatten().tolist()
+    scaled = [] if undistorted else torch.nonzero(rows[:, 3] != 1).flatten().tolist()
+    rows = rows.to(stored.device, non_blocking=True)
+    lower, upper, gamma, scale = rows.unbind(1)
+    images = stretch_window(stored.float(), lower, upper, contract)
     span = contract.hu_max - contract.hu_min
     for i in curved:
         images[i] = ((images[i] - contract.hu_min) / span).pow_(gamma[i]) * span + contract.hu_min
@@ -110,28 +79,87 @@ def apply_intensity(
     return normalise(images, contract)
 
 
-def _between(limits: tuple[float, float], place: float) -> float:
-    return float(limits[0] + place * (limits[1] - limits[0]))
+def draw_mr(config: MRAugment, rng: np.random.Generator, views: int) -> NDArray[np.float32]:
+    """Draw a gamma curve and a bias field for each view.
+
+    Args:
+        config: Chances and ranges.
+        rng: The sample's own.
+        views: Of the sample; row v is the same whatever their number.
+
+    Returns:
+        [views, 6]: gamma (1: none), then the field's coefficients (0: none).
+    """
+    draws = rng.random((views, MR_COLUMNS + 2))
+    low, high = np.log(config.gamma_range)
+    gamma = np.exp(low + draws[:, 2] * (high - low))
+    field = (2 * draws[:, 3:] - 1) * config.bias_field_strength
+    result = np.empty((views, MR_COLUMNS), dtype=np.float32)
+    result[:, 0] = np.where(draws[:, 0] < config.gamma_probability, gamma, 1.0)
+    result[:, 1:] = np.where(draws[:, 1:2] < config.bias_field_probability, field, 0.0)
+    return result
 
 
-def _coarsen(image: Float[Tensor, "h w"], zoom: float) -> Float[Tensor, "h w"]:
-    small = tuple(max(1, round(side * zoom)) for side in image.shape)
-    shrunk = F.interpolate(image[None, None], size=small, mode="bilinear", align_corners=False, antialias=True)
-    # Antialiasing changes nothing where an image grows, but that kernel of torch's is twice as fast.
-    return F.interpolate(shrunk, size=image.shape, mode="bicubic", align_corners=False, antialias=True)[0, 0]
+def change_mr(unit: Float[Tensor, "b 1 h w"], rows: Float[Tensor, "b 6"]) -> Float[Tensor, "b 1 h w"]:
+    """Apply gamma and a bias field to values in [0, 1].
+
+    Args:
+        unit: Of each view; 0 and 1 are its volume's percentiles.
+        rows: From `draw_mr`, on the host.
+
+    Source: the bias field is the exponential of a polynomial over the image (van Leemput et al. 1999, as in TorchIO, there of
+    third order); here of second order over each view, and divided by its mean, so that it is no change of brightness.
+    """
+    rows = rows.to(unit.device, non_blocking=True)
+    y = torch.linspace(-1, 1, unit.shape[-2], device=unit.device)[:, None].expand(unit.shape[-2:])
+    x = torch.linspace(-1, 1, unit.shape[-1], device=unit.device)[None].expand(unit.shape[-2:])
+    field = torch.einsum("bk,khw->bhw", rows[:, 1:], torch.stack([x, y, x * x, x * y, y * y])).exp_()[:, None]
+    field = field / field.mean((-2, -1), keepdim=True)
+    return (unit.pow(rows[:, 0].view(-1, 1, 1, 1)) * field).clamp_(0, 1)
 
 
-def _smooth(image: Float[Tensor, "h w"], sigma_px: float) -> Float[Tensor, "h w"]:
-    # Shifted sums: for kernels this short ten times as fast as SciPy's filter and six times as fast as a convolution.
-    radius = int(4 * sigma_px + 0.5)
-    weights = [math.exp(-0.5 * (offset / sigma_px) ** 2) for offset in range(radius + 1)]
-    total = weights[0] + 2 * sum(weights[1:])
-    for dim in (0, 1):
-        padding = (0, 0, radius, radius) if dim == 0 else (radius, radius, 0, 0)
-        padded = F.pad(image[None, None], padding, mode="replicate")[0, 0]
-        size = image.shape[dim]
-        image = padded.narrow(dim, radius, size) * (weights[0] / total)
-        for offset in range(1, radius + 1):
-            pair = padded.narrow(dim, radius - offset, size) + padded.narrow(dim, radius + offset, size)
-            image.add_(pair, alpha=weights[offset] / total)
-    return image
+def draw_image(config: ImageAugment, rng: np.random.Generator, views: int) -> NDArray[np.float32]:
+    """Draw changes of brightness, contrast and colour for each view.
+
+    Args:
+        config: Chances and ranges.
+        rng: The sample's own.
+        views: Of the sample; row v is the same whatever their number.
+
+    Returns:
+        [views, 4]: factors of brightness, contrast and saturation (1: none), turn of the hue [turns] (0: none).
+    """
+    draws = rng.random((views, IMAGE_COLUMNS + 1))
+    spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
+    change = (2 * draws[:, 1:] - 1) * spread
+    result = np.where(draws[:, :1] < config.jitter_probability, change, 0.0)
+    result[:, :3] += 1
+    return result.astype(np.float32)
+
+
+def change_image(unit: Float[Tensor, "b c h w"], rows: Float[Tensor, "b 4"]) -> Float[Tensor, "b c h w"]:
+    """Apply brightness, contrast and colour to values in [0, 1].
+
+    Args:
+        unit: Grey (1 channel), or RGB.
+        rows: From `draw_image`, on the host.
+
+    Source: the colour jitter of SimCLR and DINO as in torchvision, in this order: brightness, contrast about the mean of the
+    grey image, saturation and hue. Difference: hue is turned in YIQ, one matrix a view, not in HSV.
+    """
+    brightness, contrast, saturation, hue = rows.to(unit.device, non_blocking=True).view(-1, IMAGE_COLUMNS, 1, 1, 1).unbind(1)
+    images = (unit * brightness).clamp_(0, 1)
+    if unit.shape[1] == 1:
+        mean = images.mean((-3, -2, -1), keepdim=True)
+        return ((images - mean) * contrast + mean).clamp_(0, 1)
+    to_yiq = torch.tensor(_YIQ, device=unit.device)
+    yiq = torch.einsum("kc,bchw->bkhw", to_yiq, images)
+    mean = yiq[:, :1].mean((-2, -1), keepdim=True)
+    # Brightness about its mean; colours by the same factor, and turned.
+    luma = (yiq[:, :1] - mean) * contrast + mean
+    angle = 2 * torch.pi * hue[:, 0]
+    colour = yiq[:, 1:] * contrast * saturation
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([cos * colour[:, 0] - sin * colour[:, 1], sin * colour[:, 0] + cos * colour[:, 1]], dim=1)
+    rgb = torch.einsum("ck,bkhw->bchw", torch.linalg.inv(to_yiq), torch.cat([luma, turned], dim=1))
+    return rgb.clamp_(0, 1)

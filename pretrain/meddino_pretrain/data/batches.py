@@ -3,18 +3,17 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from jaxtyping import Bool, Float, Int16, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from meddino.core.device import Machine
-from meddino.data.contract import InputContract
-from meddino_pretrain.data.augmentations import apply_intensity
 from meddino_pretrain.data.config import CropSizes
+from meddino_pretrain.data.intensities import Intensities
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """One micro-batch of one rank as the workers make it: int16 Hounsfield units on the host.
+    """One micro-batch of one rank as the workers make it: stored values on the host, of CT int16.
 
     Crop-major everywhere: row `crop * batch + sample`.
 
@@ -22,11 +21,11 @@ class RawBatch:
         step: Optimizer step.
         micro_step: Number of the micro-batch within the step.
         sizes: The step's crop sizes.
-        global_hu: [2 B, H, W].
-        local_hu: [L B, h, w].
-        gram_hu: [2 B, H', W'] cut from the undistorted slices by the global crops' boxes, or None.
-        global_intensity: [2 B, 4]; see `draw_intensity`.
-        local_intensity: [L B, 4].
+        global_stored: [2 B, H, W], or with 3 channels where pictures may have colour.
+        local_stored: [L B, h, w].
+        gram_stored: [2 B, H', W'] cut from the undistorted slices by the global crops' boxes, or None.
+        global_intensity: [2 B, columns]; see `Intensities.draw`.
+        local_intensity: [L B, columns].
         masks: [2 B, N].
         mask_indices: [M] places of the masked patches in the flattened masks.
         mask_weights: [M] 1 / (masked patches in the same crop).
@@ -38,11 +37,11 @@ class RawBatch:
     step: int
     micro_step: int
     sizes: CropSizes
-    global_hu: Int16[Tensor, "gb h w"]
-    local_hu: Int16[Tensor, "lb h2 w2"]
-    gram_hu: Int16[Tensor, "gb h3 w3"] | None
-    global_intensity: Float[Tensor, "gb 4"]
-    local_intensity: Float[Tensor, "lb 4"]
+    global_stored: Shaped[Tensor, "gb *c h w"]
+    local_stored: Shaped[Tensor, "lb *c h2 w2"]
+    gram_stored: Shaped[Tensor, "gb *c h3 w3"] | None
+    global_intensity: Float[Tensor, "gb columns"]
+    local_intensity: Float[Tensor, "lb columns"]
     masks: Bool[Tensor, "gb n"]
     mask_indices: Int64[Tensor, " m"]
     mask_weights: Float[Tensor, " m"]
@@ -89,23 +88,23 @@ class Batch:
     damaged: list[tuple[str, str]] = field(default_factory=list)
 
 
-def to_model_input(raw: RawBatch, machine: Machine, contract: InputContract) -> Batch:
+def to_model_input(raw: RawBatch, machine: Machine, intensities: Intensities) -> Batch:
     """Move a raw batch to the device and do its point-wise intensity work there, whole batches at a time."""
 
     def there(tensor: Tensor) -> Tensor:
         return tensor.to(machine.device, non_blocking=True)
 
-    def images(hu: Tensor, intensity: Tensor, undistorted: bool = False) -> Tensor:
-        return apply_intensity(there(hu), intensity, contract, undistorted).to(machine.weight_dtype)
+    def images(stored: Tensor, rows: Tensor, undistorted: bool = False) -> Tensor:
+        return intensities.apply(there(stored), rows, undistorted).to(machine.weight_dtype)
 
     gram = None
-    if raw.gram_hu is not None:
-        gram = images(raw.gram_hu, raw.global_intensity, undistorted=True)
+    if raw.gram_stored is not None:
+        gram = images(raw.gram_stored, raw.global_intensity, undistorted=True)
     return Batch(
         step=raw.step,
         micro_step=raw.micro_step,
-        global_crops=images(raw.global_hu, raw.global_intensity),
-        local_crops=images(raw.local_hu, raw.local_intensity),
+        global_crops=images(raw.global_stored, raw.global_intensity),
+        local_crops=images(raw.local_stored, raw.local_intensity),
         gram_teacher_crops=gram,
         masks=there(raw.masks),
         mask_indices=there(raw.mask_indices),

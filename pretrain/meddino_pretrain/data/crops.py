@@ -1,13 +1,13 @@
-"""Multi-crop for CT: boxes drawn as a pure function of the sample, cut from int16, resized without PIL."""
+"""Multi-crop: boxes drawn as a pure function of the sample, cut from stored values, resized without PIL."""
 
 from bisect import bisect_right
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int16
+from jaxtyping import Float, Int16
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -92,24 +92,28 @@ def _draw_box(
     return (rows - height) // 2, (cols - width) // 2, height, width
 
 
-def cut_crop(hu: NDArray[np.int16], box: CropBox, size_px: int) -> Int16[Tensor, "h w"]:
+def cut_crop(stored: NDArray[Any], box: CropBox, size_px: int) -> Int16[Tensor, "h w"] | Float[Tensor, "*c h w"]:
     """Cut a box out of a slice and resize it to a square: bicubic, with antialiasing where it shrinks.
 
     Args:
-        hu: int16 [rows, cols] in Hounsfield units.
+        stored: [rows, cols], or [rows, cols, 3] of a colour picture.
         box: Where to cut.
         size_px: Side of the crop.
 
     Returns:
-        int16 [size_px, size_px] in Hounsfield units, never outside the box's own range: bicubic overshoot at an edge
-        would be darker than any air.
+        [size_px, size_px], of colour [3, size_px, size_px]: int16 where int16 is stored, else float32. Never outside the box's
+        own range: bicubic overshoot at an edge would be darker than any air.
     """
     top, left, height, width, flipped = box
-    cut = hu[top : top + height, left : left + width]
-    image = torch.from_numpy(cut.astype(np.float32))[None, None]
+    cut = stored[top : top + height, left : left + width]
+    whole = cut.dtype == np.int16
+    image = torch.from_numpy(cut.astype(np.float32))[None]
+    image = image[None] if image.ndim == 3 else image.permute(0, 3, 1, 2)
     if (height, width) != (size_px, size_px):
         image = F.interpolate(image, size=(size_px, size_px), mode="bicubic", align_corners=False, antialias=True)
-        image = image.clamp_(int(cut.min()), int(cut.max())).round_()
+        image = image.clamp_(float(cut.min()), float(cut.max()))
+        image = image.round_() if whole else image
     if flipped:
         image = image.flip(-1)
-    return image[0, 0].to(torch.int16)
+    crop = image[0, 0] if cut.ndim == 2 else image[0]
+    return crop.to(torch.int16) if whole else crop

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meddino.core.errors import ShardError
-from meddino.data.contract import InputContract
-from meddino_pretrain.data.augmentations import distort_slice, draw_intensity
+from meddino.data.intensity import Modality
 from meddino_pretrain.data.batches import RawBatch
-from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
+from meddino_pretrain.data.config import CropsConfig, LoaderConfig
 from meddino_pretrain.data.crops import GLOBAL_CROPS, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.intensities import COLUMNS, Intensities, StoredSlice
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 from meddino_pretrain.methods.dinov3.masking import masks_for_crops
@@ -55,8 +55,16 @@ class SliceSource(Protocol):
         """Return the key of a slice."""
         ...
 
-    def read(self, index: int) -> NDArray[np.int16]:
-        """Return a slice, int16 [rows, cols] in Hounsfield units; ShardError if it is damaged."""
+    def modality(self, index: int) -> Modality:
+        """Return what a slice's values mean."""
+        ...
+
+    def value_range(self, index: int) -> tuple[float, float] | None:
+        """Return the values that become 0 and 1; None for CT."""
+        ...
+
+    def read(self, index: int) -> NDArray[Any]:
+        """Return a slice's stored values [rows, cols] or [rows, cols, 3]; ShardError if it is damaged."""
         ...
 
 
@@ -68,8 +76,7 @@ class SampleMaker:
         corpus: Where slices are read.
         crops: How they are cropped.
         masking: How global crops are masked.
-        augment: How intensities change.
-        contract: The model's input contract.
+        intensities: How they become model input.
         patch_size: Side of a patch [px].
         order: Which slice comes when.
         share: Which places of a step are this rank's.
@@ -78,8 +85,7 @@ class SampleMaker:
     corpus: SliceSource
     crops: CropsConfig
     masking: MaskingConfig
-    augment: AugmentConfig
-    contract: InputContract
+    intensities: Intensities
     patch_size: int
     order: SampleOrder
     share: BatchShare
@@ -93,29 +99,29 @@ class SampleMaker:
         seed, sizes = self.order.seed, crop_sizes_for_step(self.crops, self.order.seed, step)
         places = self.share.places(micro_step)
         batch, num_local = len(places), self.crops.num_local
-        global_hu = torch.empty(GLOBAL_CROPS, batch, sizes.global_px, sizes.global_px, dtype=torch.int16)
-        local_hu = torch.empty(num_local, batch, sizes.local_px, sizes.local_px, dtype=torch.int16)
-        gram_hu = None
-        if sizes.gram_px is not None:
-            gram_hu = torch.empty(GLOBAL_CROPS, batch, sizes.gram_px, sizes.gram_px, dtype=torch.int16)
-        intensity = np.empty((GLOBAL_CROPS + num_local, batch, 4), dtype=np.float32)
+        global_stored = self.intensities.empty(GLOBAL_CROPS, batch, sizes.global_px)
+        local_stored = self.intensities.empty(num_local, batch, sizes.local_px)
+        gram_stored = None if sizes.gram_px is None else self.intensities.empty(GLOBAL_CROPS, batch, sizes.gram_px)
+        intensity = np.empty((GLOBAL_CROPS + num_local, batch, COLUMNS), dtype=np.float32)
+        on_host = self.intensities.on_host
         keys: list[str] = []
         damaged: list[tuple[str, str]] = []
         for i, number in enumerate(self.order.numbers(step, places)):
-            index, hu, complaints = self._read(number)
+            index, values, complaints = self._read(number)
             keys.append(self.corpus.key(index))
             damaged += [(self.corpus.key(bad), wrong) for bad, wrong in complaints.items()]
             y_mm, x_mm = self.corpus.spacing_mm[index].tolist()
-            boxes = draw_boxes(self.crops, seed, number, hu.shape, (y_mm, x_mm))
-            distorted = distort_slice(hu, self.augment, seed, number)
+            stored = StoredSlice(values, self.corpus.modality(index), self.corpus.value_range(index))
+            boxes = draw_boxes(self.crops, seed, number, values.shape[:2], (y_mm, x_mm))
+            distorted = self.intensities.distort(stored, seed, number)
             for crop, box in enumerate(boxes):
                 if crop >= GLOBAL_CROPS:
-                    local_hu[crop - GLOBAL_CROPS, i] = cut_crop(distorted, box, sizes.local_px)
+                    local_stored[crop - GLOBAL_CROPS, i] = on_host(cut_crop(distorted, box, sizes.local_px))
                     continue
-                global_hu[crop, i] = cut_crop(distorted, box, sizes.global_px)
-                if gram_hu is not None and sizes.gram_px is not None:
-                    gram_hu[crop, i] = cut_crop(hu, box, sizes.gram_px)
-            intensity[:, i] = draw_intensity(self.augment, self.contract, seed, number, len(boxes))
+                global_stored[crop, i] = on_host(cut_crop(distorted, box, sizes.global_px))
+                if gram_stored is not None and sizes.gram_px is not None:
+                    gram_stored[crop, i] = on_host(cut_crop(values, box, sizes.gram_px))
+            intensity[:, i] = self.intensities.draw(stored, seed, number, len(boxes))
         side = sizes.global_px // self.patch_size
         masks = masks_for_crops(self.masking, seed, step, self.order.global_batch, places, (side, side), GLOBAL_CROPS)
         indices, weights = _mask_places(masks)
@@ -123,9 +129,9 @@ class SampleMaker:
             step=step,
             micro_step=micro_step,
             sizes=sizes,
-            global_hu=global_hu.flatten(0, 1),
-            local_hu=local_hu.flatten(0, 1),
-            gram_hu=None if gram_hu is None else gram_hu.flatten(0, 1),
+            global_stored=global_stored.flatten(0, 1),
+            local_stored=local_stored.flatten(0, 1),
+            gram_stored=None if gram_stored is None else gram_stored.flatten(0, 1),
             global_intensity=torch.from_numpy(intensity[:GLOBAL_CROPS]).flatten(0, 1),
             local_intensity=torch.from_numpy(intensity[GLOBAL_CROPS:]).flatten(0, 1),
             masks=torch.from_numpy(masks),
@@ -135,7 +141,7 @@ class SampleMaker:
             damaged=damaged,
         )
 
-    def _read(self, number: int) -> tuple[int, NDArray[np.int16], dict[int, str]]:
+    def _read(self, number: int) -> tuple[int, NDArray[Any], dict[int, str]]:
         complaints: dict[int, str] = {}
         for index in itertools.chain([self.order.slice_of(number)], self.order.stand_ins(number)):
             if index in complaints:
@@ -272,8 +278,7 @@ def build_loader(
     corpus: SliceSource,
     crops: CropsConfig,
     masking: MaskingConfig,
-    augment: AugmentConfig,
-    contract: InputContract,
+    intensities: Intensities,
     loader: LoaderConfig,
     *,
     patch_size: int,
@@ -292,8 +297,7 @@ def build_loader(
         corpus: Where slices are read.
         crops: How they are cropped.
         masking: How global crops are masked.
-        augment: How intensities change.
-        contract: The model's input contract.
+        intensities: How they become model input.
         loader: Workers, prefetch.
         patch_size: Side of a patch [px].
         seed: The stage's seed; another stage takes another, or it sees the same slices in the same order.
@@ -313,8 +317,7 @@ def build_loader(
         corpus=corpus,
         crops=crops,
         masking=masking,
-        augment=augment,
-        contract=contract,
+        intensities=intensities,
         patch_size=patch_size,
         order=SampleOrder(seed, len(corpus), global_batch),
         share=BatchShare(global_batch, rank, world_size, accumulation),

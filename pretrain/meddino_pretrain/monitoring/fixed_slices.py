@@ -1,25 +1,24 @@
 """A fixed set of slices on which a run is looked at again and again, each in two views."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.errors import ShardError
 from meddino.core.logging import get_logger
 from meddino.core.seeds import numpy_rng
-from meddino.data.contract import InputContract
-from meddino.data.model_input import to_uint8_window
-from meddino_pretrain.data.augmentations import apply_intensity
+from meddino.data.model_input import is_foreground, to_picture
 from meddino_pretrain.data.crops import CropBox, cut_crop
+from meddino_pretrain.data.intensities import Intensities, StoredSlice
 from meddino_pretrain.data.loader import SliceSource
 
-# The second view: mirrored, a narrower window, a gamma curve, the noise of a thinner dose, half the resolution.
-_WINDOW_HU, _GAMMA, _NOISE_HU, _ZOOM = (-360.0, 440.0), 1.25, 20.0, 0.5
-_AIR_HU = -950
+# The second view: mirrored, another contrast (of CT also a narrower window), noisier as of a thinner dose, half the resolution.
+_CT_WINDOW_HU, _CT_NOISE_HU = (-360.0, 440.0), 20.0
+_CONTRAST, _NOISE, _ZOOM = 1.25, 0.02, 0.5
 logger = get_logger(__name__)
 
 
@@ -32,7 +31,7 @@ class FixedSlices:
         second_view: [n, C, H, W] model input, mirrored left to right, other window and gamma, noisier and coarser. Being
             mirrored, what a model knows of a patch by its position alone does not help to find it again.
         grey: [n, H, W] the first view for people.
-        body: [n, H, W] True where the first view is denser than air: elsewhere one patch is as good as another.
+        body: [n, H, W] True where the first view shows more than air or darkness: elsewhere one patch is as good as another.
         keys: The slices' keys.
     """
 
@@ -47,12 +46,12 @@ class FixedSlices:
         return len(self.keys)
 
 
-def fixed_slices(corpus: SliceSource, contract: InputContract, count: int, size_px: int) -> FixedSlices:
+def fixed_slices(corpus: SliceSource, intensities: Intensities, count: int, size_px: int) -> FixedSlices:
     """Take slices at even distances through a corpus: the same ones whenever it is asked.
 
     Args:
         corpus: Where slices are read.
-        contract: The model's input contract.
+        intensities: How they become model input.
         count: Slices wanted; fewer if the corpus has fewer.
         size_px: Side of the views; the largest square (in millimetres) in the middle of a slice is resized to it.
 
@@ -60,30 +59,50 @@ def fixed_slices(corpus: SliceSource, contract: InputContract, count: int, size_
         ShardError: Not one of the slices can be read.
     """
     count = min(count, len(corpus))
-    first, second, keys = [], [], []
+    seen: list[_Seen] = []
     for place in range(count):
         index = (2 * place + 1) * len(corpus) // (2 * count)
         try:
-            hu = corpus.read(index)
+            seen.append(_see(corpus, index, intensities, size_px))
         except ShardError as error:
             logger.warning("a slice for looking at the run is damaged and left out: %s", error)
-            continue
-        y_mm, x_mm = corpus.spacing_mm[index].tolist()
-        box = _middle_square(hu.shape, y_mm, x_mm)
-        first.append(cut_crop(hu, box, size_px))
-        second.append(_second_view(hu, box, size_px, index))
-        keys.append(corpus.key(index))
-    if not keys:
+    if not seen:
         raise ShardError(f"corpus {corpus.root}: none of the {count} slices for looking at the run can be read")
-    hu_first, hu_second = torch.stack(first), torch.stack(second)
-    plain = torch.tensor([[contract.hu_min, contract.hu_max, 1.0, 1.0]]).expand(len(keys), 4)
-    other = torch.tensor([[*_WINDOW_HU, _GAMMA, 1.0]]).expand(len(keys), 4)
+    first, first_rows, second, second_rows, grey, body, keys = zip(*seen, strict=True)
     return FixedSlices(
-        apply_intensity(hu_first, plain, contract),
-        apply_intensity(hu_second, other, contract),
-        to_uint8_window(hu_first),
-        hu_first > _AIR_HU,
-        tuple(keys),
+        intensities.apply(torch.stack(first), torch.cat(first_rows)),
+        intensities.apply(torch.stack(second), torch.cat(second_rows)),
+        torch.stack(grey),
+        torch.stack(body),
+        keys,
+    )
+
+
+class _Seen(NamedTuple):
+    first: Tensor
+    first_row: Tensor
+    second: Tensor
+    second_row: Tensor
+    grey: Tensor
+    body: Tensor
+    key: str
+
+
+def _see(corpus: SliceSource, index: int, intensities: Intensities, size_px: int) -> _Seen:
+    stored = StoredSlice(corpus.read(index), corpus.modality(index), corpus.value_range(index))
+    y_mm, x_mm = corpus.spacing_mm[index].tolist()
+    box = _middle_square(stored.values.shape[:2], y_mm, x_mm)
+    first = cut_crop(stored.values, box, size_px)
+    shown = first if first.ndim == 2 else first.mean(0)
+    value_range = None if stored.value_range is None else torch.tensor(stored.value_range)
+    return _Seen(
+        intensities.on_host(first),
+        torch.from_numpy(intensities.plain(stored)),
+        intensities.on_host(_second_view(stored, box, size_px, index)),
+        torch.from_numpy(intensities.chosen(stored, _CT_WINDOW_HU, _CONTRAST)),
+        to_picture(shown, stored.modality, value_range),
+        is_foreground(shown, stored.modality, value_range),
+        corpus.key(index),
     )
 
 
@@ -94,9 +113,13 @@ def _middle_square(shape: tuple[int, ...], y_mm: float, x_mm: float) -> CropBox:
     return CropBox((rows - height) // 2, (cols - width) // 2, height, width, False)
 
 
-def _second_view(hu: NDArray[np.int16], box: CropBox, size_px: int, index: int) -> Tensor:
+def _second_view(stored: StoredSlice, box: CropBox, size_px: int, index: int) -> Tensor:
     small_px = max(1, round(size_px * _ZOOM))
-    small = cut_crop(hu, box._replace(flipped=True), small_px).numpy()
-    noisy = small + numpy_rng(0, "second-view", index).normal(0, _NOISE_HU, small.shape)
+    small = cut_crop(stored.values, box._replace(flipped=True), small_px).numpy()
+    noise_sd = _CT_NOISE_HU if stored.modality == "ct" else _NOISE * stored.span
+    noisy = small + numpy_rng(0, "second-view", index).normal(0, noise_sd, small.shape)
+    if small.dtype == np.int16:
+        noisy = np.rint(noisy).clip(-32768, 32767)
+    coarse = noisy.astype(small.dtype)
     whole = CropBox(0, 0, small_px, small_px, False)
-    return cut_crop(np.rint(noisy).clip(-32768, 32767).astype(np.int16), whole, size_px)
+    return cut_crop(coarse if coarse.ndim == 2 else np.moveaxis(coarse, 0, -1), whole, size_px)

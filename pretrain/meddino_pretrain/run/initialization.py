@@ -12,6 +12,7 @@ from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.models.registry import BackboneConfig, backbone_from_config
+from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods.dinov3.config import GramTeacherConfig
 from meddino_pretrain.methods.dinov3.gram_choice import GramChoice, choose_gram_teacher
 from meddino_pretrain.methods.dinov3.method import DINOv3Objective
@@ -145,7 +146,7 @@ def _measure(
     run: RunFolder, config: GramTeacherConfig, backbone: BackboneConfig, corpus: Corpus, machine: Machine
 ) -> GramChoice:
     size_px = run.config.stages[config.stage].crops.sizes[0].global_px
-    fixed = fixed_slices(corpus, run.config.input_contract, config.choice.slices, size_px)
+    fixed = fixed_slices(corpus, Intensities(run.config.contracts), config.choice.slices, size_px)
     see = backbone_from_config(backbone).to(machine.device, machine.weight_dtype).eval()
     scores = {}
     for step in sorted(run.config.snapshots(config.stage)):

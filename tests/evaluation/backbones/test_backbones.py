@@ -11,7 +11,7 @@ from meddino_evaluation.backbones.weights_files import load_weights
 from safetensors.torch import save_file
 
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
 
 TINY_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -152,8 +152,8 @@ def test_load_weights__sam_names_with_and_without_prefix():
 
 def test_contract__hounsfield_units_for_either_kind():
     hu = torch.tensor([-3000.0, -1000.0, 0.0, 1000.0, 3000.0]).view(1, 1, 1, 5)
-    ours = ImageContract((), (), 16, 224, InputContract())
-    torch.testing.assert_close(ours.from_hu(hu)[0], normalise(hu[0, 0], InputContract()))
+    ours = ImageContract((), (), 16, 224, CTIntensity())
+    torch.testing.assert_close(ours.from_hu(hu)[0], normalise(hu[0, 0], CTIntensity()))
     photo = ImageContract(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     np.testing.assert_allclose(photo.from_hu(hu)[0, :, 0].numpy(), np.tile([-1, -1, 0, 1, 1], (3, 1)), atol=1e-6)
     narrow = photo.from_hu(hu, window=(-160.0, 240.0))

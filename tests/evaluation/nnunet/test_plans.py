@@ -10,11 +10,11 @@ from meddino_evaluation.nnunet.plans_command import INTENSITIES, TRAINER_FOLDER,
 
 from meddino.checkpoints.export.model import random_model
 from meddino.core.errors import ConfigError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.models.vision_transformer import ViTConfig
 
 SMALL = ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8)
-CONTRACT = InputContract(hu_min=-200.0, hu_max=300.0, mean=50.0, std=80.0)
+CONTRACT = CTIntensity(hu_min=-200.0, hu_max=300.0, mean=50.0, std=80.0)
 
 
 def own_plans() -> dict:

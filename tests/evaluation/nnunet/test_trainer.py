@@ -17,7 +17,7 @@ from torch import nn
 
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -61,7 +61,7 @@ def test_trainer__a_few_steps_on_real_ct(python, shared_data, tmp_path):
     meta = {
         "step": 1,
         "backbone": SMALL.model_dump(mode="json"),
-        "input_contract": InputContract().model_dump(mode="json"),
+        "input_contract": CTIntensity().model_dump(mode="json"),
         "lineage": {"stages": [{"stage": "s", "steps": 1}], "parent": "scratch"},
     }
     save_training_state(checkpoint, {"teacher": nn.ModuleDict({"backbone": VisionTransformer(SMALL)})}, meta)

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from meddino.core.config import check_config, load_config
+from meddino.core.config import load_config
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import write_json
-from meddino.data.contract import InputContract
+from meddino.data.intensity import read_intensity
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.segmentation.config import SegmentConfig
@@ -129,7 +129,7 @@ def load_bundle(results: Path, fold: int, seed: int, model: str | None = None) -
     if source.model_hash != content["model_hash"]:
         raise CheckpointError(f"model {source.name} has other weights than the one {results} was trained with")
     if part["hu"] is not None:
-        hu = check_config(InputContract, part["hu"], str(path))
+        hu = read_intensity(part["hu"], str(path))
         source = replace(source, contract=replace(source.contract, hu=hu))
     request = head_request(
         source.backbone, config.encoder, content["input_channels"], config.training.crop_px, labels.num_outputs

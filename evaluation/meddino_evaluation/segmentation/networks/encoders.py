@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.data.contract import InputContract
+from meddino.data.intensity import CTIntensity
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone, Tokens
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.backbones.load import RANDOM, load_backbone
@@ -21,7 +21,7 @@ class NoBackbone(Backbone):
     def __init__(self) -> None:
         super().__init__()
         self.name, self.embed_dim, self.patch_size = NONE, 0, 1
-        self.contract = ImageContract((), (), 1, 1, InputContract(channels=1))
+        self.contract = ImageContract((), (), 1, 1, CTIntensity(channels=1))
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
         """There are none."""

@@ -1,0 +1,208 @@
+"""The modality as data: what a slice's stored values are, and how they become model input. One member a modality.
+
+A model's input contract is one member; it travels in every export. This module holds settings alone and imports no torch:
+`meddino.data.model_input` computes by them.
+"""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from meddino.core.config import StrictConfig, check_config
+
+Modality = Literal["ct", "mr", "image"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+WHAT_VALUES_ARE: dict[Modality, str] = {
+    "ct": "CT in Hounsfield units",
+    "mr": "MR in arbitrary units",
+    "image": "pictures in 8 or 16 bits of brightness",
+}
+"""What the stored values of a modality are, for messages."""
+
+GIVEN: dict[Modality, str] = {
+    "ct": "axial slices in Hounsfield units",
+    "mr": "axial slices of MR, scaled so that the volume's 0.5 and 99.5 percentiles are 0 and 1",
+    "image": "pictures of medicine, scaled so that black and white are 0 and 1",
+}
+"""What a model of a modality is given, in the words of its card."""
+
+RANGE_PERCENTILES = (0.5, 99.5)
+"""Percentiles of a volume that become 0 and 1 where units are arbitrary, as in nnU-Net's clipping of foreground."""
+
+
+class CTIntensity(StrictConfig):
+    """Hounsfield units, stored as int16: clipped to a window, then normalised.
+
+    The defaults are those of MedDINOv3's released code: clamp HU to [-1000, 1000], subtract 65.108, divide by 178.017,
+    repeat to three channels (where the two numbers come from is published nowhere).
+    """
+
+    modality: Literal["ct"] = "ct"
+    """Hounsfield units."""
+    hu_min: float = -1000.0
+    """Lower end of the clip window [HU]; MedDINOv3's code: -1000."""
+    hu_max: float = 1000.0
+    """Upper end of the clip window [HU]; MedDINOv3's code: 1000."""
+    mean: float = 65.108
+    """Subtracted after clipping [HU]; MedDINOv3's code: 65.108."""
+    std: float = Field(178.017, gt=0)
+    """Divisor after that [HU]; MedDINOv3's code: 178.017."""
+    channels: int = Field(3, ge=1)
+    """The grey image is repeated this often; DINOv3 weights: 3."""
+
+    @model_validator(mode="after")
+    def _window_is_not_empty(self) -> "CTIntensity":
+        if self.hu_min >= self.hu_max:
+            raise ValueError(f"hu_min {self.hu_min} must be below hu_max {self.hu_max}")
+        return self
+
+    @property
+    def channel_mean(self) -> tuple[float, ...]:
+        """What is subtracted from each channel."""
+        return (self.mean,) * self.channels
+
+    @property
+    def channel_std(self) -> tuple[float, ...]:
+        """What each channel is divided by."""
+        return (self.std,) * self.channels
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """Stored values [HU] that the model tells apart: the clip window."""
+        return self.hu_min, self.hu_max
+
+    @property
+    def in_words(self) -> str:
+        """How stored values become model input, for cards and messages."""
+        return (
+            f"Hounsfield units, clipped to [{self.hu_min:g}, {self.hu_max:g}], minus {self.mean:g}, "
+            f"over {self.std:g}, repeated to {self.channels} channels"
+        )
+
+
+class MRIntensity(StrictConfig):
+    """Arbitrary units, stored as they are: two percentiles of the volume become 0 and 1, then normalised.
+
+    The percentiles are kept beside the slice, so that a slice near the end of a volume is not stretched by itself.
+    """
+
+    modality: Literal["mr"] = "mr"
+    """Arbitrary units."""
+    mean: float = 0.449
+    """Subtracted from values in [0, 1]; the mean of ImageNet's three channels, as DINOv3's weights expect."""
+    std: float = Field(0.226, gt=0)
+    """Divisor after that; the mean of ImageNet's three."""
+    channels: int = Field(3, ge=1)
+    """The grey image is repeated this often; DINOv3 weights: 3."""
+
+    @property
+    def channel_mean(self) -> tuple[float, ...]:
+        """What is subtracted from each channel."""
+        return (self.mean,) * self.channels
+
+    @property
+    def channel_std(self) -> tuple[float, ...]:
+        """What each channel is divided by."""
+        return (self.std,) * self.channels
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """Values that the model tells apart, once the volume's percentiles are 0 and 1."""
+        return 0.0, 1.0
+
+    @property
+    def in_words(self) -> str:
+        """How stored values become model input, for cards and messages."""
+        low, high = RANGE_PERCENTILES
+        return (
+            f"MR in arbitrary units; the volume's {low:g} and {high:g} percentiles become 0 and 1, clipped to them, "
+            f"minus {self.mean:g}, over {self.std:g}, repeated to {self.channels} channels"
+        )
+
+
+class ImageIntensity(StrictConfig):
+    """Brightness in 8 or 16 bits, grey or RGB: the range of the stored type becomes [0, 1], then normalised.
+
+    Grey is repeated to the channels; RGB becomes grey (its mean) where the model has one channel.
+    """
+
+    modality: Literal["image"] = "image"
+    """Brightness, grey or RGB."""
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), min_length=1)
+    """Subtracted from each channel's values in [0, 1]; ImageNet's, as DINOv3's weights expect."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), min_length=1)
+    """Divisor of each channel after that; ImageNet's."""
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> "ImageIntensity":
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(f"mean has {len(self.mean)} and std {len(self.std)} channels; both have 1 or both have 3")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of the model input."""
+        return len(self.mean)
+
+    @property
+    def channel_mean(self) -> tuple[float, ...]:
+        """What is subtracted from each channel."""
+        return self.mean
+
+    @property
+    def channel_std(self) -> tuple[float, ...]:
+        """What each channel is divided by."""
+        return self.std
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """Values that the model tells apart, once the stored type's range is 0 to 1."""
+        return 0.0, 1.0
+
+    @property
+    def in_words(self) -> str:
+        """How stored values become model input, for cards and messages."""
+        return (
+            f"brightness, grey or RGB; the stored range becomes 0 to 1, minus {list(self.mean)}, over {list(self.std)}, "
+            f"{self.channels} channels (grey is repeated)"
+        )
+
+
+def _modality_of(given: Any) -> Any:
+    """Return the tag of a member; runs and exports written before there were others name none: they are CT."""
+    if isinstance(given, dict):
+        return given.get("modality", "ct")
+    return getattr(given, "modality", None)
+
+
+Intensity = Annotated[
+    Annotated[CTIntensity, Tag("ct")] | Annotated[MRIntensity, Tag("mr")] | Annotated[ImageIntensity, Tag("image")],
+    Discriminator(_modality_of, custom_error_type="modality", custom_error_message="modality must be ct, mr or image"),
+]
+"""A model's input contract, or one of those that a run trains with."""
+
+MEMBERS: dict[Modality, type[CTIntensity] | type[MRIntensity] | type[ImageIntensity]] = {
+    "ct": CTIntensity,
+    "mr": MRIntensity,
+    "image": ImageIntensity,
+}
+
+
+class _Contract(StrictConfig):
+    """An input contract where it stands alone in a file."""
+
+    input_contract: Intensity
+    """How stored values become model input."""
+
+
+def read_intensity(values: Any, where: str) -> Intensity:
+    """Check an input contract from a file.
+
+    Args:
+        values: A mapping; without `modality` it is CT, as everything written before there were other members.
+        where: Where it came from, for the message.
+
+    Raises:
+        ConfigError: Names every wrong key.
+    """
+    return check_config(_Contract, {"input_contract": values}, where).input_contract
