@@ -50,68 +50,64 @@ TimeLimit = Annotated[str, BeforeValidator(_checked_time)]
 class ResourcesConfig(StrictConfig):
     """What one job of a command takes."""
 
-    time: TimeLimit = Field(
-        description='Time limit, quoted, as SLURM writes it: "90" (minutes), "12:00:00" or "2-00:00:00". Ours.'
-    )
-    nodes: int = Field(1, ge=1, description="Machines. Ours.")
-    tasks_per_node: int = Field(1, ge=1, description="Processes on each machine; for training one for each GPU. Ours.")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs of each machine. Ours.")
-    cpus_per_task: int = Field(
-        1, ge=1, description="CPU cores of each process; with one process a GPU this is the site's CPUs per GPU. Ours."
-    )
-    memory_gib_per_node: int | None = Field(
-        None, ge=0, description="Memory of each machine in GiB; 0 takes all of it, null the site's default. Ours."
-    )
-    threads_per_task: int = Field(
-        1,
-        ge=1,
-        description="OMP_NUM_THREADS of each process. Ours: with more, two torch processes slow each other 4 to 18 times.",
-    )
-    partition: str | None = Field(None, description="Instead of the profile's partition, for this command only. Ours.")
+    time: TimeLimit
+    """Time limit, quoted, as SLURM writes it: "90" (minutes), "12:00:00" or "2-00:00:00". Ours."""
+    nodes: int = Field(1, ge=1)
+    """Machines. Ours."""
+    tasks_per_node: int = Field(1, ge=1)
+    """Processes on each machine; for training one for each GPU. Ours."""
+    gpus_per_node: int = Field(0, ge=0)
+    """GPUs of each machine. Ours."""
+    cpus_per_task: int = Field(1, ge=1)
+    """CPU cores of each process; with one process a GPU this is the site's CPUs per GPU. Ours."""
+    memory_gib_per_node: int | None = Field(None, ge=0)
+    """Memory of each machine in GiB; 0 takes all of it, null the site's default. Ours."""
+    threads_per_task: int = Field(1, ge=1)
+    """OMP_NUM_THREADS of each process. Ours: with more, two torch processes slow each other 4 to 18 times."""
+    partition: str | None = None
+    """Instead of the profile's partition, for this command only. Ours."""
 
 
 class ContainerConfig(StrictConfig):
     """The Apptainer image in which a command runs; meddino-submit itself runs outside of it."""
 
-    image: str = Field(description="An image file or folder that holds an installed MedDINO. Ours.")
-    binds: tuple[str, ...] = Field((), description="Folders to show inside, as --bind takes them. Ours.")
-    options: tuple[str, ...] = Field(
-        ("--nv",), description="More options of `apptainer exec`; --nv shows the GPUs. Apptainer's manual."
-    )
+    image: str
+    """An image file or folder that holds an installed MedDINO. Ours."""
+    binds: tuple[str, ...] = ()
+    """Folders to show inside, as --bind takes them. Ours."""
+    options: tuple[str, ...] = ("--nv",)
+    """More options of `apptainer exec`; --nv shows the GPUs. Apptainer's manual."""
 
 
 class SiteConfig(StrictConfig):
     """A cluster as its users see it. Every command has a section of its own."""
 
-    partition: str | None = Field(None, description="Partition; null takes the site's default. Ours.")
-    account: str | None = Field(None, description="Account the time is booked on. Ours.")
-    qos: str | None = Field(None, description="Quality of service. Ours.")
-    constraint: str | None = Field(None, description='Node features, such as "a100&nvlink". Ours.')
-    exclude: str | None = Field(None, description='Nodes to keep away from, such as "gpu[003,007]". Ours.')
-    sbatch: dict[str, str] = Field(
-        {}, description="Any other sbatch option by its long name, such as {reservation: teaching}. Ours."
-    )
-    setup: tuple[str, ...] = Field(
-        (), description="Shell lines run before the command: module load, source venv/bin/activate. Ours."
-    )
-    environment: dict[str, str] = Field({}, description="Variables for every process, such as {NCCL_SOCKET_IFNAME: ib0}. Ours.")
-    container: ContainerConfig | None = Field(
-        None, description="Run the command in an image; null runs it as it is installed. Ours."
-    )
-    signal_lead_s: int = Field(
-        120,
-        ge=10,
-        description="Seconds before the time limit at which every process saves and stops. Ours: covers a step and a save.",
-    )
-    attempts_without_progress: int = Field(
-        3, ge=1, description="A job that restarted this often without one new checkpoint gives up. Ours."
-    )
-    node_timeout_s: int = Field(
-        45,
-        ge=15,
-        description="A machine silent for this many seconds is taken for dead, and the job starts anew. Ours: within a minute.",
-    )
-    array_parallel: int = Field(16, ge=1, description="Parts of an array that run at the same time. Ours.")
+    partition: str | None = None
+    """Partition; null takes the site's default. Ours."""
+    account: str | None = None
+    """Account the time is booked on. Ours."""
+    qos: str | None = None
+    """Quality of service. Ours."""
+    constraint: str | None = None
+    """Node features, such as "a100&nvlink". Ours."""
+    exclude: str | None = None
+    """Nodes to keep away from, such as "gpu[003,007]". Ours."""
+    sbatch: dict[str, str] = {}
+    """Any other sbatch option by its long name, such as {reservation: teaching}. Ours."""
+    setup: tuple[str, ...] = ()
+    """Shell lines run before the command: module load, source venv/bin/activate. Ours."""
+    environment: dict[str, str] = {}
+    """Variables for every process, such as {NCCL_SOCKET_IFNAME: ib0}. Ours."""
+    container: ContainerConfig | None = None
+    """Run the command in an image; null runs it as it is installed. Ours."""
+    signal_lead_s: int = Field(120, ge=10)
+    """Seconds before the time limit at which every process saves and stops. Ours: covers a step and a save."""
+    attempts_without_progress: int = Field(3, ge=1)
+    """A job that restarted this often without one new checkpoint gives up. Ours."""
+    node_timeout_s: int = Field(45, ge=15)
+    """A machine silent for this many seconds is taken for dead, and the job starts anew. Ours: within a minute."""
+    array_parallel: int = Field(16, ge=1)
+    """Parts of an array that run at the same time. Ours."""
     curate: ResourcesConfig
     pretrain: ResourcesConfig
     export: ResourcesConfig

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 
 from meddino.core.config import StrictConfig, load_config
 from meddino.core.errors import MedDINOError
@@ -18,7 +18,8 @@ class RecipeStages(StrictConfig):
 
     model_config = ConfigDict(extra="ignore")
 
-    stages: dict[str, Any] = Field(description="The recipe's stages; the trainer checks what is in them.")
+    stages: dict[str, Any]
+    """The recipe's stages; the trainer checks what is in them."""
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated
-
-from pydantic import Field
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
@@ -67,8 +64,10 @@ class FoundSet:
 class PlannedConfig(StrictConfig):
     """What `plan --out` writes: the part of a curation's config that says what is read."""
 
-    sources: Annotated[tuple[SourceConfig, ...], Field(description="sets of volumes")]
-    held_out: Annotated[tuple[SourceConfig, ...], Field(description="their own test data")]
+    sources: tuple[SourceConfig, ...]
+    """Sets of volumes."""
+    held_out: tuple[SourceConfig, ...]
+    """Their own test data."""
     licences: LicencesConfig
 
 

@@ -1,7 +1,7 @@
 """The registry of public CT sets: what each is, where it is to be had, what may be done with it, and how its files lie."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -17,9 +17,12 @@ LicenceKind = Literal["permissive", "non-commercial", "unclear"]
 class LicenceEntry(StrictConfig):
     """What may be done with a set."""
 
-    id: Annotated[str, Field(description="SPDX id, or LicenseRef-... where there is none; the name for licences.allow")]
-    kind: Annotated[LicenceKind, Field(description="the last two need a decision: licences.allow")]
-    basis: Annotated[str, Field(description="where it stands, and what contradicts it")]
+    id: str
+    """SPDX id, or LicenseRef-... where there is none; the name for licences.allow."""
+    kind: LicenceKind
+    """The last two need a decision: licences.allow."""
+    basis: str
+    """Where it stands, and what contradicts it."""
 
     @model_validator(mode="after")
     def _is_told_apart_by_its_name(self) -> "LicenceEntry":
@@ -32,44 +35,67 @@ class LicenceEntry(StrictConfig):
 class PartEntry(StrictConfig):
     """Some volumes of a set that belong together."""
 
-    name: Annotated[str, Field(description="train, val, test, ...")]
-    files: Annotated[str, Field(description="glob below the set's folder; **/, *, ?, [0-9] and {a,b} mean what shells mean")]
-    volume_is: Annotated[Literal["file", "folder"], Field(description="folder: all matching files of a folder are one volume")]
-    volumes: Annotated[int | None, Field(ge=1, description="how many there should be; null: not known")]
-    held_out: Annotated[bool, Field(description="the set's own test data: kept out of a corpus unless asked for")]
+    name: str
+    """train, val, test, ..."""
+    files: str
+    """Glob below the set's folder; **/, *, ?, [0-9] and {a,b} mean what shells mean."""
+    volume_is: Literal["file", "folder"]
+    """folder: all matching files of a folder are one volume."""
+    volumes: int | None = Field(ge=1)
+    """How many there should be; null: not known."""
+    held_out: bool
+    """The set's own test data: kept out of a corpus unless asked for."""
 
 
 class HeldOutTable(StrictConfig):
     """A table among the set's files that names its test volumes."""
 
-    file: Annotated[str, Field(description="glob below the set's folder")]
-    separator: Annotated[str, Field(min_length=1, max_length=1, description="between columns")]
-    id_column: Annotated[str, Field(description="column with the volume's id")]
-    split_column: Annotated[str, Field(description="column that says train or test")]
-    held_out_value: Annotated[str, Field(description="what that column says of test volumes")]
-    volume: Annotated[str, Field(description="glob of a volume below the set's folder; {id} is filled in")]
+    file: str
+    """Glob below the set's folder."""
+    separator: str = Field(min_length=1, max_length=1)
+    """Between columns."""
+    id_column: str
+    """Column with the volume's id."""
+    split_column: str
+    """Column that says train or test."""
+    held_out_value: str
+    """What that column says of test volumes."""
+    volume: str
+    """Glob of a volume below the set's folder; {id} is filled in."""
 
 
 class SetEntry(StrictConfig):
     """One public set."""
 
-    name: Annotated[str, Field(description="stands in manifests")]
-    title: Annotated[str, Field(description="in words")]
-    citation: Annotated[str, Field(description="what to cite")]
-    doi: Annotated[tuple[str, ...], Field(description="of the data, then of the article")]
+    name: str
+    """Stands in manifests."""
+    title: str
+    """In words."""
+    citation: str
+    """What to cite."""
+    doi: tuple[str, ...]
+    """Of the data, then of the article."""
     licence: LicenceEntry
-    url: Annotated[str, Field(description="where it is to be had")]
-    access: Annotated[Literal["open", "registration", "on request"], Field(description="what it takes to get it")]
-    folders: Annotated[
-        tuple[str, ...], Field(min_length=1, description="globs of folder names that hold the set; upper or lower case is one")
-    ]
-    parts: Annotated[tuple[PartEntry, ...], Field(min_length=1, description="its volumes")]
-    held_out_table: Annotated[HeldOutTable | None, Field(description="null where folders or file names tell, or nothing")]
-    held_out_rule: Annotated[str, Field(description="which volumes are test data, in words")]
-    patient_pattern: Annotated[str, Field(description="regex; its first group is the patient; empty: the file's name")]
-    preference: Annotated[int, Field(ge=0, description="of duplicates, the one from the set with the lowest number is kept")]
-    repackages: Annotated[tuple[str, ...], Field(description="sets of this registry whose scans come again in it")]
-    not_known: Annotated[tuple[str, ...], Field(description="what could not be found out")]
+    url: str
+    """Where it is to be had."""
+    access: Literal["open", "registration", "on request"]
+    """What it takes to get it."""
+    folders: tuple[str, ...] = Field(min_length=1)
+    """Globs of folder names that hold the set; upper or lower case is one."""
+    parts: tuple[PartEntry, ...] = Field(min_length=1)
+    """Its volumes."""
+    held_out_table: HeldOutTable | None
+    """Null where folders or file names tell, or nothing."""
+    held_out_rule: str
+    """Which volumes are test data, in words."""
+    patient_pattern: str
+    """Regex; its first group is the patient; empty: the file's name."""
+    preference: int = Field(ge=0)
+    """Of duplicates, the one from the set with the lowest number is kept."""
+    repackages: tuple[str, ...]
+    """Sets of this registry whose scans come again in it."""
+    not_known: tuple[str, ...]
+    """What could not be found out."""
 
     @property
     def volumes(self) -> int:

@@ -1,7 +1,7 @@
 """Settings of every protocol. Defaults are the published studies' (S0: DINOv2ForRadiology; S1: the freezing study)."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,137 +13,187 @@ ProtocolName = Literal["knn", "logistic", "linear", "mlp", "attention", "finetun
 class FeaturesConfig(StrictConfig):
     """How features are computed."""
 
-    image_size_px: Annotated[
-        int | None, Field(gt=0, description="side of the square input [px]; null: the model's own size")
-    ] = None
-    last_blocks: Annotated[int, Field(ge=1, description="CLS vectors of so many last blocks are kept; S0: 4")] = 4
-    batch_size: Annotated[int, Field(ge=1, description="slices at a time; does not change the features")] = 16
-    max_slices: Annotated[int | None, Field(ge=1, description="evenly spaced slices of a volume; null: every slice, as S0")] = (
-        None
-    )
-    pooling: Annotated[Literal["mean", "max"], Field(description="slices of a volume to one vector; S0: mean")] = "mean"
-    cache: Annotated[Path | None, Field(description="folder of the feature cache; null: beside the results")] = None
-    device: Annotated[str, Field(description="auto, cpu, cuda, cuda:1")] = "auto"
+    image_size_px: int | None = Field(None, gt=0)
+    """Side of the square input [px]; null: the model's own size."""
+    last_blocks: int = Field(4, ge=1)
+    """CLS vectors of so many last blocks are kept; S0: 4."""
+    batch_size: int = Field(16, ge=1)
+    """Slices at a time; does not change the features."""
+    max_slices: int | None = Field(None, ge=1)
+    """Evenly spaced slices of a volume; null: every slice, as S0."""
+    pooling: Literal["mean", "max"] = "mean"
+    """Slices of a volume to one vector; S0: mean."""
+    cache: Path | None = None
+    """Folder of the feature cache; null: beside the results."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1."""
 
 
 class SplitConfig(StrictConfig):
     """How cases are split where the publishers did not."""
 
-    repeats: Annotated[int, Field(ge=1, description="splits or, with a given split, seeds; PROTOCOLS rule 6: at least 3")] = 3
-    val_fraction: Annotated[float, Field(gt=0, lt=1, description="share of the patients for validation; S1: 0.2")] = 0.2
-    test_fraction: Annotated[float, Field(gt=0, lt=1, description="share of the patients for the test")] = 0.2
-    seed: Annotated[int, Field(ge=0, description="of splits and of training")] = 0
-    file: Annotated[Path | None, Field(description="JSON with lists train, val, test of case ids; null: see repeats")] = None
-    corpus: Annotated[
-        str | None, Field(description="pretraining corpus to compare with, a folder or a URL; null: not compared")
-    ] = None
-    allow_pretraining_overlap: Annotated[
-        bool, Field(description="go on, with a note in every table, where evaluated images are in the pretraining corpus")
-    ] = False
+    repeats: int = Field(3, ge=1)
+    """Splits or, with a given split, seeds; PROTOCOLS rule 6: at least 3."""
+    val_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the patients for validation; S1: 0.2."""
+    test_fraction: float = Field(0.2, gt=0, lt=1)
+    """Share of the patients for the test."""
+    seed: int = Field(0, ge=0)
+    """Of splits and of training."""
+    file: Path | None = None
+    """JSON with lists train, val, test of case ids; null: see repeats."""
+    corpus: str | None = None
+    """Pretraining corpus to compare with, a folder or a URL; null: not compared."""
+    allow_pretraining_overlap: bool = False
+    """Go on, with a note in every table, where evaluated images are in the pretraining corpus."""
 
 
 class KnnConfig(StrictConfig):
     """Weighted nearest neighbours."""
 
-    neighbours: Annotated[tuple[int, ...], Field(min_length=1, description="k, best by validation; S0's list")] = (
-        5,
-        20,
-        50,
-        100,
-        200,
+    neighbours: tuple[int, ...] = Field(
+        (
+            5,
+            20,
+            50,
+            100,
+            200,
+        ),
+        min_length=1,
     )
-    temperature: Annotated[float, Field(gt=0, description="weight exp(cosine / temperature); DINO and S0: 0.07")] = 0.07
-    smoothing: Annotated[float, Field(gt=0, description="ML-kNN's Laplace smoothing; Zhang and Zhou: 1")] = 1.0
+    """k, best by validation; S0's list."""
+    temperature: float = Field(0.07, gt=0)
+    """Weight exp(cosine / temperature); DINO and S0: 0.07."""
+    smoothing: float = Field(1.0, gt=0)
+    """ML-kNN's Laplace smoothing; Zhang and Zhou: 1."""
 
 
 class LogisticConfig(StrictConfig):
     """Logistic regression by L-BFGS."""
 
-    values: Annotated[int, Field(ge=1, description="how many values of C; S0: 45")] = 45
-    lowest_exponent: Annotated[float, Field(description="lowest C is 10 to this; S0: -6")] = -6.0
-    highest_exponent: Annotated[float, Field(description="highest C is 10 to this; S0: 5")] = 5.0
-    max_steps: Annotated[int, Field(ge=1, description="L-BFGS iterations")] = 1000
+    values: int = Field(45, ge=1)
+    """How many values of C; S0: 45."""
+    lowest_exponent: float = -6.0
+    """Lowest C is 10 to this; S0: -6."""
+    highest_exponent: float = 5.0
+    """Highest C is 10 to this; S0: 5."""
+    max_steps: int = Field(1000, ge=1)
+    """L-BFGS iterations."""
 
 
 class LinearConfig(StrictConfig):
     """Linear heads, all trained in one pass over the features."""
 
-    learning_rates: Annotated[tuple[float, ...], Field(min_length=1, description="S0's four")] = (1e-3, 5e-3, 1e-2, 5e-2)
-    last_blocks: Annotated[tuple[int, ...], Field(min_length=1, description="CLS of so many last blocks; S0: 1 and 4")] = (1, 4)
-    average_pool: Annotated[tuple[bool, ...], Field(min_length=1, description="mean patch token appended; S0: both")] = (
-        False,
-        True,
+    learning_rates: tuple[float, ...] = Field((1e-3, 5e-3, 1e-2, 5e-2), min_length=1)
+    """S0's four."""
+    last_blocks: tuple[int, ...] = Field((1, 4), min_length=1)
+    """CLS of so many last blocks; S0: 1 and 4."""
+    average_pool: tuple[bool, ...] = Field(
+        (
+            False,
+            True,
+        ),
+        min_length=1,
     )
-    epochs: Annotated[int, Field(ge=1, description="S0: 10")] = 10
-    min_steps: Annotated[
-        int, Field(ge=0, description="train at least so many steps: ten epochs of 40 images are no training; S0: 0")
-    ] = 300
-    batch_size: Annotated[int, Field(ge=1, description="S0: 128")] = 128
-    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD; S0: 0.9")] = 0.9
-    init_std: Annotated[float, Field(gt=0, description="of the weights; S0: 0.01")] = 0.01
+    """Mean patch token appended; S0: both."""
+    epochs: int = Field(10, ge=1)
+    """S0: 10."""
+    min_steps: int = Field(300, ge=0)
+    """Train at least so many steps: ten epochs of 40 images are no training; S0: 0."""
+    batch_size: int = Field(128, ge=1)
+    """S0: 128."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of SGD; S0: 0.9."""
+    init_std: float = Field(0.01, gt=0)
+    """Of the weights; S0: 0.01."""
 
 
 class MlpConfig(StrictConfig):
     """Heads with one hidden layer, or with attention pooling over slices."""
 
-    learning_rates: Annotated[tuple[float, ...], Field(min_length=1, description="AdamW; ours")] = (1e-4, 1e-3)
-    hidden_dims: Annotated[tuple[int, ...], Field(min_length=1, description="hidden widths tried; ours")] = (128, 512)
-    dropout: Annotated[float, Field(ge=0, lt=1, description="before the last layer; ours")] = 0.2
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW; ours")] = 1e-2
-    epochs: Annotated[int, Field(ge=1, description="ours")] = 20
-    min_steps: Annotated[int, Field(ge=0, description="train at least so many steps")] = 300
-    batch_size: Annotated[int, Field(ge=1, description="ours")] = 128
+    learning_rates: tuple[float, ...] = Field((1e-4, 1e-3), min_length=1)
+    """AdamW; ours."""
+    hidden_dims: tuple[int, ...] = Field((128, 512), min_length=1)
+    """Hidden widths tried; ours."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Before the last layer; ours."""
+    weight_decay: float = Field(1e-2, ge=0)
+    """AdamW; ours."""
+    epochs: int = Field(20, ge=1)
+    """Ours."""
+    min_steps: int = Field(300, ge=0)
+    """Train at least so many steps."""
+    batch_size: int = Field(128, ge=1)
+    """Ours."""
 
 
 class FinetuneConfig(StrictConfig):
     """Training through the backbone."""
 
-    epochs: Annotated[int, Field(ge=1, description="S1: 100")] = 20
-    min_steps: Annotated[int, Field(ge=0, description="train at least so many steps")] = 0
-    batch_size: Annotated[int, Field(ge=1, description="S1: 32")] = 32
-    backbone_lr: Annotated[float, Field(gt=0, description="of the backbone, end to end; S0: 1e-5, S1: 1e-4")] = 1e-5
-    head_lr: Annotated[float, Field(gt=0, description="of the head; S1: 1e-4")] = 1e-3
-    adapter_lr: Annotated[float, Field(gt=0, description="of LoRA's matrices and BitFit's biases; ours")] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0, description="AdamW; S1: 0 (Adam)")] = 0.0
-    partial_stages: Annotated[int, Field(ge=1, description="protocol partial: so many last blocks or stages learn")] = 2
-    lora_rank: Annotated[int, Field(ge=1, description="S0: 48")] = 48
-    lora_alpha: Annotated[float, Field(gt=0, description="S0: 16")] = 16.0
-    lora_dropout: Annotated[float, Field(ge=0, lt=1, description="S0: 0.1")] = 0.1
-    flip: Annotated[bool, Field(description="mirror half of the training images left to right; test images never")] = False
-    eval_every: Annotated[int, Field(ge=1, description="epochs between looks at validation; the best one is kept")] = 1
+    epochs: int = Field(20, ge=1)
+    """S1: 100."""
+    min_steps: int = Field(0, ge=0)
+    """Train at least so many steps."""
+    batch_size: int = Field(32, ge=1)
+    """S1: 32."""
+    backbone_lr: float = Field(1e-5, gt=0)
+    """Of the backbone, end to end; S0: 1e-5, S1: 1e-4."""
+    head_lr: float = Field(1e-3, gt=0)
+    """Of the head; S1: 1e-4."""
+    adapter_lr: float = Field(1e-3, gt=0)
+    """Of LoRA's matrices and BitFit's biases; ours."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW; S1: 0 (Adam)."""
+    partial_stages: int = Field(2, ge=1)
+    """Protocol partial: so many last blocks or stages learn."""
+    lora_rank: int = Field(48, ge=1)
+    """S0: 48."""
+    lora_alpha: float = Field(16.0, gt=0)
+    """S0: 16."""
+    lora_dropout: float = Field(0.1, ge=0, lt=1)
+    """S0: 0.1."""
+    flip: bool = False
+    """Mirror half of the training images left to right; test images never."""
+    eval_every: int = Field(1, ge=1)
+    """Epochs between looks at validation; the best one is kept."""
 
 
 class FewShotConfig(StrictConfig):
     """Training on few patients."""
 
-    patients_per_class: Annotated[tuple[int, ...], Field(min_length=1, description="S0's list")] = (1, 2, 4, 8, 16)
-    draws: Annotated[int, Field(ge=1, description="draws of patients for each number; S0 had one")] = 5
-    fractions: Annotated[
-        tuple[float, ...], Field(description="shares of the training patients instead (S1's subset_ratio); empty: none")
-    ] = ()
-    protocols: Annotated[tuple[ProtocolName, ...], Field(min_length=1, description="trained afresh for every draw")] = (
-        "linear",
-    )
+    patients_per_class: tuple[int, ...] = Field((1, 2, 4, 8, 16), min_length=1)
+    """S0's list."""
+    draws: int = Field(5, ge=1)
+    """Draws of patients for each number; S0 had one."""
+    fractions: tuple[float, ...] = ()
+    """Shares of the training patients instead (S1's subset_ratio); empty: none."""
+    protocols: tuple[ProtocolName, ...] = Field(("linear",), min_length=1)
+    """Trained afresh for every draw."""
 
 
 class StatisticsConfig(StrictConfig):
     """Selection and intervals."""
 
-    selection: Annotated[
-        str, Field(description="metric on validation by which anything is chosen; auto: kappa if ordinal, else auroc")
-    ] = "auto"
-    resamples: Annotated[int, Field(ge=10, description="bootstrap over patients; S1: 5000")] = 2000
-    level: Annotated[float, Field(gt=0, lt=1, description="of the intervals")] = 0.95
+    selection: str = "auto"
+    """Metric on validation by which anything is chosen; auto: kappa if ordinal, else auroc."""
+    resamples: int = Field(2000, ge=10)
+    """Bootstrap over patients; S1: 5000."""
+    level: float = Field(0.95, gt=0, lt=1)
+    """Of the intervals."""
 
 
 class ClassificationConfig(StrictConfig):
     """Everything that one evaluation of one backbone on one data set needs."""
 
-    protocols: Annotated[tuple[ProtocolName, ...], Field(min_length=1, description="what to run; all see the same splits")] = (
-        "knn",
-        "logistic",
-        "linear",
+    protocols: tuple[ProtocolName, ...] = Field(
+        (
+            "knn",
+            "logistic",
+            "linear",
+        ),
+        min_length=1,
     )
+    """What to run; all see the same splits."""
     features: FeaturesConfig = FeaturesConfig()
     split: SplitConfig = SplitConfig()
     knn: KnnConfig = KnnConfig()

@@ -34,7 +34,8 @@ BUFFERS = (".bias_mask", "rope_embed.periods", ".running_mean", ".running_var", 
 class Architecture(ViTConfig):
     """The backbone's shape, under the name it goes by."""
 
-    name: Annotated[str, Field(description="registry name, or 'custom'")] = "custom"
+    name: str = "custom"
+    """Registry name, or 'custom'."""
 
     def backbone_config(self) -> BackboneConfig:
         """Return it without the name."""
@@ -44,7 +45,8 @@ class Architecture(ViTConfig):
 class TimmArchitecture(TimmConfig):
     """The same for a model of timm."""
 
-    name: Annotated[str, Field(description="timm:<its name>")]
+    name: str
+    """timm:<its name>."""
 
     def backbone_config(self) -> BackboneConfig:
         """Return it without the name."""
@@ -81,70 +83,100 @@ def architecture_of_config(config: BackboneConfig, name: str) -> Architecture | 
 class StageRecord(StrictConfig):
     """One stage that the weights went through."""
 
-    name: Annotated[str, Field(description="name in the stage graph")]
-    steps: Annotated[int, Field(ge=0, description="optimizer steps taken in it")]
+    name: str
+    """Name in the stage graph."""
+    steps: int = Field(ge=0)
+    """Optimizer steps taken in it."""
 
 
 class ParentRecord(StrictConfig):
     """The weights that training started from."""
 
-    name: Annotated[str, Field(description="file or model name, without a machine's path")]
-    sha256: Annotated[str | None, Field(description="of the file, where it was one")] = None
-    licence: Annotated[str, Field(description="licence of those weights; it travels along")]
+    name: str
+    """File or model name, without a machine's path."""
+    sha256: str | None = None
+    """Of the file, where it was one."""
+    licence: str
+    """Licence of those weights; it travels along."""
 
 
 class DataRecord(StrictConfig):
     """One data set of the training corpus."""
 
-    dataset: Annotated[str, Field(description="name in volumes.parquet")]
-    licence: Annotated[str, Field(description="as recorded at curation")] = "unknown"
-    volumes: Annotated[int | None, Field(description="accepted volumes")] = None
+    dataset: str
+    """Name in volumes.parquet."""
+    licence: str = "unknown"
+    """As recorded at curation."""
+    volumes: int | None = None
+    """Accepted volumes."""
 
 
 class TrainingVolumesRecord(StrictConfig):
     """The list of the volumes of the training corpus, in training_volumes.txt beside config.json."""
 
-    sha256: Annotated[str, Field(description="of the file")]
-    volumes: Annotated[int, Field(ge=0, description="lines: different volumes by the content of their voxels")]
+    sha256: str
+    """Of the file."""
+    volumes: int = Field(ge=0)
+    """lines: different volumes by the content of their voxels."""
 
 
 class Lineage(StrictConfig):
     """Where the weights come from."""
 
-    corpus_hash: Annotated[str | None, Field(description="content hash of the corpus; none for random weights")] = None
-    data: Annotated[tuple[DataRecord, ...], Field(description="data sets with their licences")] = ()
-    training_volumes: Annotated[
-        TrainingVolumesRecord | None, Field(description="list of content hashes, for finding test volumes in it")
-    ] = None
-    audited_against: Annotated[tuple[str, ...], Field(description="test sets that the corpus was audited against")] = ()
-    stages: Annotated[tuple[StageRecord, ...], Field(description="stages in the order they ran")] = ()
-    parent: Annotated[ParentRecord | None, Field(description="none: trained from scratch")] = None
-    licence: Annotated[str, Field(description="licence of these weights")] = OWN_LICENCE
+    corpus_hash: str | None = None
+    """Content hash of the corpus; none for random weights."""
+    data: tuple[DataRecord, ...] = ()
+    """Data sets with their licences."""
+    training_volumes: TrainingVolumesRecord | None = None
+    """List of content hashes, for finding test volumes in it."""
+    audited_against: tuple[str, ...] = ()
+    """Test sets that the corpus was audited against."""
+    stages: tuple[StageRecord, ...] = ()
+    """Stages in the order they ran."""
+    parent: ParentRecord | None = None
+    """none: trained from scratch."""
+    licence: str = OWN_LICENCE
+    """Licence of these weights."""
 
 
 class WeightsRecord(StrictConfig):
     """What model.safetensors holds."""
 
-    file: Annotated[str, Field(description="file name in this folder")] = WEIGHTS_FILE
-    sha256: Annotated[str, Field(description="of the file")]
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], Field(description="of the floating-point weights")]
-    parameters: Annotated[int, Field(ge=0, description="number of parameters of the backbone")]
-    role: Annotated[Literal["teacher", "student", "backbone"], Field(description="which network of the trainer this is")]
+    file: str = WEIGHTS_FILE
+    """File name in this folder."""
+    sha256: str
+    """Of the file."""
+    dtype: Literal["float32", "float16", "bfloat16"]
+    """Of the floating-point weights."""
+    parameters: int = Field(ge=0)
+    """Number of parameters of the backbone."""
+    role: Literal["teacher", "student", "backbone"]
+    """Which network of the trainer this is."""
 
 
 class ModelConfig(StrictConfig):
     """The content of config.json."""
 
-    format: Annotated[Literal["meddino-model"], Field(description="says what this folder is")] = "meddino-model"
-    version: Annotated[Literal[1], Field(description="of the format")] = 1
-    architecture: Annotated[AnyArchitecture, Field(description="what to build")]
-    input_contract: Annotated[Intensity, Field(description="how stored values become input")]
-    resolutions_px_seen: Annotated[tuple[int, ...], Field(description="sides of the global crops in training [px]")] = ()
-    lineage: Annotated[Lineage, Field(description="where the weights come from")] = Lineage()
-    weights: Annotated[WeightsRecord, Field(description="the weights file")]
-    metrics: Annotated[dict[str, Any], Field(description="figures given at export")] = Field(default_factory=dict)
-    command: Annotated[str, Field(description="that made this folder, without paths")]
-    meddino_version: Annotated[str, Field(description="that made this folder")]
+    format: Literal["meddino-model"] = "meddino-model"
+    """Says what this folder is."""
+    version: Literal[1] = 1
+    """Of the format."""
+    architecture: AnyArchitecture
+    """What to build."""
+    input_contract: Intensity
+    """How stored values become input."""
+    resolutions_px_seen: tuple[int, ...] = ()
+    """Sides of the global crops in training [px]."""
+    lineage: Lineage = Lineage()
+    """Where the weights come from."""
+    weights: WeightsRecord
+    """The weights file."""
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    """Figures given at export."""
+    command: str
+    """That made this folder, without paths."""
+    meddino_version: str
+    """That made this folder."""
 
 
 def meddino_version() -> str:
