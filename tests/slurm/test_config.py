@@ -23,10 +23,12 @@ def test_time_limit__refuses_other_forms(text):
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_site_profile__shipped_ones_are_valid_and_complete(name):
-    site = load_config(SiteConfig, [name], kind="slurm")
-    written = set((shipped_configs() / "slurm" / f"{name}.yaml").read_text().splitlines())
-    assert site.resources_for("pretrain").tasks_per_node >= 1
+def test_site_profile__shipped_ones_are_valid(name):
+    assert load_config(SiteConfig, [name], kind="slurm").resources_for("pretrain").tasks_per_node >= 1
+
+
+def test_site_profile__the_one_to_copy_has_every_key():
+    written = set((shipped_configs() / "slurm" / "site.yaml").read_text().splitlines())
     for field in SiteConfig.model_fields:
         assert any(line.startswith(f"{field}:") for line in written), field
 

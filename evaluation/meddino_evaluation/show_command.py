@@ -1,0 +1,27 @@
+"""`meddino-eval show`: every setting of a command with its unit and source."""
+
+import argparse
+
+from meddino.core.command import write_line
+from meddino.core.show_config import show_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("what", choices=("segment", "classification", "study"), help="whose settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
+    parser.add_argument(
+        "--config", help="a YAML file, the name of a shipped one, or a results folder; default: the command's own"
+    )
+    parser.add_argument("--against", metavar="OTHER", help="print only the values in which it differs from this config")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the config."""
+    from meddino_evaluation.classification.config import ClassificationConfig
+    from meddino_evaluation.segmentation.config import SegmentConfig
+    from meddino_evaluation.study.study_config import StudyConfig
+
+    schema = {"segment": SegmentConfig, "classification": ClassificationConfig, "study": StudyConfig}[arguments.what]
+    source = arguments.config or {"study": "study_acceptance"}.get(arguments.what, arguments.what)
+    write_line(show_config(schema, source, arguments.overrides, "evaluation", arguments.against))
