@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 
@@ -53,7 +54,9 @@ def run_command(
     arguments = _parse(parser, argv)
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
-        return handle(arguments) or EXIT_DONE
+        code = handle(arguments) or EXIT_DONE
+        sys.stdout.flush()  # here, where a reader that is gone can be told from a fault
+        return code
     except MedDINOError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -63,6 +66,10 @@ def run_command(
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; the same command again goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        return EXIT_DONE
     except OSError as error:
         if is_disk_full(error):
             where = f" while writing {error.filename}" if error.filename else ""
@@ -74,6 +81,17 @@ def run_command(
             raise
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+
+
+def _reader_has_gone() -> bool:
+    """Tell whether stdout is a pipe that nobody reads any more (`| head`), and write nothing more into it if so."""
+    asked = select.poll()
+    asked.register(sys.stdout, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    # Python would tell of it once more as it flushes at the very end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def write_line(text: str, end: str = "\n") -> None:

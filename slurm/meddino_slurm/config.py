@@ -96,6 +96,8 @@ class SiteConfig(StrictConfig):
     """Any other sbatch option by its long name, such as {reservation: teaching}. Ours."""
     setup: tuple[str, ...] = ()
     """Shell lines run before the command: module load, source venv/bin/activate. Ours."""
+    setup_must_succeed: bool = True
+    """Whether a setup line that fails ends the job as failed (set -e); false goes on without it. Ours."""
     environment: dict[str, str] = {}
     """Variables for every process, such as {NCCL_SOCKET_IFNAME: ib0}. Ours."""
     container: ContainerConfig | None = None

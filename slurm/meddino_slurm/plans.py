@@ -2,24 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from pydantic import ConfigDict
-
-from meddino.core.config import StrictConfig, load_config
 from meddino.core.errors import MedDINOError
 from meddino_slurm.config import SiteConfig
+from meddino_slurm.own_checks import ask_pretrain
 from meddino_slurm.record import read_json, record_path
 from meddino_slurm.work import Work, make_work
-
-
-class RecipeStages(StrictConfig):
-    """As much of a pretraining recipe as is needed here: the names of its stages, in order."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    stages: dict[str, Any]
-    """The recipe's stages; the trainer checks what is in them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,8 @@ def plan_stages(site: SiteConfig, arguments: Sequence[str]) -> list[Planned]:
     if any(word == "--stage" or word.startswith("--stage=") for word in arguments):
         raise MedDINOError("--chain-stages gives each job its --stage; leave it out of the command")
     planned: list[Planned] = []
-    for stage in load_config(RecipeStages, [arguments[0]], kind="pretrain").stages:
+    overrides = [word for word in arguments[1:] if "=" in word and not word.startswith("-")]
+    for stage in ask_pretrain(["show", arguments[0], *overrides, "--stages"]).split():
         work = make_work(site, "pretrain", (*arguments, "--stage", stage))
         planned.append(Planned(f"{stage} {work.out.name}", (work,), waits=bool(planned)))
     return planned

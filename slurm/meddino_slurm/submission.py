@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ def sbatch_parameters(site: SiteConfig, work: Work, name: str, dependency: Seque
         "qos": site.qos,
         "constraint": site.constraint,
         "exclude": site.exclude,
-        "setup": list(site.setup) or None,
+        "setup": setup_lines(site) or None,
         "dependency": f"afterok:{':'.join(dependency)}" if dependency else None,
         "gpus_per_node": resources.gpus_per_node or None,
     }
@@ -71,6 +72,11 @@ def sbatch_parameters(site: SiteConfig, work: Work, name: str, dependency: Seque
         "additional_parameters": additional,
         **{key: value for key, value in optional.items() if value is not None},
     }
+
+
+def setup_lines(site: SiteConfig) -> list[str]:
+    """Return the profile's setup lines, the first of which makes the others count: a failed one ends the job as failed."""
+    return ["set -e", *site.setup] if site.setup and site.setup_must_succeed else list(site.setup)
 
 
 def check_free(works: Sequence[Work]) -> None:
@@ -154,12 +160,45 @@ def _submit_to_slurm(folder: Path, works: Sequence[Work], parameters: dict[str, 
     executor.update_parameters(**parameters)
     told = io.StringIO()  # submitit repeats sbatch's words on stderr, and then has them in its error once more
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(told), _parsable_job_ids(submitit.SlurmExecutor):
             return _submit_works(executor, works)
     except submitit.core.utils.FailedJobError as error:
         words = "sbatch: error: "
         reasons = dict.fromkeys(line.partition(words)[2].strip() for line in str(error).splitlines() if words in line)
         raise MedDINOError(f"SLURM refuses the job: {'; '.join(reasons) or error}") from error
+
+
+def job_id_of(answer: str | bytes) -> str:
+    """Return the job id from what `sbatch --parsable` prints: "17" or "17;cluster" on the last such line.
+
+    Raises:
+        MedDINOError: There is none; the job may have been queued all the same.
+    """
+    text = answer if isinstance(answer, str) else answer.decode(errors="replace")
+    found = re.findall(r"^(\d+)(?:;\S*)?$", text, re.MULTILINE)  # a site's own sbatch may print a banner as well
+    if not found:
+        raise MedDINOError(
+            f"sbatch --parsable printed no job id but '{' '.join(text.split())}'; `squeue --me` shows whether the job is there"
+        )
+    return str(found[-1])
+
+
+@contextlib.contextmanager
+def _parsable_job_ids(executor: Any) -> Iterator[None]:
+    # On submitit's own class: an array is handed over by an executor that submitit makes itself. Its pattern takes the first
+    # "job N" of whatever a site's sbatch prints.
+    ours = {
+        "_make_submission_command": lambda _, path: ["sbatch", "--parsable", str(path)],
+        "_get_job_id_from_submission_command": staticmethod(job_id_of),
+    }
+    before = {name: vars(executor)[name] for name in ours}
+    for name, function in ours.items():
+        setattr(executor, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(executor, name, function)
 
 
 def _submit_works(executor: Any, works: Sequence[Work]) -> str:
@@ -179,7 +218,7 @@ def _submit_here(folder: Path, work: Work, site: SiteConfig) -> str:
     executor.update_parameters(
         timeout_min=minutes,
         signal_delay_s=min(site.signal_lead_s, minutes * 60 // 2),
-        setup=list(site.setup),
+        setup=setup_lines(site),
         # submitit hides every GPU it was not told of.
         gpus_per_node=len(gpus),
         visible_gpus=gpus,

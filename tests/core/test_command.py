@@ -1,4 +1,6 @@
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +58,27 @@ def test_run_command__unknown_option_is_still_refused():
     with pytest.raises(SystemExit) as caught:
         run_command(parser, ["--what=1"], lambda arguments: None)
     assert caught.value.code == 2
+
+
+PRINTS = """
+from meddino.core.command import command_parser, run_command, write_line
+
+def handle(_):
+    {body}
+
+raise SystemExit(run_command(command_parser("meddino-x", "Tests.", "meddino-x"), [], handle))
+"""
+
+
+@pytest.mark.parametrize("body", ["[write_line('x' * 1000) for _ in range(1000)]", "print('x' * 1000000)"])
+def test_run_command__ends_quietly_where_its_reader_has_read_enough(body):
+    line = f'{sys.executable} -c "$CODE" | head -c 10; echo ${{PIPESTATUS[0]}}'
+    run = subprocess.run(
+        ["bash", "-c", line], env={"CODE": PRINTS.format(body=body)}, capture_output=True, text=True, check=True
+    )
+    assert (run.stdout, run.stderr) == ("xxxxxxxxxx0\n", "")
+
+
+def test_run_command__another_broken_pipe_is_a_fault():
+    with pytest.raises(BrokenPipeError):
+        _run(BrokenPipeError(errno.EPIPE, "Broken pipe"))

@@ -3,11 +3,18 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from meddino_slurm.config import SiteConfig
+from meddino_slurm.submission import job_id_of
+from meddino_slurm.submission import submit as submit_works
+from meddino_slurm.work import make_work
 
+from meddino.core.config import load_config
+from meddino.core.errors import MedDINOError
 from tests.slurm.conftest import submit
 
 
@@ -154,3 +161,42 @@ def test_bad_input__one_clear_line_and_exit_2(no_slurm, tmp_path, words, message
     assert message in answer
     assert "\n" not in answer
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("answer", "job_id"),
+    [("17\n", "17"), (b"17;cluster\n", "17"), ("Welcome: read job 1 of the rules\nquota 80 %\n4711\n", "4711")],
+)
+def test_job_id__is_what_sbatch_says_for_programs(answer, job_id):
+    assert job_id_of(answer) == job_id
+
+
+@pytest.mark.parametrize("answer", ["", "Submitted batch job 17\n"])
+def test_job_id__without_one_says_where_to_look(answer):
+    with pytest.raises(MedDINOError, match="squeue --me"):
+        job_id_of(answer)
+
+
+SBATCH = '#!/bin/sh\n[ "$1" = --parsable ] && echo "site banner: job 1 of 2 rules" && echo "4711;cluster"\n'
+
+
+@pytest.mark.parametrize("works", [1, 3])
+def test_submit__takes_the_id_of_jobs_and_of_arrays(works, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    (tmp_path / "srun").symlink_to("sbatch")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    site = load_config(SiteConfig, ["site"], kind="slurm")
+    parts = [None] if works == 1 else [f"{part}/{works}" for part in range(1, works + 1)]
+    each = [make_work(site, "curate", ["build", "x", "--out", str(tmp_path / "c")], part=part) for part in parts]
+    assert submit_works(site, each, "slurm", "curate c") == "4711"
+
+
+@pytest.mark.parametrize(("key", "code"), [("true", 1), ("false", 0)])
+def test_setup__a_line_that_fails_ends_the_job_unless_the_profile_says_otherwise(key, code, no_slurm, site, tmp_path):
+    profile = site(setup='["false"]', setup_must_succeed=key)
+    text = submit("--cluster", profile, "--dry-run", "curate", "build", "scans", "--out", tmp_path / "c")
+    script = text[: text.index("# which starts")].splitlines()
+    before_command = script[: next(number for number, line in enumerate(script) if "submitit.core._submit" in line)]
+    run = subprocess.run(["/bin/bash", "-c", "\n".join(before_command) + "\ntrue"], check=False)
+    assert run.returncode == code

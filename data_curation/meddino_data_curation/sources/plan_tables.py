@@ -35,7 +35,9 @@ def print_plan(found: Sequence[FoundSet], allow: Sequence[str], console: Console
 
 def _wanted(item: FoundSet) -> str:
     entry, licence = item.entry, item.entry.licence
-    return f"- {entry.name}: {entry.volumes} volumes, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
+    return (
+        f"- {entry.name} ({entry.title}): {entry.volumes} volumes, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
+    )
 
 
 def _numbers(item: FoundSet) -> str:

@@ -31,6 +31,8 @@ def run(arguments: argparse.Namespace) -> None:
         for path in sorted((shipped_configs() / "evaluation" / "datasets").glob("*.yaml")):
             config = load_dataset_config(path)
             sys.stdout.write(f"{config.name:22} {config.task:13} {config.licence:45} {config.title}\n")
+            if config.notes:
+                sys.stdout.write(f"{'':22} {config.notes}\n")
         return
     needed = {"fake": ("name", "out"), "prepare": ("name", "root", "out"), "check": ("name", "root")}[arguments.action]
     missing = [f"--{one}" if one != "name" else "a name" for one in needed if getattr(arguments, one) is None]
