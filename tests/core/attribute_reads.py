@@ -21,7 +21,8 @@ SAME = {"list", "tuple", "set", "frozenset", "sorted", "reversed", "iter"}
 FIRST = {"next", "min", "max"}
 MADE_FROM_CLASS = {"load_config", "check_config", "resolve_config", "cast"}  # what they return is their first argument's
 GIVERS = (ast.Assign, ast.NamedExpr, ast.For, ast.comprehension, ast.AnnAssign, ast.withitem, ast.Call)
-COPIES = {"model_copy", "replace", "deepcopy", "copy"}
+MADE_BY_METHOD = {"model_copy", "model_validate", "model_validate_json", "model_construct"}
+COPIES = {"replace", "deepcopy", "copy"}
 
 
 @dataclass(eq=False)
@@ -87,7 +88,6 @@ class Source:
                 found += self.bases(other) if kind == "object" else ()
         return tuple(found)
 
-    @functools.cache  # noqa: B019
     def member(self, owner: tuple[str, str], name: str) -> Types:
         """Return the types of an attribute of an object."""
         for module_name, class_name in self.bases(owner):
@@ -119,6 +119,9 @@ class Source:
                 for target, value in given:
                     if isinstance(target, ast.Attribute) and getattr(target.value, "id", "") == "self":
                         found[target.attr] = found.get(target.attr, NOTHING) | reader.infer(value)
+                for inner in reader.inside:
+                    if isinstance(inner, ast.AnnAssign) and getattr(getattr(inner.target, "value", None), "id", "") == "self":
+                        found[inner.target.attr] = self.types_of(inner.annotation, module)
         return found
 
 
@@ -233,8 +236,8 @@ class FunctionReader:
             return frozenset({("items", frozenset({("pair", (NOTHING, self._items(node.args[0])))}))})
         if name == "zip":
             return frozenset({("items", frozenset({("pair", tuple(self._items(argument) for argument in node.args))}))})
-        if name == "model_copy":
-            return self.infer(node.func.value)
+        if name in MADE_BY_METHOD and isinstance(node.func, ast.Attribute):
+            return frozenset(("object", what[1]) for what in self.infer(node.func.value) if what[0] in ("class", "object"))
         if name in COPIES and node.args:
             return self.infer(node.args[0])
         if name in MADE_FROM_CLASS and node.args:
