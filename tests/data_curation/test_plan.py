@@ -125,7 +125,7 @@ def test_planned_config__missing_table_of_test_volumes_is_refused(ct3m, tmp_path
         planned_config(found, (), with_test_data=False)
     assert len(planned_config(found, (), with_test_data=True).sources) == 1
     (tmp_path / "totalseg" / "meta.csv").write_text("id;part\ns0000;test\n")
-    with pytest.raises(ConfigError, match="column 'image_id' is missing"):
+    with pytest.raises(ConfigError, match="lacks the column image_id"):
         find_sets(tmp_path, load_registry(), {})
 
 

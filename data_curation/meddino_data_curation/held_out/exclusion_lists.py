@@ -1,6 +1,5 @@
 """Lists of held-out ids and paths: what a line may mean, which volumes it names, and which lines name none."""
 
-import csv
 import os
 import posixpath
 import unicodedata
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from meddino.core.errors import ConfigError
+from meddino.core import tables
 from meddino.volumes.file_kinds import volume_suffix
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
@@ -62,14 +61,8 @@ def read_list(path: Path, name: str) -> ExclusionList:
     Raises:
         ConfigError: It is no text, or far too large for a list.
     """
-    if path.stat().st_size > _MAX_LIST_BYTES:
-        raise ConfigError(f"--exclude {path}: {path.stat().st_size} bytes are no list of ids")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--exclude {path}: a list is UTF-8 text with one id or path a line") from error
-    lines = (line.strip() for line in text.splitlines())
-    return ExclusionList(name, path, tuple(line for line in lines if line and not line.startswith("#")))
+    lines = tables.read_list(path, _MAX_LIST_BYTES)
+    return ExclusionList(name, path, tuple(line for line in lines if not line.startswith("#")))
 
 
 def match_lists(
@@ -187,7 +180,7 @@ class _LineIndex:
 
 def _meanings(line: str, separators: str) -> Iterator[str]:
     """Yield what a line may say: all of it, its first cell, what stands before a comment."""
-    texts = [line, *(next(csv.reader([line], delimiter=separator), [""])[0] for separator in separators)]
+    texts = [line, *(tables.first_cell(line, separator) for separator in separators)]
     texts += [text.split(" #")[0] for text in texts]
     for text in dict.fromkeys(_composed(text.strip().strip('"').strip()) for text in texts):
         if text:

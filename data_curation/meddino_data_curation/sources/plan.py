@@ -1,6 +1,5 @@
 """`meddino-curate plan`: which sets of the registry lie under a root, what of them is missing, and a config to curate them."""
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
+from meddino.core.tables import read_table
 from meddino_data_curation.config import LicencesConfig, SourceConfig
 from meddino_data_curation.sources.candidates import find_files
 from meddino_data_curation.sources.licences import needs_decision
@@ -136,16 +136,8 @@ def _take(item: FoundSet, home: str, inside: str) -> bool:
 
 
 def _read_ids(path: Path, table: HeldOutTable) -> list[str]:
-    if path.stat().st_size > _MAX_TABLE_BYTES:
-        raise ConfigError(f"{path}: {path.stat().st_size} bytes are no table of a split")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream, delimiter=table.separator))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path}: no readable table ({error})") from error
-    lacking = [name for name in (table.id_column, table.split_column) if rows and name not in rows[0]]
-    if lacking:
-        raise ConfigError(f"{path}: column '{lacking[0]}' is missing; it names the set's test volumes")
+    columns = (table.id_column, table.split_column)
+    rows = read_table(path, columns, filled=columns[:1], separators=table.separator, max_bytes=_MAX_TABLE_BYTES).rows
     return [row[table.id_column] for row in rows if row[table.split_column] == table.held_out_value]
 
 

@@ -1,6 +1,5 @@
 """Labelled cases from a data set's definition and the folder it lies in."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
+from meddino.core.tables import Row, read_list, read_table
 from meddino_evaluation.classification.dataset_config import (
     ArraysLayout,
     DatasetConfig,
@@ -220,20 +220,13 @@ def _from_tables(config: DatasetConfig, layout: TableLayout, root: Path) -> Iter
 def _listed(path: Path, name: str) -> list[str]:
     if not path.is_file():
         raise ConfigError(f"data set {name}: no split list {path}")
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return read_list(path)
 
 
 def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -> Iterator[Case]:
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        needed = {*layout.label_columns, *re.findall(r"\{(.+?)\}", layout.image)}
-        needed |= {column for column in (layout.id_column, layout.patient_column, layout.split_column) if column}
-        missing = sorted(needed - set(reader.fieldnames or ()))
-        if missing:
-            raise ConfigError(
-                f"data set {config.name}: table {table} has no column {', '.join(missing)}; found {reader.fieldnames}"
-            )
-        rows = list(reader)
+    needed = {*layout.label_columns, *re.findall(r"\{(.+?)\}", layout.image)}
+    needed |= {column for column in (layout.id_column, layout.patient_column, layout.split_column) if column}
+    rows = read_table(table, sorted(needed), filled=[column for column in (layout.patient_column,) if column]).rows
     absent = []
     for row in rows:
         relative = re.sub(r"\{(.+?)\}", lambda match: row[match.group(1)], layout.image)  # noqa: B023
@@ -258,7 +251,7 @@ def _find(folder: Path, relative: str) -> str | None:
     return str(folder / path) + hash_sign + key if (folder / path).exists() else None
 
 
-def _row_label(config: DatasetConfig, layout: TableLayout, row: dict[str, str], name: str) -> Label:
+def _row_label(config: DatasetConfig, layout: TableLayout, row: Row, name: str) -> Label:
     if config.task != "multilabel":
         return _class_number(config, row[layout.label_columns[0]], f"case {name}")
     if layout.separator is not None:

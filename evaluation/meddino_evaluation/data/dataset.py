@@ -1,6 +1,5 @@
 """A labelled data set whatever its layout on disk: cases with their files, patients and labels."""
 
-import csv
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
+from meddino.core.tables import read_table
 from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.volumes import read_geometry, read_label_map, read_volume
@@ -159,14 +159,14 @@ def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledData
     table = dataset.root / PATIENTS_FILE
     if not table.is_file():
         return dataset
-    with table.open(newline="", encoding="utf-8") as stream:
-        rows = {row.get("case", ""): row for row in csv.DictReader(stream)}
+    columns = ("case", "patient")
+    rows = {row["case"]: row for row in read_table(table, columns, filled=columns, unique="case").rows}
 
     def assign(case: Case) -> Case:
         row = rows.get(case.name)
-        if row is None or not row.get("patient"):
-            raise ConfigError(f"{table}: no patient for case '{case.name}'; it needs the columns case, patient [, site]")
-        return replace(case, patient=row["patient"], site=row.get("site") or case.site)
+        if row is None:
+            raise ConfigError(f"{table}: no row for case '{case.name}'; it needs the columns case, patient [, site]")
+        return replace(case, patient=row["patient"], site=row["site"] or case.site)
 
     return _map_cases(dataset, assign)
 

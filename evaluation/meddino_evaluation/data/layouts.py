@@ -6,7 +6,7 @@ from meddino.core.errors import ConfigError
 from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.data.msd import is_msd, read_msd
 from meddino_evaluation.data.nnunet_raw import read_dataset_json, read_nnunet_raw
-from meddino_evaluation.data.table import TABLE_FILE, read_table
+from meddino_evaluation.data.table import TABLE_FILE, read_case_table
 
 
 def open_dataset(root: Path) -> LabelledDataset:
@@ -18,7 +18,7 @@ def open_dataset(root: Path) -> LabelledDataset:
     """
     if root.is_dir() and not (root / "dataset.json").is_file():
         if (root / TABLE_FILE).is_file():
-            return read_table(root)
+            return read_case_table(root)
         raise ConfigError(
             f"{root} is no data set: neither dataset.json (nnU-Net's raw layout, the Decathlon's) nor {TABLE_FILE} "
             "(case, image, label) is in it"

@@ -1,12 +1,12 @@
 """Plain folders and cases.csv: columns case, image, label (paths below the folder), and patient and site if known."""
 
-import csv
 import json
 from pathlib import Path
 
 import numpy as np
 
 from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.tables import read_table
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 from meddino_evaluation.data.volumes import read_label_map
@@ -15,32 +15,26 @@ TABLE_FILE = "cases.csv"
 LABELS_FILE = "labels.json"
 
 
-def read_table(root: Path) -> LabelledDataset:
+def read_case_table(root: Path) -> LabelledDataset:
     """Read a data set from its cases.csv.
 
     Label names come from labels.json ({"background": 0, "tumour": 1, ...}) where it is there; else each value that occurs
     in a label map is a label.
 
     Raises:
-        ConfigError: A column is missing, a case is named twice, or a path leads out of the folder.
+        ConfigError: The table is wrong (see `meddino.core.tables`), a case is named twice, or a path leads out of the folder.
         VolumeError: A file is missing.
     """
     path = root / TABLE_FILE
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        lacking = [name for name in ("case", "image", "label") if name not in (reader.fieldnames or ())]
-        if lacking:
-            raise ConfigError(f"{path} lacks the columns {lacking}; it needs case, image, label [, patient, site]")
-        rows = list(reader)
+    columns = ("case", "image", "label")
+    rows = read_table(path, columns, filled=columns, unique="case").rows
     if not rows:
         raise ConfigError(f"{path} holds no case")
     cases: dict[str, Case] = {}
     for row in rows:
-        if row["case"] in cases or not row["case"]:
-            raise ConfigError(f"{path}: case '{row['case']}' is named twice or not at all")
         images = tuple(_inside(root, text, path) for text in row["image"].split(";"))
         label = _inside(root, row["label"], path)
-        cases[row["case"]] = Case(row["case"], images, label, row.get("patient") or row["case"], row.get("site") or "")
+        cases[row["case"]] = Case(row["case"], images, label, row["patient"] or row["case"], row["site"])
     channels = {len(case.images) for case in cases.values()}
     if len(channels) != 1:
         raise ConfigError(f"{path}: cases have different numbers of images ({sorted(channels)}); separate channels by ';'")

@@ -79,7 +79,7 @@ def test_open_dataset__unknown_label_and_missing_column(tmp_path):
     with pytest.raises(ConfigError, match="unknown label 'melanoma'"):
         open_dataset(load_dataset_config("ham10000"), tmp_path)
     table.write_text(text.replace("lesion_id", "lesion"))
-    with pytest.raises(ConfigError, match="no column lesion_id"):
+    with pytest.raises(ConfigError, match="lacks the column lesion_id"):
         open_dataset(load_dataset_config("ham10000"), tmp_path)
 
 

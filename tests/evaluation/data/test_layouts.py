@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from meddino_evaluation.data.dataset import with_patients
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.prepare import GridRule, prepare_case
@@ -55,8 +56,35 @@ def test_table__folders_and_a_csv(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps({"background": 0, "dense": 2}))
     assert open_dataset(tmp_path).labels.names == ("dense",)
     (tmp_path / "cases.csv").write_text("case,image\nx,a")
-    with pytest.raises(ConfigError, match=r"lacks the columns \['label'\]"):
+    with pytest.raises(ConfigError, match="lacks the column label"):
         open_dataset(tmp_path)
+
+
+def test_table__as_a_spreadsheet_saves_it(tmp_path):
+    volumes(tmp_path, ["a", "b"])
+    rows = [
+        "case;image;label;patient",
+        "x;imagesTr/a.nii.gz;labelsTr/a.nii.gz;Müller ",
+        "y;imagesTr/b.nii.gz;labelsTr/b.nii.gz; Müller",
+    ]
+    for encoding in ("utf-8-sig", "utf-16", "latin-1"):
+        (tmp_path / "cases.csv").write_bytes("\r\n".join(rows).encode(encoding))
+        assert [case.patient for case in open_dataset(tmp_path).cases] == ["Müller", "Müller"]  # one, for all splits
+    (tmp_path / "cases.csv").write_text("\n".join([*rows, rows[1].replace("Müller", "Bauer")]))
+    with pytest.raises(ConfigError, match=r"cases\.csv, line 4, column case: 'x'"):
+        open_dataset(tmp_path)
+
+
+def test_patients_csv__a_case_with_two_patients_is_refused(tmp_path):
+    volumes(tmp_path, ["a", "b"])
+    files = [f"{name},imagesTr/{name}.nii.gz,labelsTr/{name}.nii.gz" for name in "ab"]
+    (tmp_path / "cases.csv").write_text("\n".join(["case,image,label", *files]))
+    data = open_dataset(tmp_path)
+    (tmp_path / "patients.csv").write_bytes("\ufeffcase;patient\na;p1\nb;p1 \n".encode())
+    assert {case.patient for case in with_patients(data, None).cases} == {"p1"}
+    (tmp_path / "patients.csv").write_text("case,patient\na,p1\nb,p1\na,p2\n")
+    with pytest.raises(ConfigError, match=r"patients\.csv, line 4, column case: 'a'"):
+        with_patients(data, None)
 
 
 @pytest.mark.parametrize(
