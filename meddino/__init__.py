@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from meddino.checkpoints.export.model import Model
+    from meddino.volumes.volume import Volume
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "read_volume"]
 
 try:
     __version__ = version("meddino")
@@ -20,3 +21,10 @@ def load(source: str | Path, *, seed: int = 0) -> "Model":
     from meddino.checkpoints.export.model import load as load_model
 
     return load_model(source, seed=seed)
+
+
+def read_volume(path: str | Path) -> "Volume":
+    """Read a CT or MR volume from a file or a folder of DICOM files; see `meddino.volumes.read.read_volume`."""
+    from meddino.volumes.read import read_volume as read
+
+    return read(Path(path))

@@ -131,7 +131,7 @@ def _die_with_parent() -> None:
 
 
 def _limit_threads() -> None:
-    from meddino.volumes.itk_files import use_one_thread
+    from meddino.volumes.native import use_one_thread
 
     use_one_thread()
 

@@ -13,6 +13,10 @@ from typing import IO, Any, Literal
 from meddino.core.errors import MedDINOError
 
 PARTIAL_SUFFIX = ".partial"
+_TROUBLE_OF_THE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+    errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EREMOTEIO,
+}  # fmt: skip
 
 
 def sha256_file(path: Path) -> str:
@@ -127,5 +131,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def cause_without_path(error: OSError) -> str:
-    """Return what the system says was wrong with a file; its whole message would name the file."""
+    """Return what the system says was wrong with a file; its whole message would name the file.
+
+    Raises:
+        OSError: The same one, where the system is in trouble and not the file: a disk that fills up or fails, a network that
+            is gone, no descriptors left. That must be mended or tried again, never remembered as bad data.
+    """
+    if error.errno in _TROUBLE_OF_THE_SYSTEM:
+        raise error
     return (error.strerror or "input/output error").lower()

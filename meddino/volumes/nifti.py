@@ -1,7 +1,6 @@
-"""NIfTI's header and voxels, read here because ITK fills what a truncated file lacks without a word.
+"""NIfTI's header, grid and voxels, read here: ITK fills what a truncated file lacks and says nothing of what it assumes.
 
-ITK (NiftiImageIO, 5.4) still says where the volume lies; what is read here is checked against the file's length and, in a .gz,
-against its CRC.
+What is read is checked against the file's length and, in a .gz, against its CRC.
 """
 
 import gzip
@@ -17,9 +16,13 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.limits import ReadLimits
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _SAME_PLACE = 0.02  # of a voxel, over a whole axis of 100 voxels
+_SAME_SPACING = 1e-3  # of it: pixdim then has the value without the matrix's rounding
 _MAX_TAIL_BYTES = 1 << 16  # behind the last voxel; some writers pad
 _MAX_OFFSET_BYTES = 64 << 20  # of the first voxel; between it and the header lie extensions
 _BLOCK_BYTES = 8 << 20
@@ -31,57 +34,168 @@ GZIP_ERRORS = (EOFError, _ISAL_ERROR, gzip.BadGzipFile)
 
 @dataclass(frozen=True)
 class NiftiHeader:
-    """What decides how the bytes become numbers.
+    """What decides how the bytes become numbers at places.
 
     Attributes:
         dtype: NumPy type with the file's byte order.
-        shape: [Z, Y, X].
+        geometry: The grid.
         offset: Of the first voxel in the (uncompressed) file.
         slope: Multiplies; never 0.
         intercept: Is added.
-        notes: What is unusual, in words of ours.
+        notes: What is unusual or assumed, in words of ours.
+        irregular: Why the grid is not quite that of the voxels, or "".
     """
 
     dtype: np.dtype[Any]
-    shape: tuple[int, int, int]
+    geometry: Geometry
     offset: int
     slope: float
     intercept: float
     notes: tuple[str, ...]
+    irregular: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[Z, Y, X]."""
+        return self.geometry.shape
 
 
-def read_nifti_header(path: Path) -> NiftiHeader:
+@dataclass(frozen=True)
+class _Fields:
+    """The header's own numbers."""
+
+    dims: tuple[int, ...]
+    code: int
+    offset: float
+    slope: float
+    intercept: float
+    pixdim: NDArray[np.float64]
+    quaternion: tuple[float, ...]
+    qoffset: tuple[float, ...]
+    sform: NDArray[np.float64]
+    codes: tuple[int, int]
+    units: int
+    least_offset: int
+    order: str
+
+
+def read_nifti_header(path: Path, limits: ReadLimits) -> NiftiHeader:
     """Read the header of a NIfTI-1 or NIfTI-2 file.
 
     Raises:
-        VolumeError: It is damaged, or of a data type that holds no HU.
+        VolumeError: It is damaged, of a data type that holds no numbers, or promises more than may be read.
     """
-    with opened(path) as stream:
-        head = stream.read(600)
-    order = "<" if head[:4] in (b"\x5c\x01\x00\x00", b"\x1c\x02\x00\x00") else ">"
     try:
-        if struct.unpack_from(f"{order}i", head)[0] == 348:
-            dims = struct.unpack_from(f"{order}8h", head, 40)
-            (code,) = struct.unpack_from(f"{order}h", head, 70)
-            offset, slope, intercept = struct.unpack_from(f"{order}3f", head, 108)
-            affines = _affines_1(head, order)
-            least = 352
-        else:
-            (code,) = struct.unpack_from(f"{order}h", head, 12)
-            dims = struct.unpack_from(f"{order}8q", head, 16)
-            offset, slope, intercept = struct.unpack_from(f"{order}q2d", head, 168)
-            affines, least = None, 544
+        with opened(path) as stream:
+            head = stream.read(600)
+        fields = _fields(head)
     except struct.error as error:
         raise VolumeError("NIfTI header is truncated") from error
-    if code not in _TYPES:
-        raise VolumeError(f"NIfTI data type {code} holds no HU; allowed: integers and real numbers of up to 64 bits")
-    if not 0 <= offset <= _MAX_OFFSET_BYTES:
-        raise VolumeError(f"NIfTI header says that voxels begin at byte {offset:g}")
-    sizes = [max(int(size), 1) for size in dims[1:4]]
+    except GZIP_ERRORS as error:
+        raise VolumeError("gzip data is truncated or damaged") from error
+    if fields.code not in _TYPES:
+        raise VolumeError(f"NIfTI data type {fields.code} holds no HU; allowed: integers and real numbers of up to 64 bits")
+    if not 0 <= fields.offset <= _MAX_OFFSET_BYTES:
+        raise VolumeError(f"NIfTI header says that voxels begin at byte {fields.offset:g}")
+    if not 1 <= fields.dims[0] <= 7:
+        raise VolumeError(f"NIfTI header is damaged: it says {fields.dims[0]} axes")
+    limits.check(fields.dims[1 : fields.dims[0] + 1])
+    slope, intercept = fields.slope, fields.intercept
     if not np.isfinite([slope, intercept]).all() or slope == 0.0:
         slope, intercept = 1.0, 0.0  # the standard: a slope of 0 means that nothing is scaled
-    shape = (sizes[2], sizes[1], sizes[0])
-    return NiftiHeader(np.dtype(order + _TYPES[code]), shape, max(int(offset), least), slope, intercept, _affine_notes(affines))
+    geometry, notes, irregular = _grid(fields)
+    dtype = np.dtype(fields.order + _TYPES[fields.code])
+    return NiftiHeader(dtype, geometry, max(int(fields.offset), fields.least_offset), slope, intercept, notes, irregular)
+
+
+def _fields(head: bytes) -> _Fields:
+    order = "<" if head[:4] in (b"\x5c\x01\x00\x00", b"\x1c\x02\x00\x00") else ">"
+    if struct.unpack_from(f"{order}i", head)[0] == 348:
+        form, real, at = "h", "f", {"dim": 40, "code": 70, "pixdim": 76, "codes": 252, "quatern": 256, "srow": 280}
+        offset, slope, intercept = struct.unpack_from(f"{order}3f", head, 108)
+        units, least, codes = head[123], 352, struct.unpack_from(f"{order}2h", head, 252)
+    else:
+        form, real, at = "q", "d", {"dim": 16, "code": 12, "pixdim": 104, "codes": 344, "quatern": 352, "srow": 400}
+        offset, slope, intercept = struct.unpack_from(f"{order}q2d", head, 168)
+        codes, units = struct.unpack_from(f"{order}2i", head, 344), struct.unpack_from(f"{order}i", head, 500)[0]
+        least = 544
+    rigid = struct.unpack_from(f"{order}6{real}", head, at["quatern"])
+    return _Fields(
+        dims=struct.unpack_from(f"{order}8{form}", head, at["dim"]),
+        code=struct.unpack_from(f"{order}h", head, at["code"])[0],
+        offset=offset,
+        slope=slope,
+        intercept=intercept,
+        pixdim=np.array(struct.unpack_from(f"{order}4{real}", head, at["pixdim"]), dtype=np.float64),
+        quaternion=rigid[:3],
+        qoffset=rigid[3:],
+        sform=np.array(struct.unpack_from(f"{order}12{real}", head, at["srow"]), dtype=np.float64).reshape(3, 4),
+        codes=codes,
+        units=units & 7,
+        least_offset=least,
+        order=order,
+    )
+
+
+def _grid(fields: _Fields) -> tuple[Geometry, tuple[str, ...], str]:
+    """Return the grid, what was assumed, and why it is not quite the voxels' own.
+
+    The sform counts where there is one, as the standard advises and nibabel has it, else the qform.
+    """
+    notes: list[str] = []
+    with np.errstate(all="ignore"):
+        qform, sform = _qform(fields), fields.sform
+    has_q, has_s = (code > 0 for code in fields.codes)
+    sizes = np.abs(fields.pixdim[1:])
+    if has_s and (not np.isfinite(sform).all() or np.linalg.matrix_rank(sform[:, :3]) < 3):
+        has_s = False
+        notes.append("sform is no matrix of space: not used")
+    if has_s:
+        matrix = sform
+        if has_q and np.abs(qform[:, :3] - sform[:, :3]).max() > _SAME_PLACE * np.abs(sform[:, :3]).max():
+            notes.append("sform and qform disagree")
+    elif has_q:
+        matrix = qform
+    else:
+        matrix = np.column_stack([np.diag(sizes * (-1, -1, 1)), np.zeros(3)])
+        notes.append("orientation is not in the file: axes taken to run to left, back and up")
+    if has_q and not has_s and (fields.pixdim[1:] < 0).any():
+        notes.append("voxel size is negative in the file: its sign is not used")
+    if fields.units == 0:
+        notes.append("units are not in the file: taken as mm")
+    elif fields.units not in _UNIT_MM:
+        raise VolumeError(f"NIfTI header says units of space {fields.units}; known are 1 (m), 2 (mm), 3 (um)")
+    scale = _UNIT_MM[fields.units]
+    lengths = np.linalg.norm(matrix[:, :3], axis=0)
+    if has_s and np.abs(lengths - sizes).max() > _SAME_SPACING * lengths.max():
+        notes.append("voxel size and sform disagree: the sform's is taken")
+        sizes = lengths
+    if not np.isfinite(matrix).all() or not np.isfinite(sizes).all() or sizes.min() <= 0:
+        raise VolumeError(f"voxel spacing {[round(float(size), 4) for size in sizes]} mm; must be above 0")
+    axes, sheared = _right_angled(matrix[:, :3] / lengths)
+    if sheared:
+        notes.append(sheared)
+    dims = [int(size) for size in (*fields.dims[1 : fields.dims[0] + 1], 1, 1)[:3]]
+    to_lps = np.array([-1.0, -1.0, 1.0])
+    origin = matrix[:, 3] * to_lps * scale
+    geometry = Geometry(
+        shape=(dims[2], dims[1], dims[0]),
+        spacing_mm=(float(sizes[2] * scale), float(sizes[1] * scale), float(sizes[0] * scale)),
+        origin_mm=(float(origin[0]), float(origin[1]), float(origin[2])),
+        axes=(axes * to_lps[:, None]).T[::-1].copy(),
+    )
+    return geometry, tuple(notes), sheared
+
+
+def _right_angled(directions: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
+    """Return the nearest right-angled frame of unit columns, and by how much they were off if it is more than rounding."""
+    cosines = np.abs(directions.T @ directions - np.eye(3)).max()
+    if cosines < 1e-12:
+        return directions, ""
+    left, _, right = np.linalg.svd(directions)
+    if cosines <= _SAME_PLACE:
+        return left @ right, ""
+    return left @ right, f"axes are {np.degrees(np.arcsin(min(1.0, cosines))):.1f} degrees off a right angle"
 
 
 def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
@@ -155,13 +269,10 @@ def _fill(stream: IO[bytes], view: memoryview) -> int:
     return done
 
 
-def _affines_1(head: bytes, order: str) -> tuple[NDArray[np.float64] | None, NDArray[np.float64] | None]:
-    """Return qform's and sform's 3 x 3 parts, each None where its code is 0."""
-    qform_code, sform_code = struct.unpack_from(f"{order}2h", head, 252)
-    sform = np.array(struct.unpack_from(f"{order}12f", head, 280), dtype=np.float64).reshape(3, 4)[:, :3]
-    b, c, d = struct.unpack_from(f"{order}3f", head, 256)
-    spacing = np.array(struct.unpack_from(f"{order}4f", head, 76), dtype=np.float64)
+def _qform(fields: _Fields) -> NDArray[np.float64]:
+    b, c, d = fields.quaternion
     a = np.sqrt(max(0.0, 1.0 - b * b - c * c - d * d))
+    b, c, d = (value / max(1.0, np.sqrt(b * b + c * c + d * d)) for value in (b, c, d))
     turn = np.array(
         [
             [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
@@ -169,23 +280,5 @@ def _affines_1(head: bytes, order: str) -> tuple[NDArray[np.float64] | None, NDA
             [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
         ]
     )
-    qform = turn * (spacing[1:] * np.array([1.0, 1.0, -1.0 if spacing[0] < 0 else 1.0]))
-    return (qform if qform_code > 0 else None), (sform if sform_code > 0 else None)
-
-
-def _affine_notes(affines: tuple[NDArray[np.float64] | None, NDArray[np.float64] | None] | None) -> tuple[str, ...]:
-    if affines is None:
-        return ()
-    qform, sform = affines
-    notes: tuple[str, ...] = ()
-    if qform is not None and sform is not None:
-        scale = max(float(np.abs(sform).max()), 1e-6)
-        if np.abs(qform - sform).max() > _SAME_PLACE * scale:
-            notes += ("sform and qform disagree",)
-    if sform is not None:
-        lengths = np.linalg.norm(sform, axis=0)
-        if lengths.min() > 0:
-            cosines = (sform / lengths).T @ (sform / lengths) - np.eye(3)
-            if np.abs(cosines).max() > _SAME_PLACE:
-                notes += (f"axes are {np.degrees(np.arcsin(min(1.0, np.abs(cosines).max()))):.1f} degrees off a right angle",)
-    return notes
+    sizes = np.abs(fields.pixdim[1:]) * np.array([1.0, 1.0, -1.0 if fields.pixdim[0] < 0 else 1.0])
+    return np.column_stack([turn * sizes, fields.qoffset])

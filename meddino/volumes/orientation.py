@@ -1,6 +1,6 @@
 """Turning volumes to the corpus's orientation: array axes to Superior, Posterior, Left, z from the feet up."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import permutations
 from typing import Any
 
@@ -133,3 +133,45 @@ class _UprightPlanes:
             self._voxels, self._matrix, offset, output=plane[None], order=1, cval=self._outside, prefilter=False
         )
         return plane
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How the axes of an array were reordered and flipped, so that it can be undone.
+
+    Attributes:
+        order: Source axis of each new axis.
+        flips: Whether each new axis runs against its source axis.
+    """
+
+    order: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+
+    def apply(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Turn the last three axes of an array."""
+        lead = array.ndim - 3
+        turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
+        return np.ascontiguousarray(turned[(..., *self._steps())])
+
+    def undo(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Turn the last three axes of an array back."""
+        lead = array.ndim - 3
+        inverse = tuple(int(axis) for axis in np.argsort(self.order))
+        return np.ascontiguousarray(array[(..., *self._steps())].transpose(*range(lead), *(lead + axis for axis in inverse)))
+
+    def spacing_mm(self, geometry: Geometry) -> tuple[float, float, float]:
+        """Return the spacing along the axes of the turned array."""
+        z, y, x = (geometry.spacing_mm[axis] for axis in self.order)
+        return z, y, x
+
+    def _steps(self) -> tuple[slice, ...]:
+        return tuple(slice(None, None, -1) if flip else slice(None) for flip in self.flips)
+
+
+def turn_to_lps(geometry: Geometry) -> Turn:
+    """Return the reordering that brings an array nearest to the corpus's orientation (to Superior, Posterior, Left).
+
+    An oblique grid stays oblique: axes are permuted and flipped, nothing is resampled.
+    """
+    (z, y, x), signs = _nearest_axes(geometry.axes)
+    return Turn((z, y, x), (bool(signs[0] < 0), bool(signs[1] < 0), bool(signs[2] < 0)))

@@ -19,6 +19,9 @@ class Volume:
         places_mm: Position of each slice along axis 0 from the first one; None where slices are even.
         notes: What is unusual, in words of ours.
         owner: Whoever owns the memory that `voxels` is a view of.
+        modality: DICOM's code where the file says it ("CT", "MR"); "" where it does not.
+        photometric: DICOM's PhotometricInterpretation; "" where there is none. Values are never turned over for it.
+        irregular: Why the grid does not say where every voxel lies (missing slices, shear); "" where it does.
     """
 
     voxels: NDArray[Any]
@@ -26,6 +29,9 @@ class Volume:
     places_mm: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
     owner: object = None
+    modality: str = ""
+    photometric: str = ""
+    irregular: str = ""
 
 
 class Planes(Protocol):

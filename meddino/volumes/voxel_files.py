@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import VolumeError
@@ -25,10 +25,12 @@ class VoxelFiles:
     Attributes:
         files: Where they lie; empty if behind the header.
         encoding: "raw", "text", "deflate" or "unknown".
+        fields: The header's own words by key in small letters.
     """
 
     files: tuple[Path, ...]
     encoding: str
+    fields: dict[str, str] = field(default_factory=dict)
 
     def check_promise(self, header: Path, promised: int) -> None:
         """Refuse a header that promises more than its files can hold, before memory is taken for it.
@@ -64,14 +66,16 @@ def find_voxel_files(path: Path, format: str) -> VoxelFiles:
     """
     with path.open("rb") as stream:
         lines = re.split(r"\r\n|\n|\r", stream.read(_HEADER_BYTES).decode("utf-8", "surrogateescape"))
-    named, encoding = _metaimage(lines) if format == "metaimage" else _nrrd(lines)
-    return VoxelFiles(tuple(_inside(path.parent, name) for name in named), encoding)
+    fields: dict[str, str] = {}
+    named, encoding = (_metaimage if format == "metaimage" else _nrrd)(lines, fields)
+    return VoxelFiles(tuple(_inside(path.parent, name) for name in named), encoding, fields)
 
 
-def _metaimage(lines: list[str]) -> tuple[list[str], str]:
+def _metaimage(lines: list[str], fields: dict[str, str]) -> tuple[list[str], str]:
     encoding = "raw"
     for number, line in enumerate(lines):
         key, _, value = (part.strip() for part in re.sub("[=:]", "\n", line, count=1).partition("\n"))
+        fields[key.lower()] = value
         if key == "CompressedData" and value.lower() in ("true", "1"):
             encoding = "deflate"
         if key == "BinaryData" and value.lower() in ("false", "0"):
@@ -83,7 +87,7 @@ def _metaimage(lines: list[str]) -> tuple[list[str], str]:
     raise VolumeError("MetaImage header names no place of its voxels")
 
 
-def _nrrd(lines: list[str]) -> tuple[list[str], str]:
+def _nrrd(lines: list[str], fields: dict[str, str]) -> tuple[list[str], str]:
     names: list[str] = []
     encoding = "unknown"
     for number, line in enumerate(lines):
@@ -92,6 +96,7 @@ def _nrrd(lines: list[str]) -> tuple[list[str], str]:
         key, _, value = (part.strip() for part in line.partition(":"))
         if key.startswith("#") or value.startswith("="):
             continue
+        fields[key.lower()] = value
         if key.lower() == "encoding":
             encoding = _NRRD_ENCODINGS.get(value.lower(), "unknown")
         if key.lower() in ("data file", "datafile"):

@@ -14,8 +14,8 @@ from pydicom.uid import JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
-from meddino.volumes.dicom.frames import open_frames
 from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.dicom.stored_values import open_frames
 from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu
 from tests.data_curation.dicom_files import ct_slice, enhanced_ct, write_enhanced, write_series
@@ -95,17 +95,18 @@ def test_enhanced__every_frame_has_its_own_rescale(tmp_path, packed):
     assert np.array_equal(read, hu + 10 * np.arange(6, dtype=np.int16)[:, None, None])
 
 
-def test_enhanced__unused_bits_are_cleared_and_a_short_file_is_left_to_gdcm(tmp_path):
+def test_enhanced__unused_bits_are_cleared_and_a_short_file_ends_at_its_last_whole_frame(tmp_path):
     hu = make_hu(0)
     stored = (hu.astype(np.int32) + 1024).astype(np.uint16)
     path = tmp_path / "enhanced"
     enhanced_ct(hu, BitsStored=12, HighBit=11, PixelData=(stored | 0xF000).tobytes()).save_as(path, enforce_file_format=True)
     frames = open_frames(path)
     assert len(frames) == 6
-    assert np.array_equal(np.stack([frames[z] for z in range(6)]), np.minimum(hu, 4095 - 1024))
+    assert np.array_equal(np.stack([frames[z] for z in range(6)]), np.minimum(stored, 4095))
     short = enhanced_ct(hu, PixelData=stored[:3].tobytes())
     short.save_as(path, enforce_file_format=True)
-    assert open_frames(path) is None
+    frames = open_frames(path)
+    assert [frames[z] is None for z in range(6)] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize("compressor", ["JPEG", "JPEG2000"])

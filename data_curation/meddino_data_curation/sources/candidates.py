@@ -1,16 +1,14 @@
 """What lies under the sources: files and DICOM series that may be volumes, before any pixel is read."""
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import cause_without_path
-from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.voxel_files import VoxelFiles, find_voxel_files
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
@@ -110,14 +108,22 @@ def find_files(source: SourceConfig) -> Iterator[FoundFile]:
         yield FoundFile(Path(root, inside), inside, 0, 0, "folder cannot be listed: no permission")
 
 
-def file_candidate(found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str) -> Candidate:
-    """Return the candidate of one volume file."""
-    suffix = volume_suffix(found.path.name)
-    stem = found.inside[: -len(suffix)] if suffix else found.inside
+def file_candidate(
+    found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str, case: str = ""
+) -> Candidate:
+    """Return the candidate of one volume file.
+
+    Args:
+        found: The file.
+        source_number: Index of its source.
+        source: Where it lies.
+        salt: For the keys.
+        format: Of the file.
+        case: Its name without ending and without the number of a channel; "" for a file whose name says nothing.
+    """
     voxel_files = _voxel_files(found, format)
     named = named_in_path(source.patient_pattern, found.inside)
-    # A DICOM file that cannot be read is IM0001 in every folder.
-    patient = named or ("" if format == "dicom" else re.sub(r"_\d{4}$", "", PurePosixPath(stem).name))
+    patient = named or case
     who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=found.inside)
     return Candidate(
         volume_id=salt.key("volume", source.name, found.inside),

@@ -1,11 +1,12 @@
 """From sources to candidates: every file is looked at once, DICOM files are put together to series."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
 from meddino.core.files import cause_without_path
+from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import DicomHeader, read_header
 from meddino.volumes.file_kinds import (
     VOLUME_SUFFIXES,
@@ -28,7 +29,7 @@ from meddino_data_curation.sources.candidates import (
     file_candidate,
     find_files,
 )
-from meddino_data_curation.sources.dicom_series import group_series
+from meddino_data_curation.sources.dicom_series import dicom_candidates
 from meddino_data_curation.worker_pool import in_processes
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -102,14 +103,15 @@ class _Sorting:
         self.number, self.source, self.salt, self.found = number, source, salt, found
         self.headers: list[DicomHeader] = []
         self.broken: list[FoundFile] = []
+        self.volumes: list[tuple[FoundFile, str]] = []
 
     def takes(self, file: FoundFile) -> bool:
         """Take a file whose name or state says what it is; False for one that has to be opened."""
         suffix = volume_suffix(file.path.name)
-        if suffix:
-            self._volume(file, VOLUME_SUFFIXES[suffix])
-        elif is_companion(file.path.name):
+        if is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
             self.found.files["other"] += 1
+        elif suffix:
+            self._volume(file, VOLUME_SUFFIXES[suffix])
         elif file.problem:
             self._broken(file)
         else:
@@ -129,22 +131,38 @@ class _Sorting:
             self.found.files[f"not read: {look.not_read}" if look.not_read else "other"] += 1
 
     def finish(self) -> None:
-        """Make candidates of the DICOM files, and of what was broken among them."""
+        """Make candidates of the volumes, of the DICOM files, and of what was broken among them."""
+        self.found.candidates += self._volumes()
         folders = {PurePosixPath(header.inside).parent for header in self.headers}
         for file in self.broken:
             # An empty file anywhere may be anything; one in a folder of DICOM files was a slice.
             is_slice = PurePosixPath(file.inside).parent in folders and not why_not_read(file.path.name)
             if is_slice or _is_named_dicom(file) or "folder" in file.problem or "DICOM" in file.problem:
                 self.found.candidates.append(file_candidate(file, self.number, self.source, self.salt, "dicom"))
-        self.found.candidates += group_series(self.headers, self.number, self.source, self.salt)
+        self.found.candidates += dicom_candidates(self.headers, self.number, self.source, self.salt)
 
     def _volume(self, file: FoundFile, format: str) -> None:
         self.found.files["volume file"] += 1
-        self.found.candidates.append(file_candidate(file, self.number, self.source, self.salt, format))
+        self.volumes.append((file, format))
+
+    def _volumes(self) -> Iterator[Candidate]:
+        """Yield the candidates of volume files: which digits of a name number channels only all names of a folder tell."""
+        stems: dict[PurePosixPath, list[str]] = defaultdict(list)
+        for file, _ in self.volumes:
+            stems[PurePosixPath(file.inside).parent].append(_stem(file))
+        cases = {folder: case_names(names) for folder, names in stems.items()}
+        for file, format in self.volumes:
+            case = cases[PurePosixPath(file.inside).parent][_stem(file)]
+            yield file_candidate(file, self.number, self.source, self.salt, format, case)
 
     def _broken(self, file: FoundFile) -> None:
         self.found.files[f"unreadable: {file.problem}"] += 1
         self.broken.append(file)
+
+
+def _stem(file: FoundFile) -> str:
+    name = PurePosixPath(file.inside).name
+    return name[: len(name) - len(volume_suffix(name) or "")]
 
 
 def _is_named_dicom(file: FoundFile) -> bool:

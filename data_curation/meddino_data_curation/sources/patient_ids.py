@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+from meddino.volumes.dicom.patients import is_nobody
 from meddino_data_curation.privacy import Salt
 
 if TYPE_CHECKING:
     from meddino_data_curation.config import SourceConfig
     from meddino_data_curation.sources.candidates import Candidate
 
-RULES_VERSION = 2  # stands in corpus.json: keys made by other rules cannot be compared
+RULES_VERSION = 3  # stands in corpus.json: keys made by other rules cannot be compared
 Origin = Literal["header", "pattern", "name"]
 
 _TOKENS = re.compile(r"[^\W\d_]+|\d+")
@@ -22,10 +23,6 @@ _GENERIC = {
     "case", "image", "img", "volume", "vol", "scan", "ct", "cta", "cect", "nect", "subject", "subj", "sub", "patient",
     "series", "study", "exam", "acquisition", "sample", "train", "tr", "test", "ts", "val", "validation", "label", "seg",
     "mask", "data", "file", "unknown", "anonymous", "anon",
-}  # fmt: skip
-_NOBODY = {
-    "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "null", "na", "nan", "patient", "test", "phantom",
-    "deidentified", "deid", "removed", "hidden", "noid", "nopatientid", "noname", "notavailable", "x", "xx", "xxx", "xxxx",
 }  # fmt: skip
 _LEAST_LONG = 8  # characters of an id in a header or of a pattern, with a digit
 _LEAST_NAMED = 5  # letters and digits that are no generic word, with a digit
@@ -61,11 +58,6 @@ def named_in_path(pattern: str, inside: str) -> str:
     """Return what a source's `patient_pattern` finds in a path inside it, or ""."""
     match = re.search(pattern, inside) if pattern else None
     return (match.group(1) or "") if match else ""
-
-
-def is_nobody(written: str) -> bool:
-    """Tell whether an id is a word that stands for none, such as "ANONYMOUS"."""
-    return "".join(_TOKENS.findall(written.casefold())) in _NOBODY | {"", "0"}
 
 
 def means_the_same_everywhere(written: str, origin: Origin) -> bool:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.tables import Row, read_list, read_table
+from meddino.volumes.pictures import read_matlab
 from meddino_evaluation.classification.dataset_config import (
     ArraysLayout,
     DatasetConfig,
@@ -20,7 +21,6 @@ from meddino_evaluation.classification.dataset_config import (
     SegmentationLayout,
     TableLayout,
 )
-from meddino_evaluation.classification.images import read_matlab
 from meddino_evaluation.metrics.classification import TaskKind
 
 Label = int | tuple[int, ...]

@@ -1,6 +1,5 @@
-"""Images and volumes of strangers: pictures, DICOM, NIfTI, NumPy arrays, MATLAB 7.3. No pickle, no surprise in memory."""
+"""Slices of a case for models that see one slice at a time, from any file that `meddino.volumes` reads."""
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,14 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.errors import VolumeError
-from meddino_evaluation.data.volumes import read_volume, turn_to_lps
+from meddino.volumes.file_kinds import volume_suffix
+from meddino.volumes.orientation import turn_to_lps
+from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
+from meddino.volumes.read import FoundSeries, find_series, read_volume
 
-MAX_PIXELS = 2**28
-"""A header that promises more pixels in one 2D image is refused before memory is taken."""
-MAX_VOXELS = 2**32
-
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd")
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 _LOW_PERCENTILE, _HIGH_PERCENTILE = 0.5, 99.5
 
 
@@ -51,7 +47,7 @@ def read_slices(source: str, modality: Literal["ct", "image"]) -> SliceStack:
 
     Args:
         source: A file; `file.npz#name` for one array of an npz, `file.npz#name#i` for item i of that array,
-            `file.mat#path` for one of a MATLAB file; a folder for a DICOM series.
+            `file.mat#path` for one of a MATLAB file; a folder that holds one DICOM volume.
         modality: "ct": values are Hounsfield units. "image": brightness; 8 and 16 bit pictures by their full range,
             everything else (MRI, DICOM radiographs without a window) by its 0.5th and 99.5th percentile.
 
@@ -62,9 +58,7 @@ def read_slices(source: str, modality: Literal["ct", "image"]) -> SliceStack:
     path = Path(name)
     try:
         stack = _read(path, key, modality)
-    except VolumeError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SyntaxError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, *PICTURE_ERRORS) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         raise VolumeError(f"image {source} cannot be read: {reason}") from error
     if np.issubdtype(stack.values.dtype, np.floating) and not np.isfinite(stack.values).all():
@@ -77,138 +71,29 @@ def read_slices(source: str, modality: Literal["ct", "image"]) -> SliceStack:
 
 
 def _read(path: Path, key: str, modality: Literal["ct", "image"]) -> SliceStack:
-    lower = path.name.lower()
-    if path.is_dir():
-        return _dicom_series(path)
-    if not path.is_file():
+    if not path.exists():
         raise VolumeError(f"image {path} does not exist")
-    if lower.endswith(PICTURE_SUFFIXES):
-        return _picture(path, modality)
-    if lower.endswith(VOLUME_SUFFIXES):
-        array, geometry = read_volume(path)
-        return _stack(turn_to_lps(geometry).apply(array)[:, None], modality)
-    if lower.endswith((".npz", ".npy")):
-        return _stack(_channels_first(_array(path, key)), modality)
-    if lower.endswith(".mat"):
-        return _stack(_matlab(path, key)[None, None], modality)
-    return _dicom(path)
+    if path.is_dir() or volume_suffix(path.name) or any(series.stack is not None for series in _series(path)):
+        volume = read_volume(path)
+        turned = turn_to_lps(volume.geometry).apply(volume.voxels)[:, None]
+        return SliceStack(turned, "hu") if volume.modality == "CT" else _stack(Picture(turned), modality)
+    return _stack(read_picture(path, key), modality)
 
 
-def _stack(values: NDArray[Any], modality: Literal["ct", "image"]) -> SliceStack:
-    if modality == "ct":
+def _series(path: Path) -> list[FoundSeries]:
+    return [] if path.name.lower().endswith((*PICTURE_SUFFIXES, *ARRAY_SUFFIXES)) else find_series(path)
+
+
+def _stack(picture: Picture, modality: Literal["ct", "image"]) -> SliceStack:
+    values = picture.values
+    # A photograph of a CT slice is brightness, whatever it shows: its Hounsfield units are gone. 16 bits may hold them.
+    if picture.modality == "CT" or (modality == "ct" and picture.value_range != (0.0, 255.0)):
         return SliceStack(values, "hu")
+    if picture.value_range is not None:
+        return SliceStack(values, "unit", *picture.value_range)
     if values.dtype == np.uint8:
         return SliceStack(values, "unit", 0.0, 255.0)
     low, high = np.percentile(values, [_LOW_PERCENTILE, _HIGH_PERCENTILE])
     if low == high:
         low, high = float(values.min()), float(values.max())
     return SliceStack(values, "unit", float(low), float(high))
-
-
-def _picture(path: Path, modality: Literal["ct", "image"]) -> SliceStack:
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise VolumeError(f"image {path} is {picture.width} x {picture.height}; at most {MAX_PIXELS} pixels are read")
-        if picture.mode in ("I;16", "I;16B", "I"):
-            values = np.asarray(picture)
-            if modality == "ct":
-                return SliceStack(values[None, None], "hu")
-            return SliceStack(values[None, None], "unit", 0.0, 65535.0)
-        grey = picture.mode in ("L", "1", "LA")
-        pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    values = pixels[None] if grey else pixels.transpose(2, 0, 1)
-    # A photograph of a CT slice is brightness, whatever it shows: its Hounsfield units are gone.
-    return SliceStack(values[None], "unit", 0.0, 255.0)
-
-
-def _dicom(path: Path) -> SliceStack:
-    import pydicom
-    from pydicom.errors import InvalidDicomError
-
-    try:
-        file = pydicom.dcmread(path)
-    except InvalidDicomError as error:
-        raise VolumeError(f"image {path} is of no known kind: no picture, volume, array or DICOM file") from error
-    frames = int(getattr(file, "NumberOfFrames", 1) or 1)
-    if int(file.Rows) * int(file.Columns) > MAX_PIXELS or int(file.Rows) * int(file.Columns) * frames > MAX_VOXELS:
-        raise VolumeError(f"image {path}: {frames} x {file.Rows} x {file.Columns} values are more than are read")
-    pixels = file.pixel_array.reshape(frames, 1, int(file.Rows), int(file.Columns)).astype(np.float32)
-    values = pixels * float(getattr(file, "RescaleSlope", 1) or 1) + float(getattr(file, "RescaleIntercept", 0) or 0)
-    if getattr(file, "Modality", "") == "CT":
-        return SliceStack(values, "hu")
-    if getattr(file, "PhotometricInterpretation", "") == "MONOCHROME1":
-        values = values.max() + values.min() - values
-    return _stack(values, "image")
-
-
-def _dicom_series(folder: Path) -> SliceStack:
-    import SimpleITK as sitk
-
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
-    if not names:
-        raise VolumeError(f"folder {folder} holds no DICOM series")
-    parts = [_dicom(Path(name)) for name in names]
-    shapes = {part.values.shape[1:] for part in parts}
-    if len(shapes) > 1:
-        raise VolumeError(f"folder {folder}: slices of different sizes {sorted(shapes)}")
-    values = np.concatenate([part.values for part in parts])
-    return SliceStack(values, "hu") if parts[0].kind == "hu" else _stack(values, "image")
-
-
-def _array(path: Path, key: str) -> NDArray[Any]:
-    if path.suffix == ".npy":
-        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return _checked(mapped, str(path))
-    name, _, item = key.partition("#")
-    with np.load(path, allow_pickle=False) as archive:
-        if name not in archive.files:
-            raise VolumeError(f"image {path}#{key}: the file holds {', '.join(archive.files[:8])}, not '{name}'")
-        _check_npz_size(path, name)
-        array: NDArray[Any] = archive[name]
-    return _checked(array[int(item)] if item else array, f"{path}#{key}")
-
-
-def _check_npz_size(path: Path, name: str) -> None:
-    with zipfile.ZipFile(path) as archive:
-        size = archive.getinfo(f"{name}.npy").file_size
-    if size > MAX_VOXELS * 4:
-        raise VolumeError(f"array {path}#{name} unpacks to {size} bytes; that is more than is read")
-
-
-def _checked(array: NDArray[Any], where: str) -> NDArray[Any]:
-    if array.ndim not in (2, 3, 4) or array.size > MAX_VOXELS or not np.issubdtype(array.dtype, np.number):
-        raise VolumeError(f"array {where}: shape {array.shape} of {array.dtype} is no image or volume")
-    return array
-
-
-def _channels_first(array: NDArray[Any]) -> NDArray[Any]:
-    if array.ndim == 2:
-        return array[None, None]
-    if array.ndim == 3:
-        return array.transpose(2, 0, 1)[None] if array.shape[-1] == 3 else array[:, None]
-    return array.transpose(0, 3, 1, 2) if array.shape[-1] in (1, 3) else array
-
-
-def _matlab(path: Path, key: str) -> NDArray[Any]:
-    return np.asarray(read_matlab(path, key)).T  # MATLAB stores columns first
-
-
-def read_matlab(path: Path, key: str) -> NDArray[Any]:
-    """Read one array of a MATLAB 7.3 (HDF5) file.
-
-    Raises:
-        VolumeError: h5py is not installed, the file is none, or has no such array.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise VolumeError(f"{path} is a MATLAB 7.3 file; reading it needs h5py: pip install 'meddino[matlab]'") from error
-    with h5py.File(path, "r") as file:
-        if key not in file or not isinstance(file[key], h5py.Dataset):
-            raise VolumeError(f"{path} has no array '{key}'")
-        if file[key].size > MAX_PIXELS:
-            raise VolumeError(f"{path}: '{key}' has {file[key].size} values; at most {MAX_PIXELS} are read")
-        values: NDArray[Any] = file[key][()]
-        return values

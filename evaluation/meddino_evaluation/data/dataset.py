@@ -14,8 +14,8 @@ from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
 from meddino.core.tables import read_table
 from meddino.volumes.geometry import Geometry
+from meddino.volumes.read import read_geometry, read_label_map, read_volume
 from meddino_evaluation.data.labels import LabelScheme
-from meddino_evaluation.data.volumes import read_geometry, read_label_map, read_volume
 
 PATIENTS_FILE = "patients.csv"
 
@@ -79,11 +79,14 @@ class LabelledDataset:
         """
         arrays, grid = [], None
         for channel in channels:
-            array, geometry = read_volume(case.images[channel])
+            volume = read_volume(case.images[channel])
+            if volume.irregular:
+                raise VolumeError(f"case {case.name}: {case.images[channel].name}: {volume.irregular}")
+            geometry = volume.geometry
             if grid is not None and not grid.matches(geometry):
                 raise VolumeError(f"case {case.name}: {case.images[channel].name} lies on another grid than channel 0")
             grid = grid or geometry
-            arrays.append(array)
+            arrays.append(volume.voxels)
         if grid is None:
             raise ConfigError("no channel chosen")
         return np.stack(arrays), grid

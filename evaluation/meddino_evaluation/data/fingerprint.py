@@ -6,9 +6,10 @@ import numpy as np
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import CTIntensity
+from meddino.volumes.orientation import turn_to_lps
+from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.dataset import Case
 from meddino_evaluation.data.prepare import PreparedCase
-from meddino_evaluation.data.volumes import read_geometry, turn_to_lps, turned_spacing
 
 SAMPLES_PER_CASE = 10_000
 """Foreground intensities taken from a case, evenly over its voxels [nnU-Net: 10,000]."""
@@ -19,7 +20,7 @@ def median_plane_spacing(cases: Sequence[Case]) -> float:
     spacings = []
     for case in cases:
         geometry = read_geometry(case.images[0])
-        spacings += list(turned_spacing(geometry, turn_to_lps(geometry))[1:])
+        spacings += list(turn_to_lps(geometry).spacing_mm(geometry)[1:])
     return float(np.median(spacings))
 
 

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from meddino.core.errors import VolumeError
 from meddino.data.content import ContentHash
 from meddino.volumes.geometry import Geometry
+from meddino.volumes.orientation import Turn, turn_to_lps
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.labels import IGNORED
-from meddino_evaluation.data.volumes import Turn, turn_to_lps, turned_spacing
 
 MAX_SIDE_PX = 4096
 """A resampled slice with a longer side is refused: the spacing asked for is surely not meant."""
@@ -142,7 +142,7 @@ def prepare_volume(
         VolumeError: Its axes are skewed or it holds values that are no numbers.
     """
     turn = turn_to_lps(geometry)
-    spacing = turned_spacing(geometry, turn)
+    spacing = turn.spacing_mm(geometry)
     images = _as_intensities(turn.apply(array).swapaxes(0, 1), name)  # [Z, C, rows, cols]
     rows, cols = images.shape[2:]
     target = rule.target(rows, cols, (spacing[1], spacing[2]))

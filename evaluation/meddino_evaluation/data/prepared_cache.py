@@ -9,9 +9,10 @@ from pathlib import Path
 import blosc2
 
 from meddino.core.files import atomic_directory, canonical_json
+from meddino.volumes.orientation import Turn
+from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
-from meddino_evaluation.data.volumes import Turn, read_geometry
 
 VERSION = 2
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.tables import read_table
+from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.dataset import Case, LabelledDataset
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
-from meddino_evaluation.data.volumes import read_label_map
 
 TABLE_FILE = "cases.csv"
 LABELS_FILE = "labels.json"

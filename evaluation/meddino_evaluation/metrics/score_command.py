@@ -14,9 +14,9 @@ import meddino
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file, write_json
 from meddino.core.logging import get_logger
+from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.dataset import check_same_grid
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
-from meddino_evaluation.data.volumes import read_label_map
 from meddino_evaluation.metrics.label_metrics import METRICS, score_case
 from meddino_evaluation.metrics.tables import summarise, write_cases
 

@@ -1,136 +1,204 @@
-"""Frames of a multi-frame file, read one at a time: GDCM holds such a file several times over, and has one rescale for all."""
+"""The frames of a DICOM file: where each lies, how its values are scaled, and what tells it from others at its place."""
 
-import tempfile
+import hashlib
+import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pydicom
-import SimpleITK as sitk
-from numpy.typing import NDArray
-from pydicom.encaps import encapsulate, get_frame
-from pydicom.uid import CTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, generate_uid
 
-from meddino.volumes.dicom.headers import silent_pydicom
+from meddino.volumes.dicom.elements import integer, number, text
 
-_PLAIN_SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
-_PIXEL_DATA = {False: b"\xe0\x7f\x10\x00", True: b"\x7f\xe0\x00\x10"}  # the tag, by whether high bytes come first
-_ENCAPSULATED_HEAD = 12  # bytes of tag, type and length before the first item
-_COPIED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
+_MOST_THICKNESS_MM = 100.0
+# What may differ between two pictures of one place, most telling first: by name, where a plain file has it, and in which
+# group of a multi-frame file it stands.
+_TELLING = (
+    ("AcquisitionNumber", "FrameContentSequence", "FrameAcquisitionNumber"),
+    ("TemporalPositionIdentifier", "FrameContentSequence", "TemporalPositionIndex"),
+    ("StackID", "FrameContentSequence", "StackID"),
+    ("AcquisitionUID", "", ""),
+    ("KVP", "CTExposureSequence", ""),
+    ("ConvolutionKernel", "CTReconstructionSequence", "ConvolutionKernel"),
+    ("ImageType", "CTImageFrameTypeSequence", "FrameType"),
+    ("EchoNumbers", "", ""),
+    ("EchoTime", "MREchoSequence", "EffectiveEchoTime"),
+    ("DiffusionBValue", "MRDiffusionSequence", "DiffusionBValue"),
+    ("InversionTime", "", ""),
+    ("FlipAngle", "", ""),
+    ("NominalPercentageOfCardiacPhase", "CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase"),
+    ("TriggerTime", "", ""),
+    ("ReconstructionDiameter", "CTReconstructionSequence", "ReconstructionDiameter"),
+    ("SliceThickness", "PixelMeasuresSequence", "SliceThickness"),
+    ("ContrastBolusAgent", "", ""),
+    ("SeriesDescription", "", ""),
+    ("SeriesNumber", "", ""),
+    ("ImageComments", "FrameContentSequence", "FrameComments"),
+    ("ProtocolName", "", ""),
+    ("AcquisitionDateTime", "FrameContentSequence", "FrameAcquisitionDateTime"),
+    ("AcquisitionTime", "", ""),
+    ("ContentTime", "FrameContentSequence", "FrameReferenceDateTime"),
+)
+TELLING_NAMES = (*(name for name, _, _ in _TELLING), "in-plane origin")
+FRAME_TAGS = [
+    *dict.fromkeys(name for name, _, _ in _TELLING), "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing",
+    "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "RescaleType", "PixelPaddingValue", "PixelPaddingRangeLimit",
+    "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
 
 
-class Frames:
-    """Frames in Hounsfield units, each with its own rescale slope and intercept; the pixels stay in the file.
+@dataclass(frozen=True)
+class Plane:
+    """Where one slice lies: LPS millimetres, x y z.
 
-    Args:
-        stored: Returns one frame as stored, [rows, cols].
-        scales: (slope, intercept) of every frame.
+    Attributes:
+        position_mm: Centre of the first pixel.
+        along_rows: Unit vector in which the column number grows.
+        along_cols: Unit vector in which the row number grows.
+        spacing_mm: Between rows, between columns.
+        thickness_mm: As the header says; 0 if it does not.
     """
 
-    def __init__(self, stored: Callable[[int], NDArray[Any]], scales: list[tuple[float, float]]) -> None:
-        self._stored, self._scales = stored, scales
+    position_mm: tuple[float, float, float]
+    along_rows: tuple[float, float, float]
+    along_cols: tuple[float, float, float]
+    spacing_mm: tuple[float, float]
+    thickness_mm: float
 
-    def __len__(self) -> int:
-        """Return the number of frames."""
-        return len(self._scales)
-
-    def __getitem__(self, frame: int) -> NDArray[Any]:
-        """Return one frame.
-
-        Raises:
-            RuntimeError: Its compressed data are damaged.
-            ValueError: There are none.
-        """
-        slope, intercept = self._scales[frame]
-        whole = slope == int(slope) and intercept == int(intercept)
-        hu: NDArray[Any] = self._stored(frame).astype(np.int64 if whole else np.float64)
-        hu *= hu.dtype.type(slope)
-        hu += hu.dtype.type(intercept)
-        return hu
+    def along_normal_mm(self, reference: "Plane") -> float:
+        """Return the position along the normal of a parallel plane."""
+        return float(np.dot(np.cross(reference.along_rows, reference.along_cols), self.position_mm))
 
 
-def open_frames(path: Path) -> Frames | None:
-    """Open a multi-frame file.
+@dataclass(frozen=True)
+class Frame:
+    """One picture of a file.
 
-    Returns:
-        None if it is another kind of file, its bits lie in an unusual way, or it is shorter than it says.
+    Attributes:
+        number: In the file, from 0.
+        plane: Where it lies.
+        scale: Rescale slope and intercept, None where the file has none.
+        rescale_type: As the header says; "" if it does not.
+        padding: Stored values from and to which mean that nothing was measured; None if the header names none.
+        telling: Of `TELLING_NAMES`, as text or its hash, "" where absent.
+        is_placed_by_spacing: The file gives the place of its first frame only.
     """
-    with path.open("rb") as stream, silent_pydicom():
-        dataset = pydicom.dcmread(stream, stop_before_pixels=True)
-        offset = stream.tell()
-        syntax = getattr(dataset.file_meta, "TransferSyntaxUID", None)
-        count = int(dataset.get("NumberOfFrames", 1) or 1)
-        if count < 2 or syntax is None or stream.read(4) != _PIXEL_DATA[syntax == ExplicitVRBigEndian]:
-            return None
-        plain = syntax in _PLAIN_SYNTAXES
-        stored = _native(path, offset, dataset, count) if plain else _compressed(path, offset, dataset, count)
-        return Frames(stored, _scales(dataset, count)) if stored is not None else None
+
+    number: int
+    plane: Plane
+    scale: tuple[float, float] | None
+    rescale_type: str
+    padding: tuple[int, int] | None
+    telling: tuple[str, ...]
+    is_placed_by_spacing: bool = False
 
 
-def _native(path: Path, offset: int, dataset: Any, count: int) -> Callable[[int], NDArray[Any]] | None:
-    """Return what reads 16-bit frames from the file as mapped into memory."""
-    bits = int(dataset.get("BitsStored", 0) or 0)
-    layout = (int(dataset.get("BitsAllocated", 0) or 0), int(dataset.get("HighBit", 0) or 0))
-    if layout != (16, bits - 1) or not 1 <= bits <= 16:
+def read_frames(dataset: Any) -> tuple[Frame, ...]:
+    """Read what a header says of each frame.
+
+    Raises:
+        ValueError, TypeError, AttributeError, IndexError, KeyError: Position, orientation or pixel spacing is missing.
+    """
+    padding = _padding(dataset)
+    per_frame = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
+    count = max(integer(dataset, "NumberOfFrames", 1), 1)
+    if per_frame or dataset.get("SharedFunctionalGroupsSequence"):
+        return _functional_groups(dataset, per_frame, padding)
+    thickness = number(dataset, "SliceThickness", most=_MOST_THICKNESS_MM)
+    first = make_plane(dataset.ImagePositionPatient, dataset.ImageOrientationPatient, dataset.PixelSpacing, thickness)
+    told = _told(lambda name, group, inside: text(dataset, name), first)
+    frame = Frame(0, first, _scale(dataset), text(dataset, "RescaleType").strip().upper(), padding, told)
+    if count == 1:
+        return (frame,)
+    step = abs(number(dataset, "SpacingBetweenSlices", most=_MOST_THICKNESS_MM)) or thickness
+    if step <= 0:
+        raise ValueError("frames without a distance")
+    normal = np.cross(first.along_rows, first.along_cols)
+    return tuple(_moved(frame, index, _triple(np.asarray(first.position_mm) + index * step * normal)) for index in range(count))
+
+
+def _moved(frame: Frame, index: int, position: tuple[float, float, float]) -> Frame:
+    old = frame.plane
+    plane = Plane(position, old.along_rows, old.along_cols, old.spacing_mm, old.thickness_mm)
+    return Frame(index, plane, frame.scale, frame.rescale_type, frame.padding, frame.telling, is_placed_by_spacing=True)
+
+
+def _functional_groups(dataset: Any, per_frame: list[Any], padding: tuple[int, int] | None) -> tuple[Frame, ...]:
+    shared = dataset.SharedFunctionalGroupsSequence[0] if dataset.get("SharedFunctionalGroupsSequence") else {}
+    frames = []
+    for index, groups in enumerate(per_frame):
+        position, orientation, measures = (
+            _group(groups, shared, name)
+            for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+        )
+        thickness = number(measures, "SliceThickness", most=_MOST_THICKNESS_MM)
+        plane = make_plane(position.ImagePositionPatient, orientation.ImageOrientationPatient, measures.PixelSpacing, thickness)
+        values = _group_or_none(groups, shared, "PixelValueTransformationSequence")
+        scale = _scale(values) if values is not None else None
+
+        def look(name: str, group: str, inside: str, groups: Any = groups) -> str:
+            found = _group_or_none(groups, shared, group) if group else None
+            return text(found, inside or name) if found is not None else ""
+
+        kind = text(values if values is not None else dataset, "RescaleType").strip().upper()
+        frames.append(Frame(index, plane, scale or _scale(dataset), kind, padding, _told(look, plane)))
+    return tuple(frames)
+
+
+def _told(look: Callable[[str, str, str], str], plane: Plane) -> tuple[str, ...]:
+    """Return the telling facts; words only as their hash, for a comment may say a name."""
+    values = [_plain(look(*where)) for where in _TELLING]
+    across = [float(np.dot(vector, plane.position_mm)) for vector in (plane.along_rows, plane.along_cols)]
+    return (*values, f"{across[0]:.1f} {across[1]:.1f}")
+
+
+def _plain(value: str) -> str:
+    try:
+        return sys.intern(f"{float(value):020.6f}") if value else ""  # so that text sorts as numbers do
+    except ValueError:
+        return sys.intern(hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16])
+
+
+def _group(groups: Any, shared: Any, name: str) -> Any:
+    return (groups if name in groups else shared)[name][0]
+
+
+def _group_or_none(groups: Any, shared: Any, name: str) -> Any:
+    found = groups.get(name) or shared.get(name)
+    return found[0] if found else None
+
+
+def _scale(dataset: Any) -> tuple[float, float] | None:
+    if "RescaleSlope" not in dataset and "RescaleIntercept" not in dataset:
         return None
-    syntax = dataset.file_meta.TransferSyntaxUID
-    offset += 8 if syntax == ImplicitVRLittleEndian else 12
-    shape = (count, int(dataset.Rows), int(dataset.Columns))
-    if path.stat().st_size < offset + 2 * int(np.prod(shape, dtype=object)):
+    return number(dataset, "RescaleSlope", 1) or 1.0, number(dataset, "RescaleIntercept", 0)
+
+
+def _padding(dataset: Any) -> tuple[int, int] | None:
+    if dataset.get("PixelPaddingValue") is None:
         return None
-    kind = "i2" if int(dataset.get("PixelRepresentation", 0) or 0) else "u2"
-    pixels = np.memmap(path, (">" if syntax == ExplicitVRBigEndian else "<") + kind, "r", offset, shape)
-
-    def read(frame: int) -> NDArray[Any]:
-        stored: NDArray[Any] = pixels[frame].astype(pixels.dtype.newbyteorder("="))
-        # Shifted out and back: the sign fills bits above the stored ones, whose content means nothing.
-        return (stored << (16 - bits)) >> (16 - bits) if bits < 16 else stored
-
-    return read
+    first = integer(dataset, "PixelPaddingValue")
+    return first, integer(dataset, "PixelPaddingRangeLimit", first)
 
 
-def _compressed(path: Path, offset: int, dataset: Any, count: int) -> Callable[[int], NDArray[Any]]:
-    """Return what has GDCM decode one frame, as a file of that frame alone and without a rescale."""
+def make_plane(position: Any, orientation: Any, spacing: Any, thickness_mm: float) -> Plane:
+    """Return a plane from a header's values.
 
-    def read(frame: int) -> NDArray[Any]:
-        with path.open("rb") as stream, silent_pydicom(), tempfile.TemporaryDirectory(prefix="frame-") as folder:
-            stream.seek(offset + _ENCAPSULATED_HEAD)
-            single = Path(folder, "frame")
-            _frame_file(dataset, get_frame(stream, frame, number_of_frames=count)).save_as(single, enforce_file_format=True)
-            reader = sitk.ImageFileReader()
-            reader.SetImageIO("GDCMImageIO")
-            reader.SetFileName(str(single))
-            stored: NDArray[Any] = sitk.GetArrayFromImage(reader.Execute())
-            return stored.reshape(stored.shape[-2:])
-
-    return read
-
-
-def _frame_file(dataset: Any, data: bytes) -> pydicom.Dataset:
-    """Return a file of one compressed frame with nothing in it but what decoding needs."""
-    item = pydicom.Dataset()
-    item.file_meta = pydicom.dataset.FileMetaDataset()
-    item.file_meta.TransferSyntaxUID = dataset.file_meta.TransferSyntaxUID
-    item.file_meta.MediaStorageSOPClassUID = item.SOPClassUID = CTImageStorage
-    item.file_meta.MediaStorageSOPInstanceUID = item.SOPInstanceUID = generate_uid()
-    for name in _COPIED:
-        setattr(item, name, getattr(dataset, name))
-    item.SamplesPerPixel, item.PhotometricInterpretation = 1, "MONOCHROME2"
-    item.PixelData = encapsulate([data])
-    item["PixelData"].VR = "OB"
-    return item
+    Raises:
+        ValueError, TypeError: They are no plane.
+    """
+    x, y, z = (float(value) for value in position)
+    directions = [float(value) for value in orientation]
+    first, second = np.asarray(directions[:3]), np.asarray(directions[3:6])
+    rows_mm, cols_mm = (float(value) for value in spacing)
+    finite = np.isfinite([x, y, z, *directions, rows_mm, cols_mm]).all()
+    if not finite or min(rows_mm, cols_mm) <= 0 or min(np.linalg.norm(first), np.linalg.norm(second)) < 0.5:
+        raise ValueError("not a plane")
+    first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
+    if abs(float(first @ second)) > 0.05:
+        raise ValueError("rows and columns are not at right angles")
+    return Plane((x, y, z), _triple(first), _triple(second), (rows_mm, cols_mm), thickness_mm)
 
 
-def _scales(dataset: Any, count: int) -> list[tuple[float, float]]:
-    shared = _scale(next(iter(dataset.get("SharedFunctionalGroupsSequence") or []), None))
-    whole = shared or (float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0))
-    frames = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
-    return [(_scale(frames[index]) if index < len(frames) else None) or whole for index in range(count)]
-
-
-def _scale(groups: Any) -> tuple[float, float] | None:
-    values = groups.get("PixelValueTransformationSequence") if groups is not None else None
-    if not values:
-        return None
-    return float(values[0].get("RescaleSlope", 1) or 1), float(values[0].get("RescaleIntercept", 0) or 0)
+def _triple(vector: Any) -> tuple[float, float, float]:
+    return float(vector[0]), float(vector[1]), float(vector[2])

@@ -1,58 +1,39 @@
 """What a DICOM file says about itself, read without its pixels. Names and dates never leave this module unhashed."""
 
 import hashlib
-import logging
-import math
-import struct
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pydicom
-from pydicom.errors import InvalidDicomError
-from pydicom.multival import MultiValue
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+)
+
+from meddino.volumes.dicom.elements import integer, number, read_elements, text
+from meddino.volumes.dicom.frames import FRAME_TAGS, Frame, read_frames
 
 _TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "PatientID", "PatientName", "PatientBirthDate",
-    "StudyInstanceUID", "SeriesInstanceUID", "InstanceNumber", "AcquisitionNumber", "TemporalPositionIdentifier",
-    "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "GantryDetectorTilt", "Rows",
-    "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation",
-    "BurnedInAnnotation", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "DimensionOrganizationType",
+    "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "InstanceNumber", "GantryDetectorTilt", "Rows",
+    "Columns", "NumberOfFrames", "SamplesPerPixel", "BurnedInAnnotation", "PhotometricInterpretation",
+    "ModalityLUTSequence", *FRAME_TAGS,
 ]  # fmt: skip
 _REFORMATTED = {"MPR", "REFORMATTED", "CSA MPR", "PROJECTION IMAGE", "MIP", "MAX_IP", "MIN_IP", "MINIP", "VOLREN", "VRT", "SSD"}
-# pydicom raises each of these for bytes that only look like DICOM at first; a wrong length may ask for all the memory.
-_NO_DICOM = (
-    InvalidDicomError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError,
-    MemoryError, OverflowError, struct.error,
-)  # fmt: skip
-_CT_KINDS = (CTImageStorage, EnhancedCTImageStorage)
-_MOST_THICKNESS_MM = 100.0
 _SCOUTS = {"LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW"}
-
-
-@dataclass(frozen=True)
-class Plane:
-    """Where one slice lies: LPS millimetres, x y z.
-
-    Attributes:
-        position_mm: Centre of the first pixel.
-        along_rows: Unit vector in which the column number grows.
-        along_cols: Unit vector in which the row number grows.
-        spacing_mm: Between rows, between columns.
-        thickness_mm: As the header says; 0 if it does not.
-    """
-
-    position_mm: tuple[float, float, float]
-    along_rows: tuple[float, float, float]
-    along_cols: tuple[float, float, float]
-    spacing_mm: tuple[float, float]
-    thickness_mm: float
+_VOLUME_KINDS = {
+    CTImageStorage: "CT",
+    EnhancedCTImageStorage: "CT",
+    LegacyConvertedEnhancedCTImageStorage: "CT",
+    MRImageStorage: "MR",
+    EnhancedMRImageStorage: "MR",
+    LegacyConvertedEnhancedMRImageStorage: "MR",
+}
+_HOUNSFIELD = {"", "HU", "US"}  # US: unspecified
 
 
 @dataclass(frozen=True)
@@ -65,15 +46,19 @@ class DicomHeader:
         stamp: Differs when the file has changed.
         patient: Hash of the patient's id, name and birth date as written; tells patients apart, names nobody.
         patient_id: As written; only ever hashed with the salt.
+        person: Hash of the name as DICOM compares names, "" without one; hash of the birth date, "" without one.
         study_uid: As written; only ever hashed with the salt.
         series_uid: As written; only ever hashed with the salt.
         instance_uid: As written; compared only.
-        refusal: Why this is no slice of a CT volume, or "".
+        frame_of_reference: As written; compared only.
+        kind: DICOM's name of the object.
+        modality: "CT" or "MR", as the object's kind says; "" for an object that is no slice of such a volume.
+        photometric: PhotometricInterpretation.
+        refusal: Why this is no slice of a volume of its modality, or "".
         number: InstanceNumber, or 0.
-        pass_number: Tells several passes over the same positions apart (acquisition and temporal position).
         rows: Pixels.
         cols: Pixels.
-        planes: One for a plain file, one a frame for a multi-frame file.
+        frames: One for a plain file; empty where refused.
         tilt_deg: Gantry tilt as the header says.
     """
 
@@ -82,16 +67,26 @@ class DicomHeader:
     stamp: str
     patient: str
     patient_id: str
+    person: tuple[str, str]
     study_uid: str
     series_uid: str
     instance_uid: str
+    frame_of_reference: str
+    kind: str
+    modality: str
+    photometric: str
     refusal: str
     number: int
-    pass_number: tuple[int, int]
     rows: int
     cols: int
-    planes: tuple[Plane, ...]
+    frames: tuple[Frame, ...]
     tilt_deg: float
+
+    def why_not(self, modality: str) -> str:
+        """Return why this is no slice of a volume of a modality ("CT" or "MR"), or ""; never header text."""
+        if self.modality == modality or "Secondary Capture" in self.kind:
+            return self.refusal
+        return f"DICOM: not {'a CT' if modality == 'CT' else 'an MR'} image but {self.kind}"
 
 
 def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
@@ -105,146 +100,74 @@ def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
     Raises:
         OSError: It cannot be read.
     """
-    try:
-        with silent_pydicom():
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=_TAGS, force=True)
-            kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
-            is_cut = "SOPClassUID" not in dataset and "Rows" not in dataset and kind in _CT_KINDS
-            return _header(dataset, kind, path, inside, stamp) if kind and not is_cut else None
-    except _NO_DICOM:
+    return read_elements(path, _TAGS, lambda dataset: _header(dataset, path, inside, stamp))
+
+
+def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader | None:
+    kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
+    is_cut = "SOPClassUID" not in dataset and "Rows" not in dataset and kind in _VOLUME_KINDS
+    if not kind or is_cut:
         return None
-
-
-@contextmanager
-def silent_pydicom() -> Iterator[None]:
-    """Keep pydicom's warnings to itself: they quote the values that they find wrong, names and ids among them."""
-    logger = logging.getLogger("pydicom")
-    was_disabled = logger.disabled
-    logger.disabled = True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was_disabled
-
-
-def _header(dataset: Any, kind: Any, path: Path, inside: str, stamp: str) -> DicomHeader:
-    who = "\x1f".join(_text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
-    refusal = _refusal(dataset, kind)
-    planes: tuple[Plane, ...] = ()
-    if not refusal:
+    who = "\x1f".join(text(dataset, name) for name in ("PatientID", "PatientName", "PatientBirthDate"))
+    modality = _VOLUME_KINDS.get(kind, "")
+    kind_name = kind.name if kind.name != str(kind) else "an unknown kind of object"
+    refusal = _refusal(dataset, kind_name, modality)
+    frames: tuple[Frame, ...] = ()
+    if not refusal and modality:
         try:
-            planes = _planes(dataset, kind)
+            frames = read_frames(dataset)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError):
             refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
+        strange = {frame.rescale_type for frame in frames} - _HOUNSFIELD
+        if strange and modality == "CT":
+            shown = min(strange) if min(strange).isalpha() and len(min(strange)) <= 8 else "something else"
+            refusal = f"DICOM: rescale type is {shown}, not HU"
     return DicomHeader(
         path=path,
         inside=inside,
         stamp=stamp,
-        patient=hashlib.sha256(who.encode("utf-8", "surrogateescape")).hexdigest(),
-        patient_id=_text(dataset, "PatientID"),
-        study_uid=_text(dataset, "StudyInstanceUID"),
-        series_uid=_text(dataset, "SeriesInstanceUID"),
-        instance_uid=_text(dataset, "SOPInstanceUID"),
+        patient=_hash(who),
+        patient_id=text(dataset, "PatientID"),
+        person=(_hash(_person_name(text(dataset, "PatientName"))), _hash(text(dataset, "PatientBirthDate").strip())),
+        study_uid=text(dataset, "StudyInstanceUID"),
+        series_uid=text(dataset, "SeriesInstanceUID"),
+        instance_uid=text(dataset, "SOPInstanceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        kind=kind_name,
+        modality=modality,
+        photometric=text(dataset, "PhotometricInterpretation"),
         refusal=refusal,
-        number=_integer(dataset, "InstanceNumber"),
-        pass_number=(_integer(dataset, "AcquisitionNumber"), _integer(dataset, "TemporalPositionIdentifier")),
-        rows=_integer(dataset, "Rows"),
-        cols=_integer(dataset, "Columns"),
-        planes=planes,
-        tilt_deg=_number(dataset, "GantryDetectorTilt", most=90),
+        number=integer(dataset, "InstanceNumber"),
+        rows=integer(dataset, "Rows"),
+        cols=integer(dataset, "Columns"),
+        frames=frames if not refusal else (),
+        tilt_deg=number(dataset, "GantryDetectorTilt", most=90),
     )
 
 
-def _refusal(dataset: Any, kind: Any) -> str:
-    """Return why a file is no slice of a CT volume; only words of ours and coded values, never header text."""
-    modality = _text(dataset, "Modality")
-    image_type = {part.strip().upper() for part in _text(dataset, "ImageType").split("\\")}
-    kind_name = kind.name if kind.name != str(kind) else "an unknown kind of object"
-    modality_name = modality if modality.isalpha() and len(modality) <= 4 else "not CT"
+def _refusal(dataset: Any, kind: str, modality: str) -> str:
+    """Return why a file is no slice of a volume; only words of ours and coded values, never header text."""
+    said = text(dataset, "Modality")
+    said_name = said if said.isalpha() and len(said) <= 4 else "no code"
+    image_type = {part.strip().upper() for part in text(dataset, "ImageType").split("\\")}
     reasons = (
-        ("Secondary Capture" in kind_name, "DICOM: secondary capture (may have text burned into the picture)"),
-        (kind not in _CT_KINDS, f"DICOM: not a CT image but {kind_name}"),
-        (modality not in ("CT", ""), f"DICOM: modality is {modality_name}"),
+        ("Secondary Capture" in kind, "DICOM: secondary capture (may have text burned into the picture)"),
+        (said not in (modality, ""), f"DICOM: modality is {said_name}"),
         (bool(image_type & _SCOUTS), "DICOM: localiser or scout"),
         (bool(image_type & _REFORMATTED), "DICOM: derived (reformatted, projected or rendered)"),
-        (_text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
-        (_integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
-        (_integer(dataset, "Rows") < 1 or _integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
+        (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
+        (integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
+        ("ModalityLUTSequence" in dataset and modality == "CT", "DICOM: its values go through a table, not a rescale to HU"),
+        (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
     )
     return next((reason for applies, reason in reasons if applies), "")
 
 
-def _planes(dataset: Any, kind: Any) -> tuple[Plane, ...]:
-    if kind != EnhancedCTImageStorage:
-        return (
-            _plane(
-                dataset.ImagePositionPatient,
-                dataset.ImageOrientationPatient,
-                dataset.PixelSpacing,
-                _number(dataset, "SliceThickness", most=_MOST_THICKNESS_MM),
-            ),
-        )
-    shared = dataset.SharedFunctionalGroupsSequence[0]
-    planes = []
-    for frame in dataset.PerFrameFunctionalGroupsSequence:
-        position = _group(frame, shared, "PlanePositionSequence")
-        orientation = _group(frame, shared, "PlaneOrientationSequence")
-        measures = _group(frame, shared, "PixelMeasuresSequence")
-        planes.append(
-            _plane(
-                position.ImagePositionPatient,
-                orientation.ImageOrientationPatient,
-                measures.PixelSpacing,
-                _number(measures, "SliceThickness", most=_MOST_THICKNESS_MM),
-            )
-        )
-    return tuple(planes)
+def _person_name(written: str) -> str:
+    """Return a name as it is compared: letters' case, empty components and repeated blanks mean nothing."""
+    groups = ["^".join(" ".join(part.split()) for part in group.split("^")).rstrip("^") for group in written.split("=")]
+    return "=".join(groups).rstrip("=").casefold()
 
 
-def _group(frame: Any, shared: Any, name: str) -> Any:
-    return (frame if name in frame else shared)[name][0]
-
-
-def _plane(position: Any, orientation: Any, spacing: Any, thickness_mm: float) -> Plane:
-    x, y, z = (float(value) for value in position)
-    directions = [float(value) for value in orientation]
-    first, second = np.asarray(directions[:3]), np.asarray(directions[3:6])
-    rows_mm, cols_mm = (float(value) for value in spacing)
-    finite = np.isfinite([x, y, z, *directions, rows_mm, cols_mm]).all()
-    if not finite or min(rows_mm, cols_mm) <= 0 or min(np.linalg.norm(first), np.linalg.norm(second)) < 0.5:
-        raise ValueError("not a plane")
-    first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
-    if abs(float(first @ second)) > 0.05:
-        raise ValueError("rows and columns are not at right angles")
-    return Plane((x, y, z), _triple(first), _triple(second), (rows_mm, cols_mm), thickness_mm)
-
-
-def _triple(vector: Any) -> tuple[float, float, float]:
-    return float(vector[0]), float(vector[1]), float(vector[2])
-
-
-def _integer(dataset: Any, name: str, default: int = 0) -> int:
-    return int(_number(dataset, name, default))
-
-
-def _number(dataset: Any, name: str, default: float = 0, most: float = math.inf) -> float:
-    """Return an element's number; the default where it is absent, several, none, or larger than it can be.
-
-    What is written into manifests must be a measure: anything else in such an element may be a date or an id.
-    """
-    try:
-        value = float(dataset.get(name))  # pydicom converts on access
-    except (TypeError, ValueError, OverflowError):
-        return default
-    return value if math.isfinite(value) and abs(value) <= most else default
-
-
-def _text(dataset: Any, name: str) -> str:
-    """Return an element's words, several of them with backslashes between; "" where it is absent or cannot be read."""
-    try:
-        value = dataset.get(name)
-    except (TypeError, ValueError, LookupError):
-        return ""
-    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")
+def _hash(words: str) -> str:
+    return hashlib.sha256(words.encode("utf-8", "surrogateescape")).hexdigest() if words else ""

@@ -1,122 +1,208 @@
-"""The pixels of a DICOM stack, file by file through SimpleITK's GDCM, in Hounsfield units."""
+"""The pixels of a DICOM stack as values: rescaled slice by slice, padding taken out, positions kept."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.volumes.dicom.frames import Frames, open_frames
-from meddino.volumes.dicom.grouping import DicomStack, StackedSlice
+from meddino.core.files import cause_without_path
+from meddino.volumes.dicom.frames import Frame
+from meddino.volumes.dicom.stacking import DicomStack, StackedSlice
+from meddino.volumes.dicom.stored_values import StoredFrames, open_frames
 from meddino.volumes.geometry import Geometry
-from meddino.volumes.itk_files import raise_if_memory_ran_out
 from meddino.volumes.limits import ReadLimits
 from meddino.volumes.volume import Volume
 
+OUTSIDE_HU = -1024
 _MAX_UNREADABLE_FRACTION = 0.5
-_WRONG = (OSError, ValueError, TypeError, AttributeError, KeyError)  # what pydicom raises for damaged files
+_MAX_UNSCALED_FRACTION = 0.02
 _UNEVEN_FRACTION = 0.05
+_SHIFT_PX = 0.5
 _INT16 = np.iinfo(np.int16)
+_PADDING_ABOVE_HU = -1000  # padding between here and the next line lies among real values and is left alone
+_PADDING_BELOW_HU = 4096
 
 
 def read_dicom_volume(stack: DicomStack, limits: ReadLimits) -> Volume:
-    """Read a stack of slices.
+    """Read a stack of slices; CT in Hounsfield units as int16, other modalities as they are stored and rescaled.
 
     Slices that cannot be read are left out and counted in the notes; so are gaps. Positions stay true.
 
     Raises:
-        VolumeError: Too large, or more than half of the slices cannot be read.
+        VolumeError: It is no volume, too large, more than half of the slices cannot be read, or their rescale is not told.
         MemoryError: There is not enough memory for it.
+        OSError: The system cannot read a file.
     """
+    if stack.problem:
+        raise VolumeError(stack.problem)
+    stack = _only_scaled(stack) if stack.modality == "CT" else stack
     count = len(stack.slices)
     voxels = count * stack.rows * stack.cols
     if voxels > limits.max_volume_voxels or max(stack.rows, stack.cols, count) > limits.max_axis_px:
         raise VolumeError(f"{voxels} voxels; limits.max_volume_voxels is {limits.max_volume_voxels}")
-    hu = np.empty((count, stack.rows, stack.cols), dtype=np.int16)
-    kept: list[StackedSlice] = []
-    for index, stacked, pixels in _decoded(stack):
-        if pixels is None:
-            continue
-        if pixels.shape != hu.shape[1:]:
-            raise VolumeError(f"DICOM: slice {index} has {list(pixels.shape)} pixels, its header says {list(hu.shape[1:])}")
-        hu[len(kept)] = np.clip(np.rint(pixels), _INT16.min, _INT16.max) if pixels.dtype.kind == "f" else _clipped(pixels)
-        kept.append(stacked)
-    lost = count - len(kept)
+    held = _Held(stack)
+    for stacked, stored, bits in _stored(stack):
+        held.add(stacked, stored, bits)
+    lost = count - len(held.kept)
     if lost > _MAX_UNREADABLE_FRACTION * count:
         raise VolumeError(f"DICOM: {lost} of {count} slices cannot be read (truncated, damaged or an unknown compression)")
-    notes = (f"{lost} slices cannot be read",) if lost else ()
-    return _volume(hu[: len(kept)], kept, stack.notes + notes)
+    notes = stack.notes + held.notes() + ((f"{lost} slices cannot be read",) if lost else ())
+    return _volume(held.voxels[: len(held.kept)], held.kept, notes, stack)
 
 
-def _clipped(pixels: NDArray[Any]) -> NDArray[Any]:
-    return pixels if pixels.dtype in (np.int16, np.int8, np.uint8) else np.asarray(np.clip(pixels, _INT16.min, _INT16.max))
+def _only_scaled(stack: DicomStack) -> DicomStack:
+    """Leave out the slices without a rescale where the others have one: their values are not Hounsfield units.
+
+    Raises:
+        VolumeError: They are more than a few.
+    """
+    unscaled = [item.frame.scale is None for item in stack.slices]
+    if not any(unscaled) or all(item.frame.scale in (None, (1.0, 0.0)) for item in stack.slices):
+        return stack
+    count = sum(unscaled)
+    if count > _MAX_UNSCALED_FRACTION * len(unscaled):
+        raise VolumeError(f"DICOM: {count} of {len(unscaled)} slices lack the rescale to HU that the others have")
+    kept = tuple(item for item, is_unscaled in zip(stack.slices, unscaled, strict=True) if not is_unscaled)
+    note = f"{count} slices without rescale left out"
+    return DicomStack(
+        stack.files, kept, stack.rows, stack.cols, stack.modality, stack.photometric, (*stack.notes, note), stack.problem
+    )
 
 
-def _decoded(stack: DicomStack) -> Iterator[tuple[int, StackedSlice, NDArray[Any] | None]]:
-    several = len({item.frame for item in stack.slices}) > 1
-    opened, block, owner = -1, None, None
-    for index, stacked in enumerate(stack.slices):
-        if stacked.file != opened:  # a multi-frame file is read once
-            block = owner = None  # two multi-frame files are never held at once
-            opened, (block, owner) = stacked.file, _open_file(stack.files[stacked.file], several)
-        yield index, stacked, _frame(block, stacked.frame)
-    del owner
+class _Held:
+    """The volume as far as it has been read, and what happened on the way."""
+
+    def __init__(self, stack: DicomStack) -> None:
+        self.is_ct = stack.modality == "CT"
+        scales = {item.frame.scale or (1.0, 0.0) for item in stack.slices}
+        self.voxels: NDArray[Any] = np.empty(
+            (len(stack.slices), stack.rows, stack.cols), np.int16 if self.is_ct else _lean_type(scales)
+        )
+        self.kept: list[StackedSlice] = []
+        self.padding: set[int] = set()
+        self.padding_left: set[int] = set()
+
+    def add(self, stacked: StackedSlice, stored: NDArray[Any] | None, bits: int) -> None:
+        """Put the next slice in its place, unless it could not be read."""
+        if stored is None:
+            return
+        if stored.shape != self.voxels.shape[1:]:
+            raise VolumeError(
+                f"DICOM: slice {len(self.kept)} has {list(stored.shape)} pixels, its header says {list(self.voxels.shape[1:])}"
+            )
+        values = _rescaled(stored, stacked.frame)
+        outside = _padded(stored, stacked.frame, bits)
+        target = self.voxels[len(self.kept)]
+        if self.is_ct:
+            target[:] = np.clip(np.rint(values), _INT16.min, _INT16.max) if values.dtype.kind == "f" else _clipped(values)
+        else:
+            target[:] = values
+        if outside is not None and outside.any():
+            self._fill(target, values, outside)
+        self.kept.append(stacked)
+
+    def _fill(self, target: NDArray[Any], values: NDArray[Any], outside: NDArray[np.bool_]) -> None:
+        value = round(float(values[outside].flat[0]))
+        if not self.is_ct:
+            target[outside] = target[~outside].min() if not outside.all() else 0
+            self.padding.add(value)
+        elif _PADDING_ABOVE_HU < value < _PADDING_BELOW_HU:
+            self.padding_left.add(value)
+        else:
+            target[outside] = OUTSIDE_HU
+            if value != OUTSIDE_HU:
+                self.padding.add(value)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was done to padding."""
+        notes: tuple[str, ...] = ()
+        if self.padding:
+            to = f"{OUTSIDE_HU} HU" if self.is_ct else "the lowest value"
+            notes += (f"padding ({min(self.padding)} after rescale) set to {to}",)
+        if self.padding_left:
+            notes += (f"padding value lies at {min(self.padding_left)} HU, among real values: left as it is",)
+        return notes
 
 
-def _frame(block: Frames | NDArray[Any] | None, number: int) -> NDArray[Any] | None:
-    if block is None or number >= len(block):
+def _lean_type(scales: set[tuple[float, float]]) -> type[np.generic]:
+    return np.int32 if scales == {(1.0, 0.0)} else np.float32
+
+
+def _clipped(values: NDArray[Any]) -> NDArray[Any]:
+    return values if values.dtype in (np.int16, np.int8, np.uint8) else np.asarray(np.clip(values, _INT16.min, _INT16.max))
+
+
+def _rescaled(stored: NDArray[Any], frame: Frame) -> NDArray[Any]:
+    slope, intercept = frame.scale or (1.0, 0.0)
+    whole = slope == int(slope) and intercept == int(intercept)
+    values: NDArray[Any] = stored.astype(np.int64 if whole else np.float64)
+    values *= values.dtype.type(slope)
+    values += values.dtype.type(intercept)
+    return values
+
+
+def _padded(stored: NDArray[Any], frame: Frame, bits: int) -> NDArray[np.bool_] | None:
+    """Return where nothing was measured: -2000 may stand there as 63536, so the bits are compared."""
+    if frame.padding is None or not 1 <= bits <= 32:
         return None
+    mask = (1 << bits) - 1
+    first, last = frame.padding
+    if first == last:
+        return np.asarray((stored.astype(np.int64) & mask) == (first & mask))
+    low, high = min(first, last), max(first, last)
+    return np.asarray((stored >= low) & (stored <= high))
+
+
+def _opened(path: Path) -> StoredFrames | None:
     try:
-        return block[number]
-    except (RuntimeError, *_WRONG) as error:
-        if isinstance(error, RuntimeError):
-            raise_if_memory_ran_out(error)
-        return None  # compressed, and damaged
+        return open_frames(path)
+    except OSError as error:
+        cause_without_path(error)  # raises where it is the system's; a file that has gone is a slice that cannot be read
+        return None
 
 
-def _open_file(path: Path, is_multi_frame: bool) -> tuple[Frames | NDArray[Any] | None, sitk.Image | None]:
-    frames = None
-    if is_multi_frame:
-        try:
-            frames = open_frames(path)
-        except _WRONG:
-            frames = None  # whatever is wrong with it, GDCM may still read it
-    return (frames, None) if frames is not None else _read_file(path)
+def _stored(stack: DicomStack) -> Iterator[tuple[StackedSlice, NDArray[Any] | None, int]]:
+    opened = -1
+    frames: StoredFrames | None = None
+    for stacked in stack.slices:
+        if stacked.file != opened:
+            opened, frames = stacked.file, _opened(stack.files[stacked.file])
+        yield stacked, frames[stacked.frame.number] if frames is not None else None, frames.bits if frames is not None else 0
 
 
-def _read_file(path: Path) -> tuple[NDArray[Any] | None, sitk.Image | None]:
-    """Return [frames, rows, cols] with rescale slope and intercept applied, or None; and the owner of that memory."""
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # ITK's warnings quote paths: they must not reach a log
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise_if_memory_ran_out(error)
-        return None, None
-    pixels: NDArray[Any] = sitk.GetArrayViewFromImage(image)
-    return (pixels if pixels.ndim == 3 else pixels[None]), image
-
-
-def _volume(hu: NDArray[np.int16], stack: list[StackedSlice], notes: tuple[str, ...]) -> Volume:
+def _volume(voxels: NDArray[Any], stack: list[StackedSlice], notes: tuple[str, ...], source: DicomStack) -> Volume:
     first = stack[0].plane
     rows, cols = np.asarray(first.along_rows), np.asarray(first.along_cols)
     normal = np.cross(rows, cols)
-    places = np.array([float(np.dot(normal, np.subtract(item.plane.position_mm, first.position_mm))) for item in stack])
+    moved = np.array([np.subtract(item.plane.position_mm, first.position_mm) for item in stack])
+    places = moved @ normal
     steps = np.diff(places)
     step = float(np.median(steps)) if len(steps) else (first.thickness_mm or 1.0)
     uneven = len(steps) > 0 and bool(np.abs(steps - step).max() > max(_UNEVEN_FRACTION * step, 0.02))
+    irregular = ""
     if uneven:
         missing = int(np.maximum(np.rint(steps / step) - 1, 0).sum())
-        notes += (f"{missing} slices are missing" if missing else "slice distance is uneven",)
+        irregular = f"{missing} slices are missing" if missing else "slice distance is uneven"
+        notes += (irregular,)
+    across = np.abs(moved @ np.stack([rows, cols], axis=1)).max(axis=0) / np.asarray(first.spacing_mm[::-1])
+    if across.max() > _SHIFT_PX:
+        notes += (f"slices are shifted inside their plane by up to {across.max():.1f} pixels",)
+        irregular = irregular or notes[-1]
     geometry = Geometry(
-        shape=(hu.shape[0], hu.shape[1], hu.shape[2]),
+        shape=(voxels.shape[0], voxels.shape[1], voxels.shape[2]),
         spacing_mm=(step, *first.spacing_mm),
         origin_mm=first.position_mm,
         axes=np.array([normal, cols, rows]),
     )
-    return Volume(hu, geometry, tuple(places.tolist()) if uneven else None, notes)
+    return Volume(
+        voxels,
+        geometry,
+        tuple(places.tolist()) if uneven else None,
+        notes,
+        modality=source.modality,
+        photometric=source.photometric,
+        irregular=irregular,
+    )

@@ -61,7 +61,7 @@ def test_read_slices__brightness_by_percentiles(tmp_path):
     ("name", "content", "message"),
     [
         ("x.png", b"not a picture", "cannot be read"),
-        ("x.nii.gz", b"nothing", "no readable image"),
+        ("x.nii.gz", b"nothing", "holds none"),
         ("x.npz", b"nothing", "cannot be read"),
         ("x.dcm", b"nothing", "no known kind"),
     ],
@@ -89,6 +89,6 @@ def test_read_slices__constant_not_finite_missing_or_a_pickle(tmp_path):
 
 def test_read_slices__a_picture_too_large_is_refused(tmp_path, monkeypatch):
     Image.fromarray(np.eye(40, dtype=np.uint8)).save(tmp_path / "big.png")
-    monkeypatch.setattr("meddino_evaluation.classification.images.MAX_PIXELS", 1000)
+    monkeypatch.setattr("meddino.volumes.pictures.MAX_PIXELS", 1000)
     with pytest.raises(VolumeError, match="at most 1000 pixels"):
         read_slices(str(tmp_path / "big.png"), "image")

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_evaluation.data.prepare import GridRule, prepare_volume
-from meddino_evaluation.data.volumes import read_label_map, read_volume, turn_to_lps, turned_spacing
 
 from meddino.core.errors import VolumeError
+from meddino.volumes.orientation import Turn, turn_to_lps
+from meddino.volumes.read import read_label_map, read_volume
 from meddino.volumes.writing import write_label_map
 
 
@@ -45,7 +46,8 @@ def test_label_map__lies_exactly_where_its_image_lies(tmp_path, name, ending):
     rng = np.random.default_rng(0)
     array = rng.integers(-1000, 1000, (5, 7, 6)).astype(np.int16)
     save(tmp_path / f"image{ending}", array, ORIENTATIONS[name])
-    values, geometry = read_volume(tmp_path / f"image{ending}")
+    volume = read_volume(tmp_path / f"image{ending}")
+    values, geometry = volume.voxels, volume.geometry
     np.testing.assert_array_equal(values, array)
     labels = rng.integers(0, 5, array.shape)
     write_label_map(tmp_path / f"label{ending}", labels, geometry)
@@ -61,14 +63,15 @@ def test_label_map__lies_exactly_where_its_image_lies(tmp_path, name, ending):
 def test_turn__brings_axes_to_lps_and_back(tmp_path, name):
     array = np.arange(5 * 7 * 6, dtype=np.int16).reshape(5, 7, 6)
     save(tmp_path / "a.mha", array, ORIENTATIONS[name])
-    values, geometry = read_volume(tmp_path / "a.mha")
+    volume = read_volume(tmp_path / "a.mha")
+    values, geometry = volume.voxels, volume.geometry
     turn = turn_to_lps(geometry)
     turned = turn.apply(values)
     np.testing.assert_array_equal(turn.undo(turned), array)
     # SimpleITK's own reorientation is the judge.
     theirs = sitk.DICOMOrient(sitk.ReadImage(str(tmp_path / "a.mha")), "LPS")
     np.testing.assert_array_equal(turned, sitk.GetArrayFromImage(theirs))
-    np.testing.assert_allclose(turned_spacing(geometry, turn), theirs.GetSpacing()[::-1])
+    np.testing.assert_allclose(turn.spacing_mm(geometry), theirs.GetSpacing()[::-1])
 
 
 @pytest.mark.parametrize("rule", [GridRule(), GridRule(spacing_mm=1.5), GridRule(size_px=31)])
@@ -90,12 +93,12 @@ def test_prepared_label__comes_back_to_the_source_grid(tmp_path, name, rule):
 
 def test_read_volume__bad_files(tmp_path):
     (tmp_path / "no.nii.gz").write_bytes(b"not an image")
-    with pytest.raises(VolumeError, match=r"no\.nii\.gz is no readable image"):
+    with pytest.raises(VolumeError, match=r"no\.nii\.gz: named \.nii\.gz and holds none"):
         read_volume(tmp_path / "no.nii.gz")
     with pytest.raises(VolumeError, match="does not exist"):
         read_volume(tmp_path / "absent.nii.gz")
     sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 3, 4, 5), dtype=np.float32)), str(tmp_path / "four.nii.gz"))
-    with pytest.raises(VolumeError, match="expected one 3D volume"):
+    with pytest.raises(VolumeError, match="5 time points"):
         read_volume(tmp_path / "four.nii.gz")
     sitk.WriteImage(sitk.GetImageFromArray(np.full((2, 3, 4), 0.5, dtype=np.float32)), str(tmp_path / "half.nii.gz"))
     with pytest.raises(VolumeError, match="no label map"):
@@ -115,16 +118,14 @@ def test_read_volume__a_damaged_compressed_file_is_refused(tmp_path):
     save(tmp_path / "a.nii.gz", noise, np.eye(3))
     data = (tmp_path / "a.nii.gz").read_bytes()
     (tmp_path / "a.nii.gz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(VolumeError, match=r"a\.nii\.gz is (damaged|no readable image)"):
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz: .*damaged"):
         read_volume(tmp_path / "a.nii.gz")
     (tmp_path / "a.nii.gz").write_bytes(data[:-8] + bytes(4) + data[-4:])  # another checksum
-    with pytest.raises(VolumeError, match=r"a\.nii\.gz is (damaged|no readable image)"):
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz: .*damaged"):
         read_volume(tmp_path / "a.nii.gz")
 
 
 def test_turn__every_permutation_and_flip_is_undone():
-    from meddino_evaluation.data.volumes import Turn
-
     array = np.arange(2 * 3 * 4).reshape(2, 3, 4)
     for order in itertools.permutations(range(3)):
         for flips in itertools.product((False, True), repeat=3):
