@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from meddino_pretrain.data.config import CropsConfig, CropSizes
-from meddino_pretrain.data.crops import CropBox, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.crops import CropBox, _fitting_box, crop_sizes_for_step, cut_crop, draw_boxes
 from pydantic import ValidationError
+from scipy import stats
 
 CONFIG = CropsConfig()
 
@@ -72,6 +73,31 @@ def test_cut_crop__gram_crop_shrunk_is_the_global_crop(flipped):
     shrunk = F.avg_pool2d(large.float()[None, None], 2)[0, 0]
     assert (shrunk - small).abs().mean() < 2  # a flip or a shift of one pixel gives over 10
     assert (shrunk.flip(-1) - small).abs().mean() > 10
+
+
+@pytest.mark.parametrize("shape", [(400, 100), (100, 400)])
+def test_draw_boxes__elongated_slices_share_ratio_and_place_are_drawn(shape):
+    # Of half the slice no allowed shape fits: the largest box of a log-uniform shape, anywhere along the slice.
+    config = CropsConfig(global_scale=(0.5, 1.0))
+    boxes = np.array([draw_boxes(config, 1, n, shape, (1.0, 1.0))[:2] for n in range(1000)], dtype=float).reshape(-1, 5)
+    top, left, height, width = boxes.T[:4]
+    assert ((top + height <= shape[0]) & (left + width <= shape[1])).all()
+    assert (np.maximum(width == shape[1], height == shape[0])).all()
+    low, high = np.log(config.aspect_ratio)
+    assert stats.kstest((np.log(width / height) - low) / (high - low), "uniform").statistic < 0.05
+    room = (shape[0] - height + 1) if shape[0] > shape[1] else (shape[1] - width + 1)
+    assert stats.kstest((top + left + 0.5) / room, "uniform").statistic < 0.05
+    assert len(np.unique(boxes[:, :4], axis=0)) > 1000
+
+
+def test_draw_boxes__elongated_slices_area_is_uniform_over_what_fits():
+    draws = np.random.default_rng(0).random((3000, 3))
+    ratio, rows, cols = 0.8, 800, 200
+    boxes = np.array([_fitting_box(tuple(row), (0.1, 0.9), ratio, rows, cols) for row in draws], dtype=float)
+    shares = boxes[:, 2] * boxes[:, 3] / (rows * cols)
+    largest = cols * cols / ratio / (rows * cols)
+    assert stats.kstest((shares - 0.1) / (largest - 0.1), "uniform").statistic < 0.05
+    assert np.abs(boxes[:, 3] / boxes[:, 2] - ratio).max() < 0.02
 
 
 def test_draw_boxes__area_shape_and_flip_follow_the_config():

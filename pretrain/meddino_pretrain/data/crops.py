@@ -58,8 +58,9 @@ def draw_boxes(
         shape: (rows, cols) of the slice [px].
         spacing_mm: (y, x) between pixel centres; the shape of a box is drawn in millimetres.
 
-    Source: Szegedy et al. 2015 and torchvision's RandomResizedCrop (area uniform, log-ratio uniform, ten tries, then the
-    largest box of an allowed shape). Difference: the ratio is that of millimetres, so pixels need not be square.
+    Source: Szegedy et al. 2015 and torchvision's RandomResizedCrop (area uniform, log-ratio uniform, ten tries). Differences:
+    the ratio is that of millimetres, so pixels need not be square; and where ten tries do not fit, as on slices four times as
+    long as wide, the box is drawn among those that do (`_fitting_box`) instead of being the one in the middle every time.
     """
     draws = numpy_rng(seed, "boxes", number).random((GLOBAL_CROPS + config.num_local, _DRAWS))
     rows, cols = shape
@@ -81,15 +82,41 @@ def _draw_box(
     pixel_ratio: float,
 ) -> tuple[int, int, int, int]:
     low, high = np.log(aspect_ratio)
-    for area_draw, ratio_draw, y_draw, x_draw in draws[:-1].reshape(_TRIES, 4):
+    tries = draws[:-1].reshape(_TRIES, 4)
+    for area_draw, ratio_draw, y_draw, x_draw in tries:
         area = rows * cols * (scale[0] + area_draw * (scale[1] - scale[0]))
         ratio = np.exp(low + ratio_draw * (high - low)) * pixel_ratio  # width / height in pixels
         height, width = max(1, round(np.sqrt(area / ratio))), max(1, round(np.sqrt(area * ratio)))
         if height <= rows and width <= cols:
             return int(y_draw * (rows - height + 1)), int(x_draw * (cols - width + 1)), height, width
-    ratio = min(max(cols / rows, aspect_ratio[0] * pixel_ratio), aspect_ratio[1] * pixel_ratio)
-    height, width = max(1, min(rows, round(cols / ratio))), max(1, min(cols, round(rows * ratio)))
-    return (rows - height) // 2, (cols - width) // 2, height, width
+    # The places of boxes that did not fit were never looked at: fresh numbers, while areas and shapes are known not to fit.
+    area_draw, ratio_draw = tries[0, 2:]
+    y_draw, x_draw = tries[1, 2:]
+    ratio = np.exp(low + ratio_draw * (high - low)) * pixel_ratio
+    return _fitting_box((area_draw, y_draw, x_draw), scale, float(ratio), rows, cols)
+
+
+def _fitting_box(
+    draws: tuple[float, float, float], scale: tuple[float, float], ratio: float, rows: int, cols: int
+) -> tuple[int, int, int, int]:
+    """Return a box of a given shape that fits: area uniform over what is allowed and fits, place uniform.
+
+    Where even the smallest allowed area does not fit in this shape, it is the largest box of the shape.
+
+    Args:
+        draws: Area, y and x, each in [0, 1).
+        scale: Share of the slice's area, from and to.
+        ratio: Width over height in pixels.
+        rows: Of the slice.
+        cols: Of the slice.
+    """
+    largest = min(rows * rows * ratio, cols * cols / ratio)
+    low, high = (min(share * rows * cols, largest) for share in scale)
+    area = low + draws[0] * (high - low)
+    height, width = (
+        min(side, max(1, round(float(size)))) for side, size in ((rows, np.sqrt(area / ratio)), (cols, np.sqrt(area * ratio)))
+    )
+    return int(draws[1] * (rows - height + 1)), int(draws[2] * (cols - width + 1)), height, width
 
 
 def cut_crop(stored: NDArray[Any], box: CropBox, size_px: int) -> Int16[Tensor, "h w"] | Float[Tensor, "*c h w"]:
