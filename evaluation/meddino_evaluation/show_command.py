@@ -20,8 +20,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the config."""
     from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.segmentation.config import SegmentConfig
-    from meddino_evaluation.study.study_config import StudyConfig
+    from meddino_evaluation.study.config import StudyConfig
 
     schema = {"segment": SegmentConfig, "classification": ClassificationConfig, "study": StudyConfig}[arguments.what]
-    source = arguments.config or {"study": "study_acceptance"}.get(arguments.what, arguments.what)
+    source = arguments.config or {"study": "study_acceptance", "segment": "paper"}.get(arguments.what, arguments.what)
     write_line(show_config(schema, source, arguments.overrides, "evaluation", arguments.against))

@@ -1,18 +1,16 @@
 """Fake data sets, a small backbone and settings that take seconds."""
 
 import pytest
-from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.classification.config import (
-    ClassificationConfig,
+from meddino_evaluation.adaptation.config import (
     FeaturesConfig,
     FewShotConfig,
     FinetuneConfig,
     LinearConfig,
     LogisticConfig,
     MlpConfig,
-    SplitConfig,
-    StatisticsConfig,
 )
+from meddino_evaluation.backbones.load import load_backbone
+from meddino_evaluation.classification.config import ClassificationConfig, SplitConfig, StatisticsConfig
 from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
 from meddino_evaluation.classification.fake_data import make_fake
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,11 +18,13 @@ from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import PARTIAL_SUFFIX, canonical_json
 from meddino.core.logging import get_logger
+from meddino.data.content import slice_hash
+from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.backbones.adapter import Backbone
-from meddino_evaluation.classification.config import FeaturesConfig
 from meddino_evaluation.classification.dataset_config import DatasetConfig
-from meddino_evaluation.classification.datasets import Case
 from meddino_evaluation.classification.images import SliceStack, read_slices
+from meddino_evaluation.data.case import ClassCase
+from meddino_evaluation.data.prepare import content_hash
 
 _log = get_logger(__name__)
 _CASES_A_PART = 64
@@ -71,7 +72,7 @@ def make_transform(backbone: Backbone, config: FeaturesConfig, data: DatasetConf
     return Transform(size, data.modality, data.window_hu, config.max_slices, config.last_blocks, data.volume)
 
 
-def read_case(case: Case, transform: Transform) -> SliceStack:
+def read_case(case: ClassCase, transform: Transform) -> SliceStack:
     """Read a case's slices.
 
     Raises:
@@ -105,15 +106,12 @@ def model_input(backbone: Backbone, stack: SliceStack, numbers: Sequence[int], t
 def slice_hashes(stack: SliceStack) -> tuple[str, ...]:
     """Return a hash of each slice's stored values; the same for a picture saved in another lossless format."""
     values = np.rint(stack.values).astype(np.int16) if stack.kind == "hu" else stack.values
-    return tuple(slice_hash(one, stack.kind) for one in values)
-
-
-def slice_hash(values: NDArray[Any], kind: str = "hu") -> str:
-    """Return the hash of one slice [C, H, W] or [H, W]; Hounsfield units as int16."""
-    rows, columns = values.shape[-2:]
-    digest = hashlib.sha256(f"{kind} {rows} {columns}".encode())
-    digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
+    found = []
+    for one in values:
+        digest = hashlib.sha256(f"{stack.kind} {one.shape[-2]} {one.shape[-1]}".encode())
+        digest.update(np.ascontiguousarray(one).tobytes())
+        found.append(digest.hexdigest())
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -125,13 +123,11 @@ class FeatureTable:
         rows: For each case, float32 [slices, width]: CLS vectors of the last blocks side by side (the last one last), then
             the mean patch token.
         widths: Width of each block's vector; the rest of a row is the mean patch token.
-        hashes: Content hash of each slice of each case.
     """
 
     ids: tuple[str, ...]
     rows: tuple[Tensor, ...]
     widths: tuple[int, ...]
-    hashes: tuple[tuple[str, ...], ...]
 
     def bags(self, last_blocks: int = 1, average_pool: bool = False) -> list[Tensor]:
         """Return one [slices, D] a case: CLS of the last blocks (as many as there are) and, if wanted, the mean patch token."""
@@ -150,13 +146,12 @@ class FeatureTable:
             tuple(self.ids[place] for place in chosen),
             tuple(self.rows[place] for place in chosen),
             self.widths,
-            tuple(self.hashes[place] for place in chosen),
         )
 
 
 def joined(first: FeatureTable, second: FeatureTable) -> FeatureTable:
     """Return both tables' cases, one after the other."""
-    return FeatureTable(first.ids + second.ids, first.rows + second.rows, first.widths, first.hashes + second.hashes)
+    return FeatureTable(first.ids + second.ids, first.rows + second.rows, first.widths)
 
 
 class FeatureExtractor:
@@ -168,6 +163,11 @@ class FeatureExtractor:
         config: Batch size and the like.
         cache: Folder of the cache.
         machine: Where to compute.
+
+    Attributes:
+        slice_hashes: Of each case that was read, the content hash of every slice.
+        content_hashes: Of each CT case that was read, the content hash of its voxels and of each slice, as in a corpus's
+            manifests.
     """
 
     def __init__(self, backbone: Backbone, transform: Transform, config: FeaturesConfig, cache: Path, machine: Machine) -> None:
@@ -179,8 +179,10 @@ class FeatureExtractor:
         self.store = FeatureStore(cache / f"{self.model_hash[:20]}-{transform.hash()[:20]}")
         self.widths: tuple[int, ...] | None = None
         self.computed = 0
+        self.slice_hashes: dict[str, tuple[str, ...]] = {}
+        self.content_hashes: dict[str, tuple[str, ...]] = {}
 
-    def __call__(self, cases: Sequence[Case]) -> FeatureTable:
+    def __call__(self, cases: Sequence[ClassCase]) -> FeatureTable:
         """Return the features of some cases.
 
         Raises:
@@ -188,14 +190,16 @@ class FeatureExtractor:
             MedDINOError: Features are not finite; names the cases.
         """
         keys: list[str] = []
-        hashes: list[tuple[str, ...]] = []
         done: dict[str, Tensor] = {}
         fresh: dict[str, Tensor] = {}
         waiting: list[_Waiting] = []
         for case in cases:
             stack = read_case(case, self.transform)
-            hashes.append(slice_hashes(stack))
-            key = hashlib.sha256("".join(hashes[-1]).encode()).hexdigest()
+            self.slice_hashes[case.name] = slice_hashes(stack)
+            if stack.kind == "hu":
+                voxels = np.clip(np.rint(stack.values[:, 0]), -32768, 32767).astype(np.int16)
+                self.content_hashes[case.name] = (content_hash(stack.values), *map(slice_hash, voxels))
+            key = hashlib.sha256("".join(self.slice_hashes[case.name]).encode()).hexdigest()
             keys.append(key)
             if key in done or any(one.key == key for one in waiting):
                 continue
@@ -205,9 +209,9 @@ class FeatureExtractor:
                 continue
             numbers = self.transform.slice_numbers(len(stack.values))
             if len(numbers) > self.batch_size:
-                fresh[key] = done[key] = self._checked(self._compute(stack, numbers), case.id)
+                fresh[key] = done[key] = self._checked(self._compute(stack, numbers), case.name)
             else:
-                waiting.append(_Waiting(key, case.id, model_input(self.backbone, stack, numbers, self.transform)))
+                waiting.append(_Waiting(key, case.name, model_input(self.backbone, stack, numbers, self.transform)))
             if sum(len(one.images) for one in waiting) >= self.batch_size:
                 fresh |= self._flush(waiting, done)
             if len(fresh) >= _CASES_A_PART:
@@ -215,7 +219,7 @@ class FeatureExtractor:
                 fresh = {}
         fresh |= self._flush(waiting, done)
         self.store.add(fresh, self._widths())
-        return FeatureTable(tuple(case.id for case in cases), tuple(done[key] for key in keys), self._widths(), tuple(hashes))
+        return FeatureTable(tuple(case.name for case in cases), tuple(done[key] for key in keys), self._widths())
 
     def check_frozen(self) -> None:
         """Refuse to report anything if a parameter or buffer of the frozen backbone has changed."""

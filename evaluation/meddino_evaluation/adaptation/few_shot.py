@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meddino.core.seeds import derive_seed
-from meddino_evaluation.classification.config import FewShotConfig
-from meddino_evaluation.classification.datasets import Case
+from meddino_evaluation.adaptation.config import FewShotConfig
+from meddino_evaluation.data.case import ClassCase
 from meddino_evaluation.metrics.classification import TaskKind
 
 
@@ -25,7 +25,7 @@ class Draw:
     places: tuple[int, ...]
 
 
-def few_shot_draws(cases: Sequence[Case], kind: TaskKind, classes: int, config: FewShotConfig, seed: int) -> list[Draw]:
+def few_shot_draws(cases: Sequence[ClassCase], kind: TaskKind, classes: int, config: FewShotConfig, seed: int) -> list[Draw]:
     """Return every draw of every number of patients a class, then of every fraction of the training patients.
 
     All cases of a chosen patient are taken. A class with fewer patients than asked for gives all it has; a number that no
@@ -62,7 +62,7 @@ def few_shot_draws(cases: Sequence[Case], kind: TaskKind, classes: int, config: 
     return draws
 
 
-def _patients_by_class(cases: Sequence[Case], kind: TaskKind, classes: int) -> list[list[str]]:
+def _patients_by_class(cases: Sequence[ClassCase], kind: TaskKind, classes: int) -> list[list[str]]:
     owners: list[set[str]] = [set() for _ in range(classes)]
     for case in cases:
         if kind == "multilabel":
@@ -86,7 +86,7 @@ def _fraction(everybody: list[str], owners: list[list[str]], fraction: float, se
     return chosen
 
 
-def _places(cases: Sequence[Case], patients: set[str]) -> tuple[int, ...]:
+def _places(cases: Sequence[ClassCase], patients: set[str]) -> tuple[int, ...]:
     return tuple(place for place, case in enumerate(cases) if case.patient in patients)
 
 

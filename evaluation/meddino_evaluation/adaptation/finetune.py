@@ -1,7 +1,6 @@
 """Training through the backbone: end to end, partly, LoRA, BitFit. Validation chooses the epoch; the test is not seen."""
 
 import copy
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,17 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from meddino.core.device import Machine
-from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed, numpy_rng, torch_rng
+from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.adaptation.features import Transform, model_input, read_case
+from meddino_evaluation.adaptation.fitting import (
+    BestCheckpoint,
+    FitLoop,
+    FreezeCheck,
+    StepRecord,
+    cosine_decay,
+    learned_state,
+)
 from meddino_evaluation.adaptation.heads import Probabilities, class_loss, class_probabilities
-from meddino_evaluation.adaptation.trainable import Adaptation, adapt, held_tensors, set_training_mode
+from meddino_evaluation.adaptation.trainable import Adaptation, adapt, set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone
-from meddino_evaluation.classification.config import FinetuneConfig
-from meddino_evaluation.classification.datasets import Case, labels_array
+from meddino_evaluation.data.case import ClassCase, labels_array
 from meddino_evaluation.metrics.classification import TaskKind, selection_score
 
-_log = get_logger(__name__)
 _BANK_BYTES = 2**31
 
 
@@ -35,7 +40,7 @@ class ImageBank:
         self._kept: dict[str, Tensor] = {}
         self._bytes = 0
 
-    def __call__(self, case: Case) -> Tensor:
+    def __call__(self, case: ClassCase) -> Tensor:
         """Return [slices, C, size, size]."""
         if case.source in self._kept:
             return self._kept[case.source]
@@ -85,7 +90,7 @@ class Finetuned:
     chosen: dict[str, float] = field(default_factory=dict)
 
     @torch.no_grad()
-    def probabilities(self, cases: Sequence[Case], bank: ImageBank, kind: TaskKind, batch_size: int = 32) -> Probabilities:
+    def probabilities(self, cases: Sequence[ClassCase], bank: ImageBank, kind: TaskKind, batch_size: int = 32) -> Probabilities:
         """Return class probabilities [n, classes]; images are not augmented."""
         self.model.eval()
         parts = []
@@ -99,8 +104,8 @@ class Finetuned:
 
 def finetune(
     backbone: Backbone,
-    train: Sequence[Case],
-    val: Sequence[Case],
+    train: Sequence[ClassCase],
+    val: Sequence[ClassCase],
     *,
     mode: Adaptation,
     config: FinetuneConfig,
@@ -111,7 +116,7 @@ def finetune(
     machine: Machine,
     seed: int,
 ) -> Finetuned:
-    """Train a fresh copy of a backbone with a head.
+    """Train a fresh copy of a backbone with a head; the epoch that validation likes best is kept.
 
     Args:
         backbone: Is copied; stays as it is.
@@ -125,83 +130,64 @@ def finetune(
         bank: Reads images.
         machine: Where to compute.
         seed: Of head, order and LoRA.
-
-    Raises:
-        RuntimeError: Something held has changed, or something that learns has not moved: a fault of this program.
     """
     own = copy.deepcopy(backbone)
     adapt(own, mode, config, derive_seed(seed, "lora") % 2**32)
     model = Classifier(own, outputs, torch_rng(seed, "head")).to(machine.device)
-    held_before = {name: _digest(tensor) for name, tensor in held_tensors(own)}
-    start = {name: tensor.detach().clone() for name, tensor in own.named_parameters() if tensor.requires_grad}
-    result = Finetuned(model, machine, sum(tensor.numel() for tensor in start.values()))
-    touched = _train(model, train, val, result, mode=mode, config=config, kind=kind, metric=metric, bank=bank, seed=seed)
-    changed = [name for name, tensor in held_tensors(own) if held_before[name] != _digest(tensor)]
-    if changed:
-        raise RuntimeError(f"protocol {mode}: held tensors changed: {', '.join(changed[:5])}")
-    still = [name for name in touched if torch.equal(start[name], touched[name])]
-    if len(still) == len(touched) or not touched:
-        raise RuntimeError(f"protocol {mode}: nothing of the backbone moved ({len(start)} tensors should have)")
+    result = Finetuned(model, machine, sum(one.numel() for one in own.parameters() if one.requires_grad))
+    freeze, best = FreezeCheck(own, {"backbone": own}), BestCheckpoint(lambda: learned_state(model), model)
+    val_labels, losses = labels_array(list(val)), list[float]()
+    per_epoch = len(_epoch_batches(len(train), config.batch_size, seed, 0))
+    epochs = max(config.epochs, -(-config.min_steps // -(-len(train) // config.batch_size)))
+
+    def on_step(record: StepRecord) -> bool:
+        losses.append(record.loss)
+        epoch, rest = divmod(record.step + 1, per_epoch)
+        if not rest and (epoch % config.eval_every == 0 or epoch == epochs):
+            score = selection_score(kind, val_labels, result.probabilities(val, bank, kind, config.batch_size), metric)
+            result.history.append({"epoch": epoch, "loss": float(np.mean(losses[-per_epoch:])), "val_score": score})
+            if score > -math.inf and best.update(score):
+                result.chosen = {"epoch": epoch, "val_score": score}
+        return True
+
+    _loop(model, train, epochs, per_epoch, mode=mode, config=config, bank=bank, machine=machine, seed=seed).fit(on_step)
+    freeze.check(mode)
+    best.restore()
+    model.eval()
     return result
 
 
-def _train(
+def _loop(
     model: Classifier,
-    train: Sequence[Case],
-    val: Sequence[Case],
-    result: Finetuned,
+    train: Sequence[ClassCase],
+    epochs: int,
+    per_epoch: int,
     *,
     mode: Adaptation,
     config: FinetuneConfig,
-    kind: TaskKind,
-    metric: str,
     bank: ImageBank,
+    machine: Machine,
     seed: int,
-) -> dict[str, Tensor]:
-    """Run all epochs, put the best one's weights back; return the tensors that had a gradient as the last epoch left them."""
-    labels, val_labels = torch.from_numpy(labels_array(list(train))), labels_array(list(val))
-    steps_an_epoch = -(-len(train) // config.batch_size)
-    epochs = max(config.epochs, -(-config.min_steps // steps_an_epoch))
+) -> FitLoop:
+    labels = torch.from_numpy(labels_array(list(train)))
     learning_rate = config.backbone_lr if mode in ("finetune", "partial") else config.adapter_lr
     learns = [parameter for parameter in model.backbone.parameters() if parameter.requires_grad]
     groups = [{"params": learns, "lr": learning_rate}, {"params": list(model.head.parameters()), "lr": config.head_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_an_epoch)
-    best, best_score, with_gradient = _snapshot(model), -math.inf, set[str]()
-    for epoch in range(epochs):
-        set_training_mode(model.backbone)
-        torch.manual_seed(derive_seed(seed, "dropout", epoch) % 2**63)  # LoRA's dropout draws from torch's own generator
-        losses = []
-        for number, batch in enumerate(_epoch_batches(len(train), config.batch_size, seed, epoch)):
-            images = [_augmented(bank(train[int(place)]), config.flip, seed, epoch, int(place)) for place in batch]
-            with result.machine.autocast():
-                scores = model(torch.cat(images).to(result.machine.device), [len(one) for one in images])
-            loss = class_loss(scores.float(), labels[torch.from_numpy(batch)].to(scores.device))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if epoch == 0 and number == 0:
-                with_gradient = {name for name, one in model.backbone.named_parameters() if one.grad is not None}
-            optimizer.step()
-            scheduler.step()
-            losses.append(float(loss.detach()))
-        if (epoch + 1) % config.eval_every and epoch + 1 < epochs:
-            continue
-        score = selection_score(kind, val_labels, result.probabilities(val, bank, kind, config.batch_size), metric)
-        result.history.append({"epoch": epoch + 1, "loss": float(np.mean(losses)), "val_score": score})
-        if score > best_score:
-            best, best_score = _snapshot(model), score
-            result.chosen = {"epoch": epoch + 1, "val_score": score}
-    last = {name: one.detach().clone() for name, one in model.backbone.named_parameters() if name in with_gradient}
-    model.load_state_dict(best, strict=False)
-    model.eval()
-    return last
 
+    def loss_of(step: int) -> Tensor:
+        epoch, number = divmod(step, per_epoch)
+        if number == 0:
+            set_training_mode(model.backbone)
+            torch.manual_seed(derive_seed(seed, "dropout", epoch) % 2**63)  # LoRA's dropout draws from torch's own generator
+        batch = _epoch_batches(len(train), config.batch_size, seed, epoch)[number]
+        images = [_augmented(bank(train[int(place)]), config.flip, seed, epoch, int(place)) for place in batch]
+        with machine.autocast():
+            scores = model(torch.cat(images).to(machine.device), [len(one) for one in images])
+        return class_loss(scores.float(), labels[torch.from_numpy(batch)].to(scores.device))
 
-def _snapshot(model: Classifier) -> dict[str, Tensor]:
-    """Copy what may change: parameters that learn and buffers."""
-    learns = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    saved = model.state_dict()
-    return learns | {name: saved[name].clone() for name, _ in model.named_buffers() if name in saved}
+    rates = cosine_decay(optimizer, epochs * -(-len(train) // config.batch_size))
+    return FitLoop(model, optimizer, rates, loss_of, epochs * per_epoch)
 
 
 def _epoch_batches(cases: int, size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -217,8 +203,3 @@ def _augmented(images: Tensor, flip: bool, seed: int, epoch: int, place: int) ->
     if flip and numpy_rng(seed, "flip", epoch, place).random() < 0.5:
         return images.flip(-1)
     return images
-
-
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from meddino.core.seeds import derive_seed, numpy_rng, torch_rng
 from meddino_evaluation.adaptation.features import FeatureTable
+from meddino_evaluation.adaptation.fitting import FitLoop, cosine_decay
 from meddino_evaluation.metrics.classification import TaskKind
 
 Truth = NDArray[np.int64]
@@ -168,7 +169,7 @@ def train_heads(
     seed: int,
     pooling: str = "mean",
 ) -> list[TrainedHead]:
-    """Train all heads in one pass: the same batches for all, each with its own optimizer, schedule and first weights.
+    """Train all heads in one pass: the same batches for all, each with its own rate, schedule and first weights.
 
     A head's result does not depend on which other heads are trained beside it. Inputs are scaled by the training cases'
     mean and standard deviation; learning rates follow a cosine to 0.
@@ -199,11 +200,12 @@ def train_heads(
         bags, _, mean, std = inputs[(plan.last_blocks, plan.average_pool, plan.attention)]
         head = Head(bags.shape[-1], outputs, plan, schedule, torch_rng(seed, "head", plan.name))
         heads.append(TrainedHead(plan, head.train(), mean, std))
-    optimizers = [_optimizer(one, schedule) for one in heads]
     steps = schedule.steps(len(table.ids))
-    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) for optimizer in optimizers]
-    for step, batch in enumerate(_batches(len(table.ids), schedule.batch_size, steps, seed)):
-        for trained, optimizer, scheduler in zip(heads, optimizers, schedulers, strict=True):
+    batches = _batches(len(table.ids), schedule.batch_size, steps, seed)
+
+    def loss_of(step: int) -> Tensor:
+        losses, batch = [], batches[step]
+        for trained in heads:
             plan = trained.plan
             bags, real, _, _ = inputs[(plan.last_blocks, plan.average_pool, plan.attention)]
             keep = None
@@ -211,19 +213,21 @@ def train_heads(
                 rng = torch_rng(seed, "dropout", plan.name, step)
                 share = 1 - trained.head.dropout
                 keep = torch.bernoulli(torch.full((len(batch), plan.hidden_dim), share), generator=rng) / share
-            loss = class_loss(trained.head(bags[batch], real[batch], keep), truth[batch])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            scheduler.step()
+            losses.append(class_loss(trained.head(bags[batch], real[batch], keep), truth[batch]))
+        return torch.stack(losses).sum()  # no parameter is in two of them: each head gets its own gradient
+
+    optimizer = _optimizer(heads, schedule)
+    # A rate of the grid at which a head diverges loses the selection; the others go on.
+    module = nn.ModuleList(one.head for one in heads)
+    FitLoop(module, optimizer, cosine_decay(optimizer, steps), loss_of, steps, only_finite=False).fit()
     return heads
 
 
-def _optimizer(trained: TrainedHead, schedule: Schedule) -> torch.optim.Optimizer:
-    parameters = trained.head.parameters()
+def _optimizer(heads: Sequence[TrainedHead], schedule: Schedule) -> torch.optim.Optimizer:
+    groups = [{"params": list(one.head.parameters()), "lr": one.plan.learning_rate} for one in heads]
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=trained.plan.learning_rate, momentum=schedule.momentum)
-    return torch.optim.AdamW(parameters, lr=trained.plan.learning_rate, weight_decay=schedule.weight_decay)
+        return torch.optim.SGD(groups, momentum=schedule.momentum)
+    return torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
 
 
 def _batches(cases: int, size: int, steps: int, seed: int) -> list[Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from meddino.core.errors import ConfigError
+from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.backbones.adapter import Backbone
-from meddino_evaluation.classification.config import FinetuneConfig
 
 Adaptation = Literal["finetune", "partial", "lora", "bitfit"]
 

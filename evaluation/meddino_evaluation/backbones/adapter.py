@@ -2,8 +2,9 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,12 +44,14 @@ class Backbone(nn.Module, ABC):
         embed_dim: Width of the last CLS-like vector and of the patch tokens.
         patch_size: Pixels between patch tokens.
         contract: How images become input.
+        lineage: What an export says of its training data; empty for weights that say nothing.
     """
 
     name: str
     embed_dim: int
     patch_size: int
     contract: ImageContract
+    lineage: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
@@ -101,7 +104,7 @@ class MedDINOBackbone(Backbone):
         if not isinstance(model.backbone, VisionTransformer):
             raise TypeError(f"{name} is no vision transformer of ours but {type(model.backbone).__name__}")
         self.vit = model.backbone
-        self.lineage = model.lineage
+        self.lineage = model.lineage.model_dump(mode="json")
         self.embed_dim, self.patch_size = model.embed_dim, model.patch_size
         sizes = model.config.resolutions_px_seen
         native = max(sizes) if sizes else 14 * model.patch_size

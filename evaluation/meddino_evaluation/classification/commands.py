@@ -30,13 +30,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Run the command that was named."""
     from meddino.core.config import load_config, to_yaml
     from meddino.core.files import write_text
-    from meddino_evaluation.adaptation.retrieval import retrieve
     from meddino_evaluation.backbones.load import load_backbone
     from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.classification.evaluate import evaluate
     from meddino_evaluation.classification.report import write_report
-    from meddino_evaluation.classification.results import metric_text
+    from meddino_evaluation.classification.retrieval import retrieve
+    from meddino_evaluation.metrics.text_table import metric_text
 
     own = DEFAULT_PROTOCOLS.get(arguments.command)
     overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]

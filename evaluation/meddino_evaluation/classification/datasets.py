@@ -7,12 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.tables import Row, read_list, read_table
-from meddino.volumes.pictures import read_matlab
 from meddino_evaluation.classification.dataset_config import (
     ArraysLayout,
     DatasetConfig,
@@ -21,29 +19,10 @@ from meddino_evaluation.classification.dataset_config import (
     SegmentationLayout,
     TableLayout,
 )
+from meddino_evaluation.data.case import ClassCase, ClassLabel
 from meddino_evaluation.metrics.classification import TaskKind
 
-Label = int | tuple[int, ...]
 _FEW = 6
-
-
-@dataclass(frozen=True)
-class Case:
-    """One image or volume with its label.
-
-    Attributes:
-        id: Unique in its data set.
-        patient: Whom it belongs to; the case itself where nobody knows.
-        source: For `images.read_slices`.
-        label: Class number; for multi-label 0, 1 or -1 (not known) for each label.
-        split: The split that the publishers gave it, if any.
-    """
-
-    id: str
-    patient: str
-    source: str
-    label: Label
-    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +38,7 @@ class LabelledSet:
 
     config: DatasetConfig
     root: Path
-    cases: tuple[Case, ...]
+    cases: tuple[ClassCase, ...]
     has_patients: bool
 
     @property
@@ -73,11 +52,6 @@ class LabelledSet:
 def load_dataset_config(name: str | Path) -> DatasetConfig:
     """Read a data set's definition: a YAML file, or the name of a shipped one (e.g. `nih_chestxray14`)."""
     return load_config(DatasetConfig, [name], kind="evaluation/datasets")
-
-
-def labels_array(cases: list[Case] | tuple[Case, ...]) -> NDArray[np.int64]:
-    """Return labels [n] or [n, labels]."""
-    return np.array([case.label for case in cases], dtype=np.int64)
 
 
 def open_dataset(config: DatasetConfig, root: Path) -> LabelledSet:
@@ -106,13 +80,13 @@ def open_dataset(config: DatasetConfig, root: Path) -> LabelledSet:
         raise ConfigError(f"data set {config.name}: nothing found below {root} ({_what(config)})")
     has_patients = all(case.patient for case in found)
     if not has_patients:
-        found = [replace(case, patient=case.patient or case.id) for case in found]
-    twice = sorted(name for name, times in Counter(case.id for case in found).items() if times > 1)
+        found = [replace(case, patient=case.patient or case.name) for case in found]
+    twice = sorted(name for name, times in Counter(case.name for case in found).items() if times > 1)
     if twice:
         raise ConfigError(f"data set {config.name}: case ids occur twice: {_some(twice)}")
     if isinstance(layout, FilesLayout) and not has_patients and layout.neighbours > 1:
         found = _joined_neighbours(found, layout.neighbours)
-    return LabelledSet(config, root, tuple(sorted(found, key=lambda case: case.id)), has_patients)
+    return LabelledSet(config, root, tuple(sorted(found, key=lambda case: case.name)), has_patients)
 
 
 def natural_key(text: str) -> list[tuple[int, int, str]]:
@@ -141,7 +115,7 @@ def _class_number(config: DatasetConfig, raw: str, where: str) -> int:
     return config.classes.index(name)
 
 
-def _from_files(config: DatasetConfig, layout: FilesLayout, root: Path) -> Iterator[Case]:
+def _from_files(config: DatasetConfig, layout: FilesLayout, root: Path) -> Iterator[ClassCase]:
     for path in sorted(root.glob(layout.pattern)):
         relative = path.relative_to(root).as_posix()
         match = re.search(layout.label_regex, relative)
@@ -150,7 +124,8 @@ def _from_files(config: DatasetConfig, layout: FilesLayout, root: Path) -> Itera
         label = _class_number(config, match.group(1), relative)
         found = re.search(layout.split_regex, relative) if layout.split_regex else None
         split = layout.split_values.get(found.group(1)) if found else None
-        yield Case(relative, _matched(layout.patient_regex, relative, config.name), str(path), label, split)
+        patient = _matched(layout.patient_regex, relative, config.name)
+        yield ClassCase(relative, (path,), label, patient, split=split)
 
 
 def _matched(regex: str | None, text: str, name: str) -> str:
@@ -162,15 +137,15 @@ def _matched(regex: str | None, text: str, name: str) -> str:
     return match.group(1)
 
 
-def _joined_neighbours(cases: list[Case], size: int) -> list[Case]:
+def _joined_neighbours(cases: list[ClassCase], size: int) -> list[ClassCase]:
     joined = []
     for label in sorted({case.label for case in cases}, key=str):
-        ordered = sorted((case for case in cases if case.label == label), key=lambda case: natural_key(case.id))
+        ordered = sorted((case for case in cases if case.label == label), key=lambda case: natural_key(case.name))
         joined += [replace(case, patient=f"{label}-{number // size}") for number, case in enumerate(ordered)]
     return joined
 
 
-def _from_arrays(config: DatasetConfig, layout: ArraysLayout, root: Path) -> Iterator[Case]:
+def _from_arrays(config: DatasetConfig, layout: ArraysLayout, root: Path) -> Iterator[ClassCase]:
     path = root / layout.file
     if not path.is_file():
         raise ConfigError(f"data set {config.name}: no file {path}")
@@ -182,24 +157,25 @@ def _from_arrays(config: DatasetConfig, layout: ArraysLayout, root: Path) -> Ite
             labels = archive[pair.labels]
             labels = labels[:, 0] if labels.ndim == 2 and config.task != "multilabel" else labels
             for number, raw in enumerate(labels):
-                label: Label = (
+                label: ClassLabel = (
                     tuple(int(one) for one in raw)
                     if config.task == "multilabel"
                     else _class_number(config, str(int(raw)), f"{pair.labels}[{number}]")
                 )
-                yield Case(f"{pair.images}-{number:06d}", "", f"{path}#{pair.images}#{number}", label, pair.split)
+                source = Path(f"{path}#{pair.images}#{number}")
+                yield ClassCase(f"{pair.images}-{number:06d}", (source,), label, "", split=pair.split)
 
 
-def _from_matlab(config: DatasetConfig, layout: MatlabLayout, root: Path) -> Iterator[Case]:
+def _from_matlab(config: DatasetConfig, layout: MatlabLayout, root: Path) -> Iterator[ClassCase]:
     for path in sorted(root.glob(layout.pattern)):
         raw = str(int(np.asarray(read_matlab(path, layout.label)).reshape(-1)[0]))
         letters = np.asarray(read_matlab(path, layout.patient)).reshape(-1)
         patient = "".join(chr(int(letter)) for letter in letters)
         relative = path.relative_to(root).as_posix()
-        yield Case(relative, patient, f"{path}#{layout.image}", _class_number(config, raw, relative))
+        yield ClassCase(relative, (Path(f"{path}#{layout.image}"),), _class_number(config, raw, relative), patient)
 
 
-def _from_tables(config: DatasetConfig, layout: TableLayout, root: Path) -> Iterator[Case]:
+def _from_tables(config: DatasetConfig, layout: TableLayout, root: Path) -> Iterator[ClassCase]:
     lists = {split: _listed(root / file, config.name) for split, file in layout.split_lists.items()}
     listed = {case: split for split, cases in lists.items() for case in cases}
     seen: set[str] = set()
@@ -210,8 +186,8 @@ def _from_tables(config: DatasetConfig, layout: TableLayout, root: Path) -> Iter
         for table in tables:
             split = layout.table_splits.get(table.relative_to(root).as_posix())
             for case in _rows(config, layout, root, table):
-                seen.add(case.id)
-                yield replace(case, split=case.split or split or listed.get(case.id))
+                seen.add(case.name)
+                yield replace(case, split=case.split or split or listed.get(case.name))
     strangers = sorted(set(listed) - seen)
     if strangers:
         raise ConfigError(f"data set {config.name}: split lists name ids that no table has: {_some(strangers)}")
@@ -223,7 +199,7 @@ def _listed(path: Path, name: str) -> list[str]:
     return read_list(path)
 
 
-def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -> Iterator[Case]:
+def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -> Iterator[ClassCase]:
     needed = {*layout.label_columns, *re.findall(r"\{(.+?)\}", layout.image)}
     needed |= {column for column in (layout.id_column, layout.patient_column, layout.split_column) if column}
     rows = read_table(table, sorted(needed), filled=[column for column in (layout.patient_column,) if column]).rows
@@ -238,7 +214,8 @@ def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -
         column = layout.patient_column
         patient = row[column] if column else _matched(layout.patient_regex, relative, config.name)
         raw_split = row[layout.split_column] if layout.split_column else ""
-        yield Case(name, patient, source, _row_label(config, layout, row, name), layout.split_values.get(raw_split))
+        label = _row_label(config, layout, row, name)
+        yield ClassCase(name, (Path(source),), label, patient, split=layout.split_values.get(raw_split))
     if absent:
         raise ConfigError(f"data set {config.name}: table {table} names ids without an image: {_some(absent)}")
 
@@ -251,7 +228,7 @@ def _find(folder: Path, relative: str) -> str | None:
     return str(folder / path) + hash_sign + key if (folder / path).exists() else None
 
 
-def _row_label(config: DatasetConfig, layout: TableLayout, row: Row, name: str) -> Label:
+def _row_label(config: DatasetConfig, layout: TableLayout, row: Row, name: str) -> ClassLabel:
     if config.task != "multilabel":
         return _class_number(config, row[layout.label_columns[0]], f"case {name}")
     if layout.separator is not None:

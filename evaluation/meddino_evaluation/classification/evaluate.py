@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,14 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
-from meddino.data.corpus import Corpus
-from meddino.data.remote import corpus_location
-from meddino_evaluation.adaptation.features import FeatureExtractor, joined, make_transform, slice_hash
+from meddino_evaluation.adaptation.config import ProtocolName
+from meddino_evaluation.adaptation.features import FeatureExtractor, make_transform
 from meddino_evaluation.adaptation.few_shot import Draw, few_shot_draws
 from meddino_evaluation.adaptation.finetune import ImageBank
-from meddino_evaluation.adaptation.protocols import FittedModel, Part, TaskData, check_selection, learn, smaller
 from meddino_evaluation.backbones.adapter import Backbone
-from meddino_evaluation.classification.config import ClassificationConfig, ProtocolName
-from meddino_evaluation.classification.datasets import Case, LabelledSet, labels_array
+from meddino_evaluation.classification.config import ClassificationConfig
+from meddino_evaluation.classification.datasets import LabelledSet
+from meddino_evaluation.classification.protocols import FittedModel, Part, TaskData, check_selection, learn, smaller
 from meddino_evaluation.classification.results import (
     ALL_DATA,
     FORMAT_VERSION,
@@ -30,7 +29,9 @@ from meddino_evaluation.classification.results import (
     write_metrics,
     write_per_case,
 )
-from meddino_evaluation.classification.splits import Split, check_contents, load_split, make_splits, save_split
+from meddino_evaluation.data.case import ClassCase, labels_array
+from meddino_evaluation.data.leakage import LeakageCheck
+from meddino_evaluation.data.splits import Split, absent_classes, check_twins, draw_splits, load_split, save_split
 
 _log = get_logger(__name__)
 
@@ -38,7 +39,7 @@ _log = get_logger(__name__)
 class SealedTest:
     """The test part: it can be opened once, after everything has been learned."""
 
-    def __init__(self, cases: Sequence[Case], read: Callable[[Sequence[Case]], Part]) -> None:
+    def __init__(self, cases: Sequence[ClassCase], read: Callable[[Sequence[ClassCase]], Part]) -> None:
         self._cases = tuple(cases)
         self._read = read
         self._opened = False
@@ -90,21 +91,21 @@ def evaluate(
     machine = find_machine(config.features.device)
     check_selection(config, dataset.kind)
     splits = choose_splits(dataset, config)
-    corpus_hashes, corpus_hash = _corpus(config.split.corpus)
+    leakage = LeakageCheck(backbone.lineage, config.split.corpus, backbone.name, slices=True)
     transform = make_transform(backbone, config.features, dataset.config)
     extractor = FeatureExtractor(backbone, transform, config.features, config.features.cache or out / "features", machine)
     bank = ImageBank(backbone, transform)
     runs: list[Run] = []
-    notes: list[str] = _standing_notes(dataset, config)
+    notes: list[str] = _standing_notes(dataset, leakage)
     digests: dict[str, str] = {}
     for split in splits:
-        save_split(out / "splits" / f"split-{split.repeat}.json", dataset, split)
-        found, seen, contents = _one_split(dataset, split, config, extractor, bank, machine, corpus_hashes, few_shot=few_shot)
+        save_split(out / "splits" / f"split-{split.number}.json", dataset.config.name, split)
+        found, seen, contents = _one_split(dataset, split, config, extractor, bank, machine, leakage, few_shot=few_shot)
         runs += found
         notes += [note for note in seen if note not in notes]
         digests |= contents
     extractor.check_frozen()
-    content = _content(dataset, config, extractor, runs, corpus_hash)
+    content = _content(dataset, config, extractor, runs, leakage)
     content |= {"splits": [split.origin for split in splits], "notes": notes}
     content["data"]["hash"] = data_hash(dataset, digests)
     write_per_case(out / "per_case.csv", dataset.config.classes, dataset.kind, runs)
@@ -114,7 +115,7 @@ def evaluate(
 
 
 def _content(
-    dataset: LabelledSet, config: ClassificationConfig, extractor: FeatureExtractor, runs: Sequence[Run], corpus: str | None
+    dataset: LabelledSet, config: ClassificationConfig, extractor: FeatureExtractor, runs: Sequence[Run], leakage: LeakageCheck
 ) -> dict[str, Any]:
     """Return what metrics.json says of model, data, settings and results."""
     backbone = extractor.backbone
@@ -136,8 +137,8 @@ def _content(
             "patients_known": dataset.has_patients,
             "licence": dataset.config.licence,
             "split_rule": dataset.config.split_rule,
-            "corpus_compared": corpus,
         },
+        "leakage": leakage.summary(),
         "transform": extractor.transform.__dict__,
         "config": config.model_dump(mode="json"),
         "meddino_version": _version(),
@@ -147,37 +148,39 @@ def _content(
 
 def data_hash(dataset: LabelledSet, contents: dict[str, str]) -> str:
     """Return a SHA-256 over ids, patients, labels and image contents of the cases that were used."""
-    rows = [[case.id, case.patient, case.label, contents.get(case.id, "")] for case in dataset.cases]
+    rows = [[case.name, case.patient, case.label, contents.get(case.name, "")] for case in dataset.cases]
     return hashlib.sha256(canonical_json(rows).encode()).hexdigest()
 
 
 def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Split]:
-    """Return the split that a file gives, once a repeat, or the splits drawn by patient."""
-    if config.split.file is not None:
-        return [load_split(config.split.file, dataset, repeat) for repeat in range(config.split.repeats)]
-    return make_splits(
-        dataset,
-        repeats=config.split.repeats,
-        val_fraction=config.split.val_fraction,
-        test_fraction=config.split.test_fraction,
-        seed=config.split.seed,
-    )
+    """Return the split that a file gives, once a repeat, or the splits drawn by patient.
+
+    Raises:
+        ConfigError: A split is refused (see `check_split`), or train lacks a class; names it.
+    """
+    where, settings = f"data set {dataset.config.name}", config.split
+    if settings.file is not None:
+        splits = [load_split(settings.file, dataset.cases, where, repeat) for repeat in range(settings.repeats)]
+    else:
+        fractions = {"val_fraction": settings.val_fraction, "test_fraction": settings.test_fraction}
+        splits = draw_splits(dataset.cases, where, repeats=settings.repeats, seed=settings.seed, **fractions)
+    by_name = {case.name: case for case in dataset.cases}
+    for split in splits:
+        absent = absent_classes([by_name[name] for name in split.train], len(dataset.config.classes))
+        if absent:
+            raise ConfigError(
+                f"{where}: no training case of class {', '.join(dataset.config.classes[one] for one in absent)}; nothing could "
+                "learn it: give another split or seed, or leave the class out"
+            )
+    return splits
 
 
-def _corpus(root: str | None) -> tuple[frozenset[str], str | None]:
-    if root is None:
-        return frozenset(), None
-    corpus = Corpus(corpus_location(root))
-    _log.info("comparing with %d slices of the pretraining corpus %s", len(corpus), root)
-    return frozenset(slice_hash(corpus.read(number)) for number in range(len(corpus))), corpus.content_hash
-
-
-def _standing_notes(dataset: LabelledSet, config: ClassificationConfig) -> list[str]:
+def _standing_notes(dataset: LabelledSet, leakage: LeakageCheck) -> list[str]:
     notes = []
     if not dataset.has_patients:
         notes.append("the data set names no patients: images of one patient may stand on both sides of a split")
-    if config.split.corpus is None:
-        notes.append("not compared with a pretraining corpus (split.corpus)")
+    if not leakage.known:
+        notes.append("not compared with a pretraining corpus: give split.corpus, or an export with its list of volumes")
     return notes
 
 
@@ -188,35 +191,47 @@ def _one_split(
     extractor: FeatureExtractor,
     bank: ImageBank,
     machine: Machine,
-    corpus_hashes: frozenset[str],
+    leakage: LeakageCheck,
     *,
     few_shot: bool,
 ) -> tuple[list[Run], list[str], dict[str, str]]:
-    by_id = {case.id: case for case in dataset.cases}
+    by_id = {case.name: case for case in dataset.cases}
 
-    def read(cases: Sequence[Case]) -> Part:
+    def read(cases: Sequence[ClassCase]) -> Part:
         return Part(tuple(cases), extractor(cases))
 
     train = read([by_id[name] for name in split.train])
     val = read([by_id[name] for name in split.val])
     sealed = SealedTest([by_id[name] for name in split.test], read)
-    seed = derive_seed(config.split.seed, "repeat", split.repeat) % 2**31
+    seed = derive_seed(config.split.seed, "repeat", split.number) % 2**31
     task = TaskData(
         train, val, not few_shot, dataset.kind, dataset.config.classes, config, seed, extractor.backbone, bank, machine
     )
     learned = [(plan, *_timed(_task(task, plan), plan.protocol)) for plan in _plans(task, few_shot)]
     # Nothing is learned or chosen below this line.
     test = sealed.open()
-    everything = joined(joined(train.table, val.table), test.table)
-    contents = dict(zip(everything.ids, everything.hashes, strict=True))
-    overlap = check_contents(dataset, split, contents, corpus_hashes)
+    hashes = {name: extractor.slice_hashes[name] for names in split.parts().values() for name in names}
+    check_twins(split, hashes, f"data set {dataset.config.name}")
+    overlap = _overlap(split, extractor.content_hashes, leakage)
     if overlap and not config.split.allow_pretraining_overlap:
         raise ConfigError(
             f"data set {dataset.config.name}: {'; '.join(overlap)}. Take them out of the corpus, or set "
             "split.allow_pretraining_overlap=true: every table then says so"
         )
     runs = [_tested(plan, result, seconds, test, split, task) for plan, result, seconds in learned]
-    return runs, overlap, {name: hashlib.sha256("".join(hashes).encode()).hexdigest() for name, hashes in contents.items()}
+    return runs, overlap, {name: hashlib.sha256("".join(own).encode()).hexdigest() for name, own in hashes.items()}
+
+
+def _overlap(split: Split, contents: Mapping[str, tuple[str, ...]], leakage: LeakageCheck) -> list[str]:
+    """Return a line for each part that holds volumes of the pretraining corpus."""
+    lines = []
+    for part, names in split.parts().items():
+        seen = [name for name in names if name in contents and leakage.look(name, *contents[name])]
+        if seen:
+            lines.append(
+                f"{len(seen)} of {len(names)} {part} cases were seen (without labels) in pretraining: {', '.join(seen[:3])}"
+            )
+    return lines
 
 
 def _plans(task: TaskData, few_shot: bool) -> list[Plan]:
@@ -246,9 +261,9 @@ def _tested(plan: Plan, learned: FittedModel, seconds: float, test: Part, split:
     return Run(
         plan.protocol,
         draw.setting if draw else ALL_DATA,
-        split.repeat,
+        split.number,
         draw.number if draw else 0,
-        tuple(case.id for case in test.cases),
+        tuple(case.name for case in test.cases),
         tuple(case.patient for case in test.cases),
         labels_array(test.cases),
         learned.predict(test),

@@ -8,7 +8,8 @@ import numpy as np
 
 from meddino.core import html
 from meddino.core.files import write_text
-from meddino_evaluation.classification.results import Run, Table, metric_text, read_per_case
+from meddino_evaluation.classification.results import Run, read_per_case
+from meddino_evaluation.metrics.text_table import Table, metric_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,8 +30,7 @@ def metrics_table(content: dict[str, Any]) -> Table:
 def write_report(content: dict[str, Any], out: Path) -> Table:
     """Write results.csv, .md, .tex and report.html beside metrics.json; returns the table."""
     table = metrics_table(content)
-    for suffix, text in (("csv", table.csv()), ("md", table.markdown()), ("tex", table.latex())):
-        write_text(out / f"results.{suffix}", text)
+    table.write(out, "results")
     data, model = content["data"], content["model"]
     runs = read_per_case(out / "per_case.csv", data["classes"], data["task"])
     classes = [(entry["protocol"], entry["setting"], *entry["auroc_per_class"].values()) for entry in content["results"]]

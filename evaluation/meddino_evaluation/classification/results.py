@@ -1,7 +1,6 @@
 """What an evaluation leaves behind: per-case predictions, metrics.json, and tables for reading and for papers."""
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,73 +167,3 @@ def read_per_case(path: Path, classes: Sequence[str], kind: TaskKind) -> list[Ru
 def write_metrics(path: Path, values: Mapping[str, Any]) -> None:
     """Write metrics.json."""
     write_json(path, finite(values))
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a header, in the shapes people ask for."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def csv(self) -> str:
-        """Return comma-separated values."""
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows(self.rows)
-        return stream.getvalue()
-
-    def markdown(self) -> str:
-        """Return a Markdown table."""
-
-        def line(cells: Sequence[str]) -> str:
-            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-        return "\n".join([line(self.header), line(["---"] * len(self.header)), *(line(row) for row in self.rows)]) + "\n"
-
-    def latex(self) -> str:
-        """Return a LaTeX tabular (booktabs)."""
-
-        def line(cells: Sequence[str]) -> str:
-            return " & ".join(_latex_text(cell) for cell in cells) + r" \\"
-
-        body = [line(row) for row in self.rows]
-        columns = "l" * len(self.header)
-        return "\n".join(
-            [
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                line(self.header),
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                "",
-            ]
-        )
-
-
-def metric_text(values: Mapping[str, Any] | None) -> str:
-    """Return `0.812 ± 0.030 [0.741, 0.880]`: mean, deviation over runs, interval over patients; a dash where undefined."""
-    if not values or values["mean"] is None:
-        return "–"
-    text = f"{values['mean']:.3f}"
-    if values["std"] is not None:
-        text += f" ± {values['std']:.3f}"
-    if values["low"] is not None:
-        text += f" [{values['low']:.3f}, {values['high']:.3f}]"
-    return text
-
-
-def _latex_text(text: str) -> str:
-    for character, escaped in (
-        ("\\", r"\textbackslash{}"),
-        ("&", r"\&"),
-        ("%", r"\%"),
-        ("_", r"\_"),
-        ("#", r"\#"),
-        ("$", r"\$"),
-    ):
-        text = text.replace(character, escaped)
-    return text.replace("±", r"$\pm$").replace("–", "--")

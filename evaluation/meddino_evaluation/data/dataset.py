@@ -15,28 +15,10 @@ from meddino.core.files import sha256_file
 from meddino.core.tables import read_table
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
+from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.labels import LabelScheme
 
 PATIENTS_FILE = "patients.csv"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One labelled volume.
-
-    Attributes:
-        name: Case identifier, unique in the data set.
-        images: One file a channel.
-        label: Label map, or None for a case without one.
-        patient: Whoever shares this text is never on both sides of a split.
-        site: Hospital or scanner the report groups by; "" if unknown.
-    """
-
-    name: str
-    images: tuple[Path, ...]
-    label: Path | None
-    patient: str
-    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,24 +36,29 @@ class LabelledDataset:
 
     name: str
     root: Path
-    cases: tuple[Case, ...]
+    cases: tuple[LabelMapCase, ...]
     labels: LabelScheme
     channel_names: tuple[str, ...]
-    test_cases: tuple[Case, ...] = ()
+    test_cases: tuple[LabelMapCase, ...] = ()
     _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def case(self, name: str) -> Case:
+    @property
+    def all_cases(self) -> tuple[LabelMapCase, ...]:
+        """Those of the folds and those of the test part."""
+        return (*self.cases, *self.test_cases)
+
+    def case(self, name: str) -> LabelMapCase:
         """Return a case by its name.
 
         Raises:
             ConfigError: There is none.
         """
-        for case in (*self.cases, *self.test_cases):
+        for case in self.all_cases:
             if case.name == name:
                 return case
         raise ConfigError(f"data set {self.name} has no case '{name}'; it has {[case.name for case in self.cases][:10]} ...")
 
-    def read_images(self, case: Case, channels: Sequence[int]) -> tuple[NDArray[Any], Geometry]:
+    def read_images(self, case: LabelMapCase, channels: Sequence[int]) -> tuple[NDArray[Any], Geometry]:
         """Read the chosen channels of a case as [C, Z, Y, X] in the files' own axis order.
 
         Raises:
@@ -91,7 +78,7 @@ class LabelledDataset:
             raise ConfigError("no channel chosen")
         return np.stack(arrays), grid
 
-    def read_label(self, case: Case, grid: Geometry) -> NDArray[np.int32]:
+    def read_label(self, case: LabelMapCase, grid: Geometry) -> NDArray[np.int32]:
         """Read the label map of a case [Z, Y, X]: values checked, ignored voxels marked.
 
         Raises:
@@ -106,16 +93,22 @@ class LabelledDataset:
     def file_hash(self, path: Path) -> str:
         """SHA-256 of a file of the data set, computed once."""
         if path not in self._hashes:
-            self._hashes[path] = sha256_file(path)
+            self._hashes[path] = _hash(path)
         return self._hashes[path]
 
-    def data_hash(self, cases: Sequence[Case]) -> str:
+    def data_hash(self, cases: Sequence[LabelMapCase]) -> str:
         """Name some cases by the bytes of their images and label maps, independent of folders and order."""
         digest = hashlib.sha256()
         for case in sorted(cases, key=lambda item: item.name):
             for path in (*case.images, *([case.label] if case.label else [])):
                 digest.update(f"{case.name}\0{path.name}\0{self.file_hash(path)}\n".encode())
         return digest.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    if path.is_file():
+        return sha256_file(path)
+    return hashlib.sha256("".join(sorted(map(sha256_file, filter(Path.is_file, path.rglob("*"))))).encode()).hexdigest()
 
 
 def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> None:
@@ -139,7 +132,7 @@ def check_grids(dataset: LabelledDataset) -> None:
     Raises:
         VolumeError: A file is missing or unreadable, or grids differ.
     """
-    for case in (*dataset.cases, *dataset.test_cases):
+    for case in dataset.all_cases:
         grid = read_geometry(case.images[0])
         if case.label is None or not case.label.is_file():
             raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
@@ -165,7 +158,7 @@ def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledData
     columns = ("case", "patient")
     rows = {row["case"]: row for row in read_table(table, columns, filled=columns, unique="case").rows}
 
-    def assign(case: Case) -> Case:
+    def assign(case: LabelMapCase) -> LabelMapCase:
         row = rows.get(case.name)
         if row is None:
             raise ConfigError(f"{table}: no row for case '{case.name}'; it needs the columns case, patient [, site]")
@@ -174,7 +167,7 @@ def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledData
     return _map_cases(dataset, assign)
 
 
-def _by_pattern(pattern: str) -> Callable[[Case], Case]:
+def _by_pattern(pattern: str) -> Callable[[LabelMapCase], LabelMapCase]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -184,7 +177,7 @@ def _by_pattern(pattern: str) -> Callable[[Case], Case]:
             f"data.patient_pattern {pattern!r} has no group; put the patient's part in brackets, e.g. '^([^_]+)_'"
         )
 
-    def assign(case: Case) -> Case:
+    def assign(case: LabelMapCase) -> LabelMapCase:
         found = expression.search(case.name)
         if found is None or not found.group(1):
             raise ConfigError(f"data.patient_pattern {pattern!r} does not match case '{case.name}'")
@@ -193,7 +186,7 @@ def _by_pattern(pattern: str) -> Callable[[Case], Case]:
     return assign
 
 
-def _map_cases(dataset: LabelledDataset, assign: Callable[[Case], Case]) -> LabelledDataset:
+def _map_cases(dataset: LabelledDataset, assign: Callable[[LabelMapCase], LabelMapCase]) -> LabelledDataset:
     return replace(
         dataset,
         cases=tuple(assign(case) for case in dataset.cases),

@@ -8,14 +8,14 @@ from meddino.core.errors import VolumeError
 from meddino.data.intensity import CTIntensity
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.read import read_geometry
-from meddino_evaluation.data.dataset import Case
+from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.prepare import PreparedCase
 
 SAMPLES_PER_CASE = 10_000
 """Foreground intensities taken from a case, evenly over its voxels [nnU-Net: 10,000]."""
 
 
-def median_plane_spacing(cases: Sequence[Case]) -> float:
+def median_plane_spacing(cases: Sequence[LabelMapCase]) -> float:
     """Return the median in-plane spacing [mm] of some cases, from their headers."""
     spacings = []
     for case in cases:

@@ -1,6 +1,6 @@
 """What the numbers in a label map mean: classes, regions that overlap, and voxels to ignore."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,29 @@ class LabelScheme:
         ignore: Value whose voxels are not counted, or None.
         region_values: Value written for each target where regions overlap, later ones over earlier ones
             (`regions_class_order`); None for plain classes.
+        as_background: Values of labels that are not learned; they count as background.
     """
 
     names: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
     ignore: int | None = None
     region_values: tuple[int, ...] | None = None
+    as_background: tuple[int, ...] = ()
+
+    def only(self, names: Sequence[str]) -> "LabelScheme":
+        """Return a scheme of some labels; what belongs to none of them counts as background.
+
+        Raises:
+            ConfigError: A name is unknown.
+        """
+        unknown = sorted(set(names) - set(self.names))
+        if unknown:
+            raise ConfigError(f"labels.use names {unknown}; the data set has {list(self.names)}")
+        kept = [place for place, name in enumerate(self.names) if name in names]
+        values = tuple(self.values[place] for place in kept)
+        order = None if self.region_values is None else tuple(self.region_values[place] for place in kept)
+        lost = {value for group in self.values for value in group} - {value for group in values for value in group}
+        return LabelScheme(tuple(self.names[place] for place in kept), values, self.ignore, order, tuple(sorted(lost)))
 
     @property
     def has_regions(self) -> bool:
@@ -43,7 +60,7 @@ class LabelScheme:
     @property
     def allowed(self) -> frozenset[int]:
         """Every value that a label map may hold."""
-        known = {0, *(value for group in self.values for value in group)}
+        known = {0, *self.as_background, *(value for group in self.values for value in group)}
         return frozenset(known if self.ignore is None else known | {self.ignore})
 
     def check(self, labels: NDArray[np.int32], where: str) -> NDArray[np.int32]:
@@ -58,6 +75,8 @@ class LabelScheme:
                 f"{where}: label values {strange[:8]} are not in dataset.json (allowed: {sorted(self.allowed)}); "
                 "correct the label map or add them there"
             )
+        if self.as_background:
+            labels = np.where(np.isin(labels, self.as_background), np.int32(0), labels)
         if self.ignore is None:
             return labels
         return np.where(labels == self.ignore, np.int32(IGNORED), labels)

@@ -1,27 +1,200 @@
-"""A data set from its folder, whichever layout it is in."""
+"""A data set from its folder: nnU-Net's raw layout, the Decathlon's, a cases.csv, or images/ and labels/ of equal names."""
 
-from pathlib import Path
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
 
-from meddino.core.errors import ConfigError
+import numpy as np
+
+from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.logging import get_logger
+from meddino.core.tables import read_table
+from meddino.volumes.read import read_label_map
+from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset
-from meddino_evaluation.data.msd import is_msd, read_msd
-from meddino_evaluation.data.nnunet_raw import read_dataset_json, read_nnunet_raw
-from meddino_evaluation.data.table import TABLE_FILE, read_case_table
+from meddino_evaluation.data.inputs import ENDINGS, stem
+from meddino_evaluation.data.labels import LabelScheme, parse_labels
+
+TABLE_FILE, LABELS_FILE = "cases.csv", "labels.json"
+PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"), ("images", "masks"), ("image", "label"), ("image", "mask"))
+"""Folders whose files pair by name, where nothing else describes the data set."""
+_log = get_logger(__name__)
 
 
 def open_dataset(root: Path) -> LabelledDataset:
-    """Read a data set in nnU-Net's raw layout, in the Decathlon's, or as folders with a cases.csv.
+    """Read a data set, whichever layout it is in.
 
     Raises:
-        ConfigError: It is none of them, or what describes it is wrong.
+        ConfigError: It is in none, or what describes it is wrong.
         VolumeError: A file is missing.
     """
-    if root.is_dir() and not (root / "dataset.json").is_file():
-        if (root / TABLE_FILE).is_file():
-            return read_case_table(root)
+    if not root.is_dir():
+        raise ConfigError(f"no data set at {root}: no such folder")
+    if (root / "dataset.json").is_file():
+        content = _read_json(root / "dataset.json")
+        return _decathlon(root, content) if isinstance(content.get("training"), list) else _nnunet_raw(root, content)
+    if (root / TABLE_FILE).is_file():
+        return _table(root)
+    for images, labels in PAIRS:
+        if (root / images).is_dir() and (root / labels).is_dir():
+            return _pairs(root, root / images, root / labels)
+    raise ConfigError(
+        f"{root} is no data set: neither dataset.json (nnU-Net's raw layout, the Decathlon's) nor {TABLE_FILE} (case, image, "
+        "label) nor the folders images/ and labels/ are in it"
+    )
+
+
+def _nnunet_raw(root: Path, content: dict[str, Any]) -> LabelledDataset:
+    """imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz, and imagesTs/labelsTs if there."""
+    where = str(root / "dataset.json")
+    labels = parse_labels(content.get("labels"), content.get("regions_class_order"), where)
+    channels = content.get("channel_names", {"0": "CT"})
+    if not isinstance(channels, dict) or not channels:
+        raise ConfigError(f"{where}: 'channel_names' must map channel numbers to names")
+    ending = content.get("file_ending", ".nii.gz")
+    if not isinstance(ending, str) or not ending.startswith("."):
+        raise ConfigError(f"{where}: 'file_ending' is {ending!r}; expected a suffix such as .nii.gz")
+    names = tuple(str(name) for name in channels.values())
+    cases = _nnunet_cases(root, "Tr", ending, len(names))
+    if not cases:
+        raise ConfigError(f"{root} holds no case: no imagesTr/<case>_0000{ending}")
+    test = _nnunet_cases(root, "Ts", ending, len(names)) if (root / "labelsTs").is_dir() else ()
+    both = sorted({case.name for case in cases} & {case.name for case in test})
+    if both:
+        raise ConfigError(f"{root}: cases {both[:5]} are in imagesTr and in imagesTs")
+    return LabelledDataset(root.name, root, cases, labels, names, test)
+
+
+def _nnunet_cases(root: Path, part: str, ending: str, num_channels: int) -> tuple[LabelMapCase, ...]:
+    folder, labels = root / f"images{part}", root / f"labels{part}"
+    pattern = re.compile(rf"^(?P<case>.+)_(?P<channel>\d{{4}}){re.escape(ending)}$")
+    found: dict[str, dict[int, Path]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = pattern.match(path.name)
+        if match and not path.name.startswith("."):
+            found.setdefault(match["case"], {})[int(match["channel"])] = path
+    cases = []
+    for name in sorted(found):
+        files = found[name]
+        if sorted(files) != list(range(num_channels)):
+            raise VolumeError(
+                f"case {name} in {folder} has the channels {sorted(files)}; dataset.json names {num_channels} "
+                f"(0 to {num_channels - 1})"
+            )
+        label = _there(labels / f"{name}{ending}", f"case {name}: its label map")
+        cases.append(LabelMapCase(name, tuple(files[channel] for channel in range(num_channels)), label, patient=name))
+    return tuple(cases)
+
+
+def _decathlon(root: Path, content: dict[str, Any]) -> LabelledDataset:
+    """dataset.json with "training" pairs; the test part has no labels and is not used."""
+    where, given = str(root / "dataset.json"), content.get("labels")
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: 'labels' must map values to names")
+    try:
+        values = {str(name): int(value) for value, name in given.items()}
+    except ValueError as error:
+        raise ConfigError(f"{where}: 'labels' must map whole numbers to names ({error})") from error
+    labels = parse_labels({**{name: value for name, value in values.items() if value}, "background": 0}, None, where)
+    channels = content.get("modality", {"0": "CT"})
+    if not isinstance(channels, dict) or len(channels) != 1:
         raise ConfigError(
-            f"{root} is no data set: neither dataset.json (nnU-Net's raw layout, the Decathlon's) nor {TABLE_FILE} "
-            "(case, image, label) is in it"
+            f"{where}: {len(channels)} modalities in one 4D file; split them into <case>_0000, _0001 (nnU-Net's layout)"
         )
-    content = read_dataset_json(root)
-    return read_msd(root, content) if is_msd(content) else read_nnunet_raw(root)
+    cases = []
+    for pair in content["training"]:
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("image", "label")):
+            raise ConfigError(f"{where}: an entry of 'training' is {pair!r}; expected an object with 'image' and 'label'")
+        image, label = (_there(root / _within(pair[key], where), where) for key in ("image", "label"))
+        cases.append(LabelMapCase(stem(image), (image,), label, patient=stem(image)))
+    if not cases:
+        raise ConfigError(f"{where}: 'training' is empty")
+    names = tuple(str(name) for name in channels.values())
+    return LabelledDataset(root.name, root, tuple(sorted(cases, key=lambda case: case.name)), labels, names)
+
+
+def _table(root: Path) -> LabelledDataset:
+    """cases.csv: columns case, image, label, and patient and site if known; paths below the folder or absolute ones."""
+    path, columns = root / TABLE_FILE, ("case", "image", "label")
+    rows = read_table(path, columns, filled=columns, unique="case").rows
+    if not rows:
+        raise ConfigError(f"{path} holds no case")
+    cases: dict[str, LabelMapCase] = {}
+    for row in rows:
+        name = row["case"]
+        images = [_of_table(root, text, path) for text in row["image"].split(";")]
+        label = _of_table(root, row["label"], path)
+        cases[name] = LabelMapCase(name, tuple(images), label, row["patient"] or name, row["site"])
+    channels = {len(case.images) for case in cases.values()}
+    if len(channels) != 1:
+        raise ConfigError(f"{path}: cases have different numbers of images ({sorted(channels)}); separate channels by ';'")
+    return _described(root, [cases[name] for name in sorted(cases)], channels.pop())
+
+
+def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
+    """Images and label maps of the same name; an image may be a folder with one DICOM series, and may end in _0000."""
+    found = {re.sub(r"_0000$", "", name): path for name, path in _entries(images)}
+    maps = {name: path for name, path in _entries(labels) if path.is_file()}
+    alone = sorted(maps.keys() - found.keys())
+    if alone or not maps:
+        raise VolumeError(
+            f"{root}: label maps {[maps[name].name for name in alone[:5]]} have no image of that name in {images.name}/"
+            if maps
+            else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)})"
+        )
+    without = sorted(found.keys() - maps.keys())
+    if without:
+        _log.warning("%s: %d images have no label map and are left out: %s", root, len(without), ", ".join(without[:5]))
+    cases = [LabelMapCase(name, (found[name],), maps[name], patient=name) for name in sorted(maps)]
+    return _described(root, cases, 1)
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(ENDINGS)):
+            yield stem(path), path
+
+
+def _described(root: Path, cases: Sequence[LabelMapCase], channels: int) -> LabelledDataset:
+    """Name the labels by labels.json ({"background": 0, "tumour": 1, ...}), else by the values that occur."""
+    path = root / LABELS_FILE
+    if path.is_file():
+        scheme = parse_labels(_read_json(path), None, str(path))
+    else:
+        values = {int(value) for case in cases if case.label for value in np.unique(read_label_map(case.label)[0])}
+        found = sorted(values - {0})
+        if not found or found[0] < 0:
+            raise ConfigError(f"the label maps of {root} hold the values {sorted(values)}; expected some above 0")
+        scheme = LabelScheme(tuple(str(value) for value in found), tuple((value,) for value in found))
+        _log.info("%s: labels are named by their values %s; %s can name them", root, found, LABELS_FILE)
+    return LabelledDataset(root.name, root, tuple(cases), scheme, tuple(str(number) for number in range(channels)))
+
+
+def _of_table(root: Path, text: str, table: Path) -> Path:
+    given = Path(text.strip())
+    return _there(given if given.is_absolute() else root / _within(text.strip(), str(table)), str(table))
+
+
+def _within(text: str, where: str) -> str:
+    # Links inside the folder may point anywhere: their owner made them. A path that climbs out was not meant.
+    if PurePath(text).is_absolute() or ".." in PurePath(text).parts:
+        raise ConfigError(f"{where}: '{text}' leads out of the data set's folder")
+    return text
+
+
+def _there(path: Path, where: str) -> Path:
+    if not path.exists():
+        raise VolumeError(f"{where} {path} is missing")
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(content).__name__}")
+    return content

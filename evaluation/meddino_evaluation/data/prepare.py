@@ -16,7 +16,8 @@ from meddino.core.errors import VolumeError
 from meddino.data.content import ContentHash
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import Turn, turn_to_lps
-from meddino_evaluation.data.dataset import Case, LabelledDataset
+from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.data.labels import IGNORED
 
 MAX_SIDE_PX = 4096
@@ -107,7 +108,7 @@ class PreparedCase:
 
 
 def prepare_case(
-    dataset: LabelledDataset, case: Case, channels: Sequence[int], rule: GridRule, with_label: bool = True
+    dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], rule: GridRule, with_label: bool = True
 ) -> PreparedCase:
     """Read a case and prepare its slices.
 

@@ -11,14 +11,15 @@ import blosc2
 from meddino.core.files import atomic_directory, canonical_json
 from meddino.volumes.orientation import Turn
 from meddino.volumes.read import read_geometry
-from meddino_evaluation.data.dataset import Case, LabelledDataset
+from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
 
 VERSION = 2
 
 
 def prepare_cached(
-    dataset: LabelledDataset, case: Case, channels: Sequence[int], rule: GridRule, folder: Path | None
+    dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], rule: GridRule, folder: Path | None
 ) -> PreparedCase:
     """Prepare a case, or open what an earlier run has prepared of the same files.
 
@@ -50,7 +51,7 @@ def prepare_cached(
     return _open(place, case)
 
 
-def _open(place: Path, case: Case) -> PreparedCase:
+def _open(place: Path, case: LabelMapCase) -> PreparedCase:
     notes = json.loads((place / "case.json").read_text(encoding="utf-8"))
     (a, b, c), (d, e, f) = notes["turn"]["order"], notes["turn"]["flips"]
     rows, cols = notes["source_plane"]
@@ -68,13 +69,14 @@ def _open(place: Path, case: Case) -> PreparedCase:
     )
 
 
-def _key(dataset: LabelledDataset, case: Case, channels: Sequence[int], rule: GridRule) -> str:
+def _key(dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], rule: GridRule) -> str:
     parts = {
         "version": VERSION,
         "files": [dataset.file_hash(case.images[channel]) for channel in channels],
         "label": dataset.file_hash(case.label) if case.label else None,
         "labels": sorted(dataset.labels.allowed),
         "ignore": dataset.labels.ignore,
+        "as_background": dataset.labels.as_background,
         "rule": asdict(rule),
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]

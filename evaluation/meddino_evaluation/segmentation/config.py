@@ -60,7 +60,10 @@ class SplitsConfig(StrictConfig):
 
 
 class LabelsConfig(StrictConfig):
-    """How many labels training sees; drawn anew for each seed, the same ones for every model."""
+    """Which labels are learned and how many training sees; drawn anew for each seed, the same ones for every model."""
+
+    use: tuple[str, ...] = ()
+    """Labels that are learned and measured, the others count as background; empty: all."""
 
     train_cases: int | None = Field(None, gt=0)
     """Patients; null: all."""

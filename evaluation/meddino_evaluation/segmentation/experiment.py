@@ -9,18 +9,29 @@ import meddino
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
+from meddino.core.logging import get_logger
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import foreground_contract, median_plane_spacing
 from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
-from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, few_cases, make_folds, read_folds
+from meddino_evaluation.data.splits import (
+    SPLITS_FILE,
+    Split,
+    check_twins,
+    choose_split,
+    few_cases,
+    make_folds,
+    read_folds,
+)
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
-from meddino_evaluation.segmentation.leakage import LeakageCheck
 from meddino_evaluation.segmentation.networks.build import HeadRequest, build_network, head_request
 from meddino_evaluation.segmentation.networks.encoders import load_encoder
 from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -107,7 +118,7 @@ class Experiment:
     def training_cases(self, split: Split, seed: int) -> tuple[str, ...]:
         """Return the cases that a seed may learn from."""
         few = self.config.labels
-        return few_cases(split.train, self.dataset, few.train_cases, few.train_fraction, seed)
+        return few_cases(split.train, self.dataset.cases, few.train_cases, few.train_fraction, seed)
 
     def fold_source(self, split: Split) -> EncoderSource:
         """Return the model with the input contract of a fold: its own, or that of the training cases."""
@@ -127,10 +138,6 @@ class Experiment:
         network = build_network(source, config.encoder, config.head.name, self._request, seed)
         return network.to(self.machine.device)
 
-    def window(self) -> SlidingWindow:
-        """Return the sliding window of the config."""
-        return sliding_window(self.config)
-
 
 def sliding_window(config: SegmentConfig) -> SlidingWindow:
     """Return the sliding window of a config."""
@@ -146,7 +153,7 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     """
     use_cpu_threads()
     machine = find_machine(config.device, config.precision)
-    dataset = with_patients(open_dataset(data), config.data.patient_pattern)
+    dataset = open_labels(data, config)
     source = load_encoder(model, config.encoder.random_seed)
     check_fit(config, source, dataset)
     check_grids(dataset)
@@ -154,6 +161,12 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset), leakage)
     source.backbone.to(machine.device)
     return experiment
+
+
+def open_labels(data: Path, config: SegmentConfig) -> LabelledDataset:
+    """Open a data set with its patients and the labels that are asked for."""
+    dataset = with_patients(open_dataset(data), config.data.patient_pattern)
+    return replace(dataset, labels=dataset.labels.only(config.labels.use)) if config.labels.use else dataset
 
 
 def check_fit(config: SegmentConfig, source: EncoderSource, dataset: LabelledDataset) -> None:
@@ -189,11 +202,21 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
     path = Path(config.splits.file) if config.splits.file is not None else own if own.is_file() else None
     if path is not None and not path.is_file():
         raise ConfigError(f"splits.file {path}: no such file")
-    folds = read_folds(path, dataset.cases) if path else make_folds(dataset.cases, config.splits.folds, config.splits.seed)
+    patients = len({case.patient for case in dataset.cases})
+    count = min(config.splits.folds, max(2, patients))
+    if not path and count < config.splits.folds:
+        logger.warning("splits.folds is %d, and there are %d patients: %d folds", config.splits.folds, patients, count)
+    folds = read_folds(path) if path else make_folds(dataset.cases, count, config.splits.seed)
     fraction = config.splits.val_fraction if config.training.selection == "best_val" else 0.0
-    splits = tuple(choose_split(dataset, folds, fold, fraction, config.splits.seed) for fold in config.splits.run_folds)
+    splits = tuple(
+        choose_split(dataset.cases, dataset.test_cases, folds, fold, fraction, config.splits.seed)
+        for fold in config.splits.run_folds
+    )
+    hashes = {case.name: [dataset.file_hash(path) for path in case.images] for case in dataset.all_cases}
+    for split in splits:
+        check_twins(split, hashes, f"fold {split.number}")
     if config.training.selection == "best_val":
-        empty = [split.fold for split in splits if not split.val]
+        empty = [split.number for split in splits if not split.val]
         if empty:
             raise ConfigError(
                 f"training.selection=best_val needs validation cases, and fold {empty[0]} has none; see splits.val_fraction"
@@ -207,7 +230,7 @@ def write_splits(experiment: Experiment, out: Path) -> None:
     write_json(out / SPLITS_FILE, folds)
     parts: list[dict[str, Any]] = [
         {
-            "fold": split.fold,
+            "fold": split.number,
             "train": list(split.train),
             "val": list(split.val),
             "test": list(split.test),

@@ -47,7 +47,7 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
         "model": {"name": experiment.source.name, "hash": experiment.source.model_hash, "lineage": experiment.source.lineage},
         "data": {
             "name": dataset.name,
-            "hash": dataset.data_hash([*dataset.cases, *dataset.test_cases]),
+            "hash": dataset.data_hash(dataset.all_cases),
             "cases": len(dataset.cases),
             "labels": list(dataset.labels.names),
         },

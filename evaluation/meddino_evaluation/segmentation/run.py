@@ -1,7 +1,7 @@
 """`meddino-eval segment`, phase after phase: data, training of every (fold, seed), and the test cases, read once at the end."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,13 +9,14 @@ from typing import Any
 from meddino.core.config import to_yaml
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
+from meddino_evaluation.adaptation.fitting import Clock, is_of
+from meddino_evaluation.data.splits import Split
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, open_experiment, write_splits
 from meddino_evaluation.segmentation.inference.bundle import write_bundle
 from meddino_evaluation.segmentation.inference.held_out import HeldOutSet, evaluate_all, open_held_out_set
 from meddino_evaluation.segmentation.results import write_results
-from meddino_evaluation.segmentation.training.fitting import Fitting
-from meddino_evaluation.segmentation.training.trained import is_trained, weights_path
+from meddino_evaluation.segmentation.training.fitting import Fitting, weights_path
 
 logger = get_logger(__name__)
 
@@ -63,14 +64,31 @@ def segment(
 
 def train_all(experiment: Experiment, out: Path) -> None:
     """Train every fold and seed whose weights are not there yet."""
-    identity = experiment.identity
-    for split in experiment.splits:
-        seeds = experiment.config.seeds
-        waiting = [seed for seed in seeds if not is_trained(weights_path(out, split.fold, seed), identity)]
+    identity, config = experiment.identity, experiment.config
+    waiting_by_fold = {
+        split: [seed for seed in config.seeds if not is_of(weights_path(out, split.number, seed), identity)]
+        for split in experiment.splits
+    }
+    clock = Clock(plan(experiment, waiting_by_fold))
+    for split, waiting in waiting_by_fold.items():
+        seeds = config.seeds
         if not waiting:
-            logger.info("fold %d: all %d seeds are trained already", split.fold, len(seeds))
+            logger.info("fold %d: all %d seeds are trained already", split.number, len(seeds))
             continue
-        fitting = Fitting(experiment, split, out, identity)
+        fitting = Fitting(experiment, split, out, identity, clock)
         lr_head = fitting.choose_lr(seeds[0])
         for seed in waiting:
             fitting.fit_seed(seed, lr_head)
+
+
+def plan(experiment: Experiment, waiting: Mapping[Split, Sequence[int]]) -> int:
+    """Say what is about to be trained, and return its optimizer steps."""
+    config = experiment.config
+    trainings = sum(map(len, waiting.values())) + len(config.training.lr_head_grid) * sum(map(bool, waiting.values()))
+    for split in waiting:
+        counts = len(split.train), len(split.val), len(split.test)
+        logger.info("plan: fold %d trains on %d cases, selects on %d, tests on %d", split.number, *counts)
+    steps, device = config.training.steps, experiment.machine.device
+    what = (experiment.source.name, config.encoder.mode, config.head.name)
+    logger.info("plan: %s, encoder %s, head %s: %d trainings of %d steps on %s", *what, trainings, steps, device)
+    return trainings * steps

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from meddino.core.errors import ConfigError
+from meddino.core.logging import get_logger
 from meddino.data.remote import corpus_location
+
+CONFIG_HELP = "YAML file or shipped name: minutes, evening (one GPU, or a night of a CPU), paper; by the machine if not given"
+logger = get_logger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,12 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--corpus", type=corpus_location, help="corpus or URL that the model learned from: its volumes are marked"
     )
     add_test_argument(parser)
-    parser.add_argument(
-        "--config", default="segment", help="YAML file or shipped name (segment: the paper's setting; demo: minutes)"
-    )
+    parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="config keys to set, e.g. seeds=[0,1,2] head.name=linear"
     )
+
+
+def default_config() -> str:
+    """Return the recipe that fits this machine, and say which: an evening of a GPU, or minutes of a CPU."""
+    import torch
+
+    chosen = "evening" if torch.cuda.is_available() else "minutes"
+    logger.info("--config %s, chosen for this machine; others: minutes, evening, paper", chosen)
+    return chosen
 
 
 def add_test_argument(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.config import SegmentConfig
     from meddino_evaluation.segmentation.run import segment
 
-    config = load_config(SegmentConfig, [arguments.config], arguments.overrides, kind="evaluation")
+    config = load_config(SegmentConfig, [arguments.config or default_config()], arguments.overrides, kind="evaluation")
     tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
     metrics = segment(config, arguments.model, arguments.data, arguments.out, arguments.corpus, tests)
     lines = [f"{metrics['model']['name']}: {summary_line(metrics)}"]

@@ -24,28 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval study`."""
+    from meddino.core.config import load_config, to_yaml
     from meddino.core.errors import MedDINOError
-    from meddino_evaluation.study.job_list import (
-        list_jobs,
-        load_results,
-        load_study,
-        parse_part,
-        run_jobs,
-        save_study,
-    )
-    from meddino_evaluation.study.study_tables import write_study
+    from meddino.core.files import write_text
+    from meddino_evaluation.study.classification_jobs import list_jobs, load_results
+    from meddino_evaluation.study.config import StudyConfig
+    from meddino_evaluation.study.jobs import list_lines, parse_part, run_jobs
+    from meddino_evaluation.study.tables import write_study
 
-    config = load_study(arguments.config, arguments.overrides)
-    jobs = list_jobs(arguments.kind, config, arguments.out, arguments.model, arguments.data_root)
+    config = load_config(StudyConfig, [arguments.config], arguments.overrides, kind="evaluation")
+    jobs, root = list_jobs(arguments.kind, config, arguments.out, arguments.model, arguments.data_root), arguments.out / "jobs"
     if arguments.list:
-        for number, job in enumerate(jobs, start=1):
-            done = (arguments.out / "jobs" / job.folder / "metrics.json").is_file()
-            sys.stdout.write(f"{number:4d}  {'done' if done else 'to do'}  {job.folder}\n")
+        sys.stdout.write(list_lines(jobs, root))
         return
     part = parse_part(arguments.part)
     if part is None:
-        save_study(config, arguments.out)
-    problems = run_jobs(jobs, arguments.out, part)
+        write_text(arguments.out / "study.yaml", to_yaml(config))
+    problems = run_jobs(jobs, root, part)
     found = load_results(jobs, arguments.out)
     if part is None or len(found) == len(jobs):
         # In an array every task tries; the one that finds all jobs done writes the tables.

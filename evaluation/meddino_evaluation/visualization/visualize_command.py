@@ -76,8 +76,8 @@ def _show_features(arguments: argparse.Namespace, backbone: "Backbone") -> None:
     from meddino.core import html
     from meddino.core.device import find_machine
     from meddino.core.files import atomic_write, write_text
+    from meddino_evaluation.adaptation.config import FeaturesConfig
     from meddino_evaluation.adaptation.features import FeatureExtractor, make_transform
-    from meddino_evaluation.classification.config import FeaturesConfig
     from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.visualization.embedding import embedding_figure, tsne
 

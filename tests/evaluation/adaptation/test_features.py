@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.adaptation.features import FeatureExtractor, Transform, make_transform, model_input
-from meddino_evaluation.classification.config import FeaturesConfig
 from meddino_evaluation.classification.datasets import load_dataset_config
 from meddino_evaluation.classification.images import SliceStack
 
@@ -79,7 +79,7 @@ def test_extractor__features_that_are_not_finite_are_named(fake_set, backbone, t
     case = fake_set("ct_contrast").cases[0]
     with pytest.raises(MedDINOError, match="not finite") as error:
         _extractor(backbone, tmp_path)([case])
-    assert case.id in str(error.value)
+    assert case.name in str(error.value)
 
 
 def test_extractor__frozen_is_frozen_and_a_change_is_found(fake_set, backbone, tmp_path):

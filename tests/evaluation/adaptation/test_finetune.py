@@ -2,13 +2,13 @@ import copy
 
 import pytest
 import torch
+from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.adaptation.features import Transform
 from meddino_evaluation.adaptation.finetune import ImageBank, finetune
 from meddino_evaluation.adaptation.trainable import adapt, held_tensors, lora_targets, set_training_mode
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
-from meddino_evaluation.classification.config import FinetuneConfig
 from torch import nn
 
 from meddino.core.device import find_machine

@@ -10,7 +10,7 @@ def _table(cases=20, slices=(1, 4), widths=(6, 6), patch=6, seed=0):
     rows = [
         torch.from_numpy(rng.normal(size=(rng.integers(*slices), sum(widths) + patch)).astype(np.float32)) for _ in range(cases)
     ]
-    return FeatureTable(tuple(str(i) for i in range(cases)), tuple(rows), widths, tuple((str(i),) for i in range(cases)))
+    return FeatureTable(tuple(str(i) for i in range(cases)), tuple(rows), widths)
 
 
 PLANS = [

@@ -30,7 +30,7 @@ def test_open_dataset__the_fake_copy_in_its_real_layout(fake_set, tmp_path, name
         return
     dataset = fake_set(name)
     assert dataset.cases
-    assert len({case.id for case in dataset.cases}) == len(dataset.cases)
+    assert len({case.name for case in dataset.cases}) == len(dataset.cases)
     for case in dataset.cases[:3]:
         stack = read_slices(case.source, config.modality)
         assert stack.values.ndim == 4
@@ -42,7 +42,7 @@ def test_open_dataset__the_fake_copy_in_its_real_layout(fake_set, tmp_path, name
 
 
 def test_open_dataset__labels_and_patients_are_what_the_layout_says(fake_set):
-    nih = {case.id: case for case in fake_set("nih_chestxray14").cases}
+    nih = {case.name: case for case in fake_set("nih_chestxray14").cases}
     assert nih["00000001_000.png"].label == (0,) * 14
     assert nih["00000001_000.png"].patient == "1"
     assert nih["00000003_000.png"].label[1] == 1

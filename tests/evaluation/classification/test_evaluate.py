@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 from meddino_evaluation.adaptation import features
+from meddino_evaluation.adaptation.config import FewShotConfig
 from meddino_evaluation.adaptation.few_shot import few_shot_draws
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.classification import evaluate as evaluate_module
-from meddino_evaluation.classification.config import FewShotConfig, SplitConfig
+from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import SealedTest, evaluate
 from meddino_evaluation.classification.report import write_report
-from meddino_evaluation.classification.results import Table, metric_text, read_per_case
+from meddino_evaluation.classification.results import read_per_case
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
+from meddino_evaluation.metrics.text_table import Table, metric_text
 
 from meddino.core.errors import ConfigError
 
@@ -44,7 +47,7 @@ def test_evaluate__the_test_is_read_once_after_everything_is_learned(fake_set, b
     config = quick(protocols=(*FROZEN, "bitfit"), split=SplitConfig(repeats=1))
     evaluate(backbone, dataset, config, tmp_path, few_shot=few_shot)
     split = json.loads((tmp_path / "splits" / "split-0.json").read_text())
-    sources = {case.id: case.source for case in dataset.cases}
+    sources = {case.name: case.source for case in dataset.cases}
     last_fit = max(place for place, entry in enumerate(spy) if entry.startswith("learned"))
     for name in split["test"]:
         places = [place for place, entry in enumerate(spy) if entry == sources[name]]
@@ -86,7 +89,7 @@ def test_evaluate__choices_do_not_depend_on_the_test(fake_set, backbone, quick, 
     first = evaluate(backbone, dataset, config, tmp_path / "a")
     split = json.loads((tmp_path / "a" / "splits" / "split-0.json").read_text())
     (tmp_path / "s.json").write_text(json.dumps(split))
-    turned = tuple(replace(case, label=1 - case.label) if case.id in split["test"] else case for case in dataset.cases)
+    turned = tuple(replace(case, label=1 - case.label) if case.name in split["test"] else case for case in dataset.cases)
     other = LabelledSet(dataset.config, dataset.root, turned, True)
     second = evaluate(
         backbone, other, quick(protocols=FROZEN, split=SplitConfig(repeats=1, file=tmp_path / "s.json")), tmp_path / "b"
@@ -125,14 +128,7 @@ def test_evaluate__equal_seeds_give_equal_files(fake_set, backbone, quick, tmp_p
 
 def test_evaluate__pretraining_overlap_is_refused_or_said(fake_set, backbone, quick, tmp_path, monkeypatch):
     dataset = fake_set("ct_contrast")
-    table = {}
-    check = evaluate_module.check_contents
-
-    def planted(one, split, hashes, corpus):
-        table.update(hashes)
-        return check(one, split, hashes, frozenset(hashes[split.test[0]]))
-
-    monkeypatch.setattr(evaluate_module, "check_contents", planted)
+    monkeypatch.setattr(LeakageCheck, "look", lambda self, name, *hashes: name == dataset.cases[0].name)
     with pytest.raises(ConfigError, match=r"were seen \(without labels\) in pretraining"):
         evaluate(backbone, dataset, quick(protocols=("knn",)), tmp_path / "a")
     allowed = quick(protocols=("knn",), split=SplitConfig(repeats=1, allow_pretraining_overlap=True))

@@ -4,13 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from meddino_evaluation.data.dataset import with_patients
+from meddino_evaluation.data.dataset import check_grids, with_patients
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.prepare import GridRule, prepare_case
 from meddino_evaluation.data.prepared_cache import prepare_cached
 
 from meddino.core.errors import ConfigError, VolumeError
+from meddino.volumes.read import read_volume
+from tests.data_curation.dicom_files import write_series
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -87,6 +89,49 @@ def test_patients_csv__a_case_with_two_patients_is_refused(tmp_path):
         with_patients(data, None)
 
 
+def test_table__absolute_paths_and_links_are_followed_and_a_path_that_climbs_out_is_not(tmp_path):
+    volumes(tmp_path / "store", ["a"])
+    root = tmp_path / "set"
+    (root / "labels").mkdir(parents=True)
+    (root / "labels/a.nii.gz").symlink_to(tmp_path / "store/labelsTr/a.nii.gz")
+    image = tmp_path / "store/imagesTr/a.nii.gz"
+    (root / "cases.csv").write_text(f"case,image,label\nx,{image},labels/a.nii.gz\n")
+    assert open_dataset(root).cases[0].images == (image,)
+    (root / "cases.csv").write_text("case,image,label\nx,../store/imagesTr/a.nii.gz,labels/a.nii.gz\n")
+    with pytest.raises(ConfigError, match=r"'\.\./store/imagesTr/a\.nii\.gz'"):
+        open_dataset(root)
+
+
+def test_pairs__images_and_labels_of_the_same_name_and_dicom_folders(tmp_path, caplog):
+    volumes(tmp_path, ["a", "b"])
+    (tmp_path / "imagesTr").rename(tmp_path / "images")
+    (tmp_path / "labelsTr").rename(tmp_path / "labels")
+    write_series(tmp_path / "images/c", read_volume(tmp_path / "images/b.nii.gz").voxels.astype(np.int16))
+    save(tmp_path / "images/alone.nii.gz", np.zeros((2, 4, 4), dtype=np.int16))
+    label = sitk.ReadImage(str(tmp_path / "labels/b.nii.gz"))
+    label.SetSpacing((4.5, 4.5, 5.0))
+    label.SetOrigin((-100.0, -120.0, 0.0))
+    sitk.WriteImage(label, str(tmp_path / "labels/c.nii.gz"))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.cases] == ["a", "b", "c"]
+    assert "alone" in caplog.text
+    check_grids(data)
+    np.testing.assert_array_equal(data.read_images(data.case("c"), (0,))[0], data.read_images(data.case("b"), (0,))[0])
+    assert data.data_hash(data.cases) == open_dataset(tmp_path).data_hash(data.cases)
+    (tmp_path / "images/a.nii.gz").unlink()
+    with pytest.raises(VolumeError, match=r"a\.nii\.gz"):
+        open_dataset(tmp_path)
+
+
+def test_labels_use__the_others_count_as_background():
+    scheme = parse_labels({"background": 0, "liver": 1, "spleen": 2, "kidney": 5, "ignore": 9}, None, "here").only(["spleen"])
+    values = scheme.check(np.array([0, 1, 2, 5, 9], dtype=np.int32), "here")
+    assert values.tolist() == [0, 0, 2, 0, -1]
+    assert scheme.class_indices(values).tolist() == [0, 0, 1, 0, -1]
+    with pytest.raises(ConfigError, match="'lung'"):
+        scheme.only(["lung"])
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -118,7 +163,7 @@ def test_nnunet_raw__test_part_with_labels(tmp_path):
 def test_no_dataset__one_clear_line(tmp_path):
     with pytest.raises(ConfigError, match="no such folder"):
         open_dataset(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"neither dataset\.json .* nor cases\.csv"):
+    with pytest.raises(ConfigError, match=r"dataset\.json .* cases\.csv .* images/"):
         open_dataset(tmp_path)
 
 

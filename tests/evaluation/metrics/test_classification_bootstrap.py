@@ -2,43 +2,21 @@ import itertools
 
 import numpy as np
 import pytest
-from meddino_evaluation.metrics.classification import METRICS, classification_metric
-from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric, resampled_metric
+from meddino_evaluation.metrics.classification import classification_metric
+from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric
 from meddino_evaluation.metrics.statistics import Resampling
 
 
-def _case(kind, classes, rows=40, seed=0):
+def _case(kind="binary", classes=2, rows=40, seed=0):
     rng = np.random.default_rng(seed)
     p = rng.random((rows, classes)).round(1) + 0.05
     if kind == "multilabel":
-        truth = rng.integers(-1, 2, size=(rows, classes))
-        return truth, p / 1.1
+        return rng.integers(-1, 2, size=(rows, classes)), p / 1.1
     return rng.integers(0, classes, size=rows), p / p.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize(("kind", "classes"), [("binary", 2), ("multiclass", 4), ("ordinal", 3), ("multilabel", 3)])
-def test_resampled_metric__equals_the_metric_of_the_repeated_rows(kind, classes):
-    truth, p = _case(kind, classes)
-    groups = [row // 2 for row in range(len(truth))]
-    weights = Resampling(len(groups), groups, resamples=12, seed=3).weights()
-    assert (weights.sum(1) == len(truth)).all()
-    for name in METRICS[kind]:
-        fast = resampled_metric(name, kind, truth, p, weights)
-        slow = [classification_metric(name, kind, np.repeat(truth, row, axis=0), np.repeat(p, row, axis=0)) for row in weights]
-        np.testing.assert_allclose(fast, slow, atol=1e-9, err_msg=name)
-
-
-def test_resampled_metric__undefined_resamples_are_nan():
-    truth, p = np.array([0, 1, 1]), np.array([[0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
-    weights = np.array([[3, 0, 0], [1, 1, 1], [0, 1, 2]])
-    for name in ("auroc", "auprc"):
-        values = resampled_metric(name, "binary", truth, p, weights)
-        assert np.isnan(values[[0, 2]]).all()
-        assert not np.isnan(values[1])
-
-
 def test_metric_intervals__one_run_equals_the_plain_bootstrap():
-    truth, p = _case("binary", 2)
+    truth, p = _case()
     groups = [f"p{row // 3}" for row in range(len(truth))]
     fast = metric_intervals("binary", [(groups, truth, p)], names=["auroc"], resamples=200, seed=9)["auroc"]
     drawing = Resampling(len(truth), groups, resamples=200, seed=9)
@@ -82,7 +60,7 @@ def test_paired_metric__auroc_does_not_see_the_scale_of_a_model():
 
 
 def test_metric_intervals__a_patient_tested_in_five_repeats_counts_once():
-    truth, p = _case("binary", 2, rows=60)
+    truth, p = _case(rows=60)
     groups = [f"p{row}" for row in range(60)]
     once = metric_intervals("binary", [(groups, truth, p)], names=["accuracy"], resamples=500)["accuracy"]
     five = metric_intervals("binary", [(groups, truth, p)] * 5, names=["accuracy"], resamples=500)["accuracy"]

@@ -38,40 +38,52 @@ def blob_case(rng: np.random.Generator, shape=(4, 40, 36)) -> tuple[np.ndarray, 
     return (image + rng.normal(0, 10, shape)).astype(np.int16), label
 
 
+def write_dataset(root: Path, cases: int = 4, labels: dict[str, Any] | None = None, **options: Any) -> Path:
+    """Write a data set in nnU-Net's raw layout."""
+    for number in range(cases):
+        image, label = blob_case(np.random.default_rng(number))
+        write_volume(root / "imagesTr" / f"case_{number:02d}_0000.nii.gz", image, **options)
+        write_volume(root / "labelsTr" / f"case_{number:02d}.nii.gz", label, **options)
+    content = {
+        "channel_names": {"0": "CT"},
+        "labels": labels or {"background": 0, "bright": 1, "dark": 2},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    def make(cases: int = 4, name: str = "Dataset001_Blobs", labels: dict[str, Any] | None = None, **options: Any) -> Path:
-        root = tmp_path / name
-        for number in range(cases):
-            image, label = blob_case(np.random.default_rng(number))
-            write_volume(root / "imagesTr" / f"case_{number:02d}_0000.nii.gz", image, **options)
-            write_volume(root / "labelsTr" / f"case_{number:02d}.nii.gz", label, **options)
-        content = {
-            "channel_names": {"0": "CT"},
-            "labels": labels or {"background": 0, "bright": 1, "dark": 2},
-            "numTraining": cases,
-            "file_ending": ".nii.gz",
-        }
-        (root / "dataset.json").write_text(json.dumps(content))
-        return root
+    def make(cases: int = 4, name: str = "Dataset001_Blobs", **options: Any) -> Path:
+        return write_dataset(tmp_path / name, cases, **options)
 
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of four cases that no test changes."""
+    return write_dataset(tmp_path_factory.mktemp("blobs") / "Dataset001_Blobs")
+
+
+def make_config(**changes: Any) -> SegmentConfig:
+    """Settings that train in a moment."""
+    values: dict[str, Any] = {
+        "splits": {"folds": 2},
+        "head": {"name": "linear"},
+        "training": {"steps": 4, "batch_size": 2, "crop_px": 32, "crops": "grid", "lr_head": 0.01, "log_every_steps": 2},
+        "inference": {"mirror": False},
+        "metrics": {"surface": False, "bootstrap": 100},
+        "seeds": [0, 1],
+        "device": "cpu",
+    }
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return check_config(SegmentConfig, values, "test")
+
+
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., SegmentConfig]:
-    def make(**changes: Any) -> SegmentConfig:
-        values: dict[str, Any] = {
-            "splits": {"folds": 2},
-            "head": {"name": "linear"},
-            "training": {"steps": 4, "batch_size": 2, "crop_px": 32, "crops": "grid", "lr_head": 0.01, "log_every_steps": 2},
-            "inference": {"mirror": False},
-            "metrics": {"surface": False, "bootstrap": 100},
-            "seeds": [0, 1],
-            "device": "cpu",
-        }
-        for key, value in changes.items():
-            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-        return check_config(SegmentConfig, values, "test")
-
-    return make
+    return make_config

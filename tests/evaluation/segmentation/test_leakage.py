@@ -6,7 +6,7 @@ import shutil
 import pytest
 import SimpleITK as sitk
 from meddino_data_curation.cli import main as curate
-from meddino_evaluation.segmentation.leakage import LeakageCheck
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.segmentation.run import segment
 from meddino_pretrain.cli import main as pretrain
 

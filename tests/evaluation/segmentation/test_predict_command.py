@@ -1,62 +1,99 @@
-import json
+import csv
 import shutil
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+import torch
 from meddino_evaluation.cli import main
+from meddino_evaluation.data.prepare import prepare_volume
+from meddino_evaluation.segmentation.inference.bundle import load_bundle
 from meddino_evaluation.segmentation.run import segment
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from meddino.volumes.read import read_volume
+from tests.data_curation.dicom_files import write_series
 
 MODEL = "random:vitnano8"
+# What a DICOM-SEG takes over from its source.
+STUDY = dict.fromkeys(("PatientBirthDate", "PatientSex", "AccessionNumber", "ReferringPhysicianName"), "") | {
+    "StudyDate": "20200101",
+    "StudyTime": "120000",
+    "StudyID": "1",
+    "SeriesNumber": 1,
+    "FrameOfReferenceUID": "1.2.3",
+    "PixelSpacing": [1.5, 1.5],
+}
 
 
-def write_series(folder, volume: np.ndarray, spacing=(3.0, 1.5, 1.5)) -> None:
-    folder.mkdir(parents=True)
-    study, series, frame = generate_uid(), generate_uid(), generate_uid()
-    for z, rows in enumerate(volume):
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-        data.SOPClassUID, data.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
-        data.StudyInstanceUID, data.SeriesInstanceUID, data.FrameOfReferenceUID = study, series, frame
-        data.PatientID, data.PatientName, data.PatientBirthDate, data.PatientSex = "1", "Test", "", ""
-        data.StudyDate, data.StudyTime, data.AccessionNumber, data.StudyID = "20200101", "120000", "", "1"
-        data.ReferringPhysicianName, data.Modality, data.SeriesNumber, data.InstanceNumber = "", "CT", 1, z + 1
-        data.ImagePositionPatient = [0.0, 0.0, z * spacing[0]]
-        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        data.PixelSpacing, data.SliceThickness = [spacing[1], spacing[2]], spacing[0]
-        data.Rows, data.Columns = rows.shape
-        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
-        data.RescaleIntercept, data.RescaleSlope = 0, 1
-        data.PixelData = rows.astype("<i2").tobytes()
-        data.save_as(folder / f"{z:03d}.dcm", enforce_file_format=True)
+@pytest.fixture(scope="module")
+def trained(blobs, tiny_config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    config = tiny_config(data={"intensity": "fingerprint"}, splits={"run_folds": [0, 1]}, training={"steps": 40})
+    segment(config, MODEL, blobs, out)
+    return blobs, out
 
 
-@pytest.fixture
-def trained(make_dataset, tiny_config, tmp_path):
-    data, out = make_dataset(), tmp_path / "results"
-    segment(tiny_config(seeds=[0], data={"intensity": "fingerprint"}), MODEL, data, out)
-    return data, out
+def table_of(out):
+    with (out / "predictions.csv").open() as stream:
+        return {row["name"]: row for row in csv.DictReader(stream)}
 
 
-def test_predict__folder_equals_what_segment_predicted_and_bad_files_do_not_stop_it(trained, tmp_path, capsys):
+def read(path):
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def test_predict__mixed_inputs_at_any_depth_all_end_in_the_table(trained, tmp_path, capsys):
     data, results = trained
-    folder = tmp_path / "new"
-    shutil.copytree(data / "imagesTr", folder)
-    (folder / "zz_broken_0000.nii.gz").write_bytes(b"no image")
-    out = tmp_path / "predicted"
-    assert main(["predict", "--results", str(results), "--input", str(folder), "--out", str(out)]) == 0
-    assert "4 volumes predicted, 1 could not be read" in capsys.readouterr().out
-    assert list(json.loads((out / "failed.json").read_text())) == ["zz_broken"]
+    folder, out = tmp_path / "new", tmp_path / "new" / "predicted"
+    images = sorted((data / "imagesTr").iterdir())
+    shutil.copytree(data / "imagesTr", folder / "deep" / "er")
+    shutil.copy(images[0], folder / "scan_2020.nii.gz")  # two years are no two channels
+    shutil.copy(images[1], folder / "scan_2021.nii.gz")
+    (folder / "broken.nii.gz").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no volume")
+    write_series(folder / "dicom" / "a", read(images[2]), series="a")
+    write_series(folder / "dicom" / "b", read(images[3]), series="b")
+    arguments = ["predict", "--results", str(results), "--input", str(folder), "--out", str(out)]
+    assert main(arguments) == 2
+    assert "7 predicted" not in capsys.readouterr().out
+    rows = table_of(out)
+    status = {name: row["status"] for name, row in rows.items()}
+    assert status == {
+        **{f"deep/er/case_0{i}": "predicted" for i in range(4)},
+        **dict.fromkeys(("scan_2020", "scan_2021", "dicom/a", "dicom/b"), "predicted"),
+        "broken": "refused",
+        "notes.txt": "skipped",
+    }
+    assert "broken.nii.gz" in rows["broken"]["reason"]
+    assert rows["dicom/a"]["patient"] == "P1"
+    assert (out / "predictions.csv").stat().st_mode & 0o77 == 0
+    for row in rows.values():
+        assert (out / row["output"]).exists()
     for path in (results / "predictions/fold-0_seed-0").iterdir():
-        first, second = (sitk.ReadImage(str(folder / path.name)) for folder in (path.parent, out))
-        np.testing.assert_array_equal(sitk.GetArrayFromImage(first), sitk.GetArrayFromImage(second))
-        assert first.GetOrigin() == second.GetOrigin()
+        np.testing.assert_array_equal(read(path), read(out / "deep/er" / path.name))
+        assert sitk.ReadImage(str(path)).GetOrigin() == sitk.ReadImage(str(out / "deep/er" / path.name)).GetOrigin()
+    (folder / "broken.nii.gz").unlink()
+    assert main(arguments) == 0
+    assert set(status) - set(table_of(out)) == {"broken"}  # and nothing of the output was taken for input
+
+
+def test_predict__an_ensemble_is_the_mean_of_all_probabilities(trained, tmp_path):
+    data, results = trained
+    image = data / "imagesTr" / "case_00_0000.nii.gz"
+    arguments = ["predict", "--results", str(results), "--input", str(image), "--out", str(tmp_path)]
+    assert main([*arguments, "--fold", "all", "--seed", "0", "1"]) == 0
+    bundle = load_bundle(results, None, None)
+    assert bundle.size == 4
+    volume = read_volume(image)
+    every = []
+    for member, rule in zip(bundle.members, bundle.rules, strict=True):
+        case = prepare_volume("case", volume.voxels[None], volume.geometry, rule)
+        every += [one.softmax(1) for one in member.logits(case, range(len(volume.voxels)))]
+    wanted = torch.stack(every).mean(0).argmax(1)
+    turned = case.to_source(wanted.numpy())
+    np.testing.assert_array_equal(read(tmp_path / "case_00_0000.nii.gz"), turned)
+    assert main([*arguments, "--fold", "some"]) == 2
 
 
 def test_predict__dicom_series_to_dicom_seg(trained, tmp_path):
@@ -64,32 +101,32 @@ def test_predict__dicom_series_to_dicom_seg(trained, tmp_path):
     data, results = trained
     name = sorted(path.name for path in (data / "imagesTr").iterdir())[0]
     volume = sitk.GetArrayFromImage(sitk.ReadImage(str(data / "imagesTr" / name)))
-    write_series(tmp_path / "dicom/deep/er", volume)
+    write_series(tmp_path / "dicom/deep/er", volume, [f"{z:03d}.dcm" for z in range(len(volume))], **STUDY)
     out = tmp_path / "predicted"
     arguments = ["predict", "--results", str(results), "--input", str(tmp_path / "dicom")]
     assert main([*arguments, "--out", str(out), "--format", "dicomseg"]) == 0
     assert main([*arguments, "--out", str(out)]) == 0
-    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "series_000.nii.gz")))
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "deep/er.nii.gz")))
     assert labels.any()
-    found = pydicom.dcmread(out / "series_000.dcm")
+    found = pydicom.dcmread(out / "deep/er.dcm")
     assert found.Modality == "SEG"
     assert (
         found.ReferencedSeriesSequence[0].SeriesInstanceUID
         == pydicom.dcmread(tmp_path / "dicom/deep/er/000.dcm").SeriesInstanceUID
     )
     # ITK, on which many viewers stand, decodes the frames, and each says where its slice lies.
-    frames = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "series_000.dcm")))
+    frames = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "deep/er.dcm")))
     assert int((frames > 0).sum()) == int((labels > 0).sum())
     measures = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
     assert list(measures.PixelSpacing) == [1.5, 1.5]
     for frame, group in zip(frames, found.PerFrameFunctionalGroupsSequence, strict=True):
-        z = round(float(group.PlanePositionSequence[0].ImagePositionPatient[2]) / 3.0)
+        z = round(float(group.PlanePositionSequence[0].ImagePositionPatient[2]) / 5.0)
         segment = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
         name = found.SegmentSequence[segment - 1].SegmentLabel
         np.testing.assert_array_equal(frame > 0, labels[z] == {"bright": 1, "dark": 2}[name])
     import highdicom as hd
 
-    seg = hd.seg.segread(out / "series_000.dcm")
+    seg = hd.seg.segread(out / "deep/er.dcm")
     names = {item.SegmentLabel: item.SegmentNumber for item in found.SegmentSequence}
     uids = [pydicom.dcmread(path).SOPInstanceUID for path in sorted((tmp_path / "dicom/deep/er").iterdir())]
     pixels = seg.get_pixels_by_source_instance(uids, ignore_spatial_locations=True, assert_missing_frames_are_empty=True)
@@ -102,7 +139,7 @@ def test_predict__dicom_series_to_dicom_seg(trained, tmp_path):
     ("change", "words"),
     [
         ({"--results": "nowhere"}, "no finished run"),
-        ({"--seed": "7"}, "not fold 0, seed 7"),
+        ({"--seed": "7"}, "seeds [7]"),
         ({"--input": "nowhere"}, "no such file or folder"),
         ({"--model": "random:vitt16"}, "has other weights than the one"),
         ({"--format": "dicomseg"}, "needs DICOM series as input"),

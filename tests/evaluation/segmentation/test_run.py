@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from meddino_evaluation.adaptation.fitting import FitLoop
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.cli import main
 from meddino_evaluation.data.dataset import LabelledDataset
@@ -12,10 +13,9 @@ from meddino_evaluation.segmentation import run as run_module
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
 from meddino_evaluation.segmentation.run import segment
-from meddino_evaluation.segmentation.training.fitting import Fitting
-from meddino_evaluation.segmentation.training.loop import Trainer
+from meddino_evaluation.segmentation.segment_command import default_config
+from meddino_evaluation.segmentation.training.fitting import Fitting, load_network, weights_path
 from meddino_evaluation.segmentation.training.samples import CropSampler
-from meddino_evaluation.segmentation.training.trained import load_network, weights_path
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, VolumeError
@@ -60,8 +60,8 @@ def test_segment__again_trains_nothing_and_a_changed_setting_trains_anew(make_da
     data, out = make_dataset(), tmp_path / "out"
     first = segment(tiny_config(), MODEL, data, out)
     trained = []
-    original = Trainer.fit
-    monkeypatch.setattr(Trainer, "fit", lambda self, *arguments: (trained.append(1), original(self, *arguments))[1])
+    original = FitLoop.fit
+    monkeypatch.setattr(FitLoop, "fit", lambda self, *arguments: (trained.append(1), original(self, *arguments))[1])
     assert segment(tiny_config(), MODEL, data, out)["test"] == first["test"]
     assert not trained
     segment(tiny_config(training={"lr_head": 0.02}), MODEL, data, out)
@@ -74,7 +74,7 @@ def test_segment__again_trains_nothing_and_a_changed_setting_trains_anew(make_da
 def test_test_cases__are_read_once_and_only_after_all_training(make_dataset, tiny_config, tmp_path, monkeypatch):
     events = []
     read = LabelledDataset.read_images
-    fit = Trainer.fit
+    fit = FitLoop.fit
     monkeypatch.setattr(
         LabelledDataset, "read_images", lambda self, case, channels: (events.append(case.name), read(self, case, channels))[1]
     )
@@ -84,7 +84,7 @@ def test_test_cases__are_read_once_and_only_after_all_training(make_dataset, tin
         "read_label",
         lambda self, case, grid: (events.append(f"label {case.name}"), label(self, case, grid))[1],
     )
-    monkeypatch.setattr(Trainer, "fit", lambda self, *arguments: (fit(self, *arguments), events.append("trained"))[0])
+    monkeypatch.setattr(FitLoop, "fit", lambda self, *arguments: (fit(self, *arguments), events.append("trained"))[0])
     config = tiny_config(training={"selection": "best_val", "val_every_steps": 2}, splits={"val_fraction": 0.4})
     segment(config, MODEL, make_dataset(cases=6), tmp_path / "out")
     parts = json.loads((tmp_path / "out/splits.json").read_text())[0]
@@ -120,11 +120,11 @@ def test_finetune__the_encoder_moves_and_the_source_does_not(make_dataset, tiny_
 def test_frozen_that_moved__is_a_fault(make_dataset, tiny_config, tmp_path, monkeypatch):
     def drifts(self, on_step, start):
         with torch.no_grad():
-            self.network.backbone.vit.norm.weight += 1
+            self.module.backbone.vit.norm.weight += 1
 
-    monkeypatch.setattr(Trainer, "fit", drifts)
+    monkeypatch.setattr(FitLoop, "fit", drifts)
     experiment = open_experiment(tiny_config(), MODEL, make_dataset())
-    with pytest.raises(RuntimeError, match="the encoder's weights moved"):
+    with pytest.raises(RuntimeError, match=r"vit\.norm\.weight"):
         run_module.train_all(experiment, tmp_path)
 
 
@@ -163,7 +163,6 @@ def test_random_of_an_export__has_its_architecture_and_contract(tmp_path):
         ({"training": {"crop_px": 36}}, "multiples of 8: use 32 or 40"),
         ({"encoder": {"taps": 9}}, "this model has 4 blocks"),
         ({"data": {"neighbour_slices": 2}}, "takes 1 .repeated. or 3"),
-        ({"splits": {"folds": 9}}, "4 patients allow 2 to 4 folds"),
         ({"splits": {"run_folds": [3]}}, "fold 3 does not exist"),
         ({"labels": {"train_slices": 1000}}, r"labels\.train_slices is 1000"),
         ({"labels": {"train_cases": 7}}, r"labels\.train_cases is 7"),
@@ -172,6 +171,35 @@ def test_random_of_an_export__has_its_architecture_and_contract(tmp_path):
 def test_wrong_settings__one_clear_line(make_dataset, tiny_config, tmp_path, change, words):
     with pytest.raises(ConfigError, match=words):
         segment(tiny_config(**change), MODEL, make_dataset(), tmp_path / "out")
+
+
+def test_folds__fit_the_number_of_patients(blobs, tiny_config, caplog):
+    experiment = open_experiment(tiny_config(splits={"folds": 9, "run_folds": [0, 3]}), MODEL, blobs)
+    assert [len(split.test) for split in experiment.splits] == [1, 1]
+    assert "4 folds" in caplog.text
+
+
+def test_labels_use__only_some_structures_are_learned(blobs, tiny_config, tmp_path):
+    metrics = segment(tiny_config(labels={"use": ["dark"]}, seeds=[0]), MODEL, blobs, tmp_path / "out")
+    assert list(metrics["test"]["by_label"]) == ["dark"]
+    for path in (tmp_path / "out/predictions/fold-0_seed-0").iterdir():
+        assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))) <= {0, 2}
+
+
+def test_recipes__by_budget_load_and_one_is_chosen_by_the_machine(caplog):
+    caplog.set_level("INFO")
+    for name in ("minutes", "evening", "paper"):
+        load_config(SegmentConfig, [name], kind="evaluation")
+    assert default_config() == ("evening" if torch.cuda.is_available() else "minutes")
+    assert "chosen for this machine" in caplog.text
+
+
+def test_plan__is_said_first_and_what_is_left_after_twenty_steps(blobs, tiny_config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    segment(tiny_config(training={"steps": 22, "batch_size": 1}, seeds=[0]), MODEL, blobs, tmp_path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines.index("plan: fold 0 trains on 2 cases, selects on 0, tests on 2") == 0
+    assert any("GiB of memory, about" in line and "left" in line for line in lines)
 
 
 def test_wrong_labels__are_named(make_dataset, tiny_config, tmp_path):
@@ -219,9 +247,9 @@ def test_command__wrong_input_exits_2_with_one_line(make_dataset, tmp_path, caps
     assert words in error
 
 
-@pytest.mark.parametrize("name", ["segment", "demo", "demo_real", "sarcoma"])
+@pytest.mark.parametrize("name", ["paper", "demo", "demo_real", "sarcoma"])
 def test_shipped_configs__are_valid(name):
-    assert load_config(SegmentConfig, [name], kind="evaluation").head.name == ("primus" if name == "segment" else "linear")
+    assert load_config(SegmentConfig, [name], kind="evaluation").head.name == ("primus" if name == "paper" else "linear")
 
 
 def test_show__prints_every_setting_and_what_differs(capsys):

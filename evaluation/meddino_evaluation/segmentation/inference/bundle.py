@@ -1,69 +1,66 @@
 """network.json: what `meddino-eval predict` must know of a finished `segment` run to use its networks on new volumes."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from meddino.core.config import load_config
-from meddino.core.device import Machine, find_machine, use_cpu_threads
-from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.device import find_machine, use_cpu_threads
+from meddino.core.errors import CheckpointError, ConfigError, VolumeError
 from meddino.core.files import write_json
 from meddino.data.intensity import read_intensity
+from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.labels import LabelScheme
-from meddino_evaluation.data.prepare import GridRule, PreparedCase
+from meddino_evaluation.data.prepare import GridRule, prepare_volume
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, sliding_window
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest
-from meddino_evaluation.segmentation.inference.volumes import predict_case
+from meddino_evaluation.segmentation.inference.volumes import Member, predict_together
 from meddino_evaluation.segmentation.networks.build import build_network, head_request
 from meddino_evaluation.segmentation.networks.encoders import load_encoder
-from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
-from meddino_evaluation.segmentation.training.trained import load_network, weights_path
+from meddino_evaluation.segmentation.training.fitting import load_network, weights_path
 
 FILE = "network.json"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A trained network, ready for new volumes.
+    """Trained networks, ready for new volumes.
 
     Attributes:
-        config: Settings it was trained with.
-        network: Encoder and head.
-        labels: Meaning of its outputs.
-        rule: In-plane grid.
-        channels: Image channels it reads.
-        components: Labels of which only the largest component is kept.
-        machine: Device and arithmetic.
+        members: The networks of each fold.
+        rules: The in-plane grid of each fold.
+        labels: Meaning of the outputs.
+        channels: Image channels that are read.
+        components: Labels of which only the largest component is kept: those of which every network says so.
     """
 
-    config: SegmentConfig
-    network: SegmentationNetwork
+    members: tuple[Member, ...]
+    rules: tuple[GridRule, ...]
     labels: LabelScheme
-    rule: GridRule
     channels: int
     components: tuple[str, ...]
-    machine: Machine
 
-    def predict(self, case: PreparedCase) -> Any:
-        """Return the label values [Z, Y, X] of a prepared volume, on its own voxels."""
+    @property
+    def size(self) -> int:
+        """Number of networks."""
+        return sum(len(member.networks) for member in self.members)
 
-        def forward(images: Any) -> Any:
-            with self.machine.autocast():
-                return self.network(images)
+    def predict(self, name: str, array: NDArray[Any], geometry: Geometry) -> NDArray[np.int32]:
+        """Return the label values [Z, Y, X] of a volume [C, Z, Y, X], on its own voxels.
 
-        found = predict_case(
-            case,
-            forward,
-            1,
-            self.network.contract,
-            self.labels,
-            sliding_window(self.config),
-            self.config.data.neighbour_slices,
-            self.machine,
-        )[0]
-        return keep_largest(found, self.labels, self.components)
+        Raises:
+            VolumeError: It has too few channels, or cannot be prepared.
+        """
+        if len(array) < self.channels:
+            raise VolumeError(f"{name}: {len(array)} channels, the network reads {self.channels}")
+        cases = [prepare_volume(name, array[: self.channels], geometry, rule) for rule in self.rules]
+        return keep_largest(predict_together(self.members, cases), self.labels, self.components)
 
 
 def write_bundle(experiment: Experiment, out: Path) -> None:
@@ -71,7 +68,7 @@ def write_bundle(experiment: Experiment, out: Path) -> None:
     folds = {}
     for split in experiment.splits:
         hu = experiment.fold_source(split).contract.hu
-        folds[str(split.fold)] = {
+        folds[str(split.number)] = {
             "rule": asdict(experiment.grid_rule(split)),
             "hu": hu.model_dump(mode="json") if hu is not None else None,
         }
@@ -89,13 +86,13 @@ def write_bundle(experiment: Experiment, out: Path) -> None:
     write_json(out / FILE, content)
 
 
-def load_bundle(results: Path, fold: int, seed: int, model: str | None = None) -> Bundle:
-    """Load a network that `meddino-eval segment` has trained.
+def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int] | None, model: str | None = None) -> Bundle:
+    """Load networks that `meddino-eval segment` has trained.
 
     Args:
         results: Its --out folder.
-        fold: Which fold's.
-        seed: Which seed's.
+        folds: Which folds'; None for all that were run.
+        seeds: Which seeds'; None for all.
         model: Where the encoder is now, if it has moved.
 
     Raises:
@@ -107,34 +104,42 @@ def load_bundle(results: Path, fold: int, seed: int, model: str | None = None) -
         raise ConfigError(f"{results} is no finished run of `meddino-eval segment`: {FILE} is missing")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        part = content["folds"].get(str(fold))
-        names, values = content["labels"]["names"], content["labels"]["values"]
-        regions = content["labels"]["region_values"]
+        parts, own = {int(fold): part for fold, part in content["folds"].items()}, content["labels"]
+        regions = None if own["region_values"] is None else tuple(own["region_values"])
         labels = LabelScheme(
-            tuple(names),
-            tuple(tuple(group) for group in values),
-            content["labels"]["ignore"],
-            None if regions is None else tuple(regions),
+            tuple(own["names"]),
+            tuple(tuple(group) for group in own["values"]),
+            own["ignore"],
+            regions,
+            tuple(own.get("as_background", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error})") from error
     config = load_config(SegmentConfig, [results / "config.yaml"])
-    if part is None or seed not in config.seeds:
+    folds, seeds = sorted(parts) if folds is None else folds, config.seeds if seeds is None else seeds
+    if not set(folds) <= parts.keys() or not set(seeds) <= set(config.seeds):
         raise ConfigError(
-            f"{results} has folds {sorted(content['folds'])} and seeds {list(config.seeds)}, not fold {fold}, seed {seed}"
+            f"{results} has folds {sorted(parts)} and seeds {list(config.seeds)}, not folds {list(folds)}, seeds {list(seeds)}"
         )
     use_cpu_threads()
     machine = find_machine(config.device, config.precision)
     source = load_encoder(model or content["model"], config.encoder.random_seed)
     if source.model_hash != content["model_hash"]:
         raise CheckpointError(f"model {source.name} has other weights than the one {results} was trained with")
-    if part["hu"] is not None:
-        hu = read_intensity(part["hu"], str(path))
-        source = replace(source, contract=replace(source.contract, hu=hu))
     request = head_request(
         source.backbone, config.encoder, content["input_channels"], config.training.crop_px, labels.num_outputs
     )
-    network = build_network(source, config.encoder, config.head.name, request, seed)
-    components = load_network(network, weights_path(results, fold, seed))
-    network.to(machine.device).eval()
-    return Bundle(config, network, labels, GridRule(**part["rule"]), content["channels"], components, machine)
+    members, components = [], []
+    for fold in folds:
+        fold_source = source
+        if parts[fold]["hu"] is not None:
+            hu = read_intensity(parts[fold]["hu"], str(path))
+            fold_source = replace(source, contract=replace(source.contract, hu=hu))
+        networks = tuple(build_network(fold_source, config.encoder, config.head.name, request, seed) for seed in seeds)
+        for network, seed in zip(networks, seeds, strict=True):
+            components.append(load_network(network, weights_path(results, fold, seed)))
+            network.to(machine.device).eval()
+        members.append(Member(networks, labels, sliding_window(config), config.data.neighbour_slices, machine))
+    kept = tuple(name for name in labels.names if all(name in one for one in components))
+    rules = tuple(GridRule(**parts[fold]["rule"]) for fold in folds)
+    return Bundle(tuple(members), rules, labels, content["channels"], kept)

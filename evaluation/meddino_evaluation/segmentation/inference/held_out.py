@@ -5,27 +5,28 @@ predicted in the same phase by the same networks.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import atomic_write
 from meddino.core.logging import get_logger
 from meddino.volumes.writing import write_label_map
-from meddino_evaluation.data.dataset import Case, LabelledDataset, check_grids, with_patients
+from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, prepare_case
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.metrics.label_metrics import LabelRow, score_case
 from meddino_evaluation.segmentation.experiment import Experiment
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest
-from meddino_evaluation.segmentation.inference.prediction import predict
-from meddino_evaluation.segmentation.leakage import LeakageCheck
+from meddino_evaluation.segmentation.inference.volumes import predict
 from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
 from meddino_evaluation.segmentation.overlay import overlay_png
 from meddino_evaluation.segmentation.report import picture_path
-from meddino_evaluation.segmentation.training.trained import load_network, weights_path
+from meddino_evaluation.segmentation.training.fitting import load_network, weights_path
 
 logger = get_logger(__name__)
 
@@ -77,7 +78,7 @@ class HeldOutSet:
         """Return the cases that the networks of a fold are tested on: its test part, or all of a set from elsewhere."""
         if not self.name:
             return split.test
-        return tuple(case.name for case in (*self.dataset.cases, *self.dataset.test_cases))
+        return tuple(case.name for case in self.dataset.all_cases)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ def open_held_out_set(experiment: Experiment, name: str, root: Path, out: Path, 
         VolumeError: A file is missing, or grids differ.
     """
     dataset = with_patients(open_dataset(root), experiment.config.data.patient_pattern)
+    if experiment.config.labels.use:
+        there = [label for label in experiment.config.labels.use if label in dataset.labels.names]
+        dataset = replace(dataset, labels=dataset.labels.only(there))
     check_labels(name, dataset.labels, experiment.dataset.labels)
     if len(dataset.channel_names) != len(experiment.dataset.channel_names):
         raise ConfigError(
@@ -107,7 +111,7 @@ def open_held_out_set(experiment: Experiment, name: str, root: Path, out: Path, 
     check_grids(dataset)
     used = {case for split in experiment.splits for case in (*split.train, *split.val)}
     seen = {experiment.dataset.file_hash(path): case for case in sorted(used) for path in experiment.dataset.case(case).images}
-    for case in (*dataset.cases, *dataset.test_cases):
+    for case in dataset.all_cases:
         twin = next((seen[dataset.file_hash(path)] for path in case.images if dataset.file_hash(path) in seen), None)
         if twin is not None:
             raise ConfigError(f"test set {name}: case '{case.name}' is the same image as '{twin}', which is trained on")
@@ -136,7 +140,7 @@ def load_fold(experiment: Experiment, split: Split, out: Path) -> FoldNetworks:
     source, seeds = experiment.fold_source(split), experiment.config.seeds
     networks = tuple(experiment.network(source, seed) for seed in seeds)
     components = tuple(
-        load_network(network, weights_path(out, split.fold, seed)) for network, seed in zip(networks, seeds, strict=True)
+        load_network(network, weights_path(out, split.number, seed)) for network, seed in zip(networks, seeds, strict=True)
     )
     return FoldNetworks(split, experiment.grid_rule(split), networks, components)
 
@@ -155,7 +159,7 @@ def evaluate_all(experiment: Experiment, sets: Sequence[HeldOutSet], out: Path) 
                 try:
                     _evaluate_case(experiment, fold, tested, tested.dataset.case(name))
                 except VolumeError as error:
-                    logger.warning("fold %d: case %s is left out: %s", split.fold, name, error)
+                    logger.warning("fold %d: case %s is left out: %s", split.number, name, error)
                     tested.failed[name] = str(error)
     for tested in sets:
         if not tested.rows:
@@ -163,11 +167,11 @@ def evaluate_all(experiment: Experiment, sets: Sequence[HeldOutSet], out: Path) 
             raise VolumeError(f"no case of test set {tested.name or experiment.dataset.name} could be tested: {reasons}")
 
 
-def _evaluate_case(experiment: Experiment, fold: FoldNetworks, tested: HeldOutSet, entry: Case) -> None:
+def _evaluate_case(experiment: Experiment, fold: FoldNetworks, tested: HeldOutSet, entry: LabelMapCase) -> None:
     case = prepare_case(tested.dataset, entry, experiment.channels, fold.rule, with_label=False)
     tested.leakage.look(case.name, case.content_hash)
     reference = tested.dataset.read_label(entry, case.source)
-    scheme, metrics, number = experiment.dataset.labels, experiment.config.metrics, fold.split.fold
+    scheme, metrics, number = experiment.dataset.labels, experiment.config.metrics, fold.split.number
     kept = [
         keep_largest(raw, scheme, components)
         for raw, components in zip(predict(experiment, case, fold.networks), fold.components, strict=True)
@@ -184,4 +188,4 @@ def _evaluate_case(experiment: Experiment, fold: FoldNetworks, tested: HeldOutSe
 
 def prediction_path(out: Path, split: Split, seed: int, case: str) -> Path:
     """Return where the prediction of a case lies."""
-    return out / "predictions" / f"fold-{split.fold}_seed-{seed}" / f"{case}.nii.gz"
+    return out / "predictions" / f"fold-{split.number}_seed-{seed}" / f"{case}.nii.gz"

@@ -9,9 +9,9 @@ from torch import nn
 
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import derive_seed
+from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.adaptation.trainable import adapt
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
-from meddino_evaluation.classification.config import FinetuneConfig
 from meddino_evaluation.segmentation.config import EncoderConfig, HeadName
 from meddino_evaluation.segmentation.networks.heads import LinearHead, PrimusHead, he_initialise
 from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork, map_shapes

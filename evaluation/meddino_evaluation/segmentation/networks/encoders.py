@@ -9,7 +9,7 @@ from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone, Tokens
 from meddino_evaluation.backbones.contract import ImageContract
-from meddino_evaluation.backbones.load import RANDOM, load_backbone
+from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.segmentation.networks.network import EncoderSource
 
 NONE = "none"
@@ -49,15 +49,9 @@ def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
         CheckpointError: It exists and is damaged or of another kind.
     """
     backbone = NoBackbone() if model == NONE else load_backbone(model, random_seed)
-    lineage = backbone.lineage.model_dump(mode="json") if isinstance(backbone, MedDINOBackbone) else {}
     if isinstance(backbone, MedDINOBackbone) and backbone.vit.config.in_chans != backbone.contract.channels:
         raise CheckpointError(
             f"model {model}: its patch embedding takes {backbone.vit.config.in_chans} channels, its input contract says "
             f"{backbone.contract.channels}"
         )
-    return EncoderSource(model, backbone, backbone.contract, backbone.hash(), lineage)
-
-
-def is_random(model: str) -> bool:
-    """Tell whether a model has fresh weights."""
-    return model.startswith(RANDOM) or model == NONE
+    return EncoderSource(model, backbone, backbone.contract, backbone.hash(), dict(backbone.lineage))

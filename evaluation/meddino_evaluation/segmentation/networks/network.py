@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from meddino.core.errors import ConfigError
 from meddino.data.model_input import normalise
+from meddino_evaluation.adaptation.fitting import learned_state
 from meddino_evaluation.adaptation.trainable import set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
 from meddino_evaluation.backbones.contract import ImageContract
@@ -77,6 +78,10 @@ class SegmentationNetwork(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_encoder):
             return self.backbone.patch_maps(images, self.taps)
 
+    def learned_state(self) -> dict[str, Tensor]:
+        """Return what training may change: the head, what learns in the encoder, and an encoder's running statistics."""
+        return learned_state(self, "" if self.trains_encoder else "head.")
+
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch outputs height width"]:
         """Return logits of model input."""
         logits: Tensor = self.head(self.maps(images), images)
@@ -107,14 +112,6 @@ def model_input(
     if channels == 1:
         return normalise(intensities[:, 0], contract.hu)
     return normalise(intensities, contract.hu.model_copy(update={"channels": 1})).squeeze(2)
-
-
-def learned_state(network: SegmentationNetwork) -> dict[str, Tensor]:
-    """Return what training may change: the head, what learns in the encoder, and an encoder's running statistics."""
-    # By named_parameters: MONAI's DynUNet holds its layers under two names, and each is wanted once.
-    learned: dict[str, Tensor] = {name: value for name, value in network.named_parameters() if value.requires_grad}
-    kept = "" if network.trains_encoder else "head."
-    return learned | {name: buffer for name, buffer in network.named_buffers() if name.startswith(kept)}
 
 
 def map_shapes(backbone: Backbone, taps: int, channels: int, side_px: int) -> list[tuple[int, int]]:

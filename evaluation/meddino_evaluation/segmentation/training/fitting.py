@@ -1,32 +1,45 @@
-"""Training one (fold, seed): its data, selection on validation, saves, and the proof that what is held was held."""
+"""Training one (fold, seed) of a segmentation: its data, its loss, selection on validation, saves."""
 
 import hashlib
 import json
 import math
+import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 import meddino
 from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
-from meddino_evaluation.adaptation.trainable import held_tensors
+from meddino.core.seeds import derive_seed
+from meddino_evaluation.adaptation.fitting import (
+    BestCheckpoint,
+    Clock,
+    FitLoop,
+    FreezeCheck,
+    StepRecord,
+    linear_decay,
+    load_progress,
+    load_state,
+    save_progress,
+    save_state,
+)
 from meddino_evaluation.data.prepare import PreparedCase
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.metrics.label_metrics import mean_over_cases
 from meddino_evaluation.segmentation.config import TrainingConfig
 from meddino_evaluation.segmentation.experiment import Experiment
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest, labels_it_helps
-from meddino_evaluation.segmentation.inference.prediction import predict, score
-from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork, learned_state
-from meddino_evaluation.segmentation.training.loop import StepRecord, Trainer
-from meddino_evaluation.segmentation.training.map_cache import MapCache
+from meddino_evaluation.segmentation.inference.volumes import predict, score
+from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork, model_input
+from meddino_evaluation.segmentation.training.losses import segmentation_loss
+from meddino_evaluation.segmentation.training.map_cache import CropKey, MapCache
 from meddino_evaluation.segmentation.training.samples import CropSampler, choose_slices
-from meddino_evaluation.segmentation.training.trained import Progress, load_progress, save_network, save_progress, weights_path
 
 logger = get_logger(__name__)
 
@@ -39,10 +52,11 @@ class Fitting:
         split: The fold.
         out: Folder of the results.
         identity: Of the run.
+        clock: Of all trainings of the run.
     """
 
-    def __init__(self, experiment: Experiment, split: Split, out: Path, identity: str) -> None:
-        self.experiment, self.split, self.out, self.identity = experiment, split, out, identity
+    def __init__(self, experiment: Experiment, split: Split, out: Path, identity: str, clock: Clock) -> None:
+        self.experiment, self.split, self.out, self.identity, self.clock = experiment, split, out, identity, clock
         self.source: EncoderSource = experiment.fold_source(split)
         self.rule = experiment.grid_rule(split)
         self._cache: MapCache | None = None
@@ -65,71 +79,109 @@ class Fitting:
         network = experiment.network(self.source, seed)
         window = network.contract.window_hu
         sampler = CropSampler(cases, slices, training, config.data.neighbour_slices, window, seed)
-        trainer = Trainer(
-            network, sampler, experiment.dataset.labels, training, experiment.machine, self._maps_of(network), seed
-        )
-        logger.info(
-            "fold %d, seed %d: %d cases, %d labelled slices, %d steps",
-            self.split.fold,
-            seed,
-            len(cases),
-            len(slices),
-            training.steps,
-        )
-        guard = FreezeCheck(network)
-        best = BestCheckpoint(experiment, self.split, network) if training.selection == "best_val" else None
-        self._run(trainer, best, seed, training, keep)
+        loop = self._loop(network, sampler, training, seed)
+        name = f"fold {self.split.number}, seed {seed}"
+        logger.info("%s: %d cases, %d labelled slices, %d steps", name, len(cases), len(slices), training.steps)
+        parts = {"head": network.head} | ({"encoder": network.backbone} if network.trains_encoder else {})
+        freeze = FreezeCheck(network.backbone, parts)
+        best = BestCheckpoint(network.learned_state, network) if training.selection == "best_val" else None
+        network.train()
+        self._run(loop, network, best, seed, training, keep)
+        freeze.check(network.mode)
         if best is not None:
             best.restore()
-        guard.check()
         if keep:
-            save_network(network, weights_path(self.out, self.split.fold, seed), self.identity, self._components(network))
+            save_network(network, weights_path(self.out, self.split.number, seed), self.identity, self._components(network))
             self._save_path(seed).unlink(missing_ok=True)
-        return best.best_dice if best else None
+        return best.score if best else None
 
     def choose_lr(self, seed: int) -> float | None:
         """Try the learning rates of the grid and return the best by validation Dice; None if there is no grid."""
         grid = self.experiment.config.training.lr_head_grid
         if not grid:
             return None
-        path = self.out / "logs" / f"fold-{self.split.fold}_lr.json"
+        path = self.out / "logs" / f"fold-{self.split.number}_lr.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
         if known.get("identity") == self.identity:
             return float(known["chosen"])
         dice = {lr: self.fit_seed(seed, lr, keep=False) for lr in grid}
         chosen = max(grid, key=lambda lr: -math.inf if dice[lr] is None else float(dice[lr] or 0.0))
         write_json(path, {"identity": self.identity, "val_dice": {str(lr): dice[lr] for lr in grid}, "chosen": chosen})
-        logger.info("fold %d: training.lr_head=%g chosen on validation among %s", self.split.fold, chosen, list(grid))
+        logger.info("fold %d: training.lr_head=%g chosen on validation among %s", self.split.number, chosen, list(grid))
         return chosen
 
-    def _run(self, trainer: Trainer, best: "BestCheckpoint | None", seed: int, training: TrainingConfig, keep: bool) -> None:
-        path = self._save_path(seed)
-        progress = load_progress(path, trainer, self.identity) if keep else None
-        if progress is not None:
-            logger.info("fold %d, seed %d: going on after step %d", self.split.fold, seed, progress.step)
-            if best is not None:
-                best.resume(progress)
-        log = self.out / "logs" / f"fold-{self.split.fold}_seed-{seed}.jsonl"
+    def _loop(self, network: SegmentationNetwork, sampler: CropSampler, training: TrainingConfig, seed: int) -> FitLoop:
+        machine, labels, cache = self.experiment.machine, self.experiment.dataset.labels, self._maps_of(network)
+
+        def loss_of(step: int) -> Tensor:
+            batch = sampler.batch(step)
+            torch.manual_seed(derive_seed(seed, "step", step))  # drop path and coordinate augmentation of a learning encoder
+            inputs = model_input(batch.intensities, network.contract).to(machine.device)
+            with machine.autocast():
+                if cache is None:
+                    logits = network(inputs)
+                else:
+                    keys = [CropKey(sampler.cases[crop.case].name, crop.z, crop.y, crop.x) for crop in batch.crops]
+                    logits = network.head(cache.maps(inputs, keys), inputs)
+            return segmentation_loss(logits, batch.labels, labels, training.dice_weight, training.ce_weight)
+
+        optimizer = build_optimizer(network, training)
+        return FitLoop(
+            network, optimizer, linear_decay(optimizer, training.steps), loss_of, training.steps, clip_norm=training.clip_norm
+        )
+
+    def _run(
+        self,
+        loop: FitLoop,
+        network: SegmentationNetwork,
+        best: BestCheckpoint | None,
+        seed: int,
+        training: TrainingConfig,
+        keep: bool,
+    ) -> None:
+        path, name = self._save_path(seed), f"fold {self.split.number}, seed {seed}"
+        start = load_progress(path, loop, best, self.identity) if keep else 0
+        if start:
+            logger.info("%s: going on after step %d", name, start)
+            self.clock.left -= start
+        log = self.out / "logs" / f"fold-{self.split.number}_seed-{seed}.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
-        start = progress.step if progress else 0
         with log.open("a" if start else "w", encoding="utf-8") as stream:
 
             def on_step(record: StepRecord) -> bool:
                 done = record.step + 1
                 last = done == training.steps
+                self.clock.tick()
+                if self.clock.done == Clock.TIMED_STEPS:
+                    logger.info(
+                        "%d steps timed%s; peak memory %.1f GiB", Clock.TIMED_STEPS, self.clock.text(), peak_memory_gib()
+                    )
                 if record.step % training.log_every_steps == 0 or last:
                     stream.write(json.dumps(asdict(record)) + "\n")
-                    logger.info(
-                        "fold %d, seed %d, step %d/%d: loss %.4f", self.split.fold, seed, done, training.steps, record.loss
-                    )
+                    left = self.clock.text()
+                    logger.info("%s, step %d/%d: loss %.4f%s", name, done, training.steps, record.loss, left)
                 if best is not None and (done % training.val_every_steps == 0 or last):
-                    stream.write(json.dumps({"step": record.step, "val_dice": best.look(done)}) + "\n")
+                    dice = self._validate(network)
+                    stream.write(json.dumps({"step": record.step, "val_dice": dice}) + "\n")
+                    if dice is not None:
+                        best.update(dice)
                 if keep and training.save_every_steps and done % training.save_every_steps == 0 and not last:
                     stream.flush()
-                    save_progress(path, trainer, best.progress(done) if best else Progress(done, None, None, 0), self.identity)
+                    save_progress(path, done, loop, network.learned_state(), best, self.identity)
                 return best is None or not training.patience or best.validations_without_gain < training.patience
 
-            trainer.fit(on_step, start)
+            loop.fit(on_step, start)
+
+    def _validate(self, network: SegmentationNetwork) -> float | None:
+        """Return the Dice of the validation cases; None if no label is defined there."""
+        rows = []
+        for _, predicted, reference, case in validation(self.experiment, self.split, network):
+            rows += [row.values() for row in score(self.experiment, case, predicted, reference, surface=False)]
+        network.train()
+        dice, count = mean_over_cases(rows, "dice")
+        if count:
+            logger.info("fold %d: validation Dice %.4f on %d cases", self.split.number, dice, count)
+        return dice if count else None
 
     def _maps_of(self, network: SegmentationNetwork) -> MapCache | None:
         training = self.experiment.config.training
@@ -172,89 +224,11 @@ class Fitting:
             for rows, labels in ((before, predicted), (after, cleaned)):
                 rows.append({row.label: row.dice for row in score(self.experiment, case, labels, reference, surface=False)})
         helped = labels_it_helps(before, after)
-        logger.info("fold %d: only the largest component is kept of %s", self.split.fold, list(helped) or "no label")
+        logger.info("fold %d: only the largest component is kept of %s", self.split.number, list(helped) or "no label")
         return helped
 
     def _save_path(self, seed: int) -> Path:
-        return self.out / "weights" / f"fold-{self.split.fold}_seed-{seed}.progress.safetensors"
-
-
-class BestCheckpoint:
-    """Keeps what learned of the network at its best validation Dice.
-
-    Args:
-        experiment: Gives the validation cases.
-        split: Fold.
-        network: Is put back to training after each look.
-    """
-
-    def __init__(self, experiment: Experiment, split: Split, network: SegmentationNetwork) -> None:
-        self.experiment, self.split, self.network = experiment, split, network
-        self.best_dice: float | None = None
-        self.best: dict[str, Tensor] | None = None
-        self.validations_without_gain = 0
-
-    def look(self, step: int) -> float | None:
-        """Measure the validation cases; None if no label is defined there."""
-        rows = []
-        for _, predicted, reference, case in validation(self.experiment, self.split, self.network):
-            rows += [row.values() for row in score(self.experiment, case, predicted, reference, surface=False)]
-        self.network.train()
-        dice, count = mean_over_cases(rows, "dice")
-        if not count:
-            return None
-        logger.info("fold %d, step %d: validation Dice %.4f on %d cases", self.split.fold, step, dice, count)
-        self.validations_without_gain += 1
-        if self.best_dice is None or dice > self.best_dice:
-            self.best_dice, self.validations_without_gain = dice, 0
-            self.best = {name: value.detach().clone() for name, value in learned_state(self.network).items()}
-        return dice
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        if self.best is not None:
-            self.network.load_state_dict(self.best, strict=False)
-
-    def progress(self, step: int) -> Progress:
-        """Return what a save must hold."""
-        return Progress(step, self.best_dice, self.best, self.validations_without_gain)
-
-    def resume(self, progress: Progress) -> None:
-        """Go on from a save."""
-        self.best_dice, self.best, self.validations_without_gain = (
-            progress.best_dice,
-            progress.best,
-            progress.validations_without_gain,
-        )
-
-
-class FreezeCheck:
-    """Looks at a network before and after training: what is held is identical, what learns has moved."""
-
-    def __init__(self, network: SegmentationNetwork) -> None:
-        self.network = network
-        self.held = self._held()
-        self.learned = {name: value.detach().clone() for name, value in learned_state(network).items()}
-
-    def check(self) -> None:
-        """Raise if a held tensor moved or nothing of a learning part did (a fault of ours, not the user's)."""
-        now = self._held()
-        moved = [name for name, value in self.held.items() if not _same(value, now[name])]
-        if moved:
-            raise RuntimeError(f"encoder.mode={self.network.mode}, but the encoder's weights moved: {moved[:5]}")
-        state = learned_state(self.network)
-        parts = ("head.", "backbone.") if self.network.trains_encoder else ("head.",)
-        for part in parts:
-            if all(_same(value, state[name]) for name, value in self.learned.items() if name.startswith(part)):
-                raise RuntimeError(f"{part[:-1]} was to learn, but none of its weights moved")
-
-    def _held(self) -> dict[str, Tensor]:
-        # A learning batch norm's statistics may move; whatever else does not learn is copied.
-        return {name: value.detach().clone() for name, value in held_tensors(self.network.backbone)}
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    return np.array_equal(first.detach().cpu().float().numpy(), second.detach().cpu().float().numpy(), equal_nan=True)
+        return self.out / "weights" / f"fold-{self.split.number}_seed-{seed}.progress.safetensors"
 
 
 def validation(
@@ -268,3 +242,37 @@ def validation(
         reference = experiment.dataset.read_label(experiment.dataset.case(name), case.source)
         found.append((name, predict(experiment, case, [network])[0], reference, case))
     return found
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory that this process has held so far: on the GPU if there is one, else in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def weights_path(out: Path, fold: int, seed: int) -> Path:
+    """Return where the weights of a fold and seed lie."""
+    return out / "weights" / f"fold-{fold}_seed-{seed}.safetensors"
+
+
+def save_network(network: SegmentationNetwork, path: Path, identity: str, components: Sequence[str] = ()) -> None:
+    """Write what learned, under the identity of its run, and the labels of which only the largest component is kept."""
+    save_state(path, network.learned_state(), {"identity": identity, "largest_component": json.dumps(list(components))})
+
+
+def load_network(network: SegmentationNetwork, path: Path) -> tuple[str, ...]:
+    """Fill a freshly built network; see `load_state`. Returns the labels of which only the largest component is kept."""
+    notes = load_state(network, path, network.learned_state())
+    return tuple(json.loads(notes.get("largest_component", "[]")))
+
+
+def build_optimizer(network: SegmentationNetwork, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW over what learns; head and encoder have learning rates of their own."""
+    groups = []
+    lr_encoder = config.lr_adapter if network.mode in ("lora", "bitfit") else config.lr_encoder
+    for module, lr in ((network.head, config.lr_head), (network.backbone, lr_encoder)):
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        if learning:
+            groups.append({"params": learning, "lr": lr})
+    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay)

@@ -1,13 +1,31 @@
 """Dice + cross-entropy, for classes and for regions that overlap, with ignored pixels left out of both."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from meddino_evaluation.data.labels import IGNORED
+from meddino_evaluation.data.labels import IGNORED, LabelScheme
 
 SMOOTH = 1e-5
+
+
+def segmentation_loss(
+    logits: Float[Tensor, "batch outputs rows cols"],
+    values: NDArray[np.int32],
+    labels: LabelScheme,
+    dice_weight: float,
+    ce_weight: float,
+) -> Float[Tensor, ""]:
+    """Return Dice + cross-entropy against label values [B, H, W], by classes or by regions as the labels are."""
+    device = logits.device
+    if not labels.has_regions:
+        return class_loss(logits, torch.from_numpy(labels.class_indices(values)).to(device), dice_weight, ce_weight)
+    masks = np.stack([labels.mask(values, target) for target in range(len(labels.names))], axis=1)
+    counted = torch.from_numpy(values != IGNORED).unsqueeze(1).to(device, torch.float32)
+    return region_loss(logits, torch.from_numpy(masks).to(device, torch.float32), counted, dice_weight, ce_weight)
 
 
 def soft_dice_loss(

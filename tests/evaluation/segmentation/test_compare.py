@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.cli import main
 from meddino_evaluation.metrics.statistics import paired_means, wilcoxon_signed_rank
-from meddino_evaluation.segmentation import speed_command
-from meddino_evaluation.segmentation.comparison import Variant, compare, rank_stability
+from meddino_evaluation.study.segmentation_runs import Variant, compare, rank_stability
 
 
 def variant(name: str, dice: np.ndarray, data: str = "d", leaked: list[str] | None = None) -> Variant:
@@ -80,26 +79,24 @@ def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_
     out = tmp_path / "out"
     arguments = ["compare", "--data", str(make_dataset()), "--out", str(out), "--config", str(tmp_path / "tiny.yaml")]
     models = ["--model", "first=random:vitnano8", "--model", "second=random:vitnano8", "--modes", "frozen", "finetune"]
-    assert main([*arguments, *models, "--skip", "second:finetune", "encoder.random_seed=3"]) == 0
+    arguments = [*arguments, *models, "--skip", "second:finetune", "encoder.random_seed=3"]
+    assert main([*arguments, "--part", "1/3"]) == 0
+    assert main([*arguments, "--list"]) == 0
+    assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["done", ANY],
+        ["to", "do"],
+        ["to", "do"],
+    ]
+    assert main(arguments) == 0
     assert "first, finetune" in capsys.readouterr().out
     for name in ("comparison.csv", "comparison.md", "comparison.tex", "pairs.csv", "comparison.json", "report.html"):
         assert (out / name).stat().st_size > 0
     found = json.loads((out / "comparison.json").read_text())
     assert [entry["name"] for entry in found["variants"]] == ["first, frozen", "first, finetune", "second, frozen"]
     assert len(found["pairs"]) == 3
-    runs = [f"--results={name}={out / 'runs' / folder}" for name, folder in (("a", "first_frozen"), ("b", "second_frozen"))]
+    folders = {path.name.partition("-")[0]: path for path in (out / "runs").iterdir()}
+    runs = [f"--results={name}={folders[folder]}" for name, folder in (("a", "first_frozen"), ("b", "second_frozen"))]
     assert main(["compare", *runs, "--out", str(tmp_path / "again")]) == 0
     assert main(["compare", "--out", str(out)]) == 2
     assert main(["compare", "--model", "nothing", "--out", str(out)]) == 2
     assert main(["compare", "--results", f"a={tmp_path}", "--out", str(out)]) == 2
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize(
-    "what", [["inference", "--slices", "2", "--size-px", "48", "--window-px", "32"], ["metrics", "--shape", "12", "20", "20"]]
-)
-def test_speed_command__same_values_as_monai(what, capsys, monkeypatch):
-    monkeypatch.setattr(speed_command, "_peak_in_own_process", lambda *_: 0.0)  # a process each costs seconds of imports
-    assert main(["speed", *what, "--repeats", "1"]) == 0
-    line = json.loads(capsys.readouterr().out)
-    assert line["largest_difference"] < 1e-4

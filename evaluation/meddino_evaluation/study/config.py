@@ -5,7 +5,8 @@ from pathlib import Path
 from pydantic import Field
 
 from meddino.core.config import StrictConfig
-from meddino_evaluation.classification.config import ClassificationConfig, ProtocolName
+from meddino_evaluation.adaptation.config import ProtocolName
+from meddino_evaluation.classification.config import ClassificationConfig
 
 
 class StudyData(StrictConfig):

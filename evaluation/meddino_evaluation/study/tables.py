@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 from meddino.core import html
 from meddino.core.files import write_text
 from meddino_evaluation.adaptation.few_shot import curve_points
-from meddino_evaluation.classification.results import ALL_DATA, Run, Table, metric_text, read_per_case
+from meddino_evaluation.classification.results import ALL_DATA, Run, read_per_case
 from meddino_evaluation.metrics.classification import METRICS
 from meddino_evaluation.metrics.classification_bootstrap import paired_metric
 from meddino_evaluation.metrics.statistics import can_be_significant, delong, holm, wilcoxon_signed_rank
-from meddino_evaluation.study.job_list import FEW_SHOT, Job, StudyKind
-from meddino_evaluation.study.study_config import StudyConfig
+from meddino_evaluation.metrics.text_table import Table, metric_text
+from meddino_evaluation.study.classification_jobs import FEW_SHOT, ClassificationJob, StudyKind
+from meddino_evaluation.study.config import StudyConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Found = Sequence[tuple[Job, dict[str, Any]]]
+Found = Sequence[tuple[ClassificationJob, dict[str, Any]]]
 _COLUMNS = ("kappa", "auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "brier", "ece")
 
 
@@ -37,10 +38,8 @@ def write_study(kind: StudyKind, config: StudyConfig, found: Found, out: Path, m
     """
     results = results_table(kind, config, found)
     comparison = comparison_table(config, found, out)
-    for name, table in (("results", results), ("comparison", comparison)):
-        write_text(out / f"{name}.csv", table.csv())
-        write_text(out / f"{name}.md", table.markdown())
-        write_text(out / f"{name}.tex", table.latex())
+    results.write(out, "results")
+    comparison.write(out, "comparison")
     write_text(out / "report.html", _page(kind, config, found, results, comparison, missing))
 
 
@@ -69,7 +68,7 @@ def results_table(kind: StudyKind, config: StudyConfig, found: Found) -> Table:
 
 def comparison_table(config: StudyConfig, found: Found, out: Path) -> Table:
     """Compare every model with the first, on the same cases, over patients: permutations, Wilcoxon, DeLong; Holm over all."""
-    groups: dict[tuple[str, str, str], list[tuple[Job, dict[str, Any]]]] = {}
+    groups: dict[tuple[str, str, str], list[tuple[ClassificationJob, dict[str, Any]]]] = {}
     for job, content in found:
         for entry in content["results"]:
             groups.setdefault((content["data"]["name"], entry["protocol"], entry["setting"]), []).append((job, content))
@@ -109,8 +108,8 @@ def _p_text(value: float) -> str:
 
 def _paired(
     config: StudyConfig,
-    reference: tuple[Job, dict[str, Any]],
-    other: tuple[Job, dict[str, Any]],
+    reference: tuple[ClassificationJob, dict[str, Any]],
+    other: tuple[ClassificationJob, dict[str, Any]],
     protocol: str,
     setting: str,
     out: Path,

@@ -1,21 +1,33 @@
 """`meddino-eval compare`: encoders x what of them learns on one data set, with tests, in one table."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from meddino.core.errors import ConfigError
-from meddino.core.files import write_json, write_text
+from meddino.core.config import load_config
+from meddino.core.errors import ConfigError, MedDINOError
+from meddino.core.files import canonical_json, write_json, write_text
 from meddino.core.html import Section, figure, join, page, table, text
 from meddino.data.remote import corpus_location
-from meddino_evaluation.classification.results import Table
-from meddino_evaluation.segmentation.comparison import Variant, compare, read_variant
+from meddino_evaluation.metrics.text_table import Table
+from meddino_evaluation.segmentation.config import SegmentConfig
+from meddino_evaluation.segmentation.experiment import open_experiment
 from meddino_evaluation.segmentation.report import picture_path
-from meddino_evaluation.segmentation.segment_command import add_test_argument, named
+from meddino_evaluation.segmentation.run import segment
+from meddino_evaluation.segmentation.segment_command import (
+    CONFIG_HELP,
+    add_test_argument,
+    default_config,
+    named,
+)
+from meddino_evaluation.study.jobs import DONE, list_lines, parse_part, run_jobs, weights_hash
+from meddino_evaluation.study.segmentation_runs import Variant, compare, read_variant
 
 MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
 NOTE = (
@@ -39,47 +51,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpus", type=corpus_location, help="corpus or URL that models learned from: its volumes are marked")
     add_test_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder; the same command again goes on there")
-    parser.add_argument("--config", default="segment", help="YAML file or shipped name")
+    parser.add_argument("--config", help=CONFIG_HELP)
+    parser.add_argument("--part", help="i/n: only every n-th job, for job arrays (a SLURM array's own numbers by default)")
+    parser.add_argument("--list", action="store_true", help="print the jobs and which are done, and run nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, for all variants")
+
+
+@dataclass(frozen=True)
+class SegmentationJob:
+    """One model with one way of learning on one data set."""
+
+    name: str
+    model: str
+    mode: str
+    data: Path
+    config: SegmentConfig
+    corpus: str | Path | None
+    tests: Mapping[str, Path]
+    weights: str | None
+
+    @property
+    def title(self) -> str:
+        """For tables."""
+        return f"{self.name}, {self.mode}"
+
+    @property
+    def folder(self) -> str:
+        """Name of its folder: another one whenever anything about the job is different."""
+        settings = self.config.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
+        what = [self.model, self.weights, str(self.data), {name: str(root) for name, root in self.tests.items()}, settings]
+        digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
+        return f"{self.name}_{self.mode}-{digest}"
+
+    def run(self, folder: Path) -> None:
+        """Train and test."""
+        segment(self.config, self.model, self.data, folder, self.corpus, self.tests)
+
+
+def list_jobs(arguments: argparse.Namespace) -> list[SegmentationJob]:
+    """Return model x mode.
+
+    Raises:
+        ConfigError: A model or a setting cannot be; nothing has run yet.
+    """
+    if arguments.model and arguments.data is None:
+        raise ConfigError("--model needs --data")
+    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
+    source, jobs = (arguments.config or default_config()) if arguments.model else "", []
+    for name, model in named(arguments.model, "--model"):
+        weights = weights_hash(model)
+        for mode in arguments.modes:
+            if f"{name}:{mode}" in arguments.skip:
+                continue
+            overrides = [*arguments.overrides, f"encoder.mode={mode}"]
+            config = load_config(SegmentConfig, [source], overrides, kind="evaluation")
+            # Random weights were never pretrained on anything.
+            corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
+            jobs.append(SegmentationJob(name, model, mode, arguments.data, config, corpus, tests, weights))
+    return jobs
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval compare`."""
-    jobs = [(name, model, mode) for name, model in named(arguments.model, "--model") for mode in arguments.modes]
-    jobs = [job for job in jobs if f"{job[0]}:{job[2]}" not in arguments.skip]
-    finished = named(arguments.results, "--results")
-    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
+    jobs, root = list_jobs(arguments), arguments.out / "runs"
+    finished = {name: Path(folder) for name, folder in named(arguments.results, "--results")}
     if not jobs and not finished:
         raise ConfigError("nothing to compare: give --model NAME=MODEL or --results NAME=FOLDER")
-    if jobs and arguments.data is None:
-        raise ConfigError("--model needs --data")
-    folders = {name: Path(folder) for name, folder in finished}
-    variants = [read_variant(name, folder) for name, folder in folders.items()]
-    for name, model, mode in jobs:
-        folder = arguments.out / "runs" / f"{name}_{mode}"
-        _segment(arguments, model, mode, folder, tests)
-        folders[f"{name}, {mode}"] = folder
-        variants.append(read_variant(f"{name}, {mode}", folder))
+    if arguments.list:
+        sys.stdout.write(list_lines(jobs, root))
+        return
+    variants = [read_variant(name, folder) for name, folder in finished.items()]
+    for job in {one.model: one for one in jobs}.values():
+        open_experiment(job.config, job.model, job.data, job.corpus)  # what is wrong is said before the first job
+    part = parse_part(arguments.part)
+    problems = run_jobs(jobs, root, part)
+    done = {job.title: root / job.folder for job in jobs if (root / job.folder / DONE).is_file()}
+    if part is not None and len(done) < len(jobs):
+        sys.stdout.write(f"{len(done)} of {len(jobs)} jobs are done; tables are written when all are\n")
+        return
+    if problems:
+        raise MedDINOError("not every job could run: " + " | ".join(problems))
+    folders = finished | done
+    variants += [read_variant(name, folder) for name, folder in done.items()]
     found = compare(variants)
     external = {
-        test: compare([read_variant(name, folder / "external" / test) for name, folder in folders.items()]) for test in tests
+        test: compare([read_variant(name, folder / "external" / test) for name, folder in folders.items()])
+        for test in dict(named(arguments.test, "--test"))
     }
     write_comparison(found, variants, arguments.out, external)
     for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
         sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown())
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
-
-
-def _segment(arguments: argparse.Namespace, model: str, mode: str, folder: Path, tests: Mapping[str, Path]) -> None:
-    from meddino.core.config import load_config
-    from meddino_evaluation.segmentation.config import SegmentConfig
-    from meddino_evaluation.segmentation.run import segment
-
-    # Random weights were never pretrained on anything.
-    corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
-    overrides = [*arguments.overrides, f"encoder.mode={mode}"]
-    config = load_config(SegmentConfig, [arguments.config], overrides, kind="evaluation")
-    segment(config, model, arguments.data, folder, corpus, tests)
 
 
 def write_comparison(
@@ -91,9 +153,7 @@ def write_comparison(
     for test, one in external.items():
         tables += [(f"comparison-{test}", main_table(one)), (f"pairs-{test}", pair_table(one))]
     for name, content in tables:
-        write_text(out / f"{name}.csv", content.csv())
-        write_text(out / f"{name}.md", content.markdown())
-        write_text(out / f"{name}.tex", content.latex())
+        content.write(out, name)
     write_text(out / "report.html", comparison_html(found, variants, external))
 
 

@@ -13,9 +13,10 @@ from meddino_evaluation.adaptation.features import FeatureExtractor, make_transf
 from meddino_evaluation.adaptation.knn import retrieval_per_case
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.config import ClassificationConfig
-from meddino_evaluation.classification.datasets import LabelledSet, labels_array
+from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import choose_splits
 from meddino_evaluation.classification.results import finite, write_metrics
+from meddino_evaluation.data.case import labels_array
 from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std
 
 
@@ -27,7 +28,7 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: ClassificationCon
     transform = make_transform(backbone, config.features, dataset.config)
     cache = config.features.cache or out / "features"
     extractor = FeatureExtractor(backbone, transform, config.features, cache, find_machine(config.features.device))
-    by_id = {case.id: case for case in dataset.cases}
+    by_id = {case.name: case for case in dataset.cases}
     rows: list[dict[str, Any]] = []
     for split in choose_splits(dataset, config):
         gallery, queries = [by_id[name] for name in (*split.train, *split.val)], [by_id[name] for name in split.test]
@@ -39,7 +40,7 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: ClassificationCon
             labels_array(gallery),
         )
         rows += [
-            {"repeat": split.repeat, "case": case.id, "patient": case.patient}
+            {"repeat": split.number, "case": case.name, "patient": case.patient}
             | {name: float(one[place]) for name, one in values.items()}
             for place, case in enumerate(queries)
         ]

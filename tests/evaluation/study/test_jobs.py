@@ -3,9 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 from meddino_evaluation.cli import main
-from meddino_evaluation.study import job_list as study
-from meddino_evaluation.study.job_list import list_jobs, load_study, parse_part, run_jobs
+from meddino_evaluation.study import jobs as study
+from meddino_evaluation.study.classification_jobs import ClassificationJob, list_jobs
+from meddino_evaluation.study.config import StudyConfig
+from meddino_evaluation.study.jobs import parse_part, run_jobs
 
+from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 
 STUDY = """
@@ -41,6 +44,10 @@ def config(tmp_path):
     return path
 
 
+def load_study(source, overrides):
+    return load_config(StudyConfig, [source], overrides, kind="evaluation")
+
+
 def _study(kind, config, data_root, out, *more):
     return main(["study", kind, "--config", str(config), "--data-root", str(data_root), "--out", str(out), *more])
 
@@ -62,7 +69,7 @@ def test_study__compare_is_resumable_and_writes_every_format(config, data_root, 
     assert len(comparison) == 5  # two data sets, two protocols, one model against the reference
     assert "Holm permutation" in comparison[0]
     before = (out / "results.csv").read_bytes()
-    monkeypatch.setattr("meddino_evaluation.study.job_list.run_job", lambda *_: pytest.fail("a finished job ran again"))
+    monkeypatch.setattr(ClassificationJob, "run", lambda *_: pytest.fail("a finished job ran again"))
     assert _study("compare", config, data_root, out) == 0
     assert (out / "results.csv").read_bytes() == before
 
@@ -157,7 +164,7 @@ def test_parse_part__text_and_slurm_array(monkeypatch):
 def test_run_jobs__parts_cover_every_job_once(config, data_root, tmp_path, monkeypatch):
     jobs = list_jobs("compare", load_study(str(config), []), tmp_path, data_root=data_root)
     ran = []
-    monkeypatch.setattr("meddino_evaluation.study.job_list.run_job", lambda job, folder: ran.append(job.folder))
+    monkeypatch.setattr(ClassificationJob, "run", lambda job, folder: ran.append(job.folder))
     for part in range(3):
         run_jobs(jobs, tmp_path, (part + 1, 3))
     assert sorted(ran) == sorted(job.folder for job in jobs)

@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 
 from meddino.core.device import Machine
 from meddino.core.errors import ConfigError
+from meddino_evaluation.adaptation.config import MlpConfig, ProtocolName
 from meddino_evaluation.adaptation.features import FeatureTable, joined
 from meddino_evaluation.adaptation.finetune import ImageBank, finetune
 from meddino_evaluation.adaptation.heads import HeadPlan, Schedule, train_heads
 from meddino_evaluation.adaptation.knn import knn_probabilities, ml_knn_probabilities
 from meddino_evaluation.adaptation.logistic import fit_logistic
 from meddino_evaluation.backbones.adapter import Backbone
-from meddino_evaluation.classification.config import ClassificationConfig, MlpConfig, ProtocolName
-from meddino_evaluation.classification.datasets import Case, labels_array
+from meddino_evaluation.classification.config import ClassificationConfig
+from meddino_evaluation.data.case import ClassCase, labels_array
 from meddino_evaluation.metrics.classification import METRICS, TaskKind, selection_score
 
 Probabilities = NDArray[np.float64]
@@ -26,7 +27,7 @@ Probabilities = NDArray[np.float64]
 class Part:
     """One part of a split: its cases and their frozen features."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[ClassCase, ...]
     table: FeatureTable
 
     @property

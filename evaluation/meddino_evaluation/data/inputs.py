@@ -1,0 +1,130 @@
+"""What a user gives to be predicted: files and folders at any depth, volumes in one file or one a channel, DICOM series."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.files import atomic_write
+from meddino.volumes.channels import case_names
+from meddino.volumes.dicom.headers import read_header
+from meddino.volumes.file_kinds import is_companion
+from meddino.volumes.read import FoundSeries, find_series, read_volume
+from meddino.volumes.volume import Volume
+
+ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+COLUMNS = ("name", "status", "reason", "notes", "input", "series_uid", "patient", "output")
+
+
+@dataclass
+class Input:
+    """One volume, or a file that is none, and what became of it.
+
+    Attributes:
+        name: Of its output: its path below what was given, without the ending.
+        files: One a channel, or those of a DICOM series.
+        series: The series, for DICOM.
+        status: "", then predicted, skipped or refused.
+        reason: Why it was not predicted.
+        output: What was written.
+        notes: What reading it decided or assumed.
+        who: Series and patient of a DICOM series.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    series: FoundSeries | None = None
+    status: str = ""
+    reason: str = ""
+    output: str = ""
+    notes: str = ""
+    who: dict[str, str] = field(default_factory=dict)
+
+    def read(self) -> list[Volume]:
+        """Return its channels, on one grid that says where every voxel lies.
+
+        Raises:
+            VolumeError: They are unreadable, or lie on no grid or on several.
+        """
+        parts = [self.series.read()] if self.series is not None else [read_volume(path) for path in self.files]
+        for part in parts:
+            if part.irregular:
+                raise VolumeError(f"{self.name}: {part.irregular}: a label map could not say where its slices lie")
+            if not parts[0].geometry.matches(part.geometry):
+                raise VolumeError(f"{self.name}: its channels lie on different grids")
+        return parts
+
+
+def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
+    """Find every volume and say of every other file that it is none; nothing is left out without a word.
+
+    Args:
+        paths: Files and folders.
+        out: Folder of the results, which is not searched.
+        channels: How many the network reads: says whether four digits at the end of a name number channels.
+
+    Raises:
+        ConfigError: A path does not exist, or there is no volume at all.
+    """
+    found: list[Input] = []
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"--input {path}: no such file or folder")
+        found += _in_folder(path, out, channels) if path.is_dir() else [Input(stem(path), (path,))]
+    taken: dict[str, int] = {}
+    for item in [one for one in found if one.status != "skipped"]:
+        taken[item.name] = taken.get(item.name, 0) + 1
+        if taken[item.name] > 1:  # a.nii beside a.mha, or the same name in two folders that were given
+            item.name = f"{item.name}_{taken[item.name]}"
+    if not taken:
+        raise ConfigError(f"--input {' '.join(map(str, paths))} holds no volume ({', '.join(ENDINGS)}) and no DICOM series")
+    return found
+
+
+def write_table(path: Path, inputs: Sequence[Input]) -> None:
+    """Write what became of every input; it names files, series and patients, so only its owner may read it."""
+    with atomic_write(path, "w") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for item in inputs:
+            where = ";".join(map(str, item.files)) if item.series is None else str(item.files[0].parent)
+            row = {"name": item.name, "status": item.status, "reason": item.reason, "notes": item.notes, "input": where}
+            writer.writerow({"series_uid": "", "patient": "", **item.who, **row, "output": item.output})
+    path.chmod(0o600)
+
+
+def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_relative_to(out)]
+    volumes = [path for path in files if path.name.endswith(ENDINGS) and not is_companion(path.name)]
+    for place in dict.fromkeys(path.parent for path in volumes):
+        own = [path for path in volumes if path.parent == place]
+        cases = case_names(map(stem, own), channels)
+        for case in dict.fromkeys(cases[stem(path)] for path in own):
+            # Of one name in two formats each is a volume; of several channels the name is one.
+            members = [path for path in own if cases[stem(path)] == case]
+            groups = [(path,) for path in members] if len({stem(path) for path in members}) == 1 else [tuple(members)]
+            yield from (Input((place.relative_to(folder) / case).as_posix(), group) for group in groups)
+    series = [one for one in find_series(folder) if not one.files[0].is_relative_to(out)]
+    places = [one.files[0].parent for one in series]
+    for number, (one, place) in enumerate(zip(series, places, strict=True)):
+        name = folder.name if place == folder else place.relative_to(folder).as_posix()
+        name += f"_{places[: number + 1].count(place)}" if places.count(place) > 1 else ""
+        item = Input(name, one.files, one, who=_who(one.files[0]))
+        if one.stack is None or one.problem:
+            item.status, item.reason = "refused", one.problem
+        yield item
+    known = {*volumes, *(file for one in series for file in one.files)}
+    for path in files:
+        if path not in known:
+            yield Input(path.relative_to(folder).as_posix(), (path,), None, "skipped", "no volume and no slice of a series")
+
+
+def _who(file: Path) -> dict[str, str]:
+    header = read_header(file, file.name, "")
+    return {} if header is None else {"series_uid": header.series_uid, "patient": header.patient_id}
+
+
+def stem(path: Path) -> str:
+    """Return a file's name without a volume's ending."""
+    return next((path.name.removesuffix(ending) for ending in ENDINGS if path.name.endswith(ending)), path.stem)
