@@ -1,16 +1,20 @@
 """What ties ids to patients: a salt and a source map, both outside the corpus and readable by their owner only."""
 
+import csv
 import hashlib
 import hmac
+import io
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_write, canonical_json, write_text
 
 ID_BYTES = 10  # 80 bits: a clash among a million volumes has a chance of 4e-13
+REFUSED = "refused.csv"
 _MIN_SALT_CHARACTERS = 8
 
 
@@ -110,3 +114,29 @@ def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, 
             line = canonical_json({"volume_id": volume_id, "source": source, "place": place})
             stream.write(line.encode("utf-8", "surrogateescape") + b"\n")
     (folder / f"{name}.jsonl").chmod(0o600)
+
+
+def write_refusals(folder: Path, rows: Iterable[Mapping[str, Any]], entries: Iterable[tuple[str, str, str]]) -> None:
+    """Write what was refused or left out as a duplicate, with its file and the reason, for the owner's eyes.
+
+    Args:
+        folder: From `private_folder`; gets refused.csv.
+        rows: Of volumes.parquet.
+        entries: As in `write_source_map`.
+    """
+    places = {volume_id: (source, place) for volume_id, source, place in entries}
+    lines = []
+    for row in rows:
+        if row["status"] in ("rejected", "duplicate"):
+            source, place = places.get(row["volume_id"], (row["dataset"], ""))
+            kept = "/".join(places.get(row["duplicate_of"], ("", str(row["duplicate_of"]))))
+            reason = row["reason"] or f"{row['duplicate_kind']} duplicate of {kept}"
+            lines.append((source, place, row["status"], reason, row["volume_id"]))
+    make_private(folder)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("source", "file", "status", "reason", "volume_id"))
+    writer.writerows(sorted(lines))
+    with atomic_write(folder / REFUSED) as file:
+        file.write(stream.getvalue().encode("utf-8", "surrogateescape"))
+    (folder / REFUSED).chmod(0o600)

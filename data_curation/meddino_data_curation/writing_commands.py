@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from meddino.core.command import write_line
-from meddino.core.errors import ShardError
+from meddino.core.errors import ConfigError, ShardError
 from meddino.core.logging import get_logger
 
 _logger = get_logger(__name__)
@@ -61,13 +61,14 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("merge", help="join the parts of a job array to one corpus")
-    parser.add_argument("parts", nargs="+", type=Path, help="what `build --part i/n` wrote to; one folder if they shared it")
+    parser = commands.add_parser("merge", help="join the parts of a job array, or finished corpora, to one")
+    parser.add_argument("parts", nargs="+", type=Path, help="what `build` wrote to; one folder if parts shared it")
     parser.add_argument("--out", type=Path, help="the corpus; the first part if not given")
     parser.set_defaults(handle=_merge)
     parser = commands.add_parser("audit", help="name every overlap of a corpus with data that must stay unseen")
     parser.add_argument("corpus", type=Path, help="folder written by `meddino-curate build`")
-    parser.add_argument("--against", nargs="+", type=Path, required=True, help="folders of volumes, or other corpora")
+    parser.add_argument("--against", nargs="+", type=Path, default=[], help="folders of volumes, or other corpora")
+    parser.add_argument("--withdraw", action="append", default=[], metavar="NAME", help="take the record of an audit out")
     parser.add_argument("--name", action="append", default=[], help="what each is called in the record, in their order")
     parser.add_argument("--salt-file", type=Path, help="the corpus's salt; <corpus>.private/salt if not given")
     parser.add_argument("--patient-pattern", default="", help="regex on paths inside the data; its first group is the patient")
@@ -84,8 +85,14 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _audit(arguments: argparse.Namespace) -> None:
     from meddino.data.audits import audit_clauses
-    from meddino_data_curation.held_out.audit import AuditOptions, audit
+    from meddino_data_curation.held_out.audit import AuditOptions, audit, withdraw
 
+    if arguments.withdraw:
+        withdraw(arguments.corpus, arguments.withdraw)
+    elif not arguments.against:
+        raise ConfigError("name what to compare with (--against DATA), or which audit to withdraw (--withdraw NAME)")
+    if not arguments.against:
+        return
     options = AuditOptions(
         arguments.salt_file, arguments.patient_pattern, arguments.same_ids, allow_unread=arguments.allow_unread
     )

@@ -84,7 +84,7 @@ def read_info(root: Path) -> dict[str, Any]:
         raise ShardError(f"no corpus at {root}: no such folder; make one with `meddino-curate build SOURCE --out {root}`")
     if not path.is_file():
         raise ShardError(
-            f"{root} is no finished corpus: corpus.json is missing; run its `meddino-curate build` again to its end"
+            f"{root} is no finished corpus: corpus.json is missing; run the `meddino-curate` command that writes it to its end"
         )
     try:
         info = json.loads(path.read_text(encoding="utf-8"))

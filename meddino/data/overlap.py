@@ -5,6 +5,7 @@ from meddino.data.content import slice_hash
 from meddino.data.corpus import Corpus
 
 PREFIX_LENGTH = 16  # of 32 hex digits: among a million volumes two alike come by chance once in 4e7 corpora
+VOLUMES_FILE = "training_volumes.txt"  # in runs and exports: a content key a line
 IN_TRAINING = ("accepted", "duplicate")  # a duplicate's scan is in the corpus in another guise
 _logger = get_logger(__name__)
 

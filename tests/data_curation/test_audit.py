@@ -167,6 +167,19 @@ def test_audit__an_unnamed_one_never_takes_the_record_of_another(corpus, salt_fi
     assert {entry["name"]: entry["overlaps"] for entry in Corpus(corpus).info["audit"]} == {"dataset-1": 1, "dataset-2": 0}
 
 
+def test_audit__can_be_withdrawn(corpus, salt_file, tmp_path, capsys):
+    write_volume(tmp_path / "t" / "x.nii.gz", make_hu(50, SHAPE))
+    for name in ("one", "two"):
+        assert run_audit(corpus, salt_file, tmp_path / "t", "--name", name) == 0
+    assert main(["audit", str(corpus), "--withdraw", "one"]) == 0
+    assert [entry["name"] for entry in Corpus(corpus).info["audit"]] == ["two"]
+    assert "one</td>" not in (corpus / "report.html").read_text()
+    assert main(["verify", str(corpus)]) == 0
+    for arguments, word in ((["--withdraw", "three"], "three"), ([], "--against")):
+        assert main(["audit", str(corpus), *arguments]) == 2
+        assert word in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -57,7 +57,13 @@ class Part:
         return int(volume_id[:8], 16) % self.count == self.index - 1
 
 
-def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed_before: str | None = None) -> None:
+def build(
+    config: CurationConfig,
+    corpus: Path,
+    part: Part | None = None,
+    listed_before: str | None = None,
+    known: frozenset[str] = frozenset(),
+) -> bool:
     """Build a corpus, or one part of it.
 
     Args:
@@ -65,6 +71,10 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
         corpus: Folder to write.
         part: None does everything; a part leaves its volumes to `merge`.
         listed_before: Stamp of what lists named when the parts were built; None where nothing was built before.
+        known: Volumes that are not wanted again.
+
+    Returns:
+        False if all volumes are known, so that there is nothing to build.
 
     Raises:
         ConfigError: Sources, salt or output folder are wrong.
@@ -77,7 +87,12 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
     found = discover(config.sources, salt, worker_count(config))
     _check_found(found, config)
     named = without_common_names(found.candidates, config.sources, salt)
-    found.candidates = sorted(named, key=lambda item: (item.source, item.place))  # the same with any salt
+    fresh = [item for item in named if item.volume_id not in known]
+    if known:
+        _logger.info("%d of %d volumes are known already", len(named) - len(fresh), len(named))
+        if not fresh:
+            return False
+    found.candidates = sorted(fresh, key=lambda item: (item.source, item.place))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
     if listed_before is not None and listed.stamp != listed_before:
         raise ConfigError(
@@ -86,7 +101,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
         )
     inputs = _inputs_hash(found, config, exclusions.stamp + listed.stamp + salt.fingerprint)
     if _is_finished(corpus, inputs):
-        return
+        return True
     work = WorkFolder(corpus)
     with work.locked(shared=part is not None):
         if part is None:
@@ -102,7 +117,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
             note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.stamp}
             write_json(work.root / "parts" / f"{name}.json", note)
             _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
-            return
+            return True
         # Before the corpus: killed between the two, the same command still knows it as its own.
         write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs})
         info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
@@ -114,6 +129,7 @@ def build(config: CurationConfig, corpus: Path, part: Part | None = None, listed
     )  # fmt: skip
     if found.unused:
         _logger.warning("%d files could not be used: %s", found.unused.total(), _unused_text(found))
+    return True
 
 
 def check_out(corpus: Path) -> None:
@@ -124,6 +140,8 @@ def check_out(corpus: Path) -> None:
     """
     if corpus.exists() and not corpus.is_dir():
         raise ConfigError(f"--out {corpus} is a file; name a new or empty folder")
+    if WorkFolder(corpus).is_changing():
+        raise ConfigError(f"--out {corpus} was being changed by erase, add or merge; run that command again first")
     own = {"shards", "slices.parquet", "volumes.parquet", "fingerprints.parquet", "corpus.json", "report.html", ".work"}
     strange = sorted(entry.name for entry in corpus.iterdir() if entry.name not in own) if corpus.is_dir() else []
     if [name for name in strange if not name.endswith(".partial")]:

@@ -18,7 +18,7 @@ from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.held_out.comparison import audit_entry, unread_problem
 from meddino_data_curation.held_out.exclusions import Listed
 from meddino_data_curation.held_out.scan import Survey, is_no_ct, survey, volumes_of
-from meddino_data_curation.privacy import Salt
+from meddino_data_curation.privacy import Salt, private_folder, write_refusals
 from meddino_data_curation.selection.duplicates import (
     Overlap,
     exclude_overlaps,
@@ -98,7 +98,9 @@ def finish(
     if config.duplicates.near:
         write_fingerprints(corpus / "fingerprints.parquet", {name: prints[name] for name in _ids(kept) if name in prints})
     write_text(corpus / "report.html", report_page(config, rows, work, audits, lists))
-    return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits, lists)
+    write_refusals(private_folder(corpus), rows, [(job.candidate.volume_id, job.dataset, job.candidate.place) for job in jobs])
+    files = work.read_found()
+    return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits, lists, files)
 
 
 def survey_held_out(

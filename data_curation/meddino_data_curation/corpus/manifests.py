@@ -126,8 +126,10 @@ def write_corpus_json(
     shards: Mapping[str, Mapping[str, Any]],
     num_slices: int,
     salt_fingerprint: str,
-    audits: Sequence[Mapping[str, Any]] = (),
-    lists: Sequence[Mapping[str, Any]] = (),
+    audits: Sequence[Mapping[str, Any]],
+    lists: Sequence[Mapping[str, Any]],
+    files: Mapping[str, int],
+    history: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write corpus.json, the last file: with it the corpus is finished.
 
@@ -148,6 +150,7 @@ def write_corpus_json(
             "accepted": status["accepted"],
             "rejected": status["rejected"],
             "duplicate": status["duplicate"],
+            "erased": status["erased"],
             "slices": num_slices,
             "shard_bytes": sum(int(note["bytes"]) for note in shards.values()),
         },
@@ -157,7 +160,8 @@ def write_corpus_json(
         },
         "manifests": {name: sha256_file(corpus / name) for name in CHECKED if (corpus / name).is_file()},
         "patient_ids": RULES_VERSION,
-        "files": WorkFolder(corpus).read_found(),
+        "files": dict(files),
+        "history": list(history),
         "audit": list(audits),
         "exclusion_lists": list(lists),
         "licences": sorted({str(row["licence"]) for row in rows if row["status"] == "accepted"}),

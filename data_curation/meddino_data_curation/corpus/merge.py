@@ -9,6 +9,7 @@ from typing import Any
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX
+from meddino_data_curation.changes.grow import merge_finished
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.build import build, check_out, say_finished
 from meddino_data_curation.corpus.work_folder import WorkFolder
@@ -16,15 +17,18 @@ from meddino_data_curation.privacy import make_private, private_folder
 
 
 def merge(parts: Sequence[Path], out: Path) -> None:
-    """Join parts and finish the corpus; the same command again goes on, and has nothing to do once it is finished.
+    """Join parts, or finished corpora, to one corpus; the same command again goes on, or has nothing to do.
 
     Args:
-        parts: Output folders of `build --part`; all parts may have shared one.
+        parts: Output folders of `build --part`, which may have shared one; or corpora that are finished.
         out: The corpus; may be one of them.
 
     Raises:
         ConfigError: A part is missing or unfinished, parts do not belong together, or `out` holds something else.
     """
+    if len(parts) > 1 and all((part / "corpus.json").is_file() and part.resolve() != out.resolve() for part in parts):
+        merge_finished(parts, out)
+        return
     others = [folder for folder in parts if folder.resolve() != out.resolve()]
     finished = _finished_inputs(out)
     if finished and {note["inputs"] for folder in others for note in _notes(folder)} <= {finished}:

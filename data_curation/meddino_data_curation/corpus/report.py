@@ -12,8 +12,8 @@ from markupsafe import Markup
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino.data.audits import kind_clauses, lists_text
 from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.corpus.report_pictures import Records as Pictures
 from meddino_data_curation.corpus.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
-from meddino_data_curation.corpus.work_folder import WorkFolder
 from meddino_data_curation.selection.volume_job import HISTOGRAM_EDGES_HU
 from meddino_data_curation.sources.licences import needs_decision
 
@@ -31,7 +31,7 @@ Rows = Sequence[Mapping[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 
 
-def report_page(config: CurationConfig, rows: Rows, work: WorkFolder, audits: Records, lists: Records = ()) -> str:
+def report_page(config: CurationConfig, rows: Rows, work: Pictures, audits: Records, lists: Records = ()) -> str:
     """Return the report as one HTML page.
 
     Args:
@@ -89,14 +89,14 @@ def _sets(config: CurationConfig, rows: Rows) -> Markup:
     return table(header, lines)
 
 
-def _files(work: WorkFolder) -> Markup:
+def _files(work: Pictures) -> Markup:
     found = sorted(work.read_found().items(), key=lambda item: (-item[1], item[0]))
     about = "A volume file makes one line of volumes.parquet; DICOM files make one a stack. What could not be read or is of a "
     more = 'format that is not read may have been meant as a volume; "other" is what lies beside volumes.'
     return join(text(about + more), table(("files", "how many"), found))
 
 
-def _kept(rows: Rows, work: WorkFolder) -> Markup:
+def _kept(rows: Rows, work: Pictures) -> Markup:
     kept = [row for row in rows if row["status"] == "accepted"]
     chosen = [kept[index] for index in np.unique(np.linspace(0, len(kept) - 1, min(_PICTURES, len(kept))).astype(int))]
     notes = Counter(note for row in kept for note in str(row["notes"] or "").split("; ") if note)
@@ -106,7 +106,7 @@ def _kept(rows: Rows, work: WorkFolder) -> Markup:
     return join(*(part for part in parts if part))
 
 
-def _refused(rows: Rows, work: WorkFolder) -> Markup:
+def _refused(rows: Rows, work: Pictures) -> Markup:
     refused = [row for row in rows if row["status"] == "rejected"]
     if not refused:
         return text("Nothing was refused.")
@@ -125,7 +125,7 @@ def _refused(rows: Rows, work: WorkFolder) -> Markup:
     return join(table(("reason", "volumes", "sets", "for example"), lines), *pictures[:_PICTURES])
 
 
-def _left_out(rows: Rows, work: WorkFolder) -> Markup:
+def _left_out(rows: Rows, work: Pictures) -> Markup:
     counts: Counter[tuple[str, str]] = Counter()
     examples: dict[str, list[str]] = defaultdict(list)
     for row in rows:
@@ -140,7 +140,7 @@ def _left_out(rows: Rows, work: WorkFolder) -> Markup:
     return join(table(("set", "reason", "slices"), lines), *(picture for picture in pictures if picture))
 
 
-def _duplicates(rows: Rows, work: WorkFolder) -> Markup:
+def _duplicates(rows: Rows, work: Pictures) -> Markup:
     doubled = [row for row in rows if row["status"] == "duplicate"]
     if not doubled:
         return text("No volume came twice.")
@@ -153,7 +153,7 @@ def _duplicates(rows: Rows, work: WorkFolder) -> Markup:
     return join(counts, *(pair_picture(row, by_id[row["duplicate_of"]], work) for row in shown))
 
 
-def _distributions(config: CurationConfig, rows: Rows, work: WorkFolder) -> Markup:
+def _distributions(config: CurationConfig, rows: Rows, work: Pictures) -> Markup:
     middles = [(low + high) / 2 for low, high in pairwise(HISTOGRAM_EDGES_HU)]
     histograms: dict[str, tuple[list[float], list[float]]] = {}
     spacings: list[tuple[str, ...]] = []

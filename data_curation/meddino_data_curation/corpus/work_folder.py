@@ -14,6 +14,8 @@ from meddino.core.errors import ConfigError
 from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json, write_json
 
 WORK_NAME = ".work"
+NEXT = "next"  # the next edition of a finished corpus, while it is written
+READY = "READY"  # stands in it once it is whole
 RECORD_VERSION = 4  # another number makes every volume be read again
 
 
@@ -51,6 +53,10 @@ class WorkFolder:
     def exists(self) -> bool:
         """Tell whether there is unfinished work."""
         return self.root.is_dir()
+
+    def is_changing(self) -> bool:
+        """Tell whether a finished corpus was about to be replaced by its next edition."""
+        return (self.root / NEXT / READY).is_file()
 
     def piece(self, volume_id: str) -> Path:
         """Return where a volume's encoded slices lie, one behind the other."""

@@ -126,7 +126,7 @@ def _named(
 
 
 def _record(root: Path, info: dict[str, Any], results: Sequence[AuditResult]) -> None:
-    """Write the results into report.html and, last, into corpus.json with the report's new checksum."""
+    """Write the results into report.html and, last, into corpus.json."""
     known = {entry["name"]: entry for entry in info.get("audit", [])}
     for result in results:
         before = known.get(result.name, result.entry)
@@ -136,7 +136,31 @@ def _record(root: Path, info: dict[str, Any], results: Sequence[AuditResult]) ->
     for result in results:
         left_out = {key: value for key, value in known.get(result.name, {}).items() if key == "left_out"}
         known[result.name] = {**result.entry, **left_out}
-    audits = [known[name] for name in sorted(known)]
+    _write_audits(root, info, [known[name] for name in sorted(known)])
+
+
+def withdraw(root: Path, names: Sequence[str]) -> None:
+    """Take audits out of a corpus's record and report.
+
+    Args:
+        root: The corpus.
+        names: Of the audits.
+
+    Raises:
+        ConfigError: There is no audit of a name, or it is what a build held out.
+        ShardError: It is no corpus.
+    """
+    info = Corpus(root).info
+    known = {entry["name"]: entry for entry in info.get("audit", [])}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--withdraw {name}: {root} has no such audit; its audits: {', '.join(sorted(known)) or 'none'}")
+        if "left_out" in known[name]:
+            raise ConfigError(f"--withdraw {name}: volumes were left out for it, which stays true; only audits are withdrawn")
+    _write_audits(root, info, [known[name] for name in sorted(known) if name not in names])
+
+
+def _write_audits(root: Path, info: dict[str, Any], audits: list[dict[str, Any]]) -> None:
     manifests = dict(info["manifests"])
     path = root / REPORT
     report = with_audits(path.read_text(encoding="utf-8"), audits, info.get("exclusion_lists", [])) if path.is_file() else None

@@ -18,7 +18,7 @@ from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.patient_ids import key_everywhere, key_inside
 
 LIST_SUFFIXES = {".txt", ".csv", ".tsv", ".lst", ".list"}
-_TABLES = {".csv": ",;\t", ".tsv": "\t"}
+TABLES = {".csv": ",;\t", ".tsv": "\t"}
 _MAX_LIST_BYTES = 64 << 20
 _LOOKED_AT = 1000  # lines
 
@@ -113,7 +113,7 @@ class _LineIndex:
 
     def __post_init__(self) -> None:
         for number, line in enumerate(self.item.lines):
-            for text in _meanings(line, _TABLES.get(self.item.path.suffix.lower(), "")):
+            for text in meanings(line, TABLES.get(self.item.path.suffix.lower(), "")):
                 self._add(text, number)
         # Both the folder as it was named and the folder behind links: a list may have been written with either.
         self.roots = [
@@ -123,7 +123,7 @@ class _LineIndex:
         self._in_folder = cache(self._folder_hits)
 
     def _add(self, text: str, number: int) -> None:
-        for word in _file_names(text):
+        for word in file_names(text):
             self.words[word].add(number)
         for kind in ("series", "study"):
             self.keys[self.salt.key(kind, text)].add(number)
@@ -152,7 +152,7 @@ class _LineIndex:
         root = self.sources[source].path
         for path in candidate.files:
             inside = PurePosixPath(_composed(path.name if path == root else path.relative_to(root).as_posix()))
-            names = [inside.name] if candidate.format == "dicom" else list(_file_names(inside.name))
+            names = [inside.name] if candidate.format == "dicom" else list(file_names(inside.name))
             folder = "" if str(inside.parent) == "." else str(inside.parent)
             found |= self._in_folder(source, folder)
             for name in names:
@@ -178,7 +178,7 @@ class _LineIndex:
         return found
 
 
-def _meanings(line: str, separators: str) -> Iterator[str]:
+def meanings(line: str, separators: str) -> Iterator[str]:
     """Yield what a line may say: all of it, its first cell, what stands before a comment."""
     texts = [line, *(tables.first_cell(line, separator) for separator in separators)]
     texts += [text.split(" #")[0] for text in texts]
@@ -191,10 +191,10 @@ def _words(candidate: Candidate) -> Iterator[str]:
     yield candidate.volume_id
     yield _composed(candidate.place)
     if candidate.format != "dicom":  # a DICOM file is IM0001 in every folder
-        yield from _file_names(_composed(PurePosixPath(candidate.place).name))
+        yield from file_names(_composed(PurePosixPath(candidate.place).name))
 
 
-def _file_names(name: str) -> Iterator[str]:
+def file_names(name: str) -> Iterator[str]:
     """Yield a file's name with and without its ending, with and without nnU-Net's channel."""
     yield name
     suffix = volume_suffix(name) or ""

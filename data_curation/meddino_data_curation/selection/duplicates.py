@@ -59,13 +59,14 @@ def mark_near(rows: Sequence[Row], prints: Mapping[str, Fingerprint], preference
     _follow_links(rows)
 
 
-def preference_key(row: Row, preference: Mapping[str, int]) -> tuple[int, int, int, str]:
-    """Return what volumes of a group are sorted by, the first is kept: data set, slices kept, pixels a slice, content.
+def preference_key(row: Row, preference: Mapping[str, int]) -> tuple[int, int, int, int, str]:
+    """Return what volumes of a group are sorted by, the first is kept: edition, data set, slices, pixels a slice, content.
 
     Not the id: with another salt another copy would be kept. Of equal content the order of the rows decides.
     """
     pixels = row["shape"][1] * row["shape"][2]
-    return preference.get(row["dataset"], 0), -row["num_slices_kept"], -pixels, row["content_hash"]
+    edition = row.get("edition", 0)  # what a corpus holds already is not taken out for a newcomer
+    return edition, preference.get(row["dataset"], 0), -row["num_slices_kept"], -pixels, row["content_hash"]
 
 
 def _keep_one(group: Sequence[Row], preference: Mapping[str, int], kind: str) -> None:

@@ -12,9 +12,8 @@ from meddino.checkpoints.export.model_folder import TrainingVolumesRecord, is_mo
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_text
 from meddino.data.corpus import Corpus
-from meddino.data.overlap import content_key, volume_hashes
+from meddino.data.overlap import VOLUMES_FILE, content_key, volume_hashes
 
-VOLUMES_FILE = "training_volumes.txt"
 _MAX_BYTES = 1 << 28
 _LEVELS = 3  # from a checkpoint's folder up to its run's
 

@@ -1,0 +1,1 @@
+"""Finished corpora changed: patients taken out, volumes put in, corpora put together."""
