@@ -301,7 +301,15 @@ def test_show_and_sample__print_and_draw(corpus_folder, tmp_path, capsys):
     assert "36 slices of 6 volumes" in capsys.readouterr().out
     assert main(["sample", str(corpus_folder), "--out", str(tmp_path / "sheet.png"), "--count", "9"]) == 0
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert np.asarray(sheet).std() > 20
+        pixels = np.asarray(sheet.convert("L")).astype(int)
+    assert pixels.std() > 20
+    # Nine tiles in rows of four, one line of title, one below each row; no caption reaches into its neighbour's place.
+    assert pixels.shape == (14 + 3 * 206, 4 * 192)
+    assert pixels[:14].min() < 128
+    for row in range(3):
+        line = pixels[14 + 206 * row + 192 : 14 + 206 * (row + 1)].min(axis=0)
+        assert all((line[192 * column - 6 : 192 * column] > 200).all() for column in range(1, 5))
+        assert (line < 128).any()
 
 
 def test_build__real_data(shared_data, salt_file, tmp_path):

@@ -3,8 +3,6 @@
 import io
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +13,8 @@ from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
 from meddino_data_curation.corpus.thumbnails import WINDOW_HU, in_proportion, window_picture
 
-_LUNG_WINDOW_HU = (-1350, 150)
+_TILE_PX = 192
+_CAPTION_PX = 14
 
 
 def show(root: Path | str, console: Console) -> None:
@@ -57,36 +56,48 @@ def show(root: Path | str, console: Console) -> None:
         console.print(f"audited against {entry['name']}: {audit_text(entry)}{left_out}", markup=False)
 
 
-def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int, tile_px: int = 192) -> None:
+def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int) -> None:
     """Draw slices at random onto one PNG: axial slices only, in which nobody can be recognised.
+
+    All CT is shown in one window, which stands above the slices; what has no unit in the range of its volume.
 
     Args:
         root: The corpus, or its URL.
         out: PNG to write.
         count: How many slices.
         seed: Which ones.
-        tile_px: Size of a slice on the sheet.
     """
     corpus = Corpus(root)
     chosen = numpy_rng(seed, "contact sheet").choice(len(corpus), size=min(count, len(corpus)), replace=False)
     columns = max(1, min(8, round(len(chosen) ** 0.5 * 1.3)))
     rows = -(-len(chosen) // columns)
-    sheet = Image.new("L", (columns * tile_px, rows * (tile_px + 14)), 255)
+    title = f"CT from {WINDOW_HU[0]:g} to {WINDOW_HU[1]:g} HU"
+    if any(corpus.modality(int(index)) != "ct" for index in chosen):
+        title += "; others in the range of their volume"
+    sheet = Image.new("RGB", (columns * _TILE_PX, _CAPTION_PX + rows * (_TILE_PX + _CAPTION_PX)), "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((2, 1), title, fill=0)
     for place, index in enumerate(sorted(int(number) for number in chosen)):
-        x, y = (place % columns) * tile_px, (place // columns) * (tile_px + 14)
-        sheet.paste(_tile(corpus.read(index), corpus.spacing_mm[index], tile_px), (x, y))
-        draw.text((x + 2, y + tile_px + 1), f"{corpus.key(index)}  {corpus.spacing_mm[index][0]:.2f} mm", fill=0)
+        x, y = (place % columns) * _TILE_PX, _CAPTION_PX + (place // columns) * (_TILE_PX + _CAPTION_PX)
+        sheet.paste(_tile(corpus, index), (x, y))
+        draw.text((x + 2, y + _TILE_PX + 1), _caption(corpus, index), fill=0)
     stream = io.BytesIO()
     sheet.save(stream, "PNG")
     with atomic_write(out) as file:
         file.write(stream.getvalue())
 
 
-def _tile(hu: NDArray[np.int16], spacing_mm: NDArray[np.float64], tile_px: int) -> Image.Image:
-    lung = float(np.mean((hu > -950) & (hu < -600))) > 0.12
-    picture = window_picture(hu, _LUNG_WINDOW_HU if lung else WINDOW_HU)
-    picture = in_proportion(picture, (spacing_mm[0], spacing_mm[1]), tile_px, Image.Resampling.BILINEAR)
-    tile = Image.new("L", (tile_px, tile_px), 0)
-    tile.paste(picture, ((tile_px - picture.width) // 2, (tile_px - picture.height) // 2))
+def _caption(corpus: Corpus, index: int) -> str:
+    """Return a text narrower than a tile: the volume's id in short, the slice, its spacing."""
+    volume_id, z_index, spacing = (corpus.slices.column(name)[index].as_py() for name in ("volume_id", "z_index", "spacing_mm"))
+    return f"{volume_id[:8]} z {z_index}" + (f" {spacing[0]:.2f} mm" if spacing is not None else "")
+
+
+def _tile(corpus: Corpus, index: int) -> Image.Image:
+    shown = corpus.value_range(index) or WINDOW_HU
+    spacing_mm = corpus.spacing_mm[index]
+    picture = window_picture(corpus.read(index), shown)
+    picture = in_proportion(picture, (spacing_mm[0], spacing_mm[1]), _TILE_PX, Image.Resampling.BILINEAR)
+    tile = Image.new("RGB", (_TILE_PX, _TILE_PX))
+    tile.paste(picture, ((_TILE_PX - picture.width) // 2, (_TILE_PX - picture.height) // 2))
     return tile
