@@ -110,8 +110,8 @@ def write_source_map(folder: Path, name: str, entries: Iterable[tuple[str, str, 
     """
     make_private(folder)
     with atomic_write(folder / f"{name}.jsonl") as stream:
-        for volume_id, source, place in sorted(entries):
-            line = canonical_json({"volume_id": volume_id, "source": source, "place": place})
+        for volume_id, source, source_path in sorted(entries):
+            line = canonical_json({"volume_id": volume_id, "source": source, "source_path": source_path})
             stream.write(line.encode("utf-8", "surrogateescape") + b"\n")
     (folder / f"{name}.jsonl").chmod(0o600)
 

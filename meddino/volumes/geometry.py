@@ -28,17 +28,6 @@ class Geometry:
         """True if array axes run to Superior, Posterior and Left, to within rounding: the corpus's orientation."""
         return bool(np.allclose(self.axes, [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-4))
 
-    @property
-    def voxel_volume_ml(self) -> float:
-        """Volume of one voxel in millilitres."""
-        return float(np.prod(self.spacing_mm)) / 1000.0
-
-    @property
-    def extent_mm(self) -> tuple[float, float, float]:
-        """Length of the grid along each axis, voxel borders included."""
-        z, y, x = (size * step for size, step in zip(self.shape, self.spacing_mm, strict=True))
-        return z, y, x
-
     def matches(self, other: "Geometry", tolerance_mm: float = 1e-2) -> bool:
         """True if both grids have the same voxels at the same places, to within a tolerance at every corner."""
         if self.shape != other.shape:

@@ -48,9 +48,9 @@ class VoxelFiles:
             raise VolumeError(f"header promises {promised} bytes, which {where} cannot hold")
 
     @property
-    def stamp(self) -> str:
+    def modified(self) -> str:
         """Differs when a file of voxels has changed."""
-        return "".join(f":{_stamp(path)}" for path in self.files)
+        return "".join(f":{_modified(path)}" for path in self.files)
 
 
 def find_voxel_files(path: Path, format: str) -> VoxelFiles:
@@ -138,7 +138,7 @@ def _size(path: Path) -> int:
     raise VolumeError("the file of its voxels is missing")
 
 
-def _stamp(path: Path) -> str:
+def _modified(path: Path) -> str:
     try:
         status = path.stat()
     except OSError:

@@ -8,6 +8,6 @@ from meddino_data_curation.selection.volume_job import VolumeJob
 
 
 def work(job: VolumeJob) -> str:
-    if job.candidate.place == "c.nrrd":
+    if job.candidate.source_path == "c.nrrd":
         os.kill(os.getpid(), signal.SIGKILL)
     return worker_pool.curate_volume(job, worker_pool._told["config"], worker_pool._told["work"])

@@ -42,7 +42,7 @@ def named_by(hospital: Path, text: str, ending: str = ".txt") -> tuple[set[str],
     lists = [read_list(hospital.parent / f"list{ending}", "list-1")]
     named, (outcome,) = match_lists(lists, candidates, sources, salt)
     places = {
-        item.place if item.format != "dicom" else item.files[0].parent.parent.name
+        item.source_path if item.format != "dicom" else item.files[0].parent.parent.name
         for item in candidates
         if item.volume_id in named
     }

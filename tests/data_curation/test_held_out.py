@@ -13,7 +13,7 @@ def rows_by_place(out: Path) -> dict[str, dict]:
     import json
 
     lines = (out.with_name(out.name + ".private") / "sources.jsonl").read_text().splitlines()
-    places = {entry["volume_id"]: entry["place"] for entry in map(json.loads, lines)}
+    places = {entry["volume_id"]: entry["source_path"] for entry in map(json.loads, lines)}
     return {places[row["volume_id"]]: row for row in Corpus(out).volumes.to_pylist()}
 
 

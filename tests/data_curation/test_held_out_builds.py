@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from meddino_data_curation.cli import main
-from meddino_data_curation.held_out import scan as survey_module
+from meddino_data_curation.held_out import scan as scan_module
 
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
@@ -131,7 +131,7 @@ def test_exclude__held_out_data_is_read_once_whatever_happens_later(tmp_path, sa
     with monkeypatch.context() as patched:
         patched.setattr(build_module, "finish", killed)
         assert run_build(tmp_path / "in", tmp_path / "out", salt_file, *arguments) == 130
-    monkeypatch.setattr(survey_module, "run_volumes", killed)
+    monkeypatch.setattr(scan_module, "run_volumes", killed)
     assert run_build(tmp_path / "in", tmp_path / "out", salt_file, *arguments) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

@@ -110,7 +110,7 @@ def test_recognise_hounsfield__real_scans(shared_data):
         ).voxels
         seen += 1
         for window in ((-32768, 32767), (-160, 240), (-500, 1000), (-800, 500), (-1350, 150)):
-            assert recognise_hounsfield(np.clip(hu, *window), CONFIG).offset == 0, (item.place, window)
+            assert recognise_hounsfield(np.clip(hu, *window), CONFIG).offset == 0, (item.source_path, window)
         repaired += verdict_offset(np.maximum(hu.astype(np.int32) + 1024, 0)) == -1024
         wrong += verdict_offset(np.maximum(hu.astype(np.int32) + 1000, 0)) is not None
         scaled += verdict_offset(hu * np.float32(0.5)) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, SourceConfig
-from meddino_data_curation.held_out.scan import survey
+from meddino_data_curation.held_out.scan import scan
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
 from meddino_data_curation.selection.near_duplicates import candidate_pairs, compare, find_alike, groups
@@ -61,7 +61,7 @@ def real_volumes(shared_data):
         volume = read or read_volume_file(candidate.files[0], candidate.format, limits)
         upright, _ = to_axial_lps(volume, 35.0)
         hu = np.stack([to_int16(plane, 0) for plane in upright.planes])
-        name = "lungdx_dicom" if is_dicom else candidate.place
+        name = "lungdx_dicom" if is_dicom else candidate.source_path
         patient = re.search(r"TCGA-\w\w-\w+|A0\d{5}|STS_\d+|LIDC-IDRI-\d+|CRLM-CT-\d+|A0001|spine|lungdx", name).group()
         volumes.append((name, "A0001" if patient == "lungdx" else patient, hu, upright.geometry.spacing_mm))
     return volumes
@@ -163,9 +163,9 @@ def test_content_hash__does_not_depend_on_format_type_and_orientation(shared_dat
         ending, pixel, orientation = ways[number % 3]
         image = sitk.Cast(sitk.DICOMOrient(sitk.ReadImage(str(candidate.files[0])), orientation), pixel)
         sitk.WriteImage(image, str(tmp_path / f"{number}.{ending}"))
-        names[f"{number}.{ending}"] = (sources[candidate.source].name, candidate.place)
+        names[f"{number}.{ending}"] = (sources[candidate.source].name, candidate.source_path)
     config = CurationConfig(workers=1)
-    found = survey([*sources, SourceConfig(name="again", path=tmp_path)], config, Salt(b"for tests"))
+    found = scan([*sources, SourceConfig(name="again", path=tmp_path)], config, Salt(b"for tests"))
     content = {(row["dataset"], found.places[row["volume_id"]]): row["content_hash"] for row in found.rows}
     assert len(names) == 109
     missed = [name for name, origin in names.items() if content["again", name] != content[origin]]

@@ -66,7 +66,7 @@ def test_discover__a_file_name_and_a_header_with_one_id_are_one_patient(tmp_path
     found = discover(sources, SALT).candidates
     assert [item.patient_key for item in found] == [key_everywhere(SALT, "PAT-000123")] * 2
     assert all(item.patient_is_known for item in found)
-    assert "PAT" not in repr(found[0]).replace(found[0].place, "").replace(str(found[0].files), "")
+    assert "PAT" not in repr(found[0]).replace(found[0].source_path, "").replace(str(found[0].files), "")
 
 
 def test_without_common_names__a_name_in_every_folder_is_nobodys(tmp_path):
@@ -79,8 +79,8 @@ def test_without_common_names__a_name_in_every_folder_is_nobodys(tmp_path):
     assert len({item.patient_key for item in before}) == 13
     after = without_common_names(before, [source], SALT)
     assert len({item.patient_key for item in after}) == 24
-    assert {item.patient_is_known for item in after if "thorax" in item.place} == {False}
-    assert {item.patient_is_known for item in after if "PAT" in item.place} == {True}
+    assert {item.patient_is_known for item in after if "thorax" in item.source_path} == {False}
+    assert {item.patient_is_known for item in after if "PAT" in item.source_path} == {True}
 
 
 def test_discover__an_optional_group_that_matched_nothing_is_no_crash(tmp_path):

@@ -88,5 +88,5 @@ def read_source_map(private: Path) -> list[SourceEntry]:
     for path in sorted(private.glob("sources*.jsonl")):
         for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines():
             said = json.loads(line)
-            entries[said["volume_id"]] = (said["volume_id"], said["source"], said["place"])
+            entries[said["volume_id"]] = (said["volume_id"], said["source"], said.get("source_path", said.get("place")))
     return [entries[name] for name in sorted(entries)]

@@ -20,7 +20,7 @@ from meddino_data_curation.corpus.work_folder import WorkFolder
 from meddino_data_curation.held_out.comparison import audit_entry, unread_problem
 from meddino_data_curation.held_out.exclusion_lists import TABLES, meanings
 from meddino_data_curation.held_out.exclusions import read_exclusions
-from meddino_data_curation.held_out.scan import survey
+from meddino_data_curation.held_out.scan import scan
 from meddino_data_curation.privacy import make_private, private_folder
 from meddino_data_curation.selection.duplicates import (
     Overlap,
@@ -272,7 +272,7 @@ def _rules_applied(
     audits = []
     names = list(dict.fromkeys(name for edition in editions for name in edition.source_names))
     for source in exclusions.data:
-        found = survey([source], rules, salt, names, private_folder(out) / ADDING / "held-out" / source.name)
+        found = scan([source], rules, salt, names, private_folder(out) / ADDING / "held-out" / source.name)
         allowed = rules.exclusion.allow_unread
         if problem := unread_problem(f"held-out data '{source.name}'", found, allowed, "exclusion.allow_unread=true"):
             raise ConfigError(problem)

@@ -14,9 +14,9 @@ from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
 from meddino_data_curation.config import CurationConfig
-from meddino_data_curation.corpus.finish import finish, survey_held_out
+from meddino_data_curation.corpus.finish import finish, scan_held_out
 from meddino_data_curation.corpus.work_folder import WorkFolder, job_hash
-from meddino_data_curation.held_out.exclusions import Listed, apply_lists, read_exclusions
+from meddino_data_curation.held_out.exclusions import ExclusionMatch, apply_lists, read_exclusions
 from meddino_data_curation.privacy import Salt, load_salt, private_folder, write_source_map
 from meddino_data_curation.progress import progress
 from meddino_data_curation.selection.volume_job import VolumeJob
@@ -70,7 +70,7 @@ def build(
         config: With at least one source.
         corpus: Folder to write.
         part: None does everything; a part leaves its volumes to `merge`.
-        listed_before: Stamp of what lists named when the parts were built; None where nothing was built before.
+        listed_before: Digest of what lists named when the parts were built; None where nothing was built before.
         known: Volumes that are not wanted again.
 
     Returns:
@@ -92,21 +92,21 @@ def build(
         _logger.info("%d of %d volumes are known already", len(named) - len(fresh), len(named))
         if not fresh:
             return False
-    found.candidates = sorted(fresh, key=lambda item: (item.source, item.place))  # the same with any salt
+    found.candidates = sorted(fresh, key=lambda item: (item.source, item.source_path))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
-    if listed_before is not None and listed.stamp != listed_before:
+    if listed_before is not None and listed.digest != listed_before:
         raise ConfigError(
             "exclusion lists name other volumes than when the parts were built; run this in the folder where the parts ran "
             "(paths in lists may count from there), or build the parts again"
         )
-    inputs = _inputs_hash(found, config, exclusions.stamp + listed.stamp + salt.fingerprint)
+    inputs = _inputs_hash(found, config, exclusions.digest + listed.digest + salt.fingerprint)
     if _is_finished(corpus, inputs):
         return True
     work = WorkFolder(corpus)
     with work.locked(shared=part is not None):
         if part is None:
             work.sweep()
-        held_out = survey_held_out(exclusions.data, config, salt, work, reads=part is None)
+        held_out = scan_held_out(exclusions.data, config, salt, work, reads=part is None)
         jobs = _jobs(found, config, salt, part or Part(), listed)
         _write_source_map(found, config, corpus, part)
         work.write_found(found.files)
@@ -114,7 +114,7 @@ def build(
         _run(jobs, config, corpus, work)
         if part is not None:
             name = f"{part.index}-of-{part.count}"
-            note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.stamp}
+            note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.digest}
             write_json(work.root / "parts" / f"{name}.json", note)
             _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
             return True
@@ -181,7 +181,7 @@ def _check_licences(config: CurationConfig) -> None:
 
 
 def _inputs_hash(found: Discovery, config: CurationConfig, others: str) -> str:
-    text = canonical_json([[item.volume_id, item.stamp, item.problem] for item in found.candidates])
+    text = canonical_json([[item.volume_id, item.modified, item.problem] for item in found.candidates])
     return hashlib.sha256((_config_text(config) + others + text).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -211,7 +211,7 @@ def say_finished(corpus: Path) -> None:
             work.remove()
 
 
-def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, listed: Listed) -> list[VolumeJob]:
+def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, listed: ExclusionMatch) -> list[VolumeJob]:
     text = _config_text(config)
     jobs = []
     for candidate in found.candidates:
@@ -219,7 +219,7 @@ def _jobs(found: Discovery, config: CurationConfig, salt: Salt, part: Part, list
             source = config.sources[candidate.source]
             # What a list names is looked at as held-out data is: its copies have other names and must stay out too.
             is_listed = candidate.volume_id in listed.volumes
-            parts = (candidate.volume_id, candidate.stamp, candidate.problem, *(["listed"] if is_listed else []))
+            parts = (candidate.volume_id, candidate.modified, candidate.problem, *(["listed"] if is_listed else []))
             job = job_hash(salt.fingerprint, text, *parts)
             jobs.append(VolumeJob(candidate, job, source.name, source.licence_text, source.modality, is_listed))
     return jobs
@@ -272,5 +272,5 @@ def _size(job: VolumeJob) -> int:
 
 def _write_source_map(found: Discovery, config: CurationConfig, corpus: Path, part: Part | None) -> None:
     name = "sources" if part is None else f"sources-{part.index}-of-{part.count}"
-    entries = ((item.volume_id, config.sources[item.source].name, item.place) for item in found.candidates)
+    entries = ((item.volume_id, config.sources[item.source].name, item.source_path) for item in found.candidates)
     write_source_map(private_folder(corpus), name, entries)

@@ -16,8 +16,8 @@ from meddino_data_curation.corpus.report import report_page
 from meddino_data_curation.corpus.shards import drop_stale_shards, plan_shards, write_shards
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.held_out.comparison import audit_entry, unread_problem
-from meddino_data_curation.held_out.exclusions import Listed
-from meddino_data_curation.held_out.scan import Survey, is_no_ct, survey, volumes_of
+from meddino_data_curation.held_out.exclusions import ExclusionMatch
+from meddino_data_curation.held_out.scan import HeldOutScan, is_no_ct, scan, volumes_of
 from meddino_data_curation.privacy import Salt, private_folder, write_refusals
 from meddino_data_curation.selection.duplicates import (
     Overlap,
@@ -44,14 +44,14 @@ class HeldOut:
     """
 
     name: str
-    found: Survey
+    found: HeldOutScan
 
 
 def finish(
     jobs: Sequence[VolumeJob],
     config: CurationConfig,
     held_out: Sequence[HeldOut],
-    listed: Listed,
+    listed: ExclusionMatch,
     corpus: Path,
     work: WorkFolder,
     salt: Salt,
@@ -98,12 +98,14 @@ def finish(
     if config.duplicates.near:
         write_fingerprints(corpus / "fingerprints.parquet", {name: prints[name] for name in _ids(kept) if name in prints})
     write_text(corpus / "report.html", report_page(config, rows, work, audits, lists))
-    write_refusals(private_folder(corpus), rows, [(job.candidate.volume_id, job.dataset, job.candidate.place) for job in jobs])
+    write_refusals(
+        private_folder(corpus), rows, [(job.candidate.volume_id, job.dataset, job.candidate.source_path) for job in jobs]
+    )
     files = work.read_found()
     return write_corpus_json(corpus, config, rows, shards, num_slices, salt.fingerprint, audits, lists, files)
 
 
-def survey_held_out(
+def scan_held_out(
     sources: Sequence[SourceConfig], config: CurationConfig, salt: Salt, work: WorkFolder, reads: bool
 ) -> list[HeldOut]:
     """Read the held-out data, before anything is curated: what is wrong with it should not be told days later.
@@ -124,7 +126,7 @@ def survey_held_out(
         if not reads:
             volumes_of([source], salt, worker_count(config))
             continue
-        found = survey([source], config, salt, names, work.root / "held-out" / source.name)
+        found = scan([source], config, salt, names, work.root / "held-out" / source.name)
         allowed = config.exclusion.allow_unread
         if problem := unread_problem(f"held-out data '{source.name}'", found, allowed, "exclusion.allow_unread=true"):
             raise ConfigError(problem)
@@ -140,7 +142,7 @@ def _exclude(held: HeldOut, rows: list[dict[str, Any]], prints: dict[str, Finger
     return {**entry, "left_out": left_out}
 
 
-def _exclude_listed(listed: Listed, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _exclude_listed(listed: ExclusionMatch, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Refuse what lists name, its copies, and what else is of its patient."""
     named = [Overlap(row["volume_id"], -1, "exact") for row in rows if row["volume_id"] in listed.volumes]
     related = with_relatives(rows, named)

@@ -63,7 +63,7 @@ def _notes(folder: Path) -> list[dict[str, Any]]:
 
 
 def _check_complete(parts: Sequence[Path]) -> str | None:
-    """Return the stamp of what lists named, if all parts are there and belong together."""
+    """Return the digest of what lists named, if all parts are there and belong together."""
     notes = [note for folder in parts for note in _notes(folder)]
     counts, inputs = {note["count"] for note in notes}, {note["inputs"] for note in notes}
     if len(counts) > 1 or len(inputs) > 1:
@@ -71,8 +71,8 @@ def _check_complete(parts: Sequence[Path]) -> str | None:
     missing = sorted(set(range(1, counts.pop() + 1)) - {note["index"] for note in notes})
     if missing:
         raise ConfigError(f"parts are missing: {', '.join(str(index) for index in missing)}; build them, then merge again")
-    stamp = notes[0].get("listed")  # an earlier version wrote none
-    return None if stamp is None else str(stamp)
+    digest = notes[0].get("listed")  # an earlier version wrote none
+    return None if digest is None else str(digest)
 
 
 def _take_over(folder: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

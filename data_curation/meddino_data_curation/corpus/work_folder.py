@@ -107,10 +107,6 @@ class WorkFolder:
         """Return the notes of finished shards by name."""
         return {path.stem: json.loads(path.read_bytes()) for path in sorted((self.root / "shards").glob("*.json"))}
 
-    def volume_ids(self) -> Iterator[str]:
-        """Yield the ids of all records, sorted."""
-        yield from sorted(path.stem for path in (self.root / "volumes").glob("*/*.json"))
-
     def write_found(self, files: Mapping[str, int]) -> None:
         """Keep how many files the sources hold, by what became of them, for the report."""
         write_json(self.root / "found.json", dict(files))

@@ -18,7 +18,7 @@ from meddino_data_curation.corpus.manifests import REPORT, read_fingerprints
 from meddino_data_curation.corpus.report import with_audits
 from meddino_data_curation.held_out.comparison import audit_entry, unread_problem
 from meddino_data_curation.held_out.exclusion_lists import LIST_SUFFIXES
-from meddino_data_curation.held_out.scan import SALTED, Survey, survey
+from meddino_data_curation.held_out.scan import SALTED, HeldOutScan, scan
 from meddino_data_curation.privacy import Salt, load_salt, private_folder
 from meddino_data_curation.selection.duplicates import Overlap, find_overlaps
 from meddino_data_curation.sources.patient_ids import RULES_VERSION
@@ -87,7 +87,7 @@ def audit(root: Path, against: Sequence[Path], names: Sequence[str], options: Au
     trained_on = [source["name"] for source in corpus.info["sources"]]
     results = []
     for source in sources:
-        held_out = survey([source], _config_of(corpus, options.workers), salt, trained_on)
+        held_out = scan([source], _config_of(corpus, options.workers), salt, trained_on)
         overlaps = find_overlaps(rows, prints, held_out.rows, held_out.prints)
         entry = audit_entry(source.name, rows, prints, held_out, overlaps, hidden)
         problem = unread_problem(source.name, held_out, options.allow_unread, "--allow-unread")
@@ -172,7 +172,7 @@ def _write_audits(root: Path, info: dict[str, Any], audits: list[dict[str, Any]]
     write_json(root / "corpus.json", {**info, "audit": audits, "manifests": manifests})
 
 
-def _lines(overlaps: Sequence[Overlap], held_out: Survey) -> tuple[str, ...]:
+def _lines(overlaps: Sequence[Overlap], held_out: HeldOutScan) -> tuple[str, ...]:
     lines = []
     for overlap in overlaps:
         place = held_out.places[held_out.rows[overlap.other]["volume_id"]]

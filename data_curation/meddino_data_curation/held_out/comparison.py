@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from meddino_data_curation.held_out.scan import Survey
+from meddino_data_curation.held_out.scan import HeldOutScan
 from meddino_data_curation.selection.duplicates import Overlap, Row
 
 _NEEDED = {
@@ -17,7 +17,7 @@ _NEEDED = {
 }
 
 
-def unread_problem(name: str, held_out: Survey, allow_unread: bool, option: str) -> str:
+def unread_problem(name: str, held_out: HeldOutScan, allow_unread: bool, option: str) -> str:
     """Say what is wrong with held-out data that was not looked at: nothing found in it would mean nothing.
 
     Args:
@@ -49,7 +49,7 @@ def audit_entry(
     name: str,
     rows: Sequence[Row],
     prints: Container[str],
-    held_out: Survey,
+    held_out: HeldOutScan,
     overlaps: Sequence[Overlap],
     hidden: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def audit_entry(
 
 
 def _comparable(
-    rows: Sequence[Row], prints: Container[str], held_out: Survey, hidden: Mapping[str, str]
+    rows: Sequence[Row], prints: Container[str], held_out: HeldOutScan, hidden: Mapping[str, str]
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Return how many held-out volumes could be compared by which kind, and why not all with all."""
     same_ids = any(row.get("patient_keys") for row in held_out.rows)

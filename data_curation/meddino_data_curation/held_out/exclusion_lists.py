@@ -189,9 +189,9 @@ def meanings(line: str, separators: str) -> Iterator[str]:
 
 def _words(candidate: Candidate) -> Iterator[str]:
     yield candidate.volume_id
-    yield _composed(candidate.place)
+    yield _composed(candidate.source_path)
     if candidate.format != "dicom":  # a DICOM file is IM0001 in every folder
-        yield from file_names(_composed(PurePosixPath(candidate.place).name))
+        yield from file_names(_composed(PurePosixPath(candidate.source_path).name))
 
 
 def file_names(name: str) -> Iterator[str]:

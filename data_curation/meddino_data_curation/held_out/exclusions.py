@@ -32,16 +32,16 @@ class Exclusions:
     Attributes:
         lists: Of patient ids, series and study UIDs, volume ids, paths or file names.
         data: Folders and files of held-out volumes.
-        stamp: Differs when anything of it has changed.
+        digest: Differs when anything of it has changed.
     """
 
     lists: tuple[ExclusionList, ...]
     data: tuple[SourceConfig, ...]
-    stamp: str
+    digest: str
 
 
 @dataclass(frozen=True)
-class Listed:
+class ExclusionMatch:
     """What lists named.
 
     Attributes:
@@ -53,7 +53,7 @@ class Listed:
     outcomes: tuple[ListOutcome, ...] = ()
 
     @property
-    def stamp(self) -> str:
+    def digest(self) -> str:
         """Differs when lists name other volumes: paths in them may count from the working folder."""
         return hashlib.sha256("\n".join(sorted(self.volumes)).encode()).hexdigest() if self.volumes else ""
 
@@ -84,7 +84,7 @@ def read_exclusions(config: CurationConfig) -> Exclusions:
     for source in data:
         digest.update(source.model_dump_json().encode("utf-8", "surrogateescape"))
         for file in find_files(source):
-            digest.update(f"{file.stamp}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{file.modified}\n".encode("utf-8", "surrogateescape"))
     for item in lists:
         digest.update("\n".join([item.name, *item.lines, ""]).encode("utf-8", "surrogateescape"))
     return Exclusions(tuple(lists), tuple(data), digest.hexdigest())
@@ -92,7 +92,7 @@ def read_exclusions(config: CurationConfig) -> Exclusions:
 
 def apply_lists(
     candidates: Sequence[Candidate], exclusions: Exclusions, config: CurationConfig, salt: Salt, corpus: Path
-) -> Listed:
+) -> ExclusionMatch:
     """Find the volumes that lists name, and say how many lines name none.
 
     Args:
@@ -125,7 +125,7 @@ def apply_lists(
                 f"--exclude {paths[outcome.name]}: {what}; a line is a patient id, a series or study UID, or a path, with or "
                 "without the source in front; if the list is meant for other sources: exclusion.allow_unmatched_lists=true"
             )
-    return Listed(frozenset(volumes), tuple(outcomes))
+    return ExclusionMatch(frozenset(volumes), tuple(outcomes))
 
 
 def _tell(outcome: ListOutcome, where: Path) -> None:

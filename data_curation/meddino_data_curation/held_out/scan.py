@@ -32,7 +32,7 @@ SALTED = ("series", "study", "patient")  # kinds that are compared by salted has
 
 
 @dataclass
-class Survey:
+class HeldOutScan:
     """What a set of volumes holds.
 
     Attributes:
@@ -55,13 +55,13 @@ class Survey:
     hidden: dict[str, str] = field(default_factory=dict)
 
 
-def survey(
+def scan(
     sources: Sequence[SourceConfig],
     config: CurationConfig,
     salt: Salt,
     compared_with: Sequence[str] = (),
     work: Path | None = None,
-) -> Survey:
+) -> HeldOutScan:
     """Read volumes for their content, look and identity only.
 
     Args:
@@ -74,7 +74,7 @@ def survey(
     Raises:
         ConfigError: A source does not exist or holds no volume.
     """
-    result = Survey()
+    result = HeldOutScan()
     for source in sources:
         if _is_corpus(source):
             _read_corpus(source.path, salt, result)
@@ -83,7 +83,7 @@ def survey(
     text = canonical_json({name: getattr(config, name).model_dump(mode="json") for name in ("hounsfield", "orientation")})
     jobs = []
     for item in candidates:
-        digest = job_hash("survey", salt.fingerprint, text, item.volume_id, item.stamp, item.problem)
+        digest = job_hash("scan", salt.fingerprint, text, item.volume_id, item.modified, item.problem)
         jobs.append(VolumeJob(item, digest, folders[item.source].name, "", folders[item.source].modality, True))
     if jobs:
         with _kept(work) as place:
@@ -126,7 +126,7 @@ def _kept(work: Path | None) -> Iterator[Path]:
     if work is not None:
         yield work
         return
-    with tempfile.TemporaryDirectory(prefix="meddino-survey-") as name:
+    with tempfile.TemporaryDirectory(prefix="meddino-scan-") as name:
         yield Path(name)
 
 
@@ -139,12 +139,12 @@ def _read(jobs: Sequence[VolumeJob], config: CurationConfig, place: Path) -> Non
             run_volumes(missing, config, place, min(worker_count(config), len(missing)), lambda _: advance())
 
 
-def _collect(job: VolumeJob, source: SourceConfig, work: WorkFolder, result: Survey) -> None:
+def _collect(job: VolumeJob, source: SourceConfig, work: WorkFolder, result: HeldOutScan) -> None:
     candidate = job.candidate
     record = work.finished_record(candidate.volume_id)
     ids = {"patient_key": candidate.patient_key, "patient_is_known": candidate.patient_is_known}
     result.rows.append({**record.row, **ids})
-    result.places[candidate.volume_id] = candidate.place
+    result.places[candidate.volume_id] = candidate.source_path
     if record.row["status"] == "accepted":
         result.volumes += 1
         if record.fingerprint:
@@ -166,7 +166,7 @@ def _add_keys(row: dict[str, Any], candidate: Candidate, source: SourceConfig, n
         row["patient_is_known"] = True
 
 
-def _read_corpus(root: Path, salt: Salt, result: Survey) -> None:
+def _read_corpus(root: Path, salt: Salt, result: HeldOutScan) -> None:
     corpus = Corpus(root)
     if corpus.info.get("salt_fingerprint") != salt.fingerprint:
         result.hidden.update(dict.fromkeys(SALTED, "it is a corpus with another salt"))

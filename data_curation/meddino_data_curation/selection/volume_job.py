@@ -51,7 +51,7 @@ class VolumeJob:
         dataset: Name of its source.
         licence: Of its source.
         modality: Of its source.
-        is_survey: True if only content and fingerprint are wanted, no slices.
+        scan_only: True if only content and fingerprint are wanted, no slices.
     """
 
     candidate: Candidate
@@ -59,7 +59,7 @@ class VolumeJob:
     dataset: str
     licence: str
     modality: Modality = "ct"
-    is_survey: bool = False
+    scan_only: bool = False
 
 
 def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> str:
@@ -144,7 +144,7 @@ class _Curation:
         volume = self._read()
         shape, spacing = volume.geometry.shape, volume.geometry.spacing_mm
         self.row.update(shape=list(shape), spacing_mm=list(spacing), notes="; ".join(volume.notes) or None)
-        if self.job.is_survey:
+        if self.job.scan_only:
             for _ in self._look(volume):
                 pass
             return VolumeRecord(self.job.job, self.row, fingerprint=self._fingerprint())
@@ -191,7 +191,7 @@ class _Curation:
         try:
             verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
         except VolumeError:
-            self.not_hu = "" if self.job.is_survey else refused_thumbnail(volume)
+            self.not_hu = "" if self.job.scan_only else refused_thumbnail(volume)
             raise
         self.offset = verdict.offset
         if verdict.note:

@@ -25,11 +25,11 @@ class Candidate:
         source: Index into the config's sources.
         format: "nifti", "nrrd", "metaimage" or "dicom".
         files: Absolute paths, in a fixed order; of a header with files of voxels, the header comes first.
-        place: What the private source map says: path inside the source, or the series.
+        source_path: What the private source map says: path inside the source, or the series.
         patient_key: Salted hash of the patient, or None where nothing tells.
         series_key: Salted hash of the DICOM series or of the file.
         study_key: Salted hash of the DICOM study, or None.
-        stamp: Sizes and times of the files: another stamp means they have to be read again.
+        modified: Sizes and times of the files: others mean they have to be read again.
         problem: Why it is refused without being read, or "".
         patient: The patient's id as written; only ever hashed with the salt.
         patient_is_known: Whether patient_key means the same person in every source.
@@ -39,11 +39,11 @@ class Candidate:
     source: int
     format: str
     files: tuple[Path, ...]
-    place: str
+    source_path: str
     patient_key: str | None
     series_key: str
     study_key: str | None = None
-    stamp: str = ""
+    modified: str = ""
     problem: str = ""
     notes: tuple[str, ...] = field(default=())
     patient: str = field(default="", repr=False)
@@ -69,7 +69,7 @@ class FoundFile:
     problem: str = ""
 
     @property
-    def stamp(self) -> str:
+    def modified(self) -> str:
         """Differs when the file has changed."""
         return f"{self.inside}:{self.size}:{self.mtime_ns}"
 
@@ -130,10 +130,10 @@ def file_candidate(
         source=source_number,
         format=format,
         files=(found.path, *voxel_files.files),
-        place=found.inside,
+        source_path=found.inside,
         patient_key=who.key,
         series_key=salt.key("series", source.name, found.inside),
-        stamp=found.stamp + voxel_files.stamp,
+        modified=found.modified + voxel_files.modified,
         problem=found.problem,
         patient=patient,
         patient_is_known=who.is_known,

@@ -60,17 +60,19 @@ class _SeriesMaker:
         written = named or first.patient_id
         stand_in = f"{patient} {first.study_uid or uid}"
         who = patient_id(self.salt, self.source.name, written, "pattern" if named else "header", stand_in)
-        stamps = hashlib.sha256("\n".join(header.stamp for header in headers).encode("utf-8", "surrogateescape")).hexdigest()
+        modified = hashlib.sha256(
+            "\n".join(header.modified for header in headers).encode("utf-8", "surrogateescape")
+        ).hexdigest()
         return {
             "volume_id": self.salt.key("volume", self.source.name, uid, patient, part),
             "source": self.source_number,
             "format": "dicom",
             "files": tuple(header.path for header in headers),
-            "place": f"series {uid} ({part}), {len(headers)} files, first: {first.inside}",
+            "source_path": f"series {uid} ({part}), {len(headers)} files, first: {first.inside}",
             "patient_key": who.key,
             "patient": written,
             "patient_is_known": who.is_known,
             "series_key": self.salt.key("series", uid),
             "study_key": self.salt.key("study", first.study_uid) if first.study_uid else None,
-            "stamp": stamps,
+            "modified": modified,
         }

@@ -197,7 +197,7 @@ def _look(file: FoundFile) -> _Look:
 
 
 def _dicom(file: FoundFile, head: bytes) -> _Look:
-    header = read_header(file.path, file.inside, file.stamp)
+    header = read_header(file.path, file.inside, file.modified)
     if header is not None:
         return _Look(header=header)
     if has_dicom_magic(head):

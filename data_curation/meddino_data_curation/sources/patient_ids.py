@@ -119,10 +119,12 @@ def without_common_names(candidates: Sequence["Candidate"], sources: Sequence["S
     named = [item.format != "dicom" and not sources[item.source].patient_pattern for item in candidates]
     for candidate, is_named in zip(candidates, named, strict=True):
         if is_named:
-            folders[candidate.source, candidate.patient_key].add(str(PurePosixPath(candidate.place).parent))
+            folders[candidate.source, candidate.patient_key].add(str(PurePosixPath(candidate.source_path).parent))
     common = {key for key, inside in folders.items() if len(inside) > _FOLDERS_OF_A_NAME}
     return [
-        replace(item, patient_key=salt.key("patient", sources[item.source].name, "of", item.place), patient_is_known=False)
+        replace(
+            item, patient_key=salt.key("patient", sources[item.source].name, "of", item.source_path), patient_is_known=False
+        )
         if is_named and (item.source, item.patient_key) in common
         else item
         for item, is_named in zip(candidates, named, strict=True)

@@ -43,7 +43,7 @@ class DicomHeader:
     Attributes:
         path: The file.
         inside: Its path inside the source.
-        stamp: Differs when the file has changed.
+        modified: Differs when the file has changed.
         patient: Hash of the patient's id, name and birth date as written; tells patients apart, names nobody.
         patient_id: As written; only ever hashed with the salt.
         person: Hash of the name as DICOM compares names, "" without one; hash of the birth date, "" without one.
@@ -64,7 +64,7 @@ class DicomHeader:
 
     path: Path
     inside: str
-    stamp: str
+    modified: str
     patient: str
     patient_id: str
     person: tuple[str, str]
@@ -89,7 +89,7 @@ class DicomHeader:
         return f"DICOM: not {'a CT' if modality == 'CT' else 'an MR'} image but {self.kind}"
 
 
-def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
+def read_header(path: Path, inside: str, modified: str) -> DicomHeader | None:
     """Read one file's header.
 
     An element without weight that is malformed (an instance number, a tilt, a thickness) counts as absent.
@@ -100,10 +100,10 @@ def read_header(path: Path, inside: str, stamp: str) -> DicomHeader | None:
     Raises:
         OSError: It cannot be read.
     """
-    return read_elements(path, _TAGS, lambda dataset: _header(dataset, path, inside, stamp))
+    return read_elements(path, _TAGS, lambda dataset: _header(dataset, path, inside, modified))
 
 
-def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader | None:
+def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader | None:
     kind = dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID")
     is_cut = "SOPClassUID" not in dataset and "Rows" not in dataset and kind in _VOLUME_KINDS
     if not kind or is_cut:
@@ -125,7 +125,7 @@ def _header(dataset: Any, path: Path, inside: str, stamp: str) -> DicomHeader | 
     return DicomHeader(
         path=path,
         inside=inside,
-        stamp=stamp,
+        modified=modified,
         patient=_hash(who),
         patient_id=text(dataset, "PatientID"),
         person=(_hash(_person_name(text(dataset, "PatientName"))), _hash(text(dataset, "PatientBirthDate").strip())),
