@@ -34,6 +34,23 @@ class Geometry:
             return False
         return bool(np.abs(self.corners_mm() - other.corners_mm()).max() <= tolerance_mm)
 
+    def turned(self, order: tuple[int, int, int], flips: tuple[bool, bool, bool]) -> "Geometry":
+        """Return the grid of an array whose axes were reordered and flipped: the same voxels at the same places.
+
+        Args:
+            order: Source axis of each new axis.
+            flips: Whether each new axis runs against its source axis.
+        """
+        shape, spacing = ([values[axis] for axis in order] for values in (self.shape, self.spacing_mm))
+        axes = self.axes[list(order)].copy()
+        origin = np.asarray(self.origin_mm, dtype=np.float64)
+        for axis, flip in enumerate(flips):
+            if flip:
+                origin = origin + (shape[axis] - 1) * spacing[axis] * axes[axis]
+                axes[axis] = -axes[axis]
+        x, y, z = origin.tolist()
+        return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), (x, y, z), axes)
+
     def corners_mm(self) -> NDArray[np.float64]:
         """[8, 3]: patient positions (LPS, x y z) of the outermost voxels' centres."""
         ends = np.array(np.meshgrid(*[(0, size - 1) for size in self.shape], indexing="ij")).reshape(3, -1).T

@@ -83,7 +83,7 @@ def read_label_map(path: Path, limits: ReadLimits = _LIMITS) -> tuple[NDArray[np
     """Read a label map; see `read_volume`.
 
     Raises:
-        VolumeError: As `read_volume`, or a value is no whole number.
+        VolumeError: As `read_volume`, or a value is no whole number or beyond 32 bits.
     """
     volume = read_volume(path, limits)
     voxels = volume.voxels
@@ -92,6 +92,10 @@ def read_label_map(path: Path, limits: ReadLimits = _LIMITS) -> tuple[NDArray[np
         if not np.isfinite(voxels).all() or np.abs(voxels - rounded).max() > 1e-3:
             raise VolumeError(f"{path} is no label map: it holds values that are no whole numbers")
         voxels = rounded
+    fits = np.iinfo(np.int32)
+    if voxels.size and not fits.min <= (far := max(int(voxels.max()), -int(voxels.min()))) <= fits.max:
+        # The conversion would wrap around: 2^32 + 1 becomes label 1.
+        raise VolumeError(f"{path} is no label map: it holds {far}; label values lie within 32 bits")
     return voxels.astype(np.int32), volume.geometry
 
 

@@ -47,10 +47,14 @@ def write_volume(path: Path, voxels: NDArray[Any], geometry: Geometry, orientati
 
 
 def write_label_map(path: Path, labels: NDArray[Any], geometry: Geometry) -> None:
-    """Write a label map [Z, Y, X] with a given geometry, atomically; uint8 if its values fit, else uint16.
+    """Write a label map [Z, Y, X] with a geometry, atomically, in the first of uint8, uint16, int32 that holds it.
 
     Raises:
-        VolumeError: It cannot be written.
+        VolumeError: It cannot be written, or a value is beyond 32 bits.
     """
-    narrow = labels.astype(np.uint8 if labels.size == 0 or labels.max() < 256 else np.uint16)
+    low, high = (int(labels.min()), int(labels.max())) if labels.size else (0, 0)
+    types = [one for one in (np.uint8, np.uint16, np.int32) if np.iinfo(one).min <= low and high <= np.iinfo(one).max]
+    if not types:
+        raise VolumeError(f"{path} cannot be written: label values {low} to {high} lie beyond 32 bits")
+    narrow = labels.astype(types[0])
     write_volume(path, narrow, geometry)

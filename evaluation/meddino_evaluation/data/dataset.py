@@ -14,6 +14,7 @@ from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
 from meddino.core.tables import read_table
 from meddino.volumes.geometry import Geometry
+from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.labels import LabelScheme
@@ -119,11 +120,36 @@ def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> 
     """
     if image.matches(label, tolerance_mm=0.1):
         return
+    turned = ""
+    if not np.allclose(image.axes, label.axes, atol=1e-3):
+        turned = f"; their directions differ: image {_directions(image)}, label {_directions(label)}"
     raise VolumeError(
         f"case {case}: image and label map {path.name} lie on different grids: image {list(image.shape)} voxels of "
         f"{np.round(image.spacing_mm, 4).tolist()} mm at {np.round(image.origin_mm, 2).tolist()}, label {list(label.shape)} of "
         f"{np.round(label.spacing_mm, 4).tolist()} mm at {np.round(label.origin_mm, 2).tolist()}; resample one onto the other"
+        f"{turned}"
     )
+
+
+def in_orientation_of(
+    label: NDArray[np.int32], geometry: Geometry, wanted: Geometry, tolerance_mm: float = 0.1
+) -> NDArray[np.int32] | None:
+    """Return a label map with its axes reordered and flipped as those of another grid; None where the grids differ in more.
+
+    Args:
+        label: [Z, Y, X].
+        geometry: Its grid.
+        wanted: The other.
+        tolerance_mm: Of every corner.
+    """
+    mine, other = turn_to_lps(geometry), turn_to_lps(wanted)
+    if not geometry.turned(mine.order, mine.flips).matches(wanted.turned(other.order, other.flips), tolerance_mm):
+        return None
+    return other.undo(mine.apply(label))
+
+
+def _directions(geometry: Geometry) -> list[list[float]]:
+    return np.round(geometry.axes, 3).tolist()  # type: ignore[no-any-return]
 
 
 def check_grids(dataset: LabelledDataset) -> None:

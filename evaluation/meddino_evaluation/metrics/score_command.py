@@ -4,9 +4,10 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,12 +16,13 @@ from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file, write_json
 from meddino.core.logging import get_logger
 from meddino.volumes.read import read_label_map
-from meddino_evaluation.data.dataset import check_same_grid
+from meddino_evaluation.data.dataset import check_same_grid, in_orientation_of
+from meddino_evaluation.data.inputs import ENDINGS, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 from meddino_evaluation.metrics.label_metrics import METRICS, score_case
 from meddino_evaluation.metrics.tables import summarise, write_cases
 
-ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+Missing = Literal["empty", "skip"]
 EMPTY_RULE = "both empty: left out; one empty: Dice, IoU and NSD are 0, distances are left out"
 
 logger = get_logger(__name__)
@@ -31,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pred", required=True, type=Path, help="folder of predicted label maps")
     parser.add_argument("--ref", required=True, type=Path, help="folder of reference label maps of the same names")
     parser.add_argument("--out", required=True, type=Path, help="folder for cases.csv and metrics.json")
+    parser.add_argument(
+        "--missing",
+        choices=("empty", "skip"),
+        default="empty",
+        help="what a reference without a prediction counts as: nothing was found, or not at all",
+    )
     parser.add_argument("--tolerance-mm", type=float, default=1.0, help="of the normalised surface Dice")
     parser.add_argument(
         "--dataset-json", type=Path, help="names, regions and the ignore label; else found beside --ref, or none"
@@ -41,16 +49,27 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval score`."""
     if not arguments.tolerance_mm > 0 or not math.isfinite(arguments.tolerance_mm):
         raise ConfigError(f"--tolerance-mm {arguments.tolerance_mm}: must be a positive number of millimetres")
-    metrics = score_folders(arguments.pred, arguments.ref, arguments.out, arguments.tolerance_mm, arguments.dataset_json)
+    metrics = score_folders(
+        arguments.pred, arguments.ref, arguments.out, arguments.tolerance_mm, arguments.dataset_json, arguments.missing
+    )
     for name, part in metrics["test"]["by_label"].items():
         sys.stdout.write(
             f"{name}: Dice {_text(part['dice']['mean'])}, NSD {_text(part['nsd']['mean'])} ({part['cases']} cases)\n"
         )
-    sys.stdout.write(f"all: Dice {_text(metrics['test']['dice']['mean'])} ({metrics['test']['cases']} cases)\n")
+    counted = metrics["counted"]
+    sys.stdout.write(f"all: Dice {_text(metrics['test']['dice']['mean'])} ({_counted_text(counted)})\n")
+    failed = metrics["failed"]
+    if failed:
+        raise VolumeError(
+            f"{len(failed)} of {counted['references']} cases could not be scored and are in no mean: {', '.join(failed)}; "
+            f"why stands in {arguments.out / 'metrics.json'}"
+        )
 
 
-def score_folders(pred: Path, ref: Path, out: Path, tolerance_mm: float, dataset_json: Path | None = None) -> dict[str, Any]:
-    """Score every reference; a prediction that is missing or unreadable is named, and the others are scored.
+def score_folders(
+    pred: Path, ref: Path, out: Path, tolerance_mm: float, dataset_json: Path | None = None, missing: Missing = "empty"
+) -> dict[str, Any]:
+    """Score every reference; a case that is unreadable or lies on another grid is named, and the others are scored.
 
     Args:
         pred: Folder of predictions.
@@ -58,33 +77,50 @@ def score_folders(pred: Path, ref: Path, out: Path, tolerance_mm: float, dataset
         out: Folder for the results.
         tolerance_mm: Of the normalised surface Dice.
         dataset_json: Gives the label scheme; None looks in and above `ref`; without one each value is a label.
+        missing: A reference without a prediction is compared with an empty one, or left out.
 
     Returns:
-        The content of metrics.json.
+        The content of metrics.json. A label that only predictions hold is a label of its own: false positives.
 
     Raises:
-        ConfigError: A folder is missing or empty, or no case could be scored.
+        ConfigError: A folder is missing or empty, two files mean one case, or no case could be scored.
     """
     references, predictions = _label_maps(ref, "--ref"), _label_maps(pred, "--pred")
-    scheme = _scheme(ref, dataset_json, list(references.values()))
+    scheme = _with_invented(_scheme(ref, dataset_json, list(references.values())), references, predictions)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    without = sorted(references.keys() - predictions.keys())
     for case, path in references.items():
+        if case in without and missing == "skip":
+            continue
         try:
-            rows += _score(case, predictions.get(case), path, scheme, tolerance_mm)
+            rows += _score(case, predictions.get(case), path, scheme, tolerance_mm, notes)
         except VolumeError as error:
             logger.warning("%s", error)
             failed[case] = str(error)
     if not rows:
-        raise ConfigError(f"no case of {ref} could be scored: {next(iter(failed.values()))}")
+        raise ConfigError(f"no case of {ref} could be scored: {next(iter(failed.values()), 'there is no prediction')}")
+    for case in without:
+        logger.warning(
+            "case %s: there is no prediction of it; %s", case, "left out" if missing == "skip" else "counts as empty"
+        )
     write_cases(out / "cases.csv", rows, ("case", "label", *METRICS))
     metrics = {
         "format": "meddino-scores",
         "version": meddino.__version__,
         "data": {"pred_hash": _hash(predictions), "ref_hash": _hash(references), "labels": list(scheme.names)},
-        "config": {"tolerance_mm": tolerance_mm},
+        "config": {"tolerance_mm": tolerance_mm, "missing": missing},
         "rule_for_empty_labels": EMPTY_RULE,
+        "counted": {
+            "references": len(references),
+            "scored": len({row["case"] for row in rows}),
+            "missing": without,
+            "missing_count_as": missing,
+            "failed": len(failed),
+        },
         "failed": failed,
+        "notes": notes,
         "without_reference": sorted(predictions.keys() - references.keys()),
         "test": summarise([{**row, "seed": 0, "site": "", "patient": row["case"]} for row in rows], 2000),
     }
@@ -92,26 +128,60 @@ def score_folders(pred: Path, ref: Path, out: Path, tolerance_mm: float, dataset
     return metrics
 
 
-def _score(case: str, pred: Path | None, ref: Path, scheme: LabelScheme, tolerance_mm: float) -> list[dict[str, Any]]:
-    if pred is None:
-        raise VolumeError(f"case {case}: there is no prediction of it")
+def _score(
+    case: str, pred: Path | None, ref: Path, scheme: LabelScheme, tolerance_mm: float, notes: dict[str, str]
+) -> list[dict[str, Any]]:
     reference, grid = read_label_map(ref)
-    predicted, own_grid = read_label_map(pred)
-    check_same_grid(grid, own_grid, case, pred)
+    if pred is None:
+        predicted = np.zeros_like(reference)
+    else:
+        predicted, own_grid = read_label_map(pred)
+        if not grid.matches(own_grid, tolerance_mm=0.1):
+            turned = in_orientation_of(predicted, own_grid, grid)
+            if turned is None:
+                check_same_grid(grid, own_grid, case, pred)
+            else:
+                notes[case] = "the directions of prediction and reference differ; compared in the reference's orientation"
+                logger.warning("case %s: %s", case, notes[case])
+                predicted = turned
     counted = scheme.check(reference, str(ref))
-    strange = sorted(set(np.unique(predicted).tolist()) - scheme.allowed)
-    if strange:
-        raise VolumeError(f"{pred}: label values {strange[:8]} are not among those of the reference {sorted(scheme.allowed)}")
     return [row.values() for row in score_case(case, predicted, counted, scheme, grid.spacing_mm, tolerance_mm)]
 
 
 def _label_maps(folder: Path, option: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"{option} {folder}: no such folder")
-    found = {path.name.removesuffix(ending): path for ending in reversed(ENDINGS) for path in sorted(folder.glob(f"*{ending}"))}
-    if not found:
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(ENDINGS) and not path.name.startswith("."):
+            groups.setdefault(stem(path), []).append(path)
+    if not groups:
         raise ConfigError(f"{option} {folder} holds no label map ({', '.join(ENDINGS)})")
-    return dict(sorted(found.items()))
+    for case, paths in groups.items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise ConfigError(f"{option} {folder}: {names} both mean the case '{case}'; keep one")
+    return {case: paths[0] for case, paths in sorted(groups.items())}
+
+
+def _values(paths: Iterable[Path]) -> set[int]:
+    values: set[int] = set()
+    for path in paths:
+        try:
+            values |= set(np.unique(read_label_map(path)[0]).tolist())
+        except VolumeError:
+            continue  # it is named when its case is scored
+    return values
+
+
+def _with_invented(scheme: LabelScheme, references: Mapping[str, Path], predictions: Mapping[str, Path]) -> LabelScheme:
+    """Return a scheme with a label of its own for each value that predictions hold and the scheme does not know."""
+    invented = sorted(_values(path for case, path in predictions.items() if case in references) - scheme.allowed)
+    if not invented:
+        return scheme
+    logger.warning("predictions hold the label values %s, which no reference can have: false positives", invented[:8])
+    names = (*scheme.names, *(f"{value} (invented)" for value in invented))
+    return replace(scheme, names=names, values=(*scheme.values, *((value,) for value in invented)))
 
 
 def _scheme(ref: Path, dataset_json: Path | None, references: Sequence[Path]) -> LabelScheme:
@@ -127,12 +197,7 @@ def _scheme(ref: Path, dataset_json: Path | None, references: Sequence[Path]) ->
             return parse_labels(content.get("labels"), content.get("regions_class_order"), str(path))
     if dataset_json:
         raise ConfigError(f"--dataset-json {dataset_json}: no such file")
-    values: set[int] = set()
-    for path in references:
-        try:
-            values |= set(np.unique(read_label_map(path)[0]).tolist())
-        except VolumeError:
-            continue  # it is named when its case is scored
+    values = _values(references)
     labels = sorted(values - {0})
     if not labels or labels[0] < 0:
         raise ConfigError(f"the references in {ref} hold the label values {sorted(values)}; expected some above 0")
@@ -141,6 +206,15 @@ def _scheme(ref: Path, dataset_json: Path | None, references: Sequence[Path]) ->
 
 def _hash(paths: dict[str, Path]) -> dict[str, str]:
     return {case: sha256_file(path) for case, path in paths.items()}
+
+
+def _counted_text(counted: Mapping[str, Any]) -> str:
+    text = f"over {counted['scored']} of {counted['references']} cases"
+    if counted["missing"]:
+        text += f"; {len(counted['missing'])} without a prediction " + (
+            "count as empty" if counted["missing_count_as"] == "empty" else "left out"
+        )
+    return text + (f"; {counted['failed']} failed" if counted["failed"] else "")
 
 
 def _text(value: float | None) -> str:

@@ -13,11 +13,12 @@ from meddino.core.files import atomic_write
 
 
 def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: Sequence[Path], version: str) -> None:
-    """Write one binary segment a label; those without a voxel are left out, unless all are empty.
+    """Write one binary segment a label, always under the label's own number; one without a voxel has no frames.
 
     Args:
         path: File; its folder is made.
-        masks: By the label's name: [Z, Y, X], slice z over file z.
+        masks: Of every label of the scheme, by name: [Z, Y, X], slice z over file z. The first is segment 1, found or not:
+            numbers that went by what was found would mean something else in each case.
         files: The series that was segmented.
         version: Of MedDINO.
 
@@ -33,7 +34,6 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: S
         ) from error
     sources = [pydicom.dcmread(file) for file in files]
     algorithm = hd.AlgorithmIdentificationSequence(name="MedDINO", version=version, family=codes.cid7162.ArtificialIntelligence)
-    present = [name for name, mask in masks.items() if mask.any()] or list(masks)[:1]
     descriptions: list[Any] = [
         hd.seg.SegmentDescription(
             segment_number=place + 1,
@@ -43,9 +43,9 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: S
             algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
             algorithm_identification=algorithm,
         )
-        for place, name in enumerate(present)
+        for place, name in enumerate(masks)
     ]
-    pixels = np.stack([masks[name] for name in present], axis=-1).astype(np.uint8)
+    pixels = np.stack(list(masks.values()), axis=-1).astype(np.uint8)
     segmentation = hd.seg.Segmentation(
         source_images=sources,
         pixel_array=pixels,

@@ -150,3 +150,20 @@ def test_predict__wrong_input_exits_2(trained, tmp_path, capsys, change, words):
     given = {"--results": str(results), "--input": str(data / "imagesTr"), "--out": str(tmp_path / "p"), **change}
     assert main(["predict", *(part for pair in given.items() for part in pair)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_dicom_seg__a_label_keeps_its_number_when_another_is_not_found(tmp_path):
+    pytest.importorskip("highdicom")
+    from meddino.volumes.dicom.segmentation import write_dicom_seg
+
+    files = write_series(tmp_path / "series", np.zeros((3, 8, 8), dtype=np.int16), **STUDY)
+    full, empty = np.zeros((3, 8, 8), dtype=bool), np.zeros((3, 8, 8), dtype=bool)
+    full[1, 2:5, 2:5] = True
+    for name, masks in {"second": (empty, full, empty), "none": (empty, empty, empty), "last": (empty, empty, full)}.items():
+        write_dicom_seg(tmp_path / f"{name}.dcm", dict(zip(("liver", "spleen", "tumour"), masks, strict=True)), files, "1")
+        found = pydicom.dcmread(tmp_path / f"{name}.dcm")
+        numbers = [(item.SegmentNumber, item.SegmentLabel) for item in found.SegmentSequence]
+        assert numbers == [(1, "liver"), (2, "spleen"), (3, "tumour")]
+        frames = [g.SegmentIdentificationSequence[0].ReferencedSegmentNumber for g in found.PerFrameFunctionalGroupsSequence]
+        if name != "none":
+            assert frames == [{"second": 2, "last": 3}[name]]
