@@ -74,14 +74,15 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
         return
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     os.environ.setdefault("MASTER_PORT", str(_slurm_port(os.environ)))
-    # Another process's death must end this one too, with a reason, and not leave it waiting.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     dist.init_process_group(
         backend, rank=place.rank, world_size=place.world_size, timeout=timedelta(seconds=timeout_s), init_method="env://"
     )
     try:
         yield place
+    except StoppedEarly:
+        dist.destroy_process_group()  # all agreed on it
+        raise
     except RuntimeError as error:
         if not _peer_is_gone(error):
             raise
@@ -90,8 +91,8 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
             f"{timeout_s:.0f} s ({str(error).splitlines()[0][:200]}). Its own output says why; what was saved is whole: "
             "run the same command again"
         ) from error
-    finally:
-        dist.destroy_process_group()
+    # Only now: while others are in a collective this would wait for them, and an error's traceback with it.
+    dist.destroy_process_group()
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:

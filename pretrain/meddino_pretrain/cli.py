@@ -10,7 +10,7 @@ from pathlib import Path
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ConfigError
 from meddino.data.remote import corpus_location
-from meddino_pretrain.launcher import LAUNCHER_PID, is_launched, launch
+from meddino.distributed.launcher import LAUNCHER_PID, is_launched, launch
 from meddino_pretrain.run.signals import stop_on_signals
 
 

@@ -4,18 +4,18 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from meddino.core.logging import get_logger
+from meddino.distributed.exit_codes import Ending
+from meddino.distributed.launcher import LocalProcesses, free_port, rank_variables
 from meddino_slurm import slurm
-from meddino_slurm.verdict import Outcome, read_return_code, read_srun_line
 from meddino_slurm.work import Work
 
 log = get_logger(__name__)
@@ -23,21 +23,10 @@ log = get_logger(__name__)
 BEAT_S = 5
 KILL_WAIT_S = 10
 
-
-class Step(Protocol):
-    """Processes that run together and end together."""
-
-    def exit_code(self) -> int | None:
-        """Return the exit code of the whole, or None while it runs."""
-
-    def outcomes(self) -> list[Outcome]:
-        """Return which processes have ended with something else than 0 so far."""
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process."""
-
-    def kill(self) -> None:
-        """End every process now."""
+# slurmstepd's words for how a task ended, as srun repeats them.
+_TASK_LINE = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,\-\[\]]+): (?P<how>.+?)\s*$")
+_EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+_NODE_LINE = re.compile(r"^srun: error: Node failure on (?P<node>\S+)")
 
 
 class SrunStep:
@@ -49,7 +38,7 @@ class SrunStep:
         self._process = subprocess.Popen(
             command, env=dict(environment), stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
         )
-        self._outcomes: list[Outcome] = []
+        self._endings: list[Ending] = []
         self._reader = threading.Thread(target=self._read, args=(self._process.stderr,), daemon=True)
         self._reader.start()
 
@@ -60,9 +49,9 @@ class SrunStep:
             self._reader.join(timeout=KILL_WAIT_S)
         return code
 
-    def outcomes(self) -> list[Outcome]:
+    def endings(self) -> list[Ending]:
         """Return what srun has said about processes that failed."""
-        return list(self._outcomes)
+        return list(self._endings)
 
     def signal(self, number: int) -> None:
         """Do nothing: SLURM delivers its signals to the processes itself."""
@@ -81,8 +70,19 @@ class SrunStep:
     def _read(self, stream: IO[str] | None) -> None:
         for line in stream or ():
             log.info("%s", line.rstrip())
-            if outcome := read_srun_line(line):
-                self._outcomes.append(outcome)
+            if ending := read_srun_line(line):
+                self._endings.append(ending)
+
+
+def read_srun_line(line: str) -> Ending | None:
+    """Return what a line on srun's stderr says about the end of a process; None if it says something else."""
+    if node := _NODE_LINE.match(line):
+        return Ending("?", node["node"], None, "node failure")
+    task = _TASK_LINE.match(line)
+    if not task:
+        return None
+    code = _EXIT_CODE.search(task["how"])
+    return Ending(task["tasks"], task["node"], int(code[1]) if code else None, task["how"])
 
 
 def srun_command(work: Work, job_id: str) -> list[str]:
@@ -104,49 +104,11 @@ def srun_command(work: Work, job_id: str) -> list[str]:
     ]
 
 
-class LocalStep:
-    """The processes of a job on this machine, without SLURM."""
-
-    def __init__(self, work: Work, job_id: str, environment: Mapping[str, str], foreground: bool = False) -> None:
-        self._processes = []
-        for rank in range(work.tasks):
-            variables = dict(environment)
-            if work.tasks > 1:
-                variables |= {"RANK": str(rank), "WORLD_SIZE": str(work.tasks), "LOCAL_RANK": str(rank)}
-            if foreground and rank == 0:
-                self._processes.append(subprocess.Popen(work.argv, env=variables))
-                continue
-            with work.task_log(job_id, str(rank)).open("ab") as stream:
-                self._processes.append(
-                    subprocess.Popen(
-                        work.argv, env=variables, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
-                    )
-                )
-
-    def exit_code(self) -> int | None:
-        """Return the largest exit code once all have ended."""
-        codes = [process.poll() for process in self._processes]
-        ended = [128 - code if code < 0 else code for code in codes if code is not None]
-        return max(ended) if len(ended) == len(codes) else None
-
-    def outcomes(self) -> list[Outcome]:
-        """Return which processes have failed so far."""
-        codes = [process.poll() for process in self._processes]
-        found = [read_return_code(rank, socket.gethostname(), code) for rank, code in enumerate(codes) if code is not None]
-        return [outcome for outcome in found if outcome]
-
-    def signal(self, number: int) -> None:
-        """Send a signal to every process."""
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                process.send_signal(number)
-
-    def kill(self) -> None:
-        """End every process."""
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                process.kill()
-            process.wait()
+def local_step(work: Work, job_id: str, environment: Mapping[str, str], foreground: bool = False) -> LocalProcesses:
+    """Start the processes of a job on this machine, without SLURM; in the foreground the first one has the terminal."""
+    places = [rank_variables(rank, work.tasks) if work.tasks > 1 else {} for rank in range(work.tasks)]
+    logs = [work.task_log(job_id, str(rank)) for rank in range(work.tasks)]
+    return LocalProcesses(work.argv, [{**environment, **place} for place in places], logs, foreground)
 
 
 class Heartbeats:
@@ -208,9 +170,7 @@ def visible_gpus() -> int:
 
 def rendezvous(first_host: str) -> dict[str, str]:
     """Return where the processes meet: a port that is free now on the first machine, which is this one."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return {"MASTER_ADDR": first_host, "MASTER_PORT": str(probe.getsockname()[1])}
+    return {"MASTER_ADDR": first_host, "MASTER_PORT": free_port()}
 
 
 def base_environment() -> dict[str, str]:

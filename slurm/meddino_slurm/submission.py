@@ -17,7 +17,7 @@ from meddino_slurm import slurm
 from meddino_slurm.config import SiteConfig, time_limit_min
 from meddino_slurm.record import add_submission, held_text, holder_is_alive, now_text, read_json, submissions, versions
 from meddino_slurm.steps import heartbeat_command, srun_command, visible_gpus
-from meddino_slurm.supervisor import Executor, Supervise
+from meddino_slurm.supervisor import Executor, JobSupervisor
 from meddino_slurm.work import Work
 
 log = get_logger(__name__)
@@ -203,9 +203,9 @@ def _parsable_job_ids(executor: Any) -> Iterator[None]:
 
 def _submit_works(executor: Any, works: Sequence[Work]) -> str:
     if len(works) == 1:
-        return str(executor.submit(Supervise(works[0], "slurm")).job_id)
+        return str(executor.submit(JobSupervisor(works[0], "slurm")).job_id)
     with executor.batch():
-        jobs = [executor.submit(Supervise(work, "slurm")) for work in works]
+        jobs = [executor.submit(JobSupervisor(work, "slurm")) for work in works]
     return str(jobs[0].job_id).split("_")[0]
 
 
@@ -224,7 +224,7 @@ def _submit_here(folder: Path, work: Work, site: SiteConfig) -> str:
         visible_gpus=gpus,
     )
     with _streams_to(folder / "local.log"):
-        return str(executor.submit(Supervise(work, "local")).job_id)
+        return str(executor.submit(JobSupervisor(work, "local")).job_id)
 
 
 def run_in_foreground(work: Work) -> int:
@@ -232,7 +232,7 @@ def run_in_foreground(work: Work) -> int:
     import submitit
 
     work.folder.mkdir(parents=True, exist_ok=True)
-    job = submitit.DebugExecutor(folder=work.folder / "submitit").submit(Supervise(work, "debug"))
+    job = submitit.DebugExecutor(folder=work.folder / "submitit").submit(JobSupervisor(work, "debug"))
     try:
         job.result()
     except SystemExit as end:

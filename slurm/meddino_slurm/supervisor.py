@@ -9,18 +9,17 @@ import os
 import signal
 import socket
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Literal
 
 from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT
 from meddino.core.errors import MedDINOError
 from meddino.core.logging import get_logger, setup_logging
+from meddino.distributed.exit_codes import Verdict, judge
+from meddino.distributed.launcher import Signals, Step, watch
 from meddino_slurm import slurm
 from meddino_slurm.record import Lock, Record, note_in_run, progress
-from meddino_slurm.steps import Heartbeats, LocalStep, SrunStep, Step, base_environment, rendezvous
-from meddino_slurm.verdict import Outcome, Verdict, judge
+from meddino_slurm.steps import Heartbeats, SrunStep, base_environment, local_step, rendezvous
 from meddino_slurm.work import Work
 
 log = get_logger(__name__)
@@ -31,33 +30,9 @@ POLL_S = 0.5
 OTHERS_GRACE_S = 20
 # A job that has not stopped this shortly before its time limit is requeued while SLURM still lets us.
 END_MARGIN_S = 4
-FORWARDED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
 
-@dataclass
-class Signals:
-    """Signals that have reached this process."""
-
-    waiting: list[int] = field(default_factory=list)
-    seen: set[int] = field(default_factory=set)
-
-    def install(self) -> None:
-        """Note signals instead of dying of them; SIGCONT precedes SIGTERM and means nothing."""
-        for number in FORWARDED:
-            signal.signal(number, self._note)
-        signal.signal(signal.SIGCONT, signal.SIG_IGN)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.waiting.append(number)
-        self.seen.add(number)
-
-    @property
-    def stop(self) -> bool:
-        """True if somebody asked the job to end."""
-        return bool(self.seen & {signal.SIGTERM, signal.SIGINT})
-
-
-class Supervise:
+class JobSupervisor:
     """The function submitit runs. Ends by SystemExit with the exit code of the job."""
 
     def __init__(self, work: Work, executor: Executor) -> None:
@@ -77,12 +52,13 @@ class Supervise:
         except MedDINOError as error:
             log.error("%s", error)
             raise SystemExit(EXIT_WRONG_INPUT) from error
+        signal.signal(signal.SIGCONT, signal.SIG_IGN)  # precedes SIGTERM and means nothing
         signals = Signals()
         signals.install()
         while True:
             verdict = self._attempt(job_id, record, signals)
             if verdict.decision == "again" and self.executor == "slurm":
-                if slurm_takes_it_back(job_id, verdict):
+                if requeue(job_id, verdict):
                     raise SystemExit(EXIT_RUN_AGAIN)  # the lock stays with this job id
                 break
             if verdict.decision != "again" or signals.seen:
@@ -137,50 +113,21 @@ class Supervise:
             step = SrunStep(work, job_id, environment)
             beats, end_s = Heartbeats(work), slurm.end_time_s(job_id)
         else:
-            step = LocalStep(work, job_id, environment, foreground=self.executor == "debug")
+            step = local_step(work, job_id, environment, foreground=self.executor == "debug")
             beats, end_s = None, None
         try:
-            outcomes, killed_because = watch(step, beats, end_s, signals)
+            endings, because = watch(step, signals, OTHERS_GRACE_S, lambda: _reason_to_end(beats, end_s), POLL_S)
         finally:
             if beats:
                 beats.stop()
-        return judge(outcomes, step.exit_code() or 0, killed_because)
+        return judge(endings, step.exit_code() or 0, because)
 
 
-def watch(step: Step, beats: Heartbeats | None, end_s: float | None, signals: Signals) -> tuple[list[Outcome], str | None]:
-    """Wait for the end of a step, and end it if it cannot end well any more.
-
-    Args:
-        step: The processes.
-        beats: Of the machines, if there are several.
-        end_s: When the time limit ends the job, in seconds since 1970.
-        signals: Forwarded to processes that SLURM does not reach.
-
-    Returns:
-        How processes ended by themselves; why the rest was killed, or None.
-    """
-    died_at: float | None = None
-    while step.exit_code() is None:
-        while signals.waiting:
-            step.signal(signals.waiting.pop(0))
-        outcomes, now = step.outcomes(), time.monotonic()
-        if died_at is None and any(outcome.exit_code != EXIT_RUN_AGAIN for outcome in outcomes):
-            died_at = now
-        node = beats.silent_node() if beats else None
-        if node:
-            because: str | None = f"{node} has gone silent"
-        elif died_at is not None and now - died_at > OTHERS_GRACE_S:
-            because = f"others did not notice within {OTHERS_GRACE_S} s"
-        elif end_s is not None and time.time() > end_s - END_MARGIN_S:
-            because = "still running at its time limit"
-        else:
-            because = None
-        if because:
-            log.warning("ending the job's processes: %s", because)
-            step.kill()
-            return outcomes, because
-        time.sleep(POLL_S)
-    return step.outcomes(), None
+def _reason_to_end(beats: Heartbeats | None, end_s: float | None) -> str | None:
+    """Return why a job cannot end well any more: a machine that went silent, or its time limit [s since 1970] is here."""
+    if beats and (node := beats.silent_node()):
+        return f"{node} has gone silent"
+    return "still running at its time limit" if end_s is not None and time.time() > end_s - END_MARGIN_S else None
 
 
 def _write_to(path: Path) -> None:
@@ -190,7 +137,7 @@ def _write_to(path: Path) -> None:
         os.dup2(stream.fileno(), 2)
 
 
-def slurm_takes_it_back(job_id: str, verdict: Verdict) -> bool:
+def requeue(job_id: str, verdict: Verdict) -> bool:
     """Requeue this job; False if SLURM refuses, and then the job ends here."""
     refused = slurm.requeue(job_id)
     if refused:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from meddino_pretrain.cli import main
-from meddino_pretrain.launcher import exit_code, launch
 from meddino_pretrain.monitoring.metrics import read_metrics
 
 from meddino.checkpoints.state.training_state import latest_checkpoint
@@ -78,47 +77,6 @@ def test_processes__without_their_launcher_they_save_and_end(make_corpus_once, t
 def test_processes__under_torchrun_all_is_saved_but_nobody_says_75(make_corpus_once, tmp_path, number, code):
     # What docs/training.md says of torchrun; should it ever hand 75 on, the documents may say so.
     assert train_until_signalled(TORCHRUN, number, make_corpus_once, tmp_path / "run") == code
-
-
-@pytest.mark.parametrize(
-    ("codes", "wanted"),
-    [
-        ([0, 0], 0),
-        ([75, 75], 75),
-        ([0, 75], 75),
-        ([2, 75], 2),
-        ([1, 75], 1),
-        ([-9, 75], 75),
-        ([-9, 1], 75),
-        ([130, 75], 130),
-    ],
-)
-def test_exit_code__the_loudest_cause(codes, wanted):
-    assert exit_code(codes) == wanted
-
-
-def test_launch__tells_each_process_its_place(tmp_path):
-    code = (
-        f"import os; open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(os.environ['WORLD_SIZE'] + os.environ['LOCAL_RANK'])"
-    )
-    assert launch([sys.executable, "-c", code], 3) == 0
-    assert sorted((path.name, path.read_text()) for path in tmp_path.iterdir()) == [("0", "30"), ("1", "31"), ("2", "32")]
-
-
-def test_launch__one_that_dies_ends_those_that_hang(tmp_path):
-    # A process inside a collective of NCCL hears no signal: only SIGKILL ends it.
-    code = f"""
-import os, pathlib, signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if os.environ["RANK"] == "0":
-    pathlib.Path(r"{tmp_path}", "pid").write_text(str(os.getpid()))
-    time.sleep(60)
-while not pathlib.Path(r"{tmp_path}", "pid").exists(): time.sleep(0.01)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    begun = time.monotonic()
-    assert launch([sys.executable, "-c", code], 2, grace_s=0.5) == 75
-    assert time.monotonic() - begun < 20 and not is_alive(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 from meddino_slurm import supervisor
 from meddino_slurm.config import SiteConfig
 from meddino_slurm.steps import Heartbeats
-from meddino_slurm.verdict import Outcome, judge
 from meddino_slurm.work import make_work
 
 from meddino.core.config import load_config
@@ -69,64 +68,22 @@ def test_local__two_processes_get_their_rank_and_a_place_to_meet(site, standin, 
     assert not any(name.startswith("SUBMITIT_") for name in ranks[0])
 
 
-class Pretended:
-    """A step that ends when it is killed, or after some polls."""
-
-    def __init__(self, outcomes=(), ends_after=None):
-        self.found, self.ends_after, self.polls, self.killed, self.signals = list(outcomes), ends_after, 0, False, []
-
-    def exit_code(self):
-        self.polls += 1
-        ended = self.ends_after is not None and self.polls > self.ends_after
-        return 137 if self.killed else 0 if ended else None
-
-    def outcomes(self):
-        return self.found
-
-    def signal(self, number):
-        self.signals.append(number)
-
-    def kill(self):
-        self.killed = True
-
-
 class Silent:
     def silent_node(self):
         return "n2"
 
 
-@pytest.fixture
-def fast(monkeypatch):
-    monkeypatch.setattr(supervisor, "POLL_S", 0.01)
-    monkeypatch.setattr(supervisor, "OTHERS_GRACE_S", 0.1)
-
-
-def test_watch__the_others_are_ended_a_little_after_one_has_died(fast):
-    step = Pretended([Outcome("1", "n2", None, "Killed")])
-    outcomes, because = supervisor.watch(step, None, None, supervisor.Signals())
-    assert step.killed
-    assert because == "others did not notice within 0.1 s"
-    assert judge(outcomes, 137, because).decision == "again"
-
-
-def test_watch__a_process_that_has_saved_waits_for_the_others_without_limit(fast):
-    step = Pretended([Outcome("1", "n2", 75, "...")], ends_after=40)
-    assert supervisor.watch(step, None, None, supervisor.Signals())[1] is None
-    assert not step.killed
-
-
-def test_watch__a_silent_machine_ends_the_job(fast):
-    step = Pretended()
-    _, because = supervisor.watch(step, Silent(), None, supervisor.Signals())
-    assert step.killed
-    assert because == "n2 has gone silent"
-
-
-def test_watch__a_job_that_does_not_stop_is_ended_just_before_its_limit(fast):
-    step = Pretended()
-    _, because = supervisor.watch(step, None, time.time() + supervisor.END_MARGIN_S + 0.2, supervisor.Signals())
-    assert step.killed
-    assert because == "still running at its time limit"
+@pytest.mark.parametrize(
+    ("beats", "end_s", "because"),
+    [
+        (None, None, None),
+        (None, time.time() + 3600, None),
+        (None, time.time(), "still running at its time limit"),
+        (Silent(), None, "n2 has gone silent"),
+    ],
+)
+def test_reason_to_end__a_silent_machine_or_the_time_limit(beats, end_s, because):
+    assert supervisor._reason_to_end(beats, end_s) == because
 
 
 @pytest.mark.parametrize(

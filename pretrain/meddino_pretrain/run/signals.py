@@ -8,7 +8,7 @@ from types import FrameType
 
 from meddino.core.errors import StoppedEarly
 from meddino.core.logging import get_logger
-from meddino_pretrain.launcher import launcher_pid
+from meddino.distributed.launcher import launcher_pid
 
 # SIGTERM: a scheduler's time limit or pre-emption; SIGUSR1 and SIGUSR2: SLURM's --signal and submitit's warning.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
