@@ -85,7 +85,7 @@ def find_machine(device: str = "auto", precision: TrainingPrecision = "auto", lo
     if chosen.type != "cpu":
         torch.accelerator.set_device_index(chosen.index or 0)
     if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return Machine(chosen, DTYPES[precision])
 
 

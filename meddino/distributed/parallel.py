@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from meddino.core.machine_config import Parallel
@@ -33,6 +34,14 @@ def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = 
     fully_shard(root, reshard_after_forward=not trained)
     for method in methods:
         register_fsdp_forward_method(root, method)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with all its parts: sharded ones (FSDP2) are gathered, to be kept where they are needed longer."""
+    if isinstance(tensor, DTensor):
+        gathered: Tensor = tensor.full_tensor()
+        return gathered
+    return tensor.detach()
 
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:

@@ -5,45 +5,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
-from meddino.core.precision import at_least_float32
 from meddino.losses.prototype_cross_entropy import prototype_cross_entropy
 from meddino.losses.sinkhorn import SinkhornTargets
-
-__all__ = ["DinoTerms", "dino_loss", "dino_terms"]
-
-
-def dino_loss(
-    student_logits: Float[Tensor, "crops batch prototypes"],
-    teacher_probs: Float[Tensor, "teachers batch prototypes"],
-    student_temperature: float = 0.1,
-    ignore_diagonal: bool = False,
-) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy between every student crop and every teacher crop of the same image.
-
-    Args:
-        student_logits: Logits of S crops of B images.
-        teacher_probs: Assignments of T crops of the same images.
-        student_temperature: Divides the student's logits, > 0.
-        ignore_diagonal: Leave out the pairs of one and the same crop (student s with teacher t = s).
-
-    Raises:
-        ValueError: If no pair is left.
-
-    Source: Caron et al. 2021; DINOv3.
-    """
-    crops, batch, _ = student_logits.shape
-    teachers = len(teacher_probs)
-    pairs = crops * teachers - (min(crops, teachers) if ignore_diagonal else 0)
-    if pairs < 1 or batch < 1:
-        raise ValueError(f"no pair of crops to compare: {crops} student crops, {teachers} teacher crops, batch {batch}")
-    log_probs = functional.log_softmax(at_least_float32(student_logits) / student_temperature, dim=-1)
-    cross_entropy = -torch.einsum("sbk,tbk->st", log_probs, at_least_float32(teacher_probs))
-    if ignore_diagonal:
-        same_crop = torch.eye(crops, teachers, dtype=torch.bool, device=cross_entropy.device)
-        cross_entropy = cross_entropy.masked_fill(same_crop, 0.0)
-    return cross_entropy.sum() / (batch * pairs)
 
 
 @dataclass(frozen=True)
@@ -72,7 +36,18 @@ def dino_terms(
     global_weight: float = 1.0,
     local_weight: float = 1.0,
 ) -> DinoTerms:
-    """Return `dino_loss` of the global crops without the diagonal and of the local crops, without holding logits.
+    """Return the cross-entropies between student crops and the teacher's global crops of the same images, without logits.
+
+        log_probs = log_softmax(bottleneck @ prototypes.T / student_temperature)
+        for s in range(S):                                         # global_crops: another crop of the image
+            for t in range(T):
+                if s != t:
+                    for b in range(B):
+                        loss -= targets[t, b] @ log_probs[s, b] / (B * S * (T - 1))
+        for s in range(L):                                         # local_crops: every teacher crop
+            for t in range(T):
+                for b in range(B):
+                    loss -= targets[t, b] @ local_log_probs[s, b] / (B * L * T)
 
     Args:
         global_bottleneck: Student's head before its last layer, S = T global crops of B images.
@@ -85,12 +60,14 @@ def dino_terms(
 
     Raises:
         ValueError: If the targets are not those of the global crops, or there is only one global crop.
+
+    Source: Caron et al. 2021; DINOv3.
     """
     crops, batch, dim = global_bottleneck.shape
     local_crops = len(local_bottleneck)
     if crops < 2 or len(targets) != crops * batch:
         raise ValueError(f"need targets for at least two global crops; {crops} crops of {batch} images, {len(targets)} targets")
-    device, dtype = global_bottleneck.device, targets.kernel.dtype
+    device, dtype = global_bottleneck.device, targets.dtype
     image = torch.arange(batch, device=device)
     every = torch.arange(crops, device=device)[None] * batch + image[:, None]  # [B, T]
     others = torch.stack([torch.cat([every[:, :crop], every[:, crop + 1 :]], dim=1) for crop in range(crops)])  # [S, B, T - 1]

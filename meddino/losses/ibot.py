@@ -3,34 +3,9 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
-from meddino.core.precision import at_least_float32
 from meddino.losses.prototype_cross_entropy import prototype_cross_entropy
 from meddino.losses.sinkhorn import SinkhornTargets
-
-
-def ibot_loss(
-    student_masked_logits: Float[Tensor, "m prototypes"],
-    teacher_probs: Float[Tensor, "m prototypes"],
-    mask_weights: Float[Tensor, " m"],
-    num_images: int,
-    student_temperature: float = 0.1,
-) -> Float[Tensor, ""]:
-    """Return the cross-entropy on masked patches, averaged within each image and then over images.
-
-    Args:
-        student_masked_logits: Student logits of all masked patches of all global crops.
-        teacher_probs: The teacher's assignments of the same patches.
-        mask_weights: One over the number of masked patches in the patch's image; see `mask_weights_of`.
-        num_images: Number of global crops, those without a mask included.
-        student_temperature: Divides the student's logits, > 0.
-
-    Source: Zhou et al. 2022; DINOv3.
-    """
-    log_probs = functional.log_softmax(at_least_float32(student_masked_logits) / student_temperature, dim=-1)
-    cross_entropy = -(at_least_float32(teacher_probs) * log_probs).sum(-1)
-    return (cross_entropy * mask_weights).sum() / num_images
 
 
 def ibot_term(
@@ -41,18 +16,24 @@ def ibot_term(
     num_images: int,
     student_temperature: float = 0.1,
 ) -> Float[Tensor, ""]:
-    """Return `ibot_loss` without holding logits or assignments of all patches.
+    """Return the cross-entropy on masked patches, averaged within each image and then over images, without all logits.
+
+        log_probs = log_softmax(bottleneck @ prototypes.T / student_temperature)
+        for i in range(m):
+            loss -= mask_weights[i] * targets[i] @ log_probs[i] / num_images
 
     Args:
         bottleneck: The student head's output before its last layer, for the masked patches.
         prototypes: Weight of the student head's last layer.
         targets: The teacher's assignments of the same patches.
-        mask_weights: See `ibot_loss`.
-        num_images: See `ibot_loss`.
+        mask_weights: One over the number of masked patches in the patch's image; see `mask_weights_of`.
+        num_images: Number of global crops, those without a mask included.
         student_temperature: Divides the student's logits, > 0.
+
+    Source: Zhou et al. 2022; DINOv3.
     """
     rows = torch.arange(len(bottleneck), device=bottleneck.device)[:, None]
-    weights = (mask_weights.to(targets.kernel.dtype) / num_images)[:, None]
+    weights = (mask_weights.to(targets.dtype) / num_images)[:, None]
     return prototype_cross_entropy(bottleneck, prototypes, targets, rows, weights, student_temperature)[0]
 
 

@@ -90,9 +90,9 @@ class _Comparison:
             rows = slice(first_row + part.start, first_row + part.stop)
             target_rows = self.target_rows[rows]
             scales = targets.row_scale[target_rows] * self.weights[rows]  # [m, r]
-            assigned = targets.kernel[target_rows[:, 0]].mul_(scales[:, :1])
+            assigned = targets.kernel(target_rows[:, 0]).mul_(scales[:, :1])
             for other in range(1, target_rows.shape[1]):
-                assigned.addcmul_(targets.kernel[target_rows[:, other]], scales[:, other, None])
+                assigned.addcmul_(targets.kernel(target_rows[:, other]), scales[:, other, None])
             yield part, rows, assigned.mul_(targets.column_scale)
 
 
@@ -108,14 +108,15 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
         device = bottleneck.device.type
-        # Autocast is off in the backward pass: what it would choose is asked for here.
+        # The products' data type is asked for; all else is at least float32, which autocast would not leave alone.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else bottleneck.dtype
         comparison = _Comparison(targets, target_rows, weights)
-        by_row = bottleneck.new_empty(len(bottleneck), dtype=targets.kernel.dtype)
+        by_row = bottleneck.new_empty(len(bottleneck), dtype=targets.dtype)
         softmax = by_row.new_empty(len(by_row), 2)
-        for rows, logits, _ in _logits(bottleneck, prototypes, temperature, dtype):
-            by_row[rows] = comparison.losses(logits, rows.start, softmax[rows])
-            del logits  # before the next ones are made
+        with torch.autocast(device, enabled=False):
+            for rows, logits, _ in _logits(bottleneck, prototypes, temperature, dtype):
+                by_row[rows] = comparison.losses(logits, rows.start, softmax[rows])
+                del logits  # before the next ones are made
         ctx.save_for_backward(bottleneck, prototypes, softmax)
         ctx.comparison, ctx.temperature, ctx.dtype = comparison, temperature, dtype
         ctx.mark_non_differentiable(by_row)
@@ -124,6 +125,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Whoever goes backward inside an autocast block has it on here too.
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return _PrototypeCrossEntropy._gradients(ctx, *grads)
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         bottleneck, prototypes, softmax = ctx.saved_tensors
         given: _Comparison = ctx.comparison
         comparison = _Comparison(given.targets, given.target_rows, given.weights * grads[0])

@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from meddino.core.device import find_machine
-from meddino.layers.linear import linear
 from meddino.losses.dino import dino_terms
 from meddino.losses.gram import gram_loss
 from meddino.losses.ibot import ibot_term
-from meddino.losses.sinkhorn import sinkhorn_targets
+from meddino.losses.sinkhorn import TeacherLogits, sinkhorn_targets
 from tests.reference import plain
 
 TEACHER_TEMPERATURE, STUDENT_TEMPERATURE = 0.07, 0.1
@@ -93,13 +92,13 @@ class LossPart:
             self.global_bottleneck,
             self.local_bottleneck,
             self.dino_weight,
-            sinkhorn_targets(linear(self.teacher_cls, self.teacher_weight), TEACHER_TEMPERATURE, overwrite=True),
+            sinkhorn_targets(TeacherLogits(self.teacher_cls, self.teacher_weight), TEACHER_TEMPERATURE),
             STUDENT_TEMPERATURE,
         ).weighted
         loss = loss + ibot_term(
             self.patch_bottleneck,
             self.ibot_weight,
-            sinkhorn_targets(linear(self.teacher_patches, self.teacher_weight), TEACHER_TEMPERATURE, overwrite=True),
+            sinkhorn_targets(TeacherLogits(self.teacher_patches, self.teacher_weight), TEACHER_TEMPERATURE),
             (1 / self.masks.sum(1).clamp(min=1))[:, None].expand_as(self.masks)[self.masks],
             len(self.masks),
             STUDENT_TEMPERATURE,

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from meddino.losses.dino import dino_loss, dino_terms
-from meddino.losses.sinkhorn import sinkhorn_knopp, sinkhorn_targets
+from meddino.losses.dino import dino_terms
+from meddino.losses.sinkhorn import TeacherLogits, sinkhorn_targets
+from tests.losses.conftest import assignments
+from tests.reference.plain import dino_loss
 
 
 def slow(student, teacher, temperature, ignore_diagonal):
@@ -21,20 +23,22 @@ def slow(student, teacher, temperature, ignore_diagonal):
     return total / pairs
 
 
-@pytest.mark.parametrize(("crops", "teachers", "ignore"), [(2, 2, True), (2, 2, False), (5, 2, False), (3, 2, True)])
-def test_dino_loss__equals_the_slow_loop(crops, teachers, ignore):
-    student, teacher = torch.randn(crops, 3, 7), torch.softmax(torch.randn(teachers, 3, 7), -1)
-    found = dino_loss(student, teacher, 0.2, ignore)
-    assert float(found) == pytest.approx(slow(student, teacher, 0.2, ignore), rel=1e-5)
+@pytest.mark.parametrize("num_local", [1, 3])
+def test_dino_terms__equal_the_slow_loop(num_local):
+    batch, prototypes = 3, 7
+    crops, local = torch.randn(2, batch, prototypes), torch.randn(num_local, batch, prototypes)
+    logits = torch.randn(2 * batch, prototypes)
+    teacher = assignments(logits, 0.1).view(2, batch, prototypes)
+    # With the identity as prototypes a bottleneck is the logits.
+    terms = dino_terms(crops, local, torch.eye(prototypes), sinkhorn_targets(TeacherLogits(logits), 0.1), 0.2)
+    assert float(terms.global_crops) == pytest.approx(slow(crops, teacher, 0.2, True), rel=1e-5)
+    assert float(terms.local_crops) == pytest.approx(slow(local, teacher, 0.2, False), rel=1e-5)
 
 
-def test_dino_loss__uniform_teacher_and_student_is_the_logarithm_of_k():
-    assert float(dino_loss(torch.zeros(1, 2, 16), torch.full((1, 2, 16), 1 / 16))) == pytest.approx(2.7725887)
-
-
-def test_dino_loss__no_pair():
-    with pytest.raises(ValueError, match="no pair of crops"):
-        dino_loss(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), ignore_diagonal=True)
+def test_dino_terms__of_a_student_without_an_opinion_are_the_logarithm_of_k():
+    targets = sinkhorn_targets(TeacherLogits(torch.randn(4, 16)), 0.1)
+    terms = dino_terms(torch.zeros(2, 2, 3), torch.zeros(1, 2, 3), torch.randn(16, 3), targets)
+    assert float(terms.global_crops) == pytest.approx(2.7725887) == float(terms.local_crops)
 
 
 @pytest.mark.parametrize("num_local", [0, 3])
@@ -44,13 +48,15 @@ def test_dino_terms__equals_the_plain_form_and_so_do_gradients(num_local):
     local_bottleneck = torch.randn(num_local, batch, dim, requires_grad=True)
     weight = torch.randn(prototypes, dim, requires_grad=True)
     logits = torch.randn(2 * batch, prototypes)
-    probabilities = sinkhorn_knopp(logits, 0.06).view(2, batch, prototypes)
+    probabilities = assignments(logits, 0.06).view(2, batch, prototypes)
     expected_global = dino_loss(global_bottleneck @ weight.t(), probabilities, 0.1, ignore_diagonal=True)
     expected = 0.3 * expected_global
     if num_local:
         expected_local = dino_loss(local_bottleneck @ weight.t(), probabilities, 0.1)
         expected = expected + 0.6 * expected_local
-    terms = dino_terms(global_bottleneck, local_bottleneck, weight, sinkhorn_targets(logits, 0.06), 0.1, 0.3, 0.6)
+    terms = dino_terms(
+        global_bottleneck, local_bottleneck, weight, sinkhorn_targets(TeacherLogits(logits), 0.06), 0.1, 0.3, 0.6
+    )
     torch.testing.assert_close(terms.weighted, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms.global_crops, expected_global.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
@@ -65,7 +71,7 @@ def test_dino_terms__equals_the_plain_form_and_so_do_gradients(num_local):
 
 def test_dino_terms__weight_zero():
     bottleneck, weight = torch.randn(2, 2, 4), torch.randn(5, 4)
-    targets = sinkhorn_targets(torch.randn(4, 5), 0.1)
+    targets = sinkhorn_targets(TeacherLogits(torch.randn(4, 5)), 0.1)
     terms = dino_terms(bottleneck, bottleneck, weight, targets, 0.1, global_weight=1.0, local_weight=0.0)
     assert float(terms.local_crops) == 0.0
     torch.testing.assert_close(terms.weighted, terms.global_crops)
@@ -73,4 +79,9 @@ def test_dino_terms__weight_zero():
 
 def test_dino_terms__refuses_other_targets():
     with pytest.raises(ValueError, match="2 crops of 3 images, 4 targets"):
-        dino_terms(torch.zeros(2, 3, 4), torch.zeros(0, 3, 4), torch.zeros(5, 4), sinkhorn_targets(torch.zeros(4, 5), 0.1))
+        dino_terms(
+            torch.zeros(2, 3, 4),
+            torch.zeros(0, 3, 4),
+            torch.zeros(5, 4),
+            sinkhorn_targets(TeacherLogits(torch.zeros(4, 5)), 0.1),
+        )

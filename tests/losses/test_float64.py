@@ -6,7 +6,8 @@ from meddino.losses.dino import dino_terms
 from meddino.losses.gram import gram_loss
 from meddino.losses.ibot import ibot_term, mask_weights_of
 from meddino.losses.koleo import koleo_loss
-from meddino.losses.sinkhorn import sinkhorn_knopp, sinkhorn_targets
+from meddino.losses.sinkhorn import TeacherLogits, sinkhorn_targets
+from tests.losses.conftest import assignments
 
 
 def double(*shape, grad=True):
@@ -35,13 +36,13 @@ def test_sinkhorn__equals_the_formula_to_twelve_digits():
     for _ in range(3):
         q /= q.sum(dim=1, keepdim=True) * 9
         q /= q.sum(dim=0, keepdim=True) * 6
-    found = sinkhorn_knopp(logits, 0.1)
+    found = assignments(logits, 0.1)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, (q * 6).t(), atol=1e-12, rtol=1e-12)
 
 
 def test_dino__gradient_is_that_of_finite_differences():
-    targets = sinkhorn_targets(double(4, 7, grad=False), 0.1)
+    targets = sinkhorn_targets(TeacherLogits(double(4, 7, grad=False)), 0.1)
     assert_gradient_fits(
         lambda crops, local, weight: dino_terms(crops, local, weight, targets, 0.2, 0.7, 0.3).weighted,
         double(2, 2, 5),
@@ -52,7 +53,7 @@ def test_dino__gradient_is_that_of_finite_differences():
 
 def test_ibot__gradient_is_that_of_finite_differences():
     weights = mask_weights_of(torch.tensor([[True, False, True], [False, True, False]]))
-    targets = sinkhorn_targets(double(3, 7, grad=False), 0.1)
+    targets = sinkhorn_targets(TeacherLogits(double(3, 7, grad=False)), 0.1)
     assert_gradient_fits(lambda masked, weight: ibot_term(masked, weight, targets, weights, 2, 0.2), double(3, 5), double(7, 5))
 
 

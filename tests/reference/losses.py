@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from meddino.layers.projection_head import ProjectionHead
-from meddino.losses.dino import dino_loss, dino_terms
+from meddino.losses.dino import dino_terms
 from meddino.losses.gram import gram_loss, resize_patch_map
-from meddino.losses.ibot import ibot_loss, ibot_term, mask_weights_of
+from meddino.losses.ibot import ibot_term, mask_weights_of
 from meddino.losses.koleo import koleo_loss
-from meddino.losses.sinkhorn import sinkhorn_knopp, sinkhorn_targets
+from meddino.losses.sinkhorn import TeacherLogits, sinkhorn_targets
+from tests.reference.plain import dino_loss, ibot_loss
 from tests.reference.records import Records, part, stated
 from tests.reference.report import Item, scaled
 
@@ -63,7 +64,7 @@ def _assignments(name: str, logits: Tensor, recorded: Tensor, temperature: float
     note = ""
     if not recorded.isfinite().all():
         recorded, note = float64_sinkhorn(logits, temperature, iterations).float(), OVERFLOWED
-    found = sinkhorn_knopp(logits, temperature, iterations)
+    found = sinkhorn_targets(TeacherLogits(logits), temperature, iterations).probabilities()
     return [_item(f"sinkhorn-knopp of {name}", found, recorded, note)], recorded
 
 
@@ -83,7 +84,7 @@ def _dino(given: dict[str, Tensor], teacher_temperature: float, student_temperat
         items.append(_item(f"dino {name}", dino_loss(student, teacher, student_temperature, ignore), recorded, note))
     if len(logits) == crops * batch and crops > 1:
         # With the identity as prototypes the form that training uses takes logits for a bottleneck.
-        targets = sinkhorn_targets(logits, teacher_temperature, iterations)
+        targets = sinkhorn_targets(TeacherLogits(logits), teacher_temperature, iterations)
         terms = dino_terms(students, locals_, torch.eye(prototypes), targets, student_temperature)
         for name, found in (("loss_global_ignore_diagonal", terms.global_crops), ("loss_local", terms.local_crops)):
             if given[name].isfinite():
@@ -101,7 +102,7 @@ def _ibot(given: dict[str, Tensor], teacher_temperature: float, student_temperat
         each = -(float64_sinkhorn(logits, teacher_temperature, iterations) * log_probs).sum(-1)
         recorded, note = ((each * weights).sum() / len(masks)).float(), OVERFLOWED
     found = ibot_loss(student, probabilities, weights, len(masks), student_temperature)
-    targets = sinkhorn_targets(logits, teacher_temperature, iterations)
+    targets = sinkhorn_targets(TeacherLogits(logits), teacher_temperature, iterations)
     chunked = ibot_term(student, torch.eye(student.shape[1]), targets, weights, len(masks), student_temperature)
     return [*items, _item("ibot loss", found, recorded, note), _item("ibot loss, chunked", chunked, recorded, note)]
 

@@ -119,6 +119,21 @@ def head(weights: Weights, x: Tensor) -> Tensor:
     return x @ weights["last_layer.weight"].transpose(0, 1)
 
 
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, temperature: float = 0.1, ignore_diagonal: bool = False) -> Tensor:
+    """Return the mean cross-entropy between every student crop [S, B, K] and every teacher crop [T, B, K] of an image."""
+    log_probs = torch.log_softmax(student_logits / temperature, dim=-1)
+    pairs = [(s, t) for s in range(len(student_logits)) for t in range(len(teacher_probs)) if not (ignore_diagonal and s == t)]
+    return torch.stack([-(teacher_probs[t] * log_probs[s]).sum(-1).mean() for s, t in pairs]).mean()
+
+
+def ibot_loss(
+    student_logits: Tensor, teacher_probs: Tensor, mask_weights: Tensor, images: int, temperature: float = 0.1
+) -> Tensor:
+    """Return the cross-entropy on masked patches [m, K], averaged within each image and then over images."""
+    each = -(teacher_probs * torch.log_softmax(student_logits / temperature, dim=-1)).sum(-1)
+    return (each * mask_weights).sum() / images
+
+
 def sinkhorn(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
     q = torch.exp((logits - logits.max()) / temperature).t()
     prototypes, count = q.shape

@@ -12,7 +12,7 @@ from meddino.core.precision import at_least_float32
 from meddino.distributed.parallel import gradient_sync
 from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.losses.gram import resize_patch_map
-from meddino.losses.sinkhorn import SinkhornTargets, sinkhorn_targets
+from meddino.losses.sinkhorn import SinkhornTargets, TeacherLogits, sinkhorn_targets
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.crops import GLOBAL_CROPS
@@ -136,7 +136,7 @@ class DINOv3Objective:
     @torch.no_grad()
     def _targets(self, batches: Sequence[Batch], draws: Sequence[DropPathPlan], temperature: float) -> list[Targets]:
         with self.machine.autocast():
-            logits = [self.teacher.target_logits(batch) for batch in batches]
+            logits = [self.teacher.target_logits(batch, self.machine.compute_dtype) for batch in batches]
             gram = [self._gram_tokens(batch) for batch in batches]
             leash = [self._leash(batch) for batch in batches]
         # Sinkhorn's equal shares hold over the whole batch: all micro-batches here, all processes inside.
@@ -178,8 +178,8 @@ class DINOv3Objective:
         return [KoLeoPull(value.detach(), shares[:, number].flatten(0, 1)) for number in range(len(batches))]
 
 
-def _joint_targets(logits: list[Tensor], temperature: float) -> list[SinkhornTargets]:
-    joint = sinkhorn_targets(logits[0] if len(logits) == 1 else torch.cat(logits), temperature, overwrite=True)
+def _joint_targets(logits: list[TeacherLogits], temperature: float) -> list[SinkhornTargets]:
+    joint = sinkhorn_targets(TeacherLogits.joined(logits), temperature)
     ends = list(itertools.accumulate(len(part) for part in logits))
     return [joint.rows(end - len(part), end) for end, part in zip(ends, logits, strict=True)]
 
