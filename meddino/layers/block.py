@@ -7,8 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.layers.attention import SelfAttention
-from meddino.layers.cpu.lean_branches import attention_branch, is_lean, mlp_branch
-from meddino.layers.feed_forward import Mlp
 from meddino.layers.packing import CropGroup, KeptSamples
 
 
@@ -60,22 +58,18 @@ class TransformerBlock(nn.Module):
             groups: How they are packed.
             kept: Samples that attention and perceptron are computed for; None computes all.
         """
-        x = _add_residual(x, self._attend, groups, kept[0] if kept else None)
-        return _add_residual(x, self._transform, groups, kept[1] if kept else None)
+        x = _add_residual(x, self.attention_branch, groups, kept[0] if kept else None)
+        return _add_residual(x, self.mlp_branch, groups, kept[1] if kept else None)
 
-    def _attend(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
-        gamma = None if self.ls1 is None else self.ls1.gamma
-        if is_lean(tokens, self.norm1, self.attn):
-            return attention_branch(tokens, self.norm1, self.attn, gamma, groups)
+    def attention_branch(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
+        """Return ls1 * attention(norm1 tokens), within each crop."""
         residual: Tensor = self.attn(self.norm1(tokens), groups)
-        return residual if gamma is None else residual * gamma
+        return residual if self.ls1 is None else residual * self.ls1.gamma
 
-    def _transform(self, tokens: Tensor, _groups: Sequence[CropGroup]) -> Tensor:
-        gamma = None if self.ls2 is None else self.ls2.gamma
-        if isinstance(self.mlp, Mlp) and is_lean(tokens, self.norm2, self.mlp):
-            return mlp_branch(tokens, self.norm2, self.mlp, gamma)
+    def mlp_branch(self, tokens: Tensor, _groups: Sequence[CropGroup]) -> Tensor:
+        """Return ls2 * mlp(norm2 tokens)."""
         residual: Tensor = self.mlp(self.norm2(tokens))
-        return residual if gamma is None else residual * gamma
+        return residual if self.ls2 is None else residual * self.ls2.gamma
 
 
 def _add_residual(

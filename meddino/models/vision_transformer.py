@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from meddino.core.config import StrictConfig
 from meddino.layers.attention import SelfAttention
 from meddino.layers.block import LayerScale, TransformerBlock
+from meddino.layers.cpu.lean_branches import LeanBlock
 from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.feed_forward import build_feed_forward
 from meddino.layers.linear import KeyMaskedLinear
@@ -263,4 +264,4 @@ class VisionTransformer(Backbone):
 def _build_block(config: ViTConfig) -> TransformerBlock:
     attention = SelfAttention(config.embed_dim, config.num_heads, config.qkv_bias, config.mask_k_bias)
     feed_forward = build_feed_forward(config.ffn_layer, config.embed_dim, config.ffn_ratio)
-    return TransformerBlock(config.embed_dim, attention, feed_forward, config.layerscale_init, config.norm_eps)
+    return LeanBlock(config.embed_dim, attention, feed_forward, config.layerscale_init, config.norm_eps)

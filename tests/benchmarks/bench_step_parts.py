@@ -20,12 +20,12 @@ from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rat
 from torch import Tensor, nn
 
 from meddino.core.device import find_machine
-from meddino.layers import block as block_module
+from meddino.layers.cpu import lean_branches as lean_module
 from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.layers.projection_head import ProjectionHead
 from meddino.losses.gram import gram_loss
 from meddino.losses.ibot import ibot_term
-from meddino.losses.sinkhorn import sinkhorn_targets
+from meddino.losses.sinkhorn import TeacherLogits, sinkhorn_targets
 from meddino.models.registry import build_backbone
 from meddino.models.vision_transformer import VisionTransformer
 from tests.benchmarks.bench_step_ratios import best_s, peak_mib
@@ -54,12 +54,12 @@ def forward_and_backward(backbone: VisionTransformer, groups: list[list[Tensor]]
 @contextmanager
 def plain_branches() -> Iterator[None]:
     """Have blocks call their modules one by one, whose gradients autograd works out."""
-    own = block_module.is_lean
-    block_module.is_lean = lambda *_: False  # type: ignore[assignment]
+    own = lean_module.is_lean
+    lean_module.is_lean = lambda *_: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        block_module.is_lean = own  # type: ignore[assignment]
+        lean_module.is_lean = own  # type: ignore[assignment]
 
 
 def backbone_parts(size: StepSize, compiled: bool) -> list[Part]:
@@ -111,7 +111,7 @@ def loss_parts(size: StepSize) -> list[Part]:
     masks = torch.zeros(2 * size.batch, patches, dtype=torch.bool)
     masks.view(-1)[torch.randperm(masks.numel(), generator=rng)[:rows]] = True
     weights = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
-    targets, probabilities = sinkhorn_targets(logits.clone(), 0.07), plain.sinkhorn(logits, 0.07)
+    targets, probabilities = sinkhorn_targets(TeacherLogits(logits.clone()), 0.07), plain.sinkhorn(logits, 0.07)
 
     def cross_entropy() -> Tensor:
         return torch.autograd.grad(plain.ibot(features @ weight.t(), probabilities, masks, 0.1), [features, weight])[1]
@@ -121,7 +121,11 @@ def loss_parts(size: StepSize) -> list[Part]:
         return torch.autograd.grad(loss, [features, weight])[1]
 
     return [
-        Part("Sinkhorn: scaling vectors", lambda: plain.sinkhorn(logits, 0.07), lambda: sinkhorn_targets(logits, 0.07)),
+        Part(
+            "Sinkhorn: scaling vectors",
+            lambda: plain.sinkhorn(logits, 0.07),
+            lambda: sinkhorn_targets(TeacherLogits(logits), 0.07),
+        ),
         Part("cross-entropy in chunks", cross_entropy, in_chunks),
         Part(
             "Gram per image",

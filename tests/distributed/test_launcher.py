@@ -5,6 +5,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from meddino.distributed.exit_codes import Ending
 from meddino.distributed.launcher import Signals, launch, watch
 

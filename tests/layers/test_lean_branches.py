@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from meddino.layers import block as module
 from meddino.layers.attention import SelfAttention
-from meddino.layers.block import TransformerBlock
-from meddino.layers.cpu.lean_branches import is_lean
+from meddino.layers.cpu import lean_branches as module
+from meddino.layers.cpu.lean_branches import LeanBlock, is_lean
 from meddino.layers.feed_forward import Mlp, SwiGLU
 from meddino.layers.packing import CropGroup, KeptSamples
 from meddino.layers.rotary_embedding import RotaryEmbedding
@@ -19,7 +18,7 @@ def groups(dtype):
 
 def block(layerscale=0.3, qkv_bias=True):
     torch.manual_seed(1)
-    built = TransformerBlock(16, SelfAttention(16, 2, qkv_bias, True), Mlp(16, 32), layerscale, norm_eps=1e-6)
+    built = LeanBlock(16, SelfAttention(16, 2, qkv_bias, True), Mlp(16, 32), layerscale, norm_eps=1e-6)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from meddino.layers import linear as module
-from meddino.layers.linear import KeyMaskedLinear, Linear, linear, product, takes_own_kernels
+from meddino.layers.cpu import matmul as module
+from meddino.layers.cpu.matmul import takes
+from meddino.layers.linear import KeyMaskedLinear, Linear, linear, product
 
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_product__transposed_views_and_bias(monkeypatch, onednn):
     if not onednn:
-        monkeypatch.setattr(module, "_has_onednn_product", lambda: False)
+        monkeypatch.setattr(module, "_has_onednn", lambda: False)
     left, right, bias = torch.randn(5, 7), torch.randn(3, 7), torch.randn(3)
     torch.testing.assert_close(product(left, right, bias), left @ right.t() + bias)
     other = torch.randn(5, 4)
@@ -47,7 +48,7 @@ def test_linear__only_what_is_asked_for():
 def test_linear__other_dtypes_take_torchs_path():
     layer = Linear(4, 3).double()
     x = torch.randn(2, 4, dtype=torch.float64)
-    assert not takes_own_kernels(x)
+    assert not takes(x)
     torch.testing.assert_close(layer(x), x @ layer.weight.t() + layer.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Linear(4, 3)(torch.randn(2, 4)).dtype == torch.bfloat16

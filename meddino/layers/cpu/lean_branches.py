@@ -17,9 +17,27 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meddino.layers.attention import SelfAttention
+from meddino.layers.block import TransformerBlock
+from meddino.layers.cpu.matmul import product, takes
 from meddino.layers.feed_forward import Mlp
-from meddino.layers.linear import KeyMaskedLinear, Linear, product, takes_own_kernels
+from meddino.layers.linear import KeyMaskedLinear, Linear
 from meddino.layers.packing import CropGroup, split_groups
+
+
+class LeanBlock(TransformerBlock):
+    """`TransformerBlock`, whose branches run by this module wherever they can: float32 on a CPU, run eagerly."""
+
+    def attention_branch(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
+        """See `TransformerBlock.attention_branch`."""
+        if not is_lean(tokens, self.norm1, self.attn):
+            return super().attention_branch(tokens, groups)
+        return attention_branch(tokens, self.norm1, self.attn, None if self.ls1 is None else self.ls1.gamma, groups)
+
+    def mlp_branch(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
+        """See `TransformerBlock.mlp_branch`."""
+        if not (isinstance(self.mlp, Mlp) and is_lean(tokens, self.norm2, self.mlp)):
+            return super().mlp_branch(tokens, groups)
+        return mlp_branch(tokens, self.norm2, self.mlp, None if self.ls2 is None else self.ls2.gamma)
 
 
 def is_lean(x: Tensor, norm: nn.Module, branch: nn.Module) -> bool:
@@ -38,7 +56,7 @@ def is_lean(x: Tensor, norm: nn.Module, branch: nn.Module) -> bool:
         return False
     if any(type(layer) is not kind or _has_hooks(layer) for layer, kind in layers):
         return False
-    return takes_own_kernels(x, *branch.parameters(), *norm.parameters())
+    return takes(x, *branch.parameters(), *norm.parameters())
 
 
 def mlp_branch(
