@@ -1,6 +1,6 @@
 """Sinkhorn-Knopp: teacher logits to assignments in which every prototype is used equally much over the whole batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,6 @@ class TeacherLogits:
             return features.to(loss_dtype(features), copy=True)
         dtype = self.dtype or features.dtype
         return at_least_float32(product(features.to(dtype), self.prototypes.to(dtype)))
-
-    @staticmethod
-    def joined(parts: "Sequence[TeacherLogits]") -> "TeacherLogits":
-        """Return the rows of all parts, which have the same prototypes."""
-        bottleneck = parts[0].bottleneck if len(parts) == 1 else torch.cat([part.bottleneck for part in parts])
-        return TeacherLogits(bottleneck, parts[0].prototypes, parts[0].dtype)
 
 
 @dataclass(frozen=True)

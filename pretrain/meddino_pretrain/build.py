@@ -94,7 +94,7 @@ def build_objective(
     called: torch.nn.Module = student
     if parallel == "fsdp2":
         shard(student, student.backbone.parts(), ["global_cls"], trained=True)
-        shard(teacher, teacher.backbone.parts(), ["target_logits", "look"])
+        shard(teacher, teacher.backbone.parts(), ["target_bottlenecks", "look"])
         for frozen in (gram_teacher, leash_teacher):
             if frozen is not None:
                 shard(frozen, frozen.parts())

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from meddino.core.device import Machine
 from meddino.core.precision import at_least_float32
-from meddino.distributed.parallel import gradient_sync
+from meddino.distributed.parallel import gradient_sync, whole
 from meddino.layers.drop_path import CropIndices, DropPathPlan
+from meddino.layers.projection_head import ProjectionHead
 from meddino.losses.gram import resize_patch_map
 from meddino.losses.sinkhorn import SinkhornTargets, TeacherLogits, sinkhorn_targets
 from meddino.models.vision_transformer import VisionTransformer
@@ -136,12 +137,13 @@ class DINOv3Objective:
     @torch.no_grad()
     def _targets(self, batches: Sequence[Batch], draws: Sequence[DropPathPlan], temperature: float) -> list[Targets]:
         with self.machine.autocast():
-            logits = [self.teacher.target_logits(batch, self.machine.compute_dtype) for batch in batches]
+            bottlenecks = [self.teacher.target_bottlenecks(batch) for batch in batches]
             gram = [self._gram_tokens(batch) for batch in batches]
             leash = [self._leash(batch) for batch in batches]
         # Sinkhorn's equal shares hold over the whole batch: all micro-batches here, all processes inside.
-        cls = _joint_targets([part for part, _ in logits], temperature)
-        patches = _joint_targets([part for _, part in logits], temperature)
+        dtype = self.machine.compute_dtype
+        cls = _joint_targets(self.teacher.dino_head, [part for part, _ in bottlenecks], temperature, dtype)
+        patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], temperature, dtype)
         self._observed = _observe(cls)
         pulls = self._koleo_pulls(batches, draws)
         return [Targets(*parts) for parts in zip(cls, patches, gram, leash, pulls, strict=True)]
@@ -178,10 +180,13 @@ class DINOv3Objective:
         return [KoLeoPull(value.detach(), shares[:, number].flatten(0, 1)) for number in range(len(batches))]
 
 
-def _joint_targets(logits: list[TeacherLogits], temperature: float) -> list[SinkhornTargets]:
-    joint = sinkhorn_targets(TeacherLogits.joined(logits), temperature)
-    ends = list(itertools.accumulate(len(part) for part in logits))
-    return [joint.rows(end - len(part), end) for end, part in zip(ends, logits, strict=True)]
+def _joint_targets(head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype) -> list[SinkhornTargets]:
+    """Balance the teacher's logits of all micro-batches together, and return each one's targets."""
+    bottleneck = parts[0] if len(parts) == 1 else torch.cat(parts)
+    # Gathered here: inside the network's own forward FSDP2 lends a weight that is gone afterwards.
+    joint = sinkhorn_targets(TeacherLogits(bottleneck, whole(head.last_layer.weight), dtype), temperature)
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    return [joint.rows(end - len(part), end) for end, part in zip(ends, parts, strict=True)]
 
 
 def _observe(targets: Sequence[SinkhornTargets]) -> dict[str, Float[Tensor, ""]]:

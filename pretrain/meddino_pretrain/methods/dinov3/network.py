@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_with_grad, rank
-from meddino.distributed.parallel import whole
 from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.projection_head import ProjectionHead
 from meddino.losses.dino import dino_terms
 from meddino.losses.gram import Negatives, gram_loss
 from meddino.losses.ibot import ibot_term
 from meddino.losses.koleo import koleo_loss
-from meddino.losses.sinkhorn import SinkhornTargets, TeacherLogits
+from meddino.losses.sinkhorn import SinkhornTargets
 from meddino.models.backbone import BackboneOutput
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
@@ -153,16 +152,14 @@ class DINOv3Network(nn.Module):
         return {**{name: term.detach() for name, term in terms.items()}, "total": total}
 
     @torch.no_grad()
-    def target_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[TeacherLogits, TeacherLogits]:
-        """Return the teacher's logits of all global crops (unmasked) and of the patches that the student has masked.
+    def target_bottlenecks(self, batch: Batch) -> tuple[Float[Tensor, "gb d"], Float[Tensor, "m d"]]:
+        """Return what the teacher's logits come from: of all global crops (unmasked), and of the student's masked patches.
 
-        They are not computed here: for all prototypes and micro-batches at once they are the largest tensors of a step.
+        The logits of all prototypes and micro-batches at once would be the largest tensors of a step.
         """
         seen = self.backbone(batch.global_crops)
         masked = seen.patch_tokens.flatten(0, 1)[batch.mask_indices]
-        heads = ((self.dino_head, seen.cls_token), (self.ibot_head, masked))
-        cls, patches = (TeacherLogits(head(x, no_last_layer=True), whole(head.last_layer.weight), dtype) for head, x in heads)
-        return cls, patches
+        return self.dino_head(seen.cls_token, no_last_layer=True), self.ibot_head(masked, no_last_layer=True)
 
     @torch.no_grad()
     def look(
