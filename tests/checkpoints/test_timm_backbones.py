@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import meddino
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
-from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.checkpoints.weights.load import load_backbone_weights
 from meddino.core.errors import CheckpointError
 from meddino.models.registry import backbone_config, backbone_from_config
@@ -92,7 +92,7 @@ def test_weights__a_missing_tensor_is_refused_or_allowed_by_name(trained, tmp_pa
     save_file({key: value for key, value in tensors.items() if key != "layer4.0.conv1.weight"}, tmp_path / "w.safetensors")
     with pytest.raises(CheckpointError, match=r"missing 1: model\.layer4\.0\.conv1\.weight"):
         load_backbone_weights(tmp_path / "w.safetensors", config)
-    weights = load_backbone_weights(tmp_path / "w.safetensors", config, GapsConfig(missing=("model.layer4.0.conv1.*",)))
+    weights = load_backbone_weights(tmp_path / "w.safetensors", config, LoadingTolerances(missing=("model.layer4.0.conv1.*",)))
     assert weights.coverage.fresh == ["model.layer4.0.conv1.weight"]
     assert load_file(tmp_path / "w.safetensors").keys() <= tensors.keys()
 

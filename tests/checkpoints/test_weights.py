@@ -8,7 +8,7 @@ from torch.nn import functional
 import meddino
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.state.safetensors_storage import read_tensors
-from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.checkpoints.weights.find_weights import find_weights
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, backbone_name
 from meddino.checkpoints.weights.key_formats import to_timm
@@ -38,7 +38,7 @@ def same(one: VisionTransformer, other: VisionTransformer) -> bool:
 
 def loaded(source, config: ViTConfig = CONFIG, **gaps) -> VisionTransformer:
     model = VisionTransformer(config).eval()
-    load_backbone_weights(source, config, GapsConfig(**gaps)).load_into(model)
+    load_backbone_weights(source, config, LoadingTolerances(**gaps)).load_into(model)
     return model
 
 
@@ -114,7 +114,7 @@ def test_fit__gaps_fail_unless_named(tmp_path):
     torch.save(state, tmp_path / "w.pth")
     model = VisionTransformer(CONFIG)
     before = model.blocks[1].norm1.bias.clone()
-    gaps = GapsConfig(missing=("mask_token", "blocks.*.norm1.bias"), unexpected=("extra.*",))
+    gaps = LoadingTolerances(missing=("mask_token", "blocks.*.norm1.bias"), unexpected=("extra.*",))
     weights = load_backbone_weights(tmp_path / "w.pth", CONFIG, gaps)
     weights.load_into(model)
     assert weights.coverage.fresh == ["mask_token", "blocks.1.norm1.bias"]
@@ -138,7 +138,7 @@ def test_fit__patch_size_by_resampling(tmp_path):
     finer = CONFIG.model_copy(update={"patch_size": 8})
     with pytest.raises(CheckpointError, match="wrong shape"):
         loaded(tmp_path / "w.pth", finer)
-    weights = load_backbone_weights(tmp_path / "w.pth", finer, GapsConfig(resample_patches=True))
+    weights = load_backbone_weights(tmp_path / "w.pth", finer, LoadingTolerances(resample_patches=True))
     assert weights.coverage.adapted == {"patch_embed.proj.weight": "resampled from 16 to 8 px"}
 
 

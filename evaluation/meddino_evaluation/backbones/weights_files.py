@@ -1,11 +1,11 @@
 """Foreign weights files: read without running anything in them, named as the model names them, and all there."""
 
 import os
-import sys
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from meddino.checkpoints.weights.load import timm_names
 from meddino.checkpoints.weights.weight_files import read_weights_file
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
@@ -65,7 +65,7 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefixes: tuple[s
         if inside:
             tensors = inside
             break
-    tensors = _renamed(model, tensors)
+    tensors = timm_names(model, tensors)
     wanted = model.state_dict()
     missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
     wrong = [
@@ -83,14 +83,3 @@ def load_weights(model: nn.Module, tensors: dict[str, Tensor], prefixes: tuple[s
     if surplus:
         _log.info("%s: %d tensors that the backbone does not have are left out (%s ...)", where, len(surplus), surplus[0])
     model.load_state_dict({name: tensors.get(name, value) for name, value in wanted.items()}, strict=True)
-
-
-def _renamed(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if any(".mlp.lin1." in name for name in tensors):  # the official SAM names, once their prefix is gone
-        tensors = {name.replace(".mlp.lin", ".mlp.fc"): value for name, value in tensors.items()}
-    module = sys.modules.get(type(model).__module__)
-    rename = getattr(module, "checkpoint_filter_fn", None)
-    if rename is None or not type(model).__module__.startswith("timm."):
-        return tensors
-    renamed: dict[str, Tensor] = dict(rename(dict(tensors), model))
-    return renamed

@@ -23,7 +23,7 @@ from meddino.checkpoints.export.model_folder import (
     weights_sha256,
 )
 from meddino.checkpoints.export.source import Role, read_source
-from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.checkpoints.weights.find_weights import find_weights, is_training_output
 from meddino.checkpoints.weights.infer_architecture import backbone_name
 from meddino.checkpoints.weights.load import fit
@@ -145,7 +145,7 @@ def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None
         raise CheckpointError(f"{path} is empty; give a folder made by meddino-export, a weights file, or random:<backbone>")
     weights = find_weights(source)
     # Nothing but training reads the mask token, and timm's files are without it.
-    fitted = fit(weights, weights.config, GapsConfig(missing=("mask_token",)))
+    fitted = fit(weights, weights.config, LoadingTolerances(missing=("mask_token",)))
     _log.info("%s", fitted.coverage.text())
     backbone = VisionTransformer(weights.config)
     fitted.load_into(backbone)

@@ -6,7 +6,7 @@ from typing import Literal
 from meddino.core.config import StrictConfig
 
 
-class GapsConfig(StrictConfig):
+class LoadingTolerances(StrictConfig):
     """Where weights may fall short of the model. By default nowhere: every gap is named, or loading fails."""
 
     sum_input_channels: bool = False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from meddino.checkpoints.export.model_folder import ParentRecord
 from meddino.checkpoints.export.source import read_source
-from meddino.checkpoints.weights.coverage import Coverage, GapsConfig
+from meddino.checkpoints.weights.coverage import Coverage, LoadingTolerances
 from meddino.checkpoints.weights.find_weights import FoundWeights, find_weights
 from meddino.checkpoints.weights.key_formats import DERIVED
 from meddino.checkpoints.weights.weight_files import read_weights_file
@@ -58,14 +58,14 @@ class BackboneWeights:
 
 
 def load_backbone_weights(
-    source: str | Path, config: BackboneConfig, gaps: GapsConfig | None = None, section: str | None = None
+    source: str | Path, config: BackboneConfig, tolerances: LoadingTolerances | None = None, section: str | None = None
 ) -> BackboneWeights:
     """Read weights for a model, all of them.
 
     Args:
         source: See `find_weights`.
         config: The model.
-        gaps: Where they may fall short.
+        tolerances: Where they may fall short; None for nowhere.
         section: Of a trainer's file: "teacher" (default) or "student".
 
     Raises:
@@ -73,14 +73,16 @@ def load_backbone_weights(
             option allows it; the message is the coverage report.
     """
     if isinstance(config, TimmConfig):
-        return _load_timm_weights(source, config, gaps or GapsConfig(), section)
+        return _load_timm_weights(source, config, tolerances or LoadingTolerances(), section)
     found = find_weights(source, section, config.num_heads)
-    weights = fit(found, config, gaps or GapsConfig())
+    weights = fit(found, config, tolerances or LoadingTolerances())
     _log.info("%s", weights.coverage.text())
     return weights
 
 
-def _load_timm_weights(source: str | Path, config: TimmConfig, gaps: GapsConfig, section: str | None) -> BackboneWeights:
+def _load_timm_weights(
+    source: str | Path, config: TimmConfig, tolerances: LoadingTolerances, section: str | None
+) -> BackboneWeights:
     """Read weights for a model of timm: our export, run or checkpoint, or any file of timm's or the model's own names."""
     text = str(source).removeprefix(f"{TIMM_PREFIX}{config.timm}@")
     path, notes, backbone = Path(text), [], TimmBackbone(config)
@@ -98,7 +100,7 @@ def _load_timm_weights(source: str | Path, config: TimmConfig, gaps: GapsConfig,
     coverage = Coverage(str(path), "timm", notes=notes)
     for name, target in backbone.state_dict().items():
         tensor = tensors.get(name)
-        if tensor is None and (name.endswith(".num_batches_tracked") or _matches(name, gaps.missing)):
+        if tensor is None and (name.endswith(".num_batches_tracked") or _matches(name, tolerances.missing)):
             coverage.fresh.append(name)
         elif tensor is None:
             coverage.missing.append(f"{name} {list(target.shape)}")
@@ -110,7 +112,7 @@ def _load_timm_weights(source: str | Path, config: TimmConfig, gaps: GapsConfig,
     ends = tuple(f"model.{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
     for name, tensor in tensors.items():
         if name not in coverage.loaded and name not in coverage.wrong_shape:
-            allowed = name.startswith(ends) or _matches(name, gaps.unexpected)
+            allowed = name.startswith(ends) or _matches(name, tolerances.unexpected)
             (coverage.left_out if allowed else coverage.unexpected).append(f"{name} {list(tensor.shape)}")
     _refuse_gaps(coverage)
     _log.info("%s", coverage.text())
@@ -119,6 +121,8 @@ def _load_timm_weights(source: str | Path, config: TimmConfig, gaps: GapsConfig,
 
 def timm_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors under the names of a timm model, by timm's own rules for the files it knows."""
+    if any(".mlp.lin1." in name for name in tensors):  # SAM's official names
+        tensors = {name.replace(".mlp.lin", ".mlp.fc"): value for name, value in tensors.items()}
     module = sys.modules.get(type(model).__module__)
     rename = getattr(module, "checkpoint_filter_fn", None)
     if rename is None or not type(model).__module__.startswith("timm."):
@@ -127,7 +131,7 @@ def timm_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
     return renamed
 
 
-def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWeights:
+def fit(found: FoundWeights, config: ViTConfig, tolerances: LoadingTolerances) -> BackboneWeights:
     """Fit found weights to a model's names and shapes.
 
     Raises:
@@ -149,11 +153,11 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
             continue
         tensor = tensors.pop(name, None)
         if tensor is not None:
-            tensor = _adapted(name, tensor, target, config, gaps, coverage)
-        elif name.endswith("attn.qkv.bias") and gaps.qkv_bias == "zeros":
+            tensor = _adapted(name, tensor, target, config, tolerances, coverage)
+        elif name.endswith("attn.qkv.bias") and tolerances.qkv_bias == "zeros":
             tensor = torch.zeros(target.shape)
             coverage.adapted[name] = "starts at zero"
-        elif (name == "storage_tokens" and gaps.registers == "fresh") or _matches(name, gaps.missing):
+        elif (name == "storage_tokens" and tolerances.registers == "fresh") or _matches(name, tolerances.missing):
             coverage.fresh.append(name)
         else:
             coverage.missing.append(f"{name} {list(target.shape)}")
@@ -161,8 +165,10 @@ def fit(found: FoundWeights, config: ViTConfig, gaps: GapsConfig) -> BackboneWei
             result[name] = tensor
             coverage.loaded[name] = tensor.numel()
     for name, tensor in tensors.items():
-        dropped = name.endswith("attn.qkv.bias") and gaps.qkv_bias == "drop"
-        allowed = dropped or (name == "storage_tokens" and gaps.registers == "cut") or _matches(name, gaps.unexpected)
+        dropped = name.endswith("attn.qkv.bias") and tolerances.qkv_bias == "drop"
+        allowed = (
+            dropped or (name == "storage_tokens" and tolerances.registers == "cut") or _matches(name, tolerances.unexpected)
+        )
         (coverage.left_out if allowed else coverage.unexpected).append(f"{name} {list(tensor.shape)}")
     _refuse_gaps(coverage)
     return BackboneWeights(result, coverage, found.parent, found.heads)
@@ -198,13 +204,13 @@ def resample_patch_weights(weight: Tensor, size: int) -> Tensor:
 
 
 def _adapted(
-    name: str, tensor: Tensor, target: Tensor, config: ViTConfig, gaps: GapsConfig, coverage: Coverage
+    name: str, tensor: Tensor, target: Tensor, config: ViTConfig, tolerances: LoadingTolerances, coverage: Coverage
 ) -> Tensor | None:
     if name == "patch_embed.proj.weight":
-        if gaps.sum_input_channels and target.shape[1] == 1 and tensor.shape[1] > 1:
+        if tolerances.sum_input_channels and target.shape[1] == 1 and tensor.shape[1] > 1:
             coverage.adapted[name] = f"{tensor.shape[1]} input channels summed"
             tensor = tensor.sum(dim=1, keepdim=True)
-        if gaps.resample_patches and tensor.shape[-1] != target.shape[-1] and tensor.shape[-1] == tensor.shape[-2]:
+        if tolerances.resample_patches and tensor.shape[-1] != target.shape[-1] and tensor.shape[-1] == tensor.shape[-2]:
             before = coverage.adapted.get(name, "")
             coverage.adapted[name] = (
                 f"{before}{', ' if before else ''}resampled from {tensor.shape[-1]} to {target.shape[-1]} px"
@@ -212,7 +218,7 @@ def _adapted(
             tensor = resample_patch_weights(tensor, target.shape[-1])
     if name == "storage_tokens" and tensor.shape[-1] == target.shape[-1]:
         found, wanted = tensor.shape[1], target.shape[1]
-        if (found > wanted and gaps.registers == "cut") or (found < wanted and gaps.registers == "fresh"):
+        if (found > wanted and tolerances.registers == "cut") or (found < wanted and tolerances.registers == "fresh"):
             coverage.adapted[name] = f"{min(found, wanted)} registers of {found}, the model has {wanted}"
             return tensor[:, :wanted]
     if name.endswith("attn.qkv.bias") and config.mask_k_bias and tensor.chunk(3)[1].any():

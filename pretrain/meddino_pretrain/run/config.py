@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from meddino.checkpoints.weights.coverage import GapsConfig
+from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.core.config import StrictConfig
 
 
@@ -25,7 +25,7 @@ class InitConfig(StrictConfig):
     """Network taken from a trainer's file: teacher or student; null: teacher if it has one."""
     heads: Literal["if_there", "fresh"] = "if_there"
     """Whether heads in the file are taken; MedDINOv3's has them."""
-    gaps: GapsConfig = GapsConfig()
+    gaps: LoadingTolerances = LoadingTolerances()
 
 
 class SavingConfig(StrictConfig):
