@@ -40,7 +40,8 @@ class Backbone(nn.Module, ABC):
     """A backbone behind one face.
 
     Attributes:
-        name: As the user asked for it.
+        name: For tables: as the user asked for it, or the NAME of NAME=MODEL.
+        spec: Where it came from, as the user asked for it.
         embed_dim: Width of the last CLS-like vector and of the patch tokens.
         patch_size: Pixels between patch tokens.
         contract: How images become input.
@@ -48,6 +49,7 @@ class Backbone(nn.Module, ABC):
     """
 
     name: str
+    spec: str = ""
     embed_dim: int
     patch_size: int
     contract: ImageContract

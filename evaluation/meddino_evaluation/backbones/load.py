@@ -35,27 +35,50 @@ def load_backbone(spec: str, seed: int = 0) -> Backbone:
               or of the architecture in an export,
             - a catalogue name (`dinov2_vits14`): its weights file is looked for in the weights folder,
             - `<name>@<file>`: a catalogue name, one of our backbones, or `timm:<name>`, with that weights file,
-            - `hf:<folder>`: a local folder of transformers.
+            - `hf:<folder>`: a local folder of transformers,
+            - `NAME=<any of these>`: that model under a name of the user's.
         seed: Of random weights.
 
     Raises:
         ConfigError: Unknown name, or weights that are not there (says which file to put where).
         CheckpointError: A file is damaged or does not fit.
     """
+    name, spec = named_model(spec)
+    backbone = _loaded(spec, seed).eval().requires_grad_(False)
+    backbone.name, backbone.spec = name, spec
+    return backbone
+
+
+def named_model(text: str) -> tuple[str, str]:
+    """Return the name and the model of NAME=MODEL; a model without a name is called as it is written."""
+    name, equals, spec = text.partition("=")
+    return (name, spec) if equals and name and spec and "/" not in name and not Path(text).exists() else (text, text)
+
+
+def model_name(text: str) -> str:
+    """Return a short name for tables: that of NAME=MODEL, else the model without the folders before it."""
+    name, spec = named_model(text)
+    prefix, colon, rest = spec.partition(":")
+    return name if name != spec else f"{prefix}:{Path(rest).name}" if colon and prefix == "random" else Path(spec).name
+
+
+def _loaded(spec: str, seed: int) -> Backbone:
     if spec.startswith(RANDOM):
-        return _finished(_random(spec, spec.removeprefix(RANDOM), seed))
+        return _random(spec, spec.removeprefix(RANDOM), seed)
     if spec.startswith("hf:"):
-        return _finished(TransformersBackbone(spec, load_transformers_folder(Path(spec.removeprefix("hf:")))))
+        return TransformersBackbone(spec, load_transformers_folder(Path(spec.removeprefix("hf:"))))
     name, at, file = spec.partition("@")
     if at and (name in CATALOGUE or name in BACKBONES or name.startswith("timm:")):
-        return _finished(_from_file(spec, name, Path(file), seed))
+        return _from_file(spec, name, Path(file), seed)
     if spec in CATALOGUE:
-        return _finished(_from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed))
+        return _from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed)
     if Path(spec).exists():
-        return _finished(_ours(spec, model_files.load(spec)))
+        return _ours(spec, model_files.load(spec))
     known = [*CATALOGUE, *BACKBONES]
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
+    if spec in BACKBONES:
+        hint = f"'{spec}' is an architecture: random:{spec} runs it with fresh weights, {spec}@FILE with a file's; "
     raise ConfigError(
         f"no model '{spec}': {hint}give a folder made by meddino-export, a run, a weights file, random:<name>, "
         f"<name>@<weights file>, hf:<folder>, timm:<name>@<weights file>, or one of {', '.join(CATALOGUE)}"
@@ -95,7 +118,3 @@ def _built(spec: str, name: str) -> tuple[Backbone, Entry, nn.Module]:
         return TimmBackbone(spec, model), entry, model
     model = build_transformers(entry.architecture, entry.arguments)
     return TransformersBackbone(spec, model), entry, model
-
-
-def _finished(backbone: Backbone) -> Backbone:
-    return backbone.eval().requires_grad_(False)

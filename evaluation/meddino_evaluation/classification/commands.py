@@ -15,12 +15,16 @@ DEFAULT_PROTOCOLS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that these commands share."""
     parser.add_argument(
-        "--model", required=True, help="export folder, random:<name>, <name>@<weights file>, or a catalogue name"
+        "--model",
+        required=True,
+        help="export folder, random:<name>, <name>@<weights file>, catalogue name, NAME=any of them",
     )
     parser.add_argument(
-        "--data", required=True, help="shipped name (see `meddino-eval datasets list`) or YAML file of the data set"
+        "--data",
+        required=True,
+        help="folder of class folders, CSV (image, label [, patient, split]), YAML file, or shipped name (`datasets list`)",
     )
-    parser.add_argument("--root", required=True, type=Path, help="folder of the data set")
+    parser.add_argument("--root", type=Path, help="folder of the data, for a shipped name or a YAML file that lies elsewhere")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--config", default="classification", help="YAML file or shipped name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. protocols=[lora,bitfit] split.repeats=5")
@@ -32,8 +36,8 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino.core.files import write_text
     from meddino_evaluation.backbones.load import load_backbone
     from meddino_evaluation.classification.config import ClassificationConfig
-    from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.classification.evaluate import evaluate
+    from meddino_evaluation.classification.recognise import open_labelled
     from meddino_evaluation.classification.report import write_report
     from meddino_evaluation.classification.retrieval import retrieve
     from meddino_evaluation.metrics.text_table import metric_text
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     own = DEFAULT_PROTOCOLS.get(arguments.command)
     overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]
     config = load_config(ClassificationConfig, [arguments.config], overrides, kind="evaluation")
-    dataset = open_dataset(load_dataset_config(arguments.data), arguments.root)
+    dataset = open_labelled(arguments.data, arguments.root)
     backbone = load_backbone(arguments.model)
     write_text(arguments.out / "config.yaml", to_yaml(config))
     if arguments.command == "retrieve":

@@ -115,13 +115,13 @@ class DatasetConfig(StrictConfig):
 
     name: str
     """Short name, used in tables and files."""
-    title: str
+    title: str = ""
     """What it is."""
-    citation: str
+    citation: str = "not stated"
     """Whom to cite."""
-    licence: str
+    licence: str = "not stated"
     """Of the data."""
-    url: str
+    url: str = ""
     """Where a user gets it; nothing is downloaded."""
     task: Literal["binary", "multiclass", "multilabel", "ordinal", "segmentation"]
     """Kind of task."""
@@ -135,7 +135,7 @@ class DatasetConfig(StrictConfig):
     """A case is a stack of slices."""
     window_hu: tuple[float, float] | None = None
     """HU window shown to every model; null: each model's own."""
-    split_rule: str
+    split_rule: str = "drawn by patient"
     """How the publishers or studies split it, in words."""
     notes: str = ""
     """What a reader of the results must know."""

@@ -117,6 +117,8 @@ def _class_number(config: DatasetConfig, raw: str, where: str) -> int:
 
 def _from_files(config: DatasetConfig, layout: FilesLayout, root: Path) -> Iterator[ClassCase]:
     for path in sorted(root.glob(layout.pattern)):
+        if path.name.startswith(".") or path.name == "Thumbs.db":
+            continue
         relative = path.relative_to(root).as_posix()
         match = re.search(layout.label_regex, relative)
         if match is None:

@@ -1,4 +1,4 @@
-"""`meddino-eval datasets list | fake | prepare`: the shipped definitions, tiny fake copies, and nnU-Net raw layout."""
+"""`meddino-eval datasets list | init | fake | prepare | check`: definitions, tiny fake copies, and nnU-Net raw layout."""
 
 import argparse
 import sys
@@ -9,11 +9,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval datasets`."""
     parser.add_argument(
         "action",
-        choices=["list", "fake", "prepare", "check"],
-        help="list: what is shipped; fake: a tiny copy in the "
-        "real layout; prepare: a segmentation set as nnU-Net raw; check: read every case of --root",
+        choices=["list", "init", "fake", "prepare", "check"],
+        help="list: what is shipped; init: write the definition of a folder or CSV; fake: a tiny copy in the real layout; "
+        " prepare: a segmentation set as nnU-Net raw; check: read every case of --root",
     )
-    parser.add_argument("name", nargs="?", help="shipped name or YAML file")
+    parser.add_argument("name", nargs="?", help="shipped name or YAML file; init: folder of class folders, or CSV")
     parser.add_argument("--root", type=Path, help="folder of the data set (prepare, check)")
     parser.add_argument("--out", type=Path, help="folder to write (fake, prepare)")
 
@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.classification.fake_data import make_fake
     from meddino_evaluation.classification.images import read_slices
+    from meddino_evaluation.classification.recognise import write_definition
     from meddino_evaluation.classification.segmentation_sets import prepare_segmentation
 
     if arguments.action == "list":
@@ -34,11 +35,16 @@ def run(arguments: argparse.Namespace) -> None:
             if config.notes:
                 sys.stdout.write(f"{'':22} {config.notes}\n")
         return
-    needed = {"fake": ("name", "out"), "prepare": ("name", "root", "out"), "check": ("name", "root")}[arguments.action]
+    needed = {"init": ("name", "out"), "fake": ("name", "out"), "prepare": ("name", "root", "out"), "check": ("name", "root")}[
+        arguments.action
+    ]
     missing = [f"--{one}" if one != "name" else "a name" for one in needed if getattr(arguments, one) is None]
     if missing:
         raise ConfigError(f"meddino-eval datasets {arguments.action} needs {', '.join(missing)}")
-    if arguments.action == "fake":
+    if arguments.action == "init":
+        config = write_definition(Path(arguments.name), arguments.out)
+        sys.stdout.write(f"{arguments.out}: {config.task}, classes {', '.join(config.classes)}; add title and licence\n")
+    elif arguments.action == "fake":
         make_fake(arguments.name, arguments.out)
     elif arguments.action == "prepare":
         count = prepare_segmentation(load_dataset_config(arguments.name), arguments.root, arguments.out)

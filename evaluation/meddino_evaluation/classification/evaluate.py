@@ -91,7 +91,7 @@ def evaluate(
     machine = find_machine(config.features.device)
     check_selection(config, dataset.kind)
     splits = choose_splits(dataset, config)
-    leakage = LeakageCheck(backbone.lineage, config.split.corpus, backbone.name, slices=True)
+    leakage = LeakageCheck(backbone.lineage, config.split.corpus, backbone.spec, slices=True)
     transform = make_transform(backbone, config.features, dataset.config)
     extractor = FeatureExtractor(backbone, transform, config.features, config.features.cache or out / "features", machine)
     bank = ImageBank(backbone, transform)

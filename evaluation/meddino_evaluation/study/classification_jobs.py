@@ -12,10 +12,10 @@ from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
 from meddino_evaluation.adaptation.config import ProtocolName
-from meddino_evaluation.backbones.load import load_backbone
+from meddino_evaluation.backbones.load import load_backbone, named_model
 from meddino_evaluation.classification.config import ClassificationConfig
-from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
 from meddino_evaluation.classification.evaluate import evaluate
+from meddino_evaluation.classification.recognise import open_labelled
 from meddino_evaluation.study.config import StudyConfig, StudyData
 from meddino_evaluation.study.jobs import weights_hash
 
@@ -52,12 +52,12 @@ class ClassificationJob:
         settings["features"]["cache"] = settings["features"]["device"] = None  # where and on what does not matter
         what = [self.model, self.weights, self.dataset, str(self.root), self.protocol, self.few_shot, settings]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
-        names = [re.sub(r"[^A-Za-z0-9]+", "_", Path(one).name).strip("_") for one in (self.model, self.dataset)]
+        names = [re.sub(r"[^A-Za-z0-9]+", "_", Path(one).name).strip("_") for one in (named_model(self.model)[0], self.dataset)]
         return "-".join([*names, self.protocol, *(["few_shot"] if self.few_shot else []), digest])
 
     def run(self, folder: Path) -> None:
         """Learn and test."""
-        dataset = open_dataset(load_dataset_config(self.dataset), self.root)
+        dataset = open_labelled(self.dataset, self.root)
         backbone = load_backbone(self.model)
         write_json(folder / "job.json", {"model": self.model, "dataset": self.dataset, "protocol": self.protocol})
         evaluate(backbone, dataset, self.evaluation, folder, few_shot=self.few_shot)

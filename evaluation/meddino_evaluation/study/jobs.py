@@ -9,7 +9,7 @@ from typing import Protocol
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import sha256_file, write_text
 from meddino.core.logging import get_logger
-from meddino_evaluation.backbones.load import load_backbone
+from meddino_evaluation.backbones.load import load_backbone, named_model
 
 DONE = "metrics.json"
 _log = get_logger(__name__)
@@ -86,6 +86,7 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
 
 def weights_hash(model: str) -> str | None:
     """Return the hash of a model's weights, so that another export or a later step of a run under its name is another job."""
+    model = named_model(model)[1]
     path = Path(model.partition("@")[2] or model)
     if path.is_dir() and not (path / "model.safetensors").is_file():
         try:

@@ -27,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino.core.config import load_config, to_yaml
     from meddino.core.errors import MedDINOError
     from meddino.core.files import write_text
+    from meddino_evaluation.classification.recognise import open_labelled
     from meddino_evaluation.study.classification_jobs import list_jobs, load_results
     from meddino_evaluation.study.config import StudyConfig
     from meddino_evaluation.study.jobs import list_lines, parse_part, run_jobs
@@ -37,6 +38,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         sys.stdout.write(list_lines(jobs, root))
         return
+    for name, data_root in dict.fromkeys((job.dataset, job.root) for job in jobs):
+        open_labelled(name, data_root)  # a folder that is missing is said before the first job
     part = parse_part(arguments.part)
     if part is None:
         write_text(arguments.out / "study.yaml", to_yaml(config))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from meddino.core import html
 from meddino.core.files import write_text
 from meddino_evaluation.adaptation.few_shot import curve_points
+from meddino_evaluation.backbones.load import model_name
 from meddino_evaluation.classification.results import ALL_DATA, Run, read_per_case
 from meddino_evaluation.metrics.classification import METRICS
 from meddino_evaluation.metrics.classification_bootstrap import paired_metric
@@ -43,12 +44,6 @@ def write_study(kind: StudyKind, config: StudyConfig, found: Found, out: Path, m
     write_text(out / "report.html", _page(kind, config, found, results, comparison, missing))
 
 
-def short_name(model: str) -> str:
-    """Return a model's name without the folders before it."""
-    prefix, colon, rest = model.partition(":")
-    return f"{prefix}:{Path(rest).name}" if colon and prefix == "random" else Path(model).name
-
-
 def results_table(kind: StudyKind, config: StudyConfig, found: Found) -> Table:
     """Return one row for each data set, model, protocol and setting."""
     names = [name for name in _COLUMNS if any(name in METRICS[content["data"]["task"]] for _, content in found)]
@@ -62,7 +57,7 @@ def results_table(kind: StudyKind, config: StudyConfig, found: Found) -> Table:
             cells = [metric_text(entry["metrics"].get(name)) for name in names]
             size = f"{content['model']['parameters'] / 1e6:.1f}"
             setting = entry["setting"] if entry["setting"] != ALL_DATA else "all"
-            rows.append((content["data"]["name"], short_name(job.model), size, label, setting, str(entry["runs"]), *cells))
+            rows.append((content["data"]["name"], model_name(job.model), size, label, setting, str(entry["runs"]), *cells))
     return Table(("data", "model", "parameters [M]", first, "training", "runs", *names), tuple(rows))
 
 
@@ -78,7 +73,7 @@ def comparison_table(config: StudyConfig, found: Found, out: Path) -> Table:
         for other in others:
             tests = _paired(config, reference, other, protocol, setting, out)
             if tests is not None:
-                names = (short_name(other[0].model), short_name(reference[0].model))
+                names = (model_name(other[0].model), model_name(reference[0].model))
                 rows.append((data, protocol, setting, *names, *tests[0]))
                 values.append(tests[1])
     adjusted = [holm([value[test] for value in values]) for test in range(3)] if values else []
@@ -251,7 +246,7 @@ def _curves(members: Found, metric: str, data: str) -> "Figure":
                 if not points["mean"]:
                     continue
                 x = [point[0] for point in points["mean"]]
-                label = f"{short_name(job.model)}, {protocol}" + (" (fraction)" if family == "fraction" else "")
+                label = f"{model_name(job.model)}, {protocol}" + (" (fraction)" if family == "fraction" else "")
                 (line,) = axes.plot(x, [point[1] for point in points["mean"]], style, marker="o", markersize=3.5, label=label)
                 if len(points["low"]) == len(x):
                     ends = ([point[1] for point in points["low"]], [point[1] for point in points["high"]])
@@ -278,7 +273,7 @@ def _intervals(members: Found, metric: str, data: str) -> "Figure":
                     known = values["low"] is not None
                     below.append(max(0.0, values["mean"] - values["low"]) if known else 0.0)
                     above.append(max(0.0, values["high"] - values["mean"]) if known else 0.0)
-        axes.errorbar(x, y, yerr=[below, above], fmt="o", markersize=4, capsize=3, label=short_name(model))
+        axes.errorbar(x, y, yerr=[below, above], fmt="o", markersize=4, capsize=3, label=model_name(model))
     axes.set_xticks(range(len(protocols)), protocols)
     axes.set(ylabel=metric)
     return _finished(drawing, axes, data)

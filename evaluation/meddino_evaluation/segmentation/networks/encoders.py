@@ -54,4 +54,4 @@ def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
             f"model {model}: its patch embedding takes {backbone.vit.config.in_chans} channels, its input contract says "
             f"{backbone.contract.channels}"
         )
-    return EncoderSource(model, backbone, backbone.contract, backbone.hash(), dict(backbone.lineage))
+    return EncoderSource(backbone.spec or model, backbone, backbone.contract, backbone.hash(), dict(backbone.lineage))
