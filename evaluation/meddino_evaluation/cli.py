@@ -9,6 +9,7 @@ from meddino.core.command import command_parser, run_command
 
 COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
+    "probe": ("meddino_evaluation.segmentation.dense_probe.command", "what frozen patch tokens tell of labels, in seconds"),
     "predict": ("meddino_evaluation.segmentation.predict_command", "segment new volumes with what segment has trained"),
     "score": ("meddino_evaluation.metrics.score_command", "measure any folder of label maps against references"),
     "compare": ("meddino_evaluation.study.compare_command", "several encoders x what learns, with tests and one table"),

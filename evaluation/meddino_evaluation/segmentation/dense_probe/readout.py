@@ -1,0 +1,106 @@
+"""Readouts of patch tokens: kNN and logistic regression, their settings chosen on validation patients."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino.core.errors import ConfigError
+from meddino_evaluation.adaptation.knn import knn_probabilities
+from meddino_evaluation.adaptation.logistic import fit_logistic
+from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig, Readout
+from meddino_evaluation.segmentation.dense_probe.patches import PatchSet
+
+Counts = NDArray[np.int64]
+"""[patients, classes, 3]: true positives, false positives and false negatives of patches."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One readout of one kind of features, with what validation said of it.
+
+    Attributes:
+        features: `blocks1`, `blocks4`, `pixels`.
+        readout: knn or logistic.
+        setting: k or C.
+        val_f1: Macro-F1 on the validation patients.
+        predicted: Class of each test patch.
+    """
+
+    features: str
+    readout: Readout
+    setting: float
+    val_f1: float
+    predicted: NDArray[np.int64]
+
+
+def count_patches(predicted: NDArray[np.int64], truth: PatchSet, patients: int, classes: int) -> Counts:
+    """Count true positives, false positives and false negatives for each patient and class."""
+    counts = np.zeros((patients, classes, 3), dtype=np.int64)
+    hit = predicted == truth.labels
+    np.add.at(counts, (truth.patients[hit], truth.labels[hit], 0), 1)
+    np.add.at(counts, (truth.patients[~hit], predicted[~hit], 1), 1)
+    np.add.at(counts, (truth.patients[~hit], truth.labels[~hit], 2), 1)
+    return counts
+
+
+def f1_scores(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return F1 of each class but the background from counts [..., classes, 3]; NaN where a class neither is nor is said."""
+    tp, fp, fn = np.moveaxis(counts[..., 1:, :].astype(np.float64), -1, 0)
+    total = 2 * tp + fp + fn
+    return np.divide(2 * tp, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def macro_f1(counts: Counts, patients: NDArray[np.int64] | None = None) -> float:
+    """Return the mean over classes of F1 over the patches of some patients (with repeats), background left out.
+
+    A class that no patient has and that nobody says is left out of the mean.
+    """
+    summed = (counts if patients is None else counts[patients]).sum(0)
+    scores = f1_scores(summed)
+    return float("nan") if np.isnan(scores).all() else float(np.nanmean(scores))
+
+
+def fit_all(
+    train: PatchSet, val: PatchSet, test: PatchSet, names: Sequence[str], config: ProbeConfig, classes: int
+) -> list[Fitted]:
+    """Fit every readout on every kind of features; for each the setting that is best on validation, predicted on test.
+
+    Raises:
+        ConfigError: The labelled slices show one class only.
+    """
+    if len(np.unique(train.labels)) < 2:
+        raise ConfigError("the labelled slices show one class only; give more (train_slices) or other cases")
+    return [
+        max(candidates, key=lambda one: (one.val_f1, -one.setting))
+        for name in names
+        for candidates in _candidates(train, val, test, name, config, classes)
+    ]
+
+
+def best_on_validation(fitted: Sequence[Fitted], names: Sequence[str]) -> Fitted:
+    """Return what validation likes best among some kinds of features."""
+    return max((one for one in fitted if one.features in names), key=lambda one: one.val_f1)
+
+
+def _candidates(
+    train: PatchSet, val: PatchSet, test: PatchSet, name: str, config: ProbeConfig, classes: int
+) -> Iterator[list[Fitted]]:
+    """Yield the settings of one readout after the other, each with its score on validation."""
+
+    def measured(readout: Readout, setting: float, on_val: NDArray[np.float64], on_test: NDArray[np.float64]) -> Fitted:
+        score = macro_f1(count_patches(on_val.argmax(1), val, int(val.patients.max()) + 1, classes))
+        return Fitted(name, readout, setting, score, on_test.argmax(1))
+
+    x, y, z = (part.features[name] for part in (train, val, test))
+    ks = tuple(k for k in config.neighbours if k <= len(x)) or (len(x),)
+    near_val = knn_probabilities(x, train.labels, y, classes=classes, neighbours=ks)
+    near_test = knn_probabilities(x, train.labels, z, classes=classes, neighbours=ks)
+    yield [measured("knn", k, near_val[k], near_test[k]) for k in ks]
+    models = fit_logistic(x.double().numpy(), train.labels, config.strengths, kind="multiclass", classes=classes, max_steps=200)
+    on_val, on_test = y.double().numpy(), z.double().numpy()
+    yield [
+        measured("logistic", m.strength, m.probabilities(on_val, "multiclass"), m.probabilities(on_test, "multiclass"))
+        for m in models
+    ]

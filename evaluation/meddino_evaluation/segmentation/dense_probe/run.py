@@ -1,0 +1,274 @@
+"""`meddino-eval probe`, from a data set and models to numbers on disk."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import meddino
+from meddino.core.device import Machine, find_machine, use_cpu_threads
+from meddino.core.errors import ConfigError
+from meddino.core.files import atomic_write, write_json
+from meddino.core.logging import get_logger
+from meddino.core.seeds import numpy_rng
+from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
+from meddino_evaluation.data.fingerprint import median_plane_spacing
+from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.prepare import GridRule, PreparedCase
+from meddino_evaluation.data.prepared_cache import prepare_cached
+from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, make_folds, read_folds
+from meddino_evaluation.metrics.statistics import Resampling, mean_and_std
+from meddino_evaluation.segmentation.config import LabelsConfig
+from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
+from meddino_evaluation.segmentation.dense_probe.patches import PIXELS, PatchSet, encode_slices, join, thinned
+from meddino_evaluation.segmentation.dense_probe.readout import (
+    Counts,
+    Fitted,
+    best_on_validation,
+    count_patches,
+    f1_scores,
+    fit_all,
+    macro_f1,
+)
+from meddino_evaluation.segmentation.leakage import LeakageCheck
+from meddino_evaluation.segmentation.networks.encoders import load_encoder
+from meddino_evaluation.segmentation.networks.network import EncoderSource
+from meddino_evaluation.segmentation.training.samples import choose_slices
+
+logger = get_logger(__name__)
+
+CHOSEN = "chosen"
+"""The readout that validation chose among all of a model's; the others are named `logistic/blocks1`, `knn/blocks4`, ..."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one fold and one draw of labelled slices said of one readout.
+
+    Attributes:
+        fold: Number of the fold.
+        seed: Draw of the labelled slices.
+        readout: `chosen`, or features and readout.
+        setting: What validation chose, for people.
+        patients: Names, in the order of `counts`.
+        counts: Of test patches.
+    """
+
+    fold: int
+    seed: int
+    readout: str
+    setting: str
+    patients: tuple[str, ...]
+    counts: Counts
+
+
+def run_probe(
+    config: ProbeConfig, models: Mapping[str, str], data: Path, out: Path, corpus: Path | str | None = None
+) -> dict[str, Any]:
+    """Probe models on a labelled data set, and write cases.csv and metrics.json.
+
+    Args:
+        config: Settings.
+        models: Name in the tables to what `load_encoder` knows. The pixels of the patches stand beside them.
+        data: A labelled data set, 2D or 3D.
+        out: Folder for the results.
+        corpus: Corpus the models learned from, where no export names its volumes.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        MedDINOError: The data set, a model or the splits are wrong.
+    """
+    use_cpu_threads()
+    machine = find_machine(config.device, config.precision)
+    dataset = with_patients(open_dataset(data), config.data.patient_pattern)
+    if dataset.labels.has_regions:
+        raise ConfigError(f"{data}: its labels are regions that overlap; a probe needs one class for each patch")
+    check_grids(dataset)
+    splits = _splits(config, dataset)
+    outcomes: dict[str, list[Outcome]] = {}
+    leakage: dict[str, Any] = {}
+    for name, model in models.items():
+        source = load_encoder(model)
+        source.backbone.to(machine.device)
+        check = LeakageCheck(source.lineage, corpus, source.name)
+        for split in splits:
+            for label, found in _probe_fold(config, dataset, split, name, source, machine, check).items():
+                outcomes.setdefault(label, []).extend(found)
+        leakage[name] = {**check.summary(), "model_hash": source.model_hash}
+    metrics = {
+        "data": {"name": dataset.name, "hash": dataset.data_hash([*dataset.cases, *dataset.test_cases])},
+        "splits": [asdict(split) for split in splits],
+        "models": {label: _summary(found, dataset, config) for label, found in outcomes.items()},
+        "leakage": leakage,
+        "config": config.model_dump(mode="json"),
+        "version": meddino.__version__,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write_cases(out / "cases.csv", outcomes, dataset)
+    write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _splits(config: ProbeConfig, dataset: LabelledDataset) -> list[Split]:
+    """Return the fold with the data set's own test part, or every fold, so that each patient is tested once."""
+    own = dataset.root / SPLITS_FILE
+    asked = config.splits.file
+    path = Path(asked) if asked is not None else own if own.is_file() else None
+    patients = len({case.patient for case in dataset.cases})
+    count = min(config.splits.folds, patients)
+    folds = read_folds(path, dataset.cases) if path else make_folds(dataset.cases, count, config.splits.seed)
+    numbers = config.splits.run_folds if dataset.test_cases else range(len(folds))
+    splits = [choose_split(dataset, folds, fold, config.splits.val_fraction, config.splits.seed) for fold in numbers]
+    for split in splits:
+        if not split.val:
+            raise ConfigError(
+                f"fold {split.fold}: no patient is left to select on ({len(split.train)} to learn from, {len(split.test)} to "
+                "test); give more patients, fewer splits.folds or a larger splits.val_fraction"
+            )
+    return splits
+
+
+def _probe_fold(
+    config: ProbeConfig,
+    dataset: LabelledDataset,
+    split: Split,
+    name: str,
+    source: EncoderSource,
+    machine: Machine,
+    leakage: LeakageCheck,
+) -> dict[str, list[Outcome]]:
+    rule, cache = _grid_rule(config, dataset, split), config.data.cache
+    folder = None if cache is None else Path(cache)
+
+    def prepared(names: Sequence[str]) -> list[PreparedCase]:
+        return [prepare_cached(dataset, dataset.case(one), (0,), rule, folder) for one in names]
+
+    train, val, test = prepared(split.train), prepared(split.val), prepared(split.test)
+    for case in test:
+        leakage.look(case.name, case.content_hash)
+    patients = tuple(dict.fromkeys(dataset.case(one).patient for one in split.test))
+
+    def encoded(case: PreparedCase, slices: Sequence[int], patient: int) -> PatchSet:
+        return encode_slices(case, slices, patient, dataset.labels, source.backbone, config.blocks, machine, config.batch_size)
+
+    def looked_at(cases: Sequence[PreparedCase], order: Sequence[str]) -> PatchSet:
+        parts = [encoded(c, _spread(c, config.case_slices), order.index(dataset.case(c.name).patient)) for c in cases]
+        return join(parts)
+
+    val_order = tuple(dict.fromkeys(dataset.case(one).patient for one in split.val))
+    on_val, on_test = looked_at(val, val_order), looked_at(test, patients)
+    classes = dataset.labels.num_outputs
+    names = [f"blocks{count}" for count in config.blocks]
+    results: dict[str, list[Outcome]] = {name: [], PIXELS: []}
+    for seed in config.seeds:
+        refs = choose_slices(train, LabelsConfig(train_slices=config.train_slices), seed)
+        chosen = join([encoded(train[ref.case], [ref.z], ref.case) for ref in refs])
+        learnt = thinned(chosen, config.patches_per_label, numpy_rng(seed, "probe-patches"))
+        fitted = fit_all(learnt, on_val, on_test, [*names, PIXELS], config, classes)
+        for label, kinds in ((name, names), (PIXELS, [PIXELS])):
+            best = best_on_validation(fitted, kinds)
+            readouts = {CHOSEN: best} | {f"{one.readout}/{one.features}": one for one in fitted if one.features in kinds}
+            results[label] += [
+                Outcome(split.fold, seed, readout, _words(one), patients, _counts(one, on_test, len(patients), classes))
+                for readout, one in readouts.items()
+            ]
+    return results
+
+
+def _grid_rule(config: ProbeConfig, dataset: LabelledDataset, split: Split) -> GridRule:
+    data = config.data
+    if data.resample == "spacing":
+        return GridRule(spacing_mm=data.spacing_mm)
+    if data.resample == "plan":
+        return GridRule(spacing_mm=median_plane_spacing([dataset.case(name) for name in split.train]))
+    return GridRule(size_px=data.size_px) if data.resample == "size" else GridRule()
+
+
+def _spread(case: PreparedCase, count: int) -> list[int]:
+    """Return evenly spaced slices among those that hold a label; of all slices where none does."""
+    labelled = [z for z, values in enumerate(case.present) if values] or list(range(case.num_slices))
+    places = np.unique(np.linspace(0, len(labelled) - 1, min(count, len(labelled))).round().astype(int))
+    return [labelled[place] for place in places]
+
+
+def _counts(fitted: Fitted, test: PatchSet, patients: int, classes: int) -> Counts:
+    return count_patches(fitted.predicted, test, patients, classes)
+
+
+def _words(fitted: Fitted) -> str:
+    what = f"k={int(fitted.setting)}" if fitted.readout == "knn" else f"C={fitted.setting:g}"
+    return f"{fitted.readout}/{fitted.features} {what}"
+
+
+def _summary(outcomes: Sequence[Outcome], dataset: LabelledDataset, config: ProbeConfig) -> dict[str, Any]:
+    """Summarise one model: for each readout its macro-F1 over seeds, an interval over patients, and every class."""
+    summary: dict[str, Any] = {}
+    for readout in dict.fromkeys(one.readout for one in outcomes):
+        pooled = {seed: _over_folds([o for o in outcomes if o.readout == readout and o.seed == seed]) for seed in config.seeds}
+        by_seed = [macro_f1(counts) for _, counts in pooled.values()]
+        mean, std = mean_and_std(by_seed)
+        every = np.stack([f1_scores(counts.sum(0)) for _, counts in pooled.values()])
+        own = [[macro_f1(counts[[p]]) for p in range(len(names))] for names, counts in pooled.values()]
+        summary[readout] = {
+            "macro_f1": {"mean": _number(mean), "std": _number(std), "by_seed": [_number(value) for value in by_seed]},
+            "interval_95": _interval([counts for _, counts in pooled.values()], config.bootstrap),
+            "mean_over_patients": _number(float(np.nanmean(own))) if np.isfinite(own).any() else None,
+            "by_label": {name: _number(_mean(every[:, place])) for place, name in enumerate(dataset.labels.names)},
+            "chosen": {f"fold {o.fold}, seed {o.seed}": o.setting for o in outcomes if o.readout == readout},
+        }
+    return summary
+
+
+def _over_folds(outcomes: Sequence[Outcome]) -> tuple[list[str], Counts]:
+    """Put the patients of all folds together; each is tested in one fold."""
+    return [name for one in outcomes for name in one.patients], np.concatenate([one.counts for one in outcomes])
+
+
+def _interval(counts: Sequence[Counts], resamples: int) -> list[float | None]:
+    """Return the 95 % bootstrap interval over patients of macro-F1, averaged over seeds within a resample."""
+    patients = len(counts[0])
+    if patients < 2 or resamples == 0:
+        return [None, None]
+    drawing = Resampling(patients, resamples=resamples)
+
+    def statistic(rows: Any) -> float:
+        return float(np.mean([macro_f1(one, rows) for one in counts]))
+
+    found = drawing.interval(statistic(np.arange(patients)), drawing.statistic(statistic))
+    return [_number(found.low), _number(found.high)]
+
+
+def _mean(values: Any) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _write_cases(path: Path, outcomes: Mapping[str, Sequence[Outcome]], dataset: LabelledDataset) -> None:
+    """Write one row for each model, readout, seed, patient and label: every number can be computed from them."""
+    columns = ("model", "readout", "setting", "fold", "seed", "patient", "label", "tp", "fp", "fn")
+    with atomic_write(path) as stream:
+        text: list[Sequence[Any]] = [columns]
+        for model, found in outcomes.items():
+            for one in found:
+                for place, patient in enumerate(one.patients):
+                    for label, name in enumerate(dataset.labels.names, start=1):
+                        counts = one.counts[place, label].tolist()
+                        text.append((model, one.readout, one.setting, one.fold, one.seed, patient, name, *counts))
+        lines = _Lines()
+        csv.writer(lines, lineterminator="\n").writerows(text)
+        stream.write("".join(lines).encode())
+
+
+class _Lines(list[str]):
+    def write(self, line: str) -> int:
+        self.append(line)
+        return len(line)
