@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from meddino.core.config import StrictConfig
-from meddino.core.device import Precision
+from meddino.core.machine_config import Precision
 from meddino_evaluation.segmentation.config import DataConfig, SplitsConfig
 
 

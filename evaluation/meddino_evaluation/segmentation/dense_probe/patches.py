@@ -87,7 +87,7 @@ def encode_slices(
     step = int(np.lcm(patch, contract.multiple_px))
     rows, cols = (-(-side // step) * step for side in case.plane)
     low, _ = contract.window_hu
-    features: dict[str, list[Tensor]] = {f"blocks{count}": [] for count in blocks} | {PIXELS: []}
+    features: dict[str, list[Tensor]] = {name: [] for name in (*(f"blocks{count}" for count in blocks), PIXELS)}
     for start in range(0, len(slices), batch_size):
         images = torch.stack([case.image(z) for z in slices[start : start + batch_size]])
         padded = F.pad(images, (0, cols - images.shape[-1], 0, rows - images.shape[-2]), value=low)

@@ -49,17 +49,26 @@ def f1_scores(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return F1 of each class but the background from counts [..., classes, 3]; NaN where a class neither is nor is said."""
     tp, fp, fn = np.moveaxis(counts[..., 1:, :].astype(np.float64), -1, 0)
     total = 2 * tp + fp + fn
-    return np.divide(2 * tp, total, out=np.full(total.shape, np.nan), where=total > 0)
+    scores: NDArray[np.float64] = np.full(total.shape, np.nan)
+    np.divide(2 * tp, total, out=scores, where=total > 0)
+    return scores
 
 
-def macro_f1(counts: Counts, patients: NDArray[np.int64] | None = None) -> float:
-    """Return the mean over classes of F1 over the patches of some patients (with repeats), background left out.
+def class_mean(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean over the last axis, leaving out what is NaN; NaN where nothing is left."""
+    defined = ~np.isnan(scores)
+    count = defined.sum(-1)
+    mean: NDArray[np.float64] = np.full(count.shape, np.nan)
+    np.divide(np.where(defined, scores, 0.0).sum(-1), count, out=mean, where=count > 0)
+    return mean
+
+
+def macro_f1(counts: Counts) -> float:
+    """Return the mean over classes of F1 over the patches of all patients, background left out.
 
     A class that no patient has and that nobody says is left out of the mean.
     """
-    summed = (counts if patients is None else counts[patients]).sum(0)
-    scores = f1_scores(summed)
-    return float("nan") if np.isnan(scores).all() else float(np.nanmean(scores))
+    return float(class_mean(f1_scores(counts.sum(0))))
 
 
 def fit_all(

@@ -1,6 +1,5 @@
 """`meddino-eval probe`, from a data set and models to numbers on disk."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,16 +10,18 @@ import numpy as np
 import meddino
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
-from meddino.core.files import atomic_write, write_json
+from meddino.core.files import write_json
 from meddino.core.logging import get_logger
 from meddino.core.seeds import numpy_rng
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import median_plane_spacing
 from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, make_folds, read_folds
 from meddino_evaluation.metrics.statistics import Resampling, mean_and_std
+from meddino_evaluation.metrics.tables import write_cases
 from meddino_evaluation.segmentation.config import LabelsConfig
 from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
 from meddino_evaluation.segmentation.dense_probe.patches import PIXELS, PatchSet, encode_slices, join, thinned
@@ -28,12 +29,12 @@ from meddino_evaluation.segmentation.dense_probe.readout import (
     Counts,
     Fitted,
     best_on_validation,
+    class_mean,
     count_patches,
     f1_scores,
     fit_all,
     macro_f1,
 )
-from meddino_evaluation.segmentation.leakage import LeakageCheck
 from meddino_evaluation.segmentation.networks.encoders import load_encoder
 from meddino_evaluation.segmentation.networks.network import EncoderSource
 from meddino_evaluation.segmentation.training.samples import choose_slices
@@ -42,6 +43,9 @@ logger = get_logger(__name__)
 
 CHOSEN = "chosen"
 """The readout that validation chose among all of a model's; the others are named `logistic/blocks1`, `knn/blocks4`, ..."""
+
+
+COLUMNS = ("model", "readout", "setting", "fold", "seed", "patient", "label", "tp", "fp", "fn")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def run_probe(
         "version": meddino.__version__,
     }
     out.mkdir(parents=True, exist_ok=True)
-    _write_cases(out / "cases.csv", outcomes, dataset)
+    write_cases(out / "cases.csv", _case_rows(outcomes, dataset), COLUMNS)
     write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -121,13 +125,16 @@ def _splits(config: ProbeConfig, dataset: LabelledDataset) -> list[Split]:
     path = Path(asked) if asked is not None else own if own.is_file() else None
     patients = len({case.patient for case in dataset.cases})
     count = min(config.splits.folds, patients)
-    folds = read_folds(path, dataset.cases) if path else make_folds(dataset.cases, count, config.splits.seed)
+    folds = read_folds(path) if path else make_folds(dataset.cases, count, config.splits.seed)
     numbers = config.splits.run_folds if dataset.test_cases else range(len(folds))
-    splits = [choose_split(dataset, folds, fold, config.splits.val_fraction, config.splits.seed) for fold in numbers]
+    splits = [
+        choose_split(dataset.cases, dataset.test_cases, folds, fold, config.splits.val_fraction, config.splits.seed)
+        for fold in numbers
+    ]
     for split in splits:
         if not split.val:
             raise ConfigError(
-                f"fold {split.fold}: no patient is left to select on ({len(split.train)} to learn from, {len(split.test)} to "
+                f"fold {split.number}: no patient is left to select on ({len(split.train)} to learn from, {len(split.test)} to "
                 "test); give more patients, fewer splits.folds or a larger splits.val_fraction"
             )
     return splits
@@ -174,7 +181,7 @@ def _probe_fold(
             best = best_on_validation(fitted, kinds)
             readouts = {CHOSEN: best} | {f"{one.readout}/{one.features}": one for one in fitted if one.features in kinds}
             results[label] += [
-                Outcome(split.fold, seed, readout, _words(one), patients, _counts(one, on_test, len(patients), classes))
+                Outcome(split.number, seed, readout, _words(one), patients, _counts(one, on_test, len(patients), classes))
                 for readout, one in readouts.items()
             ]
     return results
@@ -235,11 +242,9 @@ def _interval(counts: Sequence[Counts], resamples: int) -> list[float | None]:
     if patients < 2 or resamples == 0:
         return [None, None]
     drawing = Resampling(patients, resamples=resamples)
-
-    def statistic(rows: Any) -> float:
-        return float(np.mean([macro_f1(one, rows) for one in counts]))
-
-    found = drawing.interval(statistic(np.arange(patients)), drawing.statistic(statistic))
+    weights = drawing.weights()
+    drawn = [class_mean(f1_scores(np.tensordot(weights, one, axes=1))) for one in counts]
+    found = drawing.interval(float(np.mean([macro_f1(one) for one in counts])), np.mean(drawn, axis=0))
     return [_number(found.low), _number(found.high)]
 
 
@@ -252,23 +257,21 @@ def _number(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _write_cases(path: Path, outcomes: Mapping[str, Sequence[Outcome]], dataset: LabelledDataset) -> None:
-    """Write one row for each model, readout, seed, patient and label: every number can be computed from them."""
-    columns = ("model", "readout", "setting", "fold", "seed", "patient", "label", "tp", "fp", "fn")
-    with atomic_write(path) as stream:
-        text: list[Sequence[Any]] = [columns]
-        for model, found in outcomes.items():
-            for one in found:
-                for place, patient in enumerate(one.patients):
-                    for label, name in enumerate(dataset.labels.names, start=1):
-                        counts = one.counts[place, label].tolist()
-                        text.append((model, one.readout, one.setting, one.fold, one.seed, patient, name, *counts))
-        lines = _Lines()
-        csv.writer(lines, lineterminator="\n").writerows(text)
-        stream.write("".join(lines).encode())
-
-
-class _Lines(list[str]):
-    def write(self, line: str) -> int:
-        self.append(line)
-        return len(line)
+def _case_rows(outcomes: Mapping[str, Sequence[Outcome]], dataset: LabelledDataset) -> list[dict[str, Any]]:
+    """Return one row for each model, readout, seed, patient and label: every number can be computed from them."""
+    return [
+        {
+            "model": model,
+            "readout": one.readout,
+            "setting": one.setting,
+            "fold": one.fold,
+            "seed": one.seed,
+            "patient": patient,
+            "label": name,
+            **dict(zip(("tp", "fp", "fn"), one.counts[place, label].tolist(), strict=True)),
+        }
+        for model, found in outcomes.items()
+        for one in found
+        for place, patient in enumerate(one.patients)
+        for label, name in enumerate(dataset.labels.names, start=1)
+    ]
