@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meddino.core.errors import ShardError
+from meddino.core.process import end_with
 from meddino.data.intensity import Modality
 from meddino_pretrain.data.batches import RawBatch
 from meddino_pretrain.data.config import CropsConfig, LoaderConfig
@@ -187,7 +189,8 @@ class _Places:
         return itertools.product(range(self.first_step, self.last_step), range(self.accumulation))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
+def _begin_worker(worker: int, trainer: int) -> None:
+    end_with(trainer)
     # A scheduler signals every process of a job. The trainer answers by finishing its step and saving, for which it needs its
     # workers; they end when it ends. torch's worker loop would die of SIGTERM and take the trainer along.
     for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -266,7 +269,7 @@ class Loader:
                 num_workers=workers,
                 prefetch_factor=self.config.prefetch,
                 pin_memory=self.pin_memory,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=partial(_begin_worker, trainer=os.getpid()),
             )
         )
         for worker in set(multiprocessing.active_children()) - before:
