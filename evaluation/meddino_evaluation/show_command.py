@@ -3,6 +3,7 @@
 import argparse
 
 from meddino.core.command import write_line
+from meddino.core.config import StrictConfig
 from meddino.core.show_config import show_config
 
 
@@ -22,6 +23,10 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.config import SegmentConfig
     from meddino_evaluation.study.config import StudyConfig
 
-    schema = {"segment": SegmentConfig, "classification": ClassificationConfig, "study": StudyConfig}[arguments.what]
+    schemas: dict[str, type[StrictConfig]] = {
+        "segment": SegmentConfig,
+        "classification": ClassificationConfig,
+        "study": StudyConfig,
+    }
     source = arguments.config or {"study": "study_acceptance", "segment": "paper"}.get(arguments.what, arguments.what)
-    write_line(show_config(schema, source, arguments.overrides, "evaluation", arguments.against))
+    write_line(show_config(schemas[arguments.what], source, arguments.overrides, "evaluation", arguments.against))

@@ -1,10 +1,12 @@
 """A pretraining recipe: everything a run depends on besides its corpus. Imports no torch: `show` and submission read it too."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
+from meddino.core.errors import ConfigError
 from meddino.core.machine_config import MachineConfig
 from meddino.data.intensity import MODALITIES, CTIntensity, Intensity
 from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
@@ -123,6 +125,16 @@ class PretrainConfig(StrictConfig):
             if gram.step != "auto" and gram.step > steps:
                 raise ValueError(f"stages.{name}.gram_teacher.step {gram.step} is beyond the {steps} steps of {gram.stage}")
         return self
+
+    def check_stages(self, names: Sequence[str]) -> None:
+        """Refuse stages that the recipe does not have.
+
+        Raises:
+            ConfigError: Names the first of them, and those there are.
+        """
+        unknown = [name for name in names if name not in self.stages]
+        if unknown:
+            raise ConfigError(f"no stage '{unknown[0]}' in this recipe; its stages: {', '.join(self.stages)}")
 
     def snapshots(self, stage: str) -> frozenset[int]:
         """Return the steps of a stage after which its EMA teacher's backbone is kept for later stages' Gram anchoring.

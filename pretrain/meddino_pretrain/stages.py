@@ -6,12 +6,11 @@ from pathlib import Path
 
 from meddino.checkpoints.state.flat_state import OptimizerState
 from meddino.core.device import Machine, find_machine, use_cpu_threads
-from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
-from meddino.distributed.collectives import barrier, is_main
+from meddino.distributed.collectives import barrier, is_main, world_size
 from meddino.distributed.process_group import start_distributed
 from meddino.models.registry import backbone_config
 from meddino_pretrain.build import (
@@ -32,6 +31,7 @@ from meddino_pretrain.monitoring.monitor import Watch
 from meddino_pretrain.monitoring.progress import show_progress
 from meddino_pretrain.monitoring.report import RunReport
 from meddino_pretrain.monitoring.speed import measure_peak
+from meddino_pretrain.plan import plan_run, this_machine
 from meddino_pretrain.run.checkpoints import StageCheckpoints, damaged_keys, last_checkpoint
 from meddino_pretrain.run.corpus_audit import check_audit
 from meddino_pretrain.run.folder import HEALTH_REFERENCE, RunFolder, open_run
@@ -61,9 +61,7 @@ def run_pretraining(
         MedDINOError: Wrong input, told in one line.
         StoppedEarly: A signal came; everything is saved.
     """
-    unknown = [name for name in stages if name not in config.stages]
-    if unknown:
-        raise ConfigError(f"no stage '{unknown[0]}' in this recipe; its stages: {', '.join(config.stages)}")
+    config.check_stages(stages)
     backbone = backbone_config(config.backbone.name, **config.backbone.changes)
     for stage in config.stages.values():
         stage.crops.check_patch_size(backbone.patch_size)
@@ -71,6 +69,7 @@ def run_pretraining(
         machine = find_machine(config.machine.device, config.machine.precision, place.local_rank)
         if not machine.is_accelerator:
             use_cpu_threads()
+        plan_run(config, this_machine(config, world_size(), measured=False), stages)  # memory, before anything is begun
         corpus = Corpus(corpus_folder)
         check_audit(corpus, config.corpus)
         intensities = Intensities(config.contracts)

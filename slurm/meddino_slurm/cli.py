@@ -33,6 +33,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--dry-run", action="store_true", help="only print the sbatch script and every variable")
     arguments.add_argument(
+        "--unchecked", action="store_true", help="do not let pretrain check recipe, corpus, weights, memory and disk first"
+    )
+    arguments.add_argument(
         "--after", action="append", default=[], metavar="FOLDER|JOB", help="start after that folder's last job has ended well"
     )
     arguments.add_argument(

@@ -100,6 +100,8 @@ class SiteConfig(StrictConfig):
     """Whether a setup line that fails ends the job as failed (set -e); false goes on without it. Ours."""
     environment: dict[str, str] = {}
     """Variables for every process, such as {NCCL_SOCKET_IFNAME: ib0}. Ours."""
+    gpu: str | None = None
+    """Kind of the GPUs for the plan of a pretraining (meddino-pretrain --plan): a100, h100, ...; null: not known. Ours."""
     container: ContainerConfig | None = None
     """Run the command in an image; null runs it as it is installed. Ours."""
     signal_lead_s: int = Field(120, ge=10)

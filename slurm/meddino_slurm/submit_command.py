@@ -8,6 +8,7 @@ from meddino.core.command import write_line
 from meddino.core.errors import MedDINOError
 from meddino_slurm import slurm
 from meddino_slurm.config import SiteConfig
+from meddino_slurm.own_checks import own_checks
 from meddino_slurm.plans import Planned, plan_one, plan_parts, plan_stages, submit_planned
 from meddino_slurm.status import job_ids_to_wait_for
 from meddino_slurm.submission import check_free, check_same_run, on_this_machine, run_in_foreground, submit
@@ -24,6 +25,9 @@ def submit_command(arguments: argparse.Namespace, site: SiteConfig) -> None:
     if executor == "slurm" and not arguments.dry_run:
         slurm.check_slurm()
         slurm.check_partition(site.partition_for(arguments.command))
+    if not arguments.unchecked:
+        said = own_checks(site, arguments.command, arguments.arguments, waits=bool(arguments.after))
+        write_line("".join(f"# {line}\n" for line in said.splitlines()), end="")
     planned = _plan(arguments, site)
     if executor != "slurm":
         planned = _for_this_machine(planned, site, arguments)

@@ -1,0 +1,67 @@
+"""What `meddino-pretrain RECIPE` takes and does."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from meddino.core.command import write_line
+from meddino.core.errors import ConfigError
+from meddino.data.remote import corpus_location
+from meddino.distributed.launcher import LAUNCHER_PID, is_launched, launch
+from meddino_pretrain.run.signals import stop_on_signals
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what the command takes."""
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped one: smoke, demo, cpu_small, ct3m_vitb, ...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key of the recipe")
+    parser.add_argument("--corpus", type=corpus_location, required=True, help="folder written by meddino-curate, or its URL")
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder, new or begun")
+    parser.add_argument("--stage", action="append", default=[], help="only this stage (may be given several times)")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="of this machine that train together, e.g. one a GPU"
+    )
+    plan = parser.add_argument_group("plan", "check everything and say what it takes, without computing")
+    plan.add_argument("--plan", action="store_true", help="print slices, memory, hours and checkpoints of each stage")
+    plan.add_argument(
+        "--machine", metavar="NxP[xGPU]", help="for these machines: nodes x processes x kind of GPU, e.g. 4x8xh100"
+    )
+    plan.add_argument("--corpus-comes", action="store_true", help="the corpus is still being made")
+
+
+def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
+    """Train, or say what it would take."""
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes {arguments.processes} must be at least 1")
+    if not arguments.plan and (arguments.machine or arguments.corpus_comes):
+        raise ConfigError("--machine and --corpus-comes belong to --plan")
+    if arguments.plan:
+        _plan(arguments)
+        return None
+    if arguments.processes > 1 and LAUNCHER_PID not in os.environ:
+        if is_launched(os.environ):
+            raise ConfigError(
+                f"torchrun or srun has started this process as one of several; --processes {arguments.processes} too?"
+            )
+        return launch([sys.executable, "-m", "meddino_pretrain.cli", *argv], arguments.processes)
+    with stop_on_signals() as stop:  # before the imports, which take seconds
+        from meddino.core.config import load_config
+        from meddino_pretrain.config import PretrainConfig
+        from meddino_pretrain.stages import run_pretraining
+
+        config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+        run_pretraining(config, arguments.corpus, arguments.out, arguments.stage, stop)
+    return None
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from meddino.core.config import load_config
+    from meddino_pretrain.config import PretrainConfig
+    from meddino_pretrain.plan import named_machine, show_plan, this_machine
+
+    config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+    machine = named_machine(arguments.machine) if arguments.machine else this_machine(config, arguments.processes)
+    for line in show_plan(config, arguments.corpus, arguments.out, arguments.stage, machine, arguments.corpus_comes):
+        write_line(line)

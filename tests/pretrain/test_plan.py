@@ -1,0 +1,95 @@
+"""What a run would take, against docs/scaling.md, and what is refused before it begins."""
+
+from pathlib import Path
+
+import pytest
+from meddino_pretrain.cli import main
+from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.plan import GIB, PlannedMachine, named_machine, plan_run, stage_size
+
+from meddino.core.config import load_config
+from meddino.core.errors import ConfigError
+
+TINY = Path(__file__).with_name("tiny.yaml")
+NAMES = ("stage1_pretrain", "stage2_gram", "stage3_highres")
+
+
+def recipe(name, *overrides):
+    return load_config(PretrainConfig, [name], overrides, kind="pretrain")
+
+
+@pytest.mark.parametrize(("name", "tflop"), [("ct3m_vitb", (0.61, 1.04, 7.3)), ("ct3m_vitl", (2.1, 3.6, 23))])
+def test_stage_size__operations_are_those_of_the_table(name, tflop):
+    config = recipe(name)
+    found = [stage_size(config, stage).operations() / 1e12 for stage in config.stages]
+    assert found == pytest.approx(list(tflop), rel=0.1)
+
+
+@pytest.mark.parametrize(("machine", "hours"), [("1x2xa100", 82), ("1x8xh100", 7)])
+def test_plan__hours_are_those_of_the_table(machine, hours):
+    plans = plan_run(recipe("ct3m_vitb", *(f"stages.{name}.accumulation=16" for name in NAMES)), named_machine(machine))
+    assert sum(each.hours for each in plans) == pytest.approx(hours, rel=0.08)
+
+
+def test_plan__slices_and_memory_of_two_cards():
+    first, second, third = plan_run(recipe("ct3m_vitb"), named_machine("1x2xa100"))
+    assert (first.slices, first.micro_batch, third.micro_batch) == (256, 128, 16)
+    # Beside the recipe: 54, 59 and 61 GB; the process itself is in ours.
+    assert [each.memory_bytes / 1e9 for each in (first, second, third)] == pytest.approx([55, 60, 62], rel=0.04)
+    assert first.disk_bytes / 1e9 == pytest.approx(13 * 2.1 + 10 * 0.34, rel=0.1)
+
+
+def test_plan__a_recipe_that_cannot_fit_says_what_would():
+    machine = named_machine("1x1xrtx4090")
+    with pytest.raises(
+        ConfigError, match=r"stage1_pretrain takes about .* it fits with stages.stage1_pretrain.accumulation=16$"
+    ):
+        plan_run(recipe("ct3m_vitb"), machine)
+    plan_run(recipe("ct3m_vitb", "stages.stage1_pretrain.accumulation=16"), machine, ["stage1_pretrain"])
+
+
+def test_plan__where_only_recomputing_helps_it_says_so():
+    machine = PlannedMachine(1, 5.2 * GIB, None, True, "a small card")
+    with pytest.raises(ConfigError, match=r"machine\.activation_checkpointing=true stages\.stage3_highres\.accumulation=\d+$"):
+        plan_run(recipe("ct3m_vitb"), machine, ["stage3_highres"])
+    with pytest.raises(ConfigError, match="no accumulation makes it fit"):
+        plan_run(recipe("ct3m_vitb"), PlannedMachine(1, 2 * GIB, None, True, "a smaller card"), ["stage1_pretrain"])
+
+
+def test_plan__a_batch_that_does_not_divide():
+    with pytest.raises(ConfigError, match="global_batch 512 does not divide over 3 processes x accumulation 2"):
+        plan_run(recipe("ct3m_vitb"), named_machine("1x3"))
+
+
+@pytest.mark.parametrize("text", ["8", "0x8", "axb", "4x8xb400"])
+def test_named_machine__refuses_what_it_does_not_know(text):
+    with pytest.raises(ConfigError, match=f"--machine {text}: give NODESxPROCESSES.*h100"):
+        named_machine(text)
+
+
+def test_plan_command__prints_and_writes_nothing(make_corpus_once, tmp_path, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run")]
+    assert main([*words, "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "plan for 1 process on" in shown and all(name in shown for name in NAMES)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--corpus", "nowhere"], "nowhere"),
+        (["--corpus", "nowhere", "--corpus-comes", "init.weights=w.pth"], "w.pth"),
+        (["--corpus", "nowhere", "--stage", "stage9"], "no stage 'stage9' in this recipe"),
+        (["--corpus", "nowhere", "--machine", "1x7"], "does not divide"),
+    ],
+)
+def test_plan_command__wrong_input_is_one_line(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(TINY), "--out", "run", "--plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_plan_command__a_corpus_that_comes_is_not_asked_for(tmp_path, capsys):
+    assert main([str(TINY), "--corpus", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--plan", "--corpus-comes"]) == 0
+    assert "not there yet" in capsys.readouterr().out
