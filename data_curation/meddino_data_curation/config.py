@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -53,8 +54,8 @@ class SourceConfig(StrictConfig):
     """SPDX name or words; what is not known to allow use needs licences.allow; null: own data, none named."""
     citation: str = ""
     """Shown in the report."""
-    modality: Modality = "ct"
-    """What the values mean: ct (Hounsfield units), mr or image."""
+    modality: Modality | Literal["auto"] = "ct"
+    """What the values mean: ct (Hounsfield units), mr, image, or auto: what each file says. Another one is refused."""
     preference: int = 0
     """Of duplicates, the one from the set with the lowest number is kept."""
     patient_pattern: str = ""
@@ -105,6 +106,8 @@ class SlicesConfig(StrictConfig):
     """[slices] volumes with fewer are refused."""
     min_body_fraction: float = Field(0.02, ge=0, le=1)
     """Share of pixels inside the body; less is a blank slice."""
+    min_contrast: float = Field(0.02, ge=0, le=1)
+    """Of MR and pictures: 99th minus 1st percentile [share of the volume's range]; less is a constant slice; ours."""
     min_contrast_hu: float = Field(50.0, ge=0)
     """[HU] 99th minus 1st percentile; less is a constant slice."""
     max_padding_fraction: float = Field(0.5, gt=0, le=1)

@@ -98,6 +98,13 @@ def value_range(modality: Modality, values: NDArray[Any]) -> tuple[float, float]
     return low, high
 
 
+def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type in which values that are no CT are stored: their own, or the nearest one that a corpus holds."""
+    if dtype in (np.uint8, np.uint16, np.int16):
+        return dtype
+    return np.dtype(np.int16) if dtype == np.int8 else np.dtype(np.float32)
+
+
 def stretch_window(
     hu: Float[Tensor, "b *rest"], lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], intensity: CTIntensity
 ) -> Float[Tensor, "b *rest"]:

@@ -34,6 +34,11 @@ class Picture:
     modality: str = ""
 
 
+def is_picture(name: str) -> bool:
+    """Tell by its name whether a file is a picture; not what macOS leaves beside one."""
+    return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("._")
+
+
 def read_picture(path: Path, key: str = "") -> Picture:
     """Read a picture, an array or a DICOM file.
 

@@ -32,7 +32,7 @@ import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, PrivacyConfig, SourceConfig
 from meddino_data_curation.corpus import build as build_module
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.selection.volume_job import to_int16
+from meddino_data_curation.selection.modality import Recognised
 from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.dicom_series import DicomCandidate
 from meddino_data_curation.sources.discovery import discover
@@ -178,7 +178,7 @@ def floor(candidates: Sequence[Candidate], kept: dict[str, int], config: Curatio
         voxels = read_plainly(candidate)
         voxels = voxels.reshape(-1, *voxels.shape[-2:])
         for z in range(min(kept.get(candidate.volume_id, 0), len(voxels))):
-            encode_slice(to_int16(voxels[z], 0), config.shards.codec, config.shards.level)
+            encode_slice(Recognised("ct").stored(voxels[z]), config.shards.codec, config.shards.level)
 
 
 def floors_at_once(

@@ -11,8 +11,8 @@ from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.held_out.scan import scan
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
+from meddino_data_curation.selection.modality import Recognised
 from meddino_data_curation.selection.near_duplicates import candidate_pairs, compare, find_alike, groups
-from meddino_data_curation.selection.volume_job import to_int16
 from meddino_data_curation.sources.dicom_series import DicomCandidate
 from meddino_data_curation.sources.discovery import discover
 from scipy import ndimage
@@ -60,7 +60,7 @@ def real_volumes(shared_data):
         read = read_dicom_volume(candidate.stack, limits) if is_dicom else None
         volume = read or read_volume_file(candidate.files[0], candidate.format, limits)
         upright, _ = to_axial_lps(volume, 35.0)
-        hu = np.stack([to_int16(plane, 0) for plane in upright.planes])
+        hu = np.stack([Recognised("ct").stored(plane) for plane in upright.planes])
         name = "lungdx_dicom" if is_dicom else candidate.source_path
         patient = re.search(r"TCGA-\w\w-\w+|A0\d{5}|STS_\d+|LIDC-IDRI-\d+|CRLM-CT-\d+|A0001|spine|lungdx", name).group()
         volumes.append((name, "A0001" if patient == "lungdx" else patient, hu, upright.geometry.spacing_mm))

@@ -97,7 +97,7 @@ def test_refusal__says_why(hu, reason):
 def test_slice_statistics__percentiles_and_fraction_of_a_known_slice():
     hu, body, _ = scan(noise=0)
     statistics, sample = slice_statistics(hu)
-    assert (statistics.hu_p01, statistics.hu_p50, statistics.hu_p99) == (-1000, -1000, 120 if (hu == 120).mean() > 0.01 else 40)
+    assert (statistics.p01, statistics.p50, statistics.p99) == (-1000, -1000, 120 if (hu == 120).mean() > 0.01 else 40)
     assert statistics.body_fraction == pytest.approx(body.mean(), rel=0.03)
     assert statistics.body_fraction == body_mask(hu).mean()
     assert np.array_equal(sample, np.sort(hu[::4, ::4], axis=None))

@@ -25,7 +25,7 @@ def test_slice_statistics__percentiles_are_numpys_nearest(shape):
     statistics, _ = slice_statistics(hu)
     step = max(1, max(shape) // 128)
     expected = np.percentile(hu[::step, ::step], (1, 50, 99), method="nearest")
-    assert (statistics.hu_p01, statistics.hu_p50, statistics.hu_p99) == tuple(expected)
+    assert (statistics.p01, statistics.p50, statistics.p99) == tuple(expected)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7])

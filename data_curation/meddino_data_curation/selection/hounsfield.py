@@ -43,14 +43,14 @@ def recognise_hounsfield(voxels: NDArray[Any], config: HounsfieldConfig) -> Houn
     if voxels.dtype.kind not in "iuf":
         raise VolumeError(f"voxels are {voxels.dtype}; HU are numbers")
     if voxels.dtype.kind == "f":
-        _refuse_unfinite(voxels)
+        refuse_unfinite(voxels)
     if not config.check:
         return HounsfieldVerdict(0, "")
-    sample = _sample(voxels)
+    sample = spread_sample(voxels)
     problem = _not_an_image(sample)
     if problem:
         raise VolumeError(problem)
-    if _looks_like_hounsfield(sample):
+    if looks_like_hounsfield(sample):
         if _lacks_air_in_its_place(sample):
             raise VolumeError(
                 f"not in HU: air lies at about {sample.min():.0f}, not at {_AIR_HU}; looks like HU that were scaled"
@@ -70,13 +70,14 @@ def recognise_hounsfield(voxels: NDArray[Any], config: HounsfieldConfig) -> Houn
     raise VolumeError(_what_else(sample))
 
 
-def _refuse_unfinite(voxels: NDArray[Any]) -> None:
+def refuse_unfinite(voxels: NDArray[Any]) -> None:
+    """Refuse NaN and infinite voxels."""
     bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
     if bad:
         raise VolumeError(f"{bad} voxels are NaN or infinite")
 
 
-def _sample(voxels: NDArray[Any]) -> NDArray[np.float64]:
+def spread_sample(voxels: NDArray[Any]) -> NDArray[np.float64]:
     """Return voxels spread evenly over the volume, the same ones every time."""
     step = max(1, round((voxels.size / _LOOK_AT) ** (1 / 3)))
     z_step = step if voxels.shape[0] >= 4 * step else 1
@@ -100,7 +101,7 @@ def _not_an_image(sample: NDArray[np.float64]) -> str:
     return ""
 
 
-def _looks_like_hounsfield(sample: NDArray[np.float64]) -> bool:
+def looks_like_hounsfield(sample: NDArray[np.float64]) -> bool:
     """Soft tissue and fat where they belong, and either air at -1000 or almost nothing between air and fat."""
     inside = sample[sample > -300]
     if len(inside) < 0.01 * len(sample):
@@ -156,7 +157,7 @@ def _is_certainly_hounsfield(sample: NDArray[np.float64]) -> bool:
     inside = sample[sample > -300]
     heaps = ((inside > -150) & (inside < -50)) | ((inside > -30) & (inside < 110))
     tissue = (inside > -200) & (inside < 250)
-    return _looks_like_hounsfield(sample) and float(np.mean(heaps)) >= 0.62 and float(np.mean(tissue)) >= 0.75
+    return looks_like_hounsfield(sample) and float(np.mean(heaps)) >= 0.62 and float(np.mean(tissue)) >= 0.75
 
 
 def _what_else(sample: NDArray[np.float64]) -> str:

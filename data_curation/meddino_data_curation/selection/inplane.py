@@ -1,4 +1,6 @@
-"""Changing the pixel grid of a slice, with smoothing where it shrinks. HU stay int16 HU."""
+"""Changing the pixel grid of a slice, with smoothing where it shrinks. Values keep their type."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,16 +8,14 @@ from PIL import Image
 
 from meddino_data_curation.config import InplaneConfig
 
-_INT16 = np.iinfo(np.int16)
-
 
 def resample_slice(
-    hu: NDArray[np.int16], spacing_mm: tuple[float, float], config: InplaneConfig
-) -> tuple[NDArray[np.int16], tuple[float, float]]:
+    stored: NDArray[Any], spacing_mm: tuple[float, float], config: InplaneConfig
+) -> tuple[NDArray[Any], tuple[float, float]]:
     """Resample one slice to a spacing, then to a size.
 
     Args:
-        hu: int16 [rows, cols].
+        stored: [rows, cols] or [rows, cols, 3].
         spacing_mm: Between rows, between columns.
         config: What is wanted; nothing leaves the slice as it is.
 
@@ -26,11 +26,11 @@ def resample_slice(
     with the step when shrinking (Pillow's), so that fine noise does not fold into coarse pixels.
     """
     if config.spacing_mm is not None:
-        shape = shape_at_spacing((hu.shape[0], hu.shape[1]), spacing_mm, config.spacing_mm)
-        hu, spacing_mm = _resized(hu, shape, spacing_mm)
+        shape = shape_at_spacing((stored.shape[0], stored.shape[1]), spacing_mm, config.spacing_mm)
+        stored, spacing_mm = _resized(stored, shape, spacing_mm)
     if config.size_px is not None:
-        hu, spacing_mm = _resized(hu, (config.size_px, config.size_px), spacing_mm)
-    return hu, spacing_mm
+        stored, spacing_mm = _resized(stored, (config.size_px, config.size_px), spacing_mm)
+    return stored, spacing_mm
 
 
 def shape_at_spacing(shape: tuple[int, int], spacing_mm: tuple[float, float], wanted_mm: float) -> tuple[int, int]:
@@ -45,11 +45,20 @@ def shape_at_spacing(shape: tuple[int, int], spacing_mm: tuple[float, float], wa
 
 
 def _resized(
-    hu: NDArray[np.int16], shape: tuple[int, int], spacing_mm: tuple[float, float]
-) -> tuple[NDArray[np.int16], tuple[float, float]]:
-    if shape == hu.shape:
-        return hu, spacing_mm
-    picture = Image.fromarray(hu.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-    resized = np.clip(np.rint(np.asarray(picture)), _INT16.min, _INT16.max).astype(np.int16)
-    extent = hu.shape[0] * spacing_mm[0], hu.shape[1] * spacing_mm[1]
-    return resized, (extent[0] / shape[0], extent[1] / shape[1])
+    stored: NDArray[Any], shape: tuple[int, int], spacing_mm: tuple[float, float]
+) -> tuple[NDArray[Any], tuple[float, float]]:
+    if shape == stored.shape[:2]:
+        return stored, spacing_mm
+    planes = [stored] if stored.ndim == 2 else [stored[..., channel] for channel in range(stored.shape[2])]
+    resized = [_plane(plane, shape) for plane in planes]
+    extent = stored.shape[0] * spacing_mm[0], stored.shape[1] * spacing_mm[1]
+    return resized[0] if stored.ndim == 2 else np.stack(resized, axis=-1), (extent[0] / shape[0], extent[1] / shape[1])
+
+
+def _plane(stored: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
+    picture = Image.fromarray(stored.astype(np.float32)).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    resized = np.asarray(picture)
+    if stored.dtype.kind == "f":
+        return resized
+    limits = np.iinfo(stored.dtype)
+    return np.clip(np.rint(resized), limits.min, limits.max).astype(stored.dtype)

@@ -1,16 +1,20 @@
-"""Which slices are worth keeping: those that show a body, are whole, and are not nearly the same as the one before."""
+"""Which slices are worth keeping: those that show something, are whole, and are not nearly the same as the one before."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from meddino.data.intensity import Modality
 from meddino_data_curation.config import InplaneConfig, SlicesConfig
 from meddino_data_curation.selection.inplane import shape_at_spacing
 
 AIR_HU = -1000
 _BODY_ABOVE_HU = -350
+_MR_BODY_ABOVE = 0.1  # share of the volume's range: noise of the air lies below
+_PICTURE_DIFFERS = 0.05  # share of the range by which what is shown differs from the commonest grey
 _MASK_PX = 160  # longer side of the grid the body is looked for on
 _SAMPLE_PX = 128  # about the longer side of the grid whose pixels stand for the slice's
 _FLAT_STEP = 16
@@ -21,16 +25,17 @@ class SliceStatistics:
     """What is measured on every slice.
 
     Attributes:
-        hu_p01: 1st percentile [HU].
-        hu_p50: Median [HU].
-        hu_p99: 99th percentile [HU].
-        body_fraction: Share of pixels inside the body, its air included.
+        p01: 1st percentile, in stored values: of CT [HU].
+        p50: Median.
+        p99: 99th percentile.
+        body_fraction: Share of pixels inside the body, its air included; of a picture, of what is shown. Writing has strokes
+            too thin to count.
         padding_fraction: Share of rows or columns (whichever is larger) that hold one value only.
     """
 
-    hu_p01: int
-    hu_p50: int
-    hu_p99: int
+    p01: float
+    p50: float
+    p99: float
     body_fraction: float
     padding_fraction: float
 
@@ -44,21 +49,42 @@ def body_mask(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
     Returns:
         bool [rows, cols], found on a coarser grid.
     """
-    mask, step = _coarse_body(hu)
+    step = _coarse_step(hu)
+    mask = _coarse_body(hu[::step, ::step] > _BODY_ABOVE_HU)
     fine: NDArray[np.bool_] = np.repeat(np.repeat(mask, step, axis=0), step, axis=1)[: hu.shape[0], : hu.shape[1]]
     return fine
 
 
-def _coarse_body(hu: NDArray[np.int16]) -> tuple[NDArray[np.bool_], int]:
-    """Return the body on every `step`-th pixel of every `step`-th row, and that step."""
-    step = max(1, -(-max(hu.shape) // _MASK_PX))
-    coarse = hu[::step, ::step] > _BODY_ABOVE_HU
+def _coarse_step(values: NDArray[Any]) -> int:
+    return max(1, -(-max(values.shape[:2]) // _MASK_PX))
+
+
+def _shown(stored: NDArray[Any], modality: Modality, value_range: tuple[float, float] | None) -> NDArray[np.bool_]:
+    """Return on a coarse grid which pixels are more than air, darkness or paper."""
+    step = _coarse_step(stored)
+    coarse = stored[::step, ::step]
+    if value_range is None:
+        return np.asarray(coarse > _BODY_ABOVE_HU)
+    low, high = value_range
+    if modality == "mr":
+        return np.asarray(coarse > low + _MR_BODY_ABOVE * (high - low))
+    unit = (_grey(coarse) - low) / max(high - low, 1e-12)
+    counts = np.bincount(np.rint(np.clip(unit, 0, 1) * 63).astype(np.intp).ravel(), minlength=64)
+    return np.asarray(np.abs(unit - counts.argmax() / 63) > _PICTURE_DIFFERS)
+
+
+def _grey(values: NDArray[Any]) -> NDArray[Any]:
+    return values if values.ndim == 2 else values.mean(axis=-1, dtype=np.float32)
+
+
+def _coarse_body(coarse: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the body among the dense pixels of a coarse grid."""
     opened = _opened(coarse) if min(coarse.shape) >= 96 else coarse
     pieces, count = ndimage.label(opened)
     if count == 0:
-        return np.zeros_like(coarse), step
+        return np.zeros_like(coarse)
     sizes = np.bincount(pieces.ravel())[1:]
-    return _filled(np.concatenate([[False], sizes >= 0.1 * sizes.max()])[pieces]), step
+    return _filled(np.concatenate([[False], sizes >= 0.1 * sizes.max()])[pieces])
 
 
 def _opened(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -85,32 +111,38 @@ def _filled(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return filled
 
 
-def slice_statistics(hu: NDArray[np.int16]) -> tuple[SliceStatistics, NDArray[np.int16]]:
+def slice_statistics(
+    stored: NDArray[Any], modality: Modality = "ct", value_range: tuple[float, float] | None = None
+) -> tuple[SliceStatistics, NDArray[Any]]:
     """Measure one slice.
 
     Args:
-        hu: int16 [rows, cols].
+        stored: [rows, cols] or [rows, cols, 3].
+        modality: What its values mean.
+        value_range: Values that become 0 and 1; None for CT.
 
     Returns:
         The numbers, and the pixels that the percentiles were taken from.
     """
-    sample = sorted_sample(hu)
+    sample = sorted_sample(stored)
     low, middle, high = sample[np.rint(np.array([0.01, 0.5, 0.99]) * (len(sample) - 1)).astype(np.intp)]
     # Rows of clean air lie around many bodies; only what has no counterpart of noise at all is missing data.
-    padding = max(_one_sided(_flat_lines(hu)), _one_sided(_flat_lines(hu.T)))
-    return SliceStatistics(int(low), int(middle), int(high), float(_coarse_body(hu)[0].mean()), padding), sample
+    grey = _grey(stored)
+    padding = max(_one_sided(_flat_lines(grey)), _one_sided(_flat_lines(grey.T)))
+    body = float(_coarse_body(_shown(stored, modality, value_range)).mean())
+    return SliceStatistics(float(low), float(middle), float(high), body, padding), sample
 
 
-def sorted_sample(hu: NDArray[np.int16]) -> NDArray[np.int16]:
+def sorted_sample(stored: NDArray[Any]) -> NDArray[Any]:
     """Return pixels spread evenly over a slice, sorted: of int16 that is a radix sort, faster than np.percentile."""
-    step = max(1, max(hu.shape) // _SAMPLE_PX)
-    return np.sort(hu[::step, ::step], axis=None, kind="stable")
+    step = max(1, max(stored.shape[:2]) // _SAMPLE_PX)
+    return np.sort(_grey(stored[::step, ::step]), axis=None, kind="stable")
 
 
-def _flat_lines(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
+def _flat_lines(grey: NDArray[Any]) -> NDArray[np.bool_]:
     """Return which rows hold one value only."""
-    flat: NDArray[np.bool_] = (hu[:, ::_FLAT_STEP] == hu[:, :1]).all(axis=1)
-    flat[flat] = (hu[flat] == hu[flat, :1]).all(axis=1)  # few are left to be looked at pixel by pixel
+    flat: NDArray[np.bool_] = (grey[:, ::_FLAT_STEP] == grey[:, :1]).all(axis=1)
+    flat[flat] = (grey[flat] == grey[flat, :1]).all(axis=1)  # few are left to be looked at pixel by pixel
     return flat
 
 
@@ -123,9 +155,10 @@ def _one_sided(flat: NDArray[np.bool_]) -> float:
     return abs(before - after) / len(flat)
 
 
-def refusal(statistics: SliceStatistics, config: SlicesConfig) -> str:
-    """Return why a slice is left out, or ""."""
-    if statistics.hu_p99 - statistics.hu_p01 < config.min_contrast_hu:
+def refusal(statistics: SliceStatistics, config: SlicesConfig, value_range: tuple[float, float] | None = None) -> str:
+    """Return why a slice is left out, or ""; with a range of values where it is no CT."""
+    least = config.min_contrast_hu if value_range is None else config.min_contrast * (value_range[1] - value_range[0])
+    if statistics.p99 - statistics.p01 < least:
         return "constant"
     if statistics.body_fraction < config.min_body_fraction:
         return "blank"

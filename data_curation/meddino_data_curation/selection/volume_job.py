@@ -4,6 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -12,18 +13,19 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash, slice_hash
-from meddino.data.intensity import Modality
 from meddino.data.sample import encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.geometry import Geometry
 from meddino.volumes.itk_files import read_volume_file
-from meddino.volumes.orientation import OUTSIDE_HU, to_axial_lps
+from meddino.volumes.orientation import AXIAL_LPS, OUTSIDE_HU, to_axial_lps
+from meddino.volumes.pictures import PICTURE_ERRORS, read_picture
 from meddino.volumes.volume import AxialVolume
-from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.config import CurationConfig, InplaneConfig
 from meddino_data_curation.corpus.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, slice_vector
-from meddino_data_curation.selection.hounsfield import recognise_hounsfield
 from meddino_data_curation.selection.inplane import resample_slice
+from meddino_data_curation.selection.modality import PICTURE, Recognised, SourceModality, recognise
 from meddino_data_curation.selection.slice_choice import (
     body_mask,
     refusal,
@@ -38,7 +40,6 @@ from meddino_data_curation.sources.dicom_series import DicomCandidate
 
 NO_MEMORY = "not enough memory to read it; fewer `workers` leave more for each, limits.max_volume_voxels refuses it at once"
 HISTOGRAM_EDGES_HU = tuple(range(-1100, 1601, 50))
-_INT16 = np.iinfo(np.int16)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class VolumeJob:
     job: str
     dataset: str
     licence: str
-    modality: Modality = "ct"
+    modality: SourceModality = "ct"
     scan_only: bool = False
 
 
@@ -129,14 +130,15 @@ class _Curation:
 
     def __init__(self, job: VolumeJob, config: CurationConfig, work: WorkFolder, row: dict[str, Any]) -> None:
         self.job, self.config, self.work, self.row = job, config, work, row
-        self.offset = 0
+        self.values = Recognised("ct")
+        self.has_spacing = True
         self.left_out: Counter[str] = Counter()
         self.refused: dict[str, str] = {}
-        self.not_hu = ""
+        self.not_recognised = ""
         self.pixel_mm = (1.0, 1.0)
         self.slices: dict[str, list[Any]] = {}
         self.histogram = np.zeros(len(HISTOGRAM_EDGES_HU) - 1, dtype=np.int64)
-        self.middle: NDArray[np.int16] | None = None
+        self.middle: NDArray[Any] | None = None
         self.looks: list[tuple[float, NDArray[np.int8]]] = []
 
     def run(self) -> VolumeRecord:
@@ -148,7 +150,7 @@ class _Curation:
             for _ in self._look(volume):
                 pass
             return VolumeRecord(self.job.job, self.row, fingerprint=self._fingerprint())
-        problem = size_refusal(shape[1:], spacing[1:], self.config.slices, self.config.inplane)
+        problem = size_refusal(shape[1:], spacing[1:], self.config.slices, self.inplane)
         if problem:
             raise VolumeError(problem)
         if shape[0] < self.config.slices.min_per_volume:
@@ -178,55 +180,87 @@ class _Curation:
 
     def thumbnail(self) -> str:
         """Return the middle slice as far as it was seen."""
-        return slice_thumbnail(self.middle, self.pixel_mm) if self.middle is not None else self.not_hu
+        if self.middle is None:
+            return self.not_recognised
+        return slice_thumbnail(self.values.as_soft_tissue(self.middle), self.pixel_mm)
+
+    @property
+    def inplane(self) -> InplaneConfig:
+        """How slices are resampled; pixels of unknown size cannot be brought to a spacing."""
+        wanted = self.config.inplane
+        return wanted if self.has_spacing else wanted.model_copy(update={"spacing_mm": None})
 
     def _read(self) -> AxialVolume:
         candidate, config = self.job.candidate, self.config
+        if candidate.format == PICTURE:
+            return self._read_picture(candidate.files[0])
         if isinstance(candidate, DicomCandidate) and candidate.stack is not None:
             volume = read_dicom_volume(candidate.stack, config.limits)
         else:
             volume = read_volume_file(candidate.files[0], candidate.format, config.limits)
-        if self.job.modality != "ct":
-            raise VolumeError(f"modality {self.job.modality}: no rules for it")
         try:
-            verdict = recognise_hounsfield(volume.voxels, config.hounsfield)
+            self._recognise(volume.voxels, volume.modality)
         except VolumeError:
-            self.not_hu = "" if self.job.scan_only else refused_thumbnail(volume)
+            self.not_recognised = "" if self.job.scan_only else refused_thumbnail(volume)
             raise
-        self.offset = verdict.offset
-        if verdict.note:
-            volume = replace(volume, notes=(*volume.notes, verdict.note))
-        axial, tilt_deg = to_axial_lps(
-            volume, config.orientation.max_tilt_deg, OUTSIDE_HU - self.offset, config.limits.max_volume_voxels
-        )
+        if self.values.note:
+            volume = replace(volume, notes=(*volume.notes, self.values.note))
+        outside = OUTSIDE_HU - self.values.offset if self.values.value_range is None else round(self.values.value_range[0])
+        axial, tilt_deg = to_axial_lps(volume, config.orientation.max_tilt_deg, outside, config.limits.max_volume_voxels)
         self.row["tilt_deg"] = round(tilt_deg, 3)
         self.pixel_mm = axial.geometry.spacing_mm[1:]
         return axial
 
+    def _read_picture(self, path: Path) -> AxialVolume:
+        """Return a picture as a volume of one slice, whose pixels are squares of unknown size."""
+        try:
+            picture = read_picture(path)
+        except VolumeError as error:
+            raise VolumeError(str(error).replace(str(path), path.name)) from error
+        except (OSError, *PICTURE_ERRORS) as error:
+            raise VolumeError("picture cannot be read: it is truncated or damaged") from error
+        planes = np.moveaxis(picture.values, 1, -1)
+        planes = planes[..., 0] if planes.shape[-1] == 1 else planes
+        self._recognise(planes, PICTURE)
+        self.has_spacing = False
+        shape = (planes.shape[0], planes.shape[1], planes.shape[2])
+        return AxialVolume(planes, Geometry(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL_LPS))
+
+    def _recognise(self, voxels: NDArray[Any], code: str) -> None:
+        self.values = recognise(voxels, self.job.modality, code, self.config.hounsfield)
+        self.row["modality"] = self.values.modality
+        stored = self.values.stored(voxels[:1, :1, :1])
+        if self.config.shards.codec == "png16" and (stored.dtype != np.int16 or stored.ndim > 3):
+            raise VolumeError(f"shards.codec=png16 holds int16 grey values, these are {stored.dtype}; blosc2 holds all")
+
     def _write_slices(self, volume: AxialVolume, stream: IO[bytes]) -> None:
         places = [volume.place_mm(z) for z in range(volume.geometry.shape[0])]
         wanted = strided(places, self.config.slices.z_stride_mm)
-        for z, hu in self._look(volume):
+        for z, stored in self._look(volume):
             if z not in wanted:
                 self.left_out["closer than z_stride_mm"] += 1
                 continue
-            self._write_slice(hu, z, places[z], volume, stream)
+            self._write_slice(stored, z, places[z], volume, stream)
 
-    def _look(self, volume: AxialVolume) -> Iterator[tuple[int, NDArray[np.int16]]]:
-        """Go through all slices in HU, on the way hashing them and noting what they look like."""
+    def _look(self, volume: AxialVolume) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Go through all slices as they are stored, on the way hashing them and noting what they look like."""
         count = volume.geometry.shape[0]
         _, y_mm, x_mm = volume.geometry.spacing_mm
-        looked_at = set(chosen_slices(count).tolist()) if self.config.duplicates.near else set()
-        content = ContentHash(volume.geometry.shape)
+        # One picture of unknown pixel size is no evidence: of pictures only exact duplicates are found.
+        near = self.config.duplicates.near and self.values.modality != "image"
+        looked_at = set(chosen_slices(count).tolist()) if near else set()
+        content: ContentHash | None = None
         for z in range(count):
-            hu = to_int16(volume.planes[z], self.offset)
-            content.add(hu)
+            stored = self.values.stored(volume.planes[z])
+            if content is None:
+                content = ContentHash((count, *stored.shape), str(stored.dtype))
+            content.add(stored)
             if z == count // 2:
-                self.middle = hu
-            if z in looked_at and (vector := slice_vector(hu, (y_mm, x_mm))) is not None:
+                self.middle = stored
+            if z in looked_at and (vector := slice_vector(self.values.as_soft_tissue(stored), (y_mm, x_mm))) is not None:
                 self.looks.append((volume.place_mm(z), vector))
-            yield z, hu
-        self.row["content_hash"] = content.hexdigest()
+            yield z, stored
+        self.row["content_hash"] = content.hexdigest() if content else None
 
     def _fingerprint(self) -> dict[str, Any] | None:
         if not self.looks:
@@ -234,43 +268,35 @@ class _Curation:
         places, vectors = zip(*self.looks, strict=True)
         return Fingerprint(np.array(places), np.stack(vectors)).to_json()
 
-    def _write_slice(self, hu: NDArray[np.int16], z: int, z_mm: float, volume: AxialVolume, stream: IO[bytes]) -> None:
-        statistics, sample = slice_statistics(hu)
-        problem = refusal(statistics, self.config.slices)
+    def _write_slice(self, stored: NDArray[Any], z: int, z_mm: float, volume: AxialVolume, stream: IO[bytes]) -> None:
+        value_range = self.values.value_range
+        statistics, sample = slice_statistics(stored, self.values.modality, value_range)
+        problem = refusal(statistics, self.config.slices, value_range)
         if problem:
             self.left_out[problem] += 1
             if problem not in self.refused:
-                self.refused[problem] = slice_thumbnail(hu, self.pixel_mm, SLICE_THUMBNAIL_PX)
+                shown = self.values.as_soft_tissue(stored)
+                self.refused[problem] = slice_thumbnail(shown, self.pixel_mm, SLICE_THUMBNAIL_PX)
             return
-        if self.config.slices.remove_table:
-            hu = without_table(hu, body_mask(hu))
-            sample = sorted_sample(hu)
-        self.histogram += np.diff(np.searchsorted(sample, HISTOGRAM_EDGES_HU))
+        if self.values.modality == "ct":
+            if self.config.slices.remove_table:
+                stored = without_table(stored, body_mask(stored))
+                sample = sorted_sample(stored)
+            self.histogram += np.diff(np.searchsorted(sample, HISTOGRAM_EDGES_HU))
         thickness, *inplane = volume.geometry.spacing_mm
-        hu, spacing = resample_slice(hu, (inplane[0], inplane[1]), self.config.inplane)
+        stored, spacing = resample_slice(stored, (inplane[0], inplane[1]), self.inplane)
         shards = self.config.shards
-        data = encode_slice(hu, shards.codec, shards.level)
+        data = encode_slice(stored, shards.codec, shards.level)
         stream.write(data)
+        low, high = value_range or (None, None)
         values = {
-            "key": f"{self.row['volume_id']}-{z:05d}", "z_index": z, "z_mm": round(z_mm, 4),
-            "length": len(data), "crc32": zlib.crc32(data), "content_hash": slice_hash(hu), "rows": hu.shape[0],
-            "cols": hu.shape[1], "channels": 1, "dtype": str(hu.dtype),
-            "spacing_mm": [round(step, 6) for step in spacing], "thickness_mm": round(thickness, 4),
-            "value_low": None, "value_high": None, "intensity_p01": statistics.hu_p01, "intensity_p50": statistics.hu_p50,
-            "intensity_p99": statistics.hu_p99, "body_fraction": round(statistics.body_fraction, 4),
+            "key": f"{self.row['volume_id']}-{z:05d}", "z_index": z, "z_mm": round(z_mm, 4) if self.has_spacing else None,
+            "length": len(data), "crc32": zlib.crc32(data), "content_hash": slice_hash(stored), "rows": stored.shape[0],
+            "cols": stored.shape[1], "channels": 1 if stored.ndim == 2 else stored.shape[2], "dtype": str(stored.dtype),
+            "spacing_mm": [round(step, 6) for step in spacing] if self.has_spacing else None,
+            "thickness_mm": round(thickness, 4) if self.has_spacing else None,
+            "value_low": low, "value_high": high, "intensity_p01": statistics.p01, "intensity_p50": statistics.p50,
+            "intensity_p99": statistics.p99, "body_fraction": round(statistics.body_fraction, 4),
         }  # fmt: skip
         for name, value in values.items():
             self.slices.setdefault(name, []).append(value)
-
-
-def to_int16(plane: NDArray[Any], offset: int) -> NDArray[np.int16]:
-    """Return one slice as contiguous int16 HU: rounded to the nearest, clipped to what int16 holds.
-
-    Args:
-        plane: [rows, cols], any real type.
-        offset: Added before rounding.
-    """
-    if plane.dtype == np.int16 and offset == 0:
-        return np.ascontiguousarray(plane)
-    wide = plane.astype(np.float64) + offset
-    return np.ascontiguousarray(np.clip(np.rint(wide), _INT16.min, _INT16.max), dtype=np.int16)

@@ -14,6 +14,8 @@ from meddino_data_curation.privacy import Salt
 from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.patient_ids import named_in_path, patient_id
 
+_CODES = {"ct": "CT", "mr": "MR"}  # DICOM's, by the modality of a source
+
 
 @dataclass(frozen=True)
 class DicomCandidate(Candidate):
@@ -39,15 +41,15 @@ class _SeriesMaker:
 
     def candidates(self) -> list[DicomCandidate]:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
-        usable: list[DicomHeader] = []
+        usable: dict[str, list[DicomHeader]] = defaultdict(list)
         for header in self.series.headers:
-            reason = header.why_not("CT")
-            (refused[reason] if reason else usable).append(header)
+            wanted = _CODES.get(self.source.modality) or header.modality or "CT"
+            (refused[why] if (why := header.why_not(wanted)) else usable[header.modality]).append(header)
         made = [
             DicomCandidate(**self._base(files, f"refused: {reason}"), problem=reason, notes=self.series.notes)  # type: ignore[arg-type]
             for reason, files in sorted(refused.items())
         ]
-        for part in split_series(usable, self.series.notes):
+        for part in (part for _, files in sorted(usable.items()) for part in split_series(files, self.series.notes)):
             stack = part.stack
             base = self._base(part.headers, part.name)
             made.append(DicomCandidate(**base, notes=stack.notes, problem=stack.problem, stack=stack))  # type: ignore[arg-type]

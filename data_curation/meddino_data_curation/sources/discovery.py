@@ -20,6 +20,7 @@ from meddino.volumes.file_kinds import (
     why_not_read,
 )
 from meddino.volumes.nifti import GZIP_ERRORS
+from meddino.volumes.pictures import is_picture
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.progress import progress
@@ -108,7 +109,9 @@ class _Sorting:
     def takes(self, file: FoundFile) -> bool:
         """Take a file whose name or state says what it is; False for one that has to be opened."""
         suffix = volume_suffix(file.path.name)
-        if is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
+        if self.source.modality in ("image", "auto") and is_picture(file.path.name):
+            self._volume(file, "picture")
+        elif is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
             self.found.files["other"] += 1
         elif suffix:
             self._volume(file, VOLUME_SUFFIXES[suffix])

@@ -69,6 +69,9 @@ def make_transform(backbone: Backbone, config: FeaturesConfig, data: DatasetConf
     """
     size = config.image_size_px or backbone.contract.native_size_px
     backbone.contract.check_size(size, backbone.name)
+    mismatch = backbone.contract.mismatch(data.modality, f"model {backbone.name} on {data.name}")
+    if mismatch:
+        _log.warning("%s; they are scaled to its range", mismatch)
     return Transform(size, data.modality, data.window_hu, config.max_slices, config.last_blocks, data.volume)
 
 
@@ -93,13 +96,13 @@ def model_input(backbone: Backbone, stack: SliceStack, numbers: Sequence[int], t
     values = torch.cat(parts)
     if stack.kind == "hu":
         # Clipped first: resizing must not smear a metal implant's 3000 HU over its neighbours.
-        low, high = transform.window_hu or backbone.contract.window_hu
+        low, high = transform.window_hu or backbone.contract.ct_window
         values = values.mean(1, keepdim=True).clamp(low, high)
     size = (transform.size_px, transform.size_px)
     if values.shape[-2:] != size:
         values = functional.interpolate(values, size=size, mode="bilinear", align_corners=False, antialias=True)
     if stack.kind == "hu":
-        return backbone.contract.from_hu(values, transform.window_hu)
+        return backbone.contract.from_ct(values, transform.window_hu)
     return backbone.contract.from_unit(values)
 
 

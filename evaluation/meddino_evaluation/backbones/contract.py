@@ -1,4 +1,4 @@
-"""How an image becomes the input of a backbone, whether it was trained on Hounsfield units or on photographs."""
+"""How an image becomes the input of a backbone, whatever modality it was trained on, medical or photographs."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from meddino.core.errors import ConfigError
-from meddino.data.intensity import CTIntensity
+from meddino.data.intensity import CTIntensity, Intensity, Modality
+from meddino.data.model_input import check_modality
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-DEFAULT_WINDOW_HU = (-1000.0, 1000.0)
-"""HU window for models that have none of their own: MedDINOv3's, so that every model sees the same range."""
+DEFAULT_CT = CTIntensity()
+"""Says the window in which models without one of their own see CT: MedDINOv3's, so that every model sees the same range."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,35 @@ class ImageContract:
         std: Likewise.
         multiple_px: Image sides must be a multiple of this.
         native_size_px: Side the weights were trained at.
-        hu: The contract of a model that was trained on Hounsfield units; mean and std are then not used.
+        own: The input contract of a model of ours; mean and std are then not used.
+        given: Modality of what it is given. Values of another one than CT come scaled, so that their range is [0, 1].
     """
 
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     multiple_px: int = 1
     native_size_px: int = 224
-    hu: CTIntensity | None = None
+    own: Intensity | None = None
+    given: Modality = "ct"
 
     @property
     def channels(self) -> int:
         """Channels of the input."""
-        return self.hu.channels if self.hu else len(self.mean)
+        return self.own.channels if self.own else len(self.mean)
 
     @property
-    def window_hu(self) -> tuple[float, float]:
-        """The HU window that fits the model best."""
-        return (self.hu.hu_min, self.hu.hu_max) if self.hu else DEFAULT_WINDOW_HU
+    def ct_window(self) -> tuple[float, float]:
+        """The window that fits the model best where it is given CT."""
+        return self.own.shown_range if isinstance(self.own, CTIntensity) else DEFAULT_CT.shown_range
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """Given values that become black and white."""
+        return self.ct_window if self.given == "ct" else (0.0, 1.0)
+
+    def mismatch(self, data: Modality, where: str) -> str:
+        """Return what to tell people where a model of ours is given another modality than it was trained on, or ""."""
+        return "" if self.own is None else check_modality(self.own.modality, data, where)
 
     def check_size(self, size_px: int, name: str) -> None:
         """Refuse a size that the model cannot take.
@@ -59,26 +71,27 @@ class ImageContract:
     def from_unit(self, unit: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch out_channels h w"]:
         """Turn images in [0, 1], grey or RGB, into model input.
 
-        A model of Hounsfield units gets them stretched over its window: 0 becomes hu_min, 1 becomes hu_max.
+        A model of CT gets them stretched over its window.
         """
         channels = self.channels
         if unit.shape[1] != channels:
             unit = unit.mean(1, keepdim=True).expand(-1, channels, -1, -1)
-        if self.hu is not None:
-            values = unit * (self.hu.hu_max - self.hu.hu_min) + self.hu.hu_min
-            return (values - self.hu.mean) / self.hu.std
-        mean = torch.tensor(self.mean, device=unit.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=unit.device).view(1, -1, 1, 1)
+        if isinstance(self.own, CTIntensity):
+            low, high = self.own.shown_range
+            return (unit * (high - low) + low - self.own.mean) / self.own.std
+        means, stds = (self.own.channel_mean, self.own.channel_std) if self.own else (self.mean, self.std)
+        mean = torch.tensor(means, device=unit.device).view(1, -1, 1, 1)
+        std = torch.tensor(stds, device=unit.device).view(1, -1, 1, 1)
         return (unit - mean) / std
 
-    def from_hu(
-        self, hu: Float[Tensor, "batch 1 h w"], window: tuple[float, float] | None = None
+    def from_ct(
+        self, values: Float[Tensor, "batch 1 h w"], window: tuple[float, float] | None = None
     ) -> Float[Tensor, "batch out_channels h w"]:
         """Turn Hounsfield units into model input.
 
         Args:
-            hu: One channel.
-            window: Lower and upper end [HU]; None takes `window_hu`.
+            values: One channel, in Hounsfield units.
+            window: Lower and upper end of the window; None takes `ct_window`.
         """
-        low, high = window or self.window_hu
-        return self.from_unit((hu.clamp(low, high) - low) / (high - low))
+        low, high = window or self.ct_window
+        return self.from_unit((values.clamp(low, high) - low) / (high - low))

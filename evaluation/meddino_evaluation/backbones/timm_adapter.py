@@ -16,8 +16,8 @@ from meddino_evaluation.backbones.contract import ImageContract
 class TimmBackbone(Backbone):
     """A timm model behind the common face."""
 
-    def __init__(self, name: str, model: nn.Module, hu: Intensity | None = None) -> None:
-        """Take a model of timm; with `hu` it wants Hounsfield units instead of a photograph's values."""
+    def __init__(self, name: str, model: nn.Module, own: Intensity | None = None) -> None:
+        """Take a model of timm; with `own` it is a model of ours with that input contract."""
         super().__init__()
         self.name = name
         self.model = model
@@ -35,7 +35,7 @@ class TimmBackbone(Backbone):
             tuple(config.get("std", ImageContract.std)),
             self.patch_size if embedding is not None else 1,
             native,
-            hu,
+            own,
         )
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:

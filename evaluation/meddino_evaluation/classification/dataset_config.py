@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
+from meddino.data.intensity import Modality
 
 SplitName = Literal["train", "val", "test"]
 
@@ -129,8 +130,8 @@ class DatasetConfig(StrictConfig):
     """Names; for a binary task the second is the positive."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Raw label to class name (multi-label columns: raw value to 1, 0 or unknown)."""
-    modality: Literal["ct", "image"] = "image"
-    """ct: values are Hounsfield units; image: brightness, stretched to [0, 1]."""
+    modality: Modality = "image"
+    """ct: values are Hounsfield units; mr: arbitrary units; image: brightness; the last two are stretched to [0, 1]."""
     volume: bool = False
     """A case is a stack of slices."""
     window_hu: tuple[float, float] | None = None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
 from meddino.core.tables import read_table
+from meddino.data.intensity import Modality
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
@@ -20,6 +21,14 @@ from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.labels import LabelScheme
 
 PATIENTS_FILE = "patients.csv"
+
+
+_MR_NAME = re.compile(r"(mri?|t1|t2|pd|dwi|adc|swi|flair|cine|lge|gre|tse)(?![a-z]{3})", re.IGNORECASE)
+
+
+def modality_of(channel_names: Sequence[str]) -> Modality:
+    """Return the modality that the names of channels say: MR where all name it or a sequence of it, else CT."""
+    return "mr" if channel_names and all(_MR_NAME.match(name) for name in channel_names) else "ct"
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class LabelledDataset:
         test_cases: A held-out test part with labels (imagesTs and labelsTs), or empty.
         labels: Meaning of the label values.
         channel_names: One a channel.
+        modality: What the images' values mean.
     """
 
     name: str
@@ -41,6 +51,7 @@ class LabelledDataset:
     labels: LabelScheme
     channel_names: tuple[str, ...]
     test_cases: tuple[LabelMapCase, ...] = ()
+    modality: Modality = "ct"
     _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meddino.core.errors import VolumeError
-from meddino.data.intensity import CTIntensity
+from meddino.data.intensity import CTIntensity, ImageIntensity, Intensity, Modality, MRIntensity
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.case import LabelMapCase
@@ -24,12 +24,13 @@ def median_plane_spacing(cases: Sequence[LabelMapCase]) -> float:
     return float(np.median(spacings))
 
 
-def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> CTIntensity:
-    """Return nnU-Net's CT normalisation as an input contract: clip to the foreground's 0.5 and 99.5 percentiles, z-score.
+def foreground_contract(cases: Sequence[PreparedCase], channels: int, modality: Modality = "ct") -> Intensity:
+    """Return the normalisation of the foreground as an input contract: of CT nnU-Net's (0.5 and 99.5 percentiles, z-score).
 
     Args:
         cases: Training cases.
         channels: How often the model wants one channel repeated.
+        modality: Of the cases; of another one than CT, values in [0, 1] are only z-scored.
 
     Raises:
         VolumeError: No case has foreground.
@@ -45,6 +46,9 @@ def foreground_contract(cases: Sequence[PreparedCase], channels: int) -> CTInten
     low, high = (float(value) for value in np.percentile(everything, (0.5, 99.5)))
     if high - low < 1e-6:
         raise VolumeError(f"data.intensity=fingerprint: all labelled voxels have the intensity {low:.4g}")
-    return CTIntensity(
-        hu_min=low, hu_max=high, mean=float(everything.mean()), std=max(float(everything.std()), 1e-8), channels=channels
-    )
+    mean, std = float(everything.mean()), max(float(everything.std()), 1e-8)
+    if modality == "ct":
+        return CTIntensity(hu_min=low, hu_max=high, mean=mean, std=std, channels=channels)
+    if modality == "mr":
+        return MRIntensity(mean=mean, std=std, channels=channels)
+    return ImageIntensity(mean=(mean,) * channels, std=(std,) * channels)

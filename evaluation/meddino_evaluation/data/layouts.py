@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,7 +14,7 @@ from meddino.core.logging import get_logger
 from meddino.core.tables import read_table
 from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.case import LabelMapCase
-from meddino_evaluation.data.dataset import LabelledDataset
+from meddino_evaluation.data.dataset import LabelledDataset, modality_of
 from meddino_evaluation.data.inputs import ENDINGS, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 
@@ -30,6 +31,11 @@ def open_dataset(root: Path) -> LabelledDataset:
         ConfigError: It is in none, or what describes it is wrong.
         VolumeError: A file is missing.
     """
+    dataset = _open(root)
+    return replace(dataset, modality=modality_of(dataset.channel_names))
+
+
+def _open(root: Path) -> LabelledDataset:
     if not root.is_dir():
         raise ConfigError(f"no data set at {root}: no such folder")
     if (root / "dataset.json").is_file():

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from meddino.core.errors import VolumeError
 from meddino.data.content import ContentHash
+from meddino.data.intensity import Modality
+from meddino.data.model_input import stored_type, value_range
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import Turn, turn_to_lps
 from meddino_evaluation.data.case import LabelMapCase
@@ -124,11 +126,16 @@ def prepare_case(
     """
     array, geometry = dataset.read_images(case, channels)
     label = dataset.read_label(case, geometry) if with_label else None
-    return prepare_volume(case.name, array, geometry, rule, label)
+    return prepare_volume(case.name, array, geometry, rule, label, dataset.modality)
 
 
 def prepare_volume(
-    name: str, array: NDArray[Any], geometry: Geometry, rule: GridRule, label: NDArray[np.int32] | None = None
+    name: str,
+    array: NDArray[Any],
+    geometry: Geometry,
+    rule: GridRule,
+    label: NDArray[np.int32] | None = None,
+    modality: Modality = "ct",
 ) -> PreparedCase:
     """Prepare a volume that has been read.
 
@@ -138,13 +145,15 @@ def prepare_volume(
         geometry: Of the file.
         rule: In-plane grid.
         label: [Z, Y, X] label values, or None.
+        modality: What its values mean; those of another one than CT are scaled to [0, 1] by their volume's range.
 
     Raises:
         VolumeError: Its axes are skewed or it holds values that are no numbers.
     """
     turn = turn_to_lps(geometry)
     spacing = turn.spacing_mm(geometry)
-    images = _as_intensities(turn.apply(array).swapaxes(0, 1), name)  # [Z, C, rows, cols]
+    turned = turn.apply(array).swapaxes(0, 1)  # [Z, C, rows, cols]
+    images = _as_intensities(turned, name) if modality == "ct" else _as_unit(turned, name, modality)
     rows, cols = images.shape[2:]
     target = rule.target(rows, cols, (spacing[1], spacing[2]))
     resampled = np.stack([_resize(slice_, target) for slice_ in images])
@@ -156,16 +165,31 @@ def prepare_volume(
         labels = _compressed(np.ascontiguousarray(values, dtype=np.int16))
         present = tuple(frozenset(np.unique(slice_).tolist()) - {0, IGNORED} for slice_ in values)
     return PreparedCase(
-        name, _compressed(resampled), labels, present, geometry, turn, (rows, cols), new_spacing, content_hash(images)
+        name,
+        _compressed(resampled),
+        labels,
+        present,
+        geometry,
+        turn,
+        (rows, cols),
+        new_spacing,
+        content_hash(images if modality == "ct" else turned, modality),
     )
 
 
-def content_hash(images: NDArray[Any]) -> str:
+def content_hash(images: NDArray[Any], modality: Modality = "ct") -> str:
     """Name a volume by its voxels, as `meddino-curate` does in volumes.parquet, whatever the file's format.
 
     Args:
         images: [Z, C, Y, X] in LPS order; the first channel counts.
+        modality: What its values mean; those of CT count as int16, others as they are stored.
     """
+    if modality != "ct":
+        dtype = stored_type(images.dtype)
+        stored = ContentHash((len(images), images.shape[2], images.shape[3]), str(dtype))
+        for slice_ in images:
+            stored.add(slice_[0].astype(dtype))
+        return stored.hexdigest()
     content = ContentHash((len(images), images.shape[2], images.shape[3]))
     for slice_ in images:
         content.add(np.clip(np.rint(slice_[0]), -32768, 32767).astype(np.int16))
@@ -180,6 +204,16 @@ def _as_intensities(images: NDArray[Any], name: str) -> NDArray[Any]:
     if low >= -32768 and high <= 32767 and (high - low > 256 or np.issubdtype(images.dtype, np.integer)):
         return images if images.dtype == np.int16 else np.rint(images).astype(np.int16)
     return images.astype(np.float32)
+
+
+def _as_unit(images: NDArray[Any], name: str, modality: Modality) -> NDArray[np.float32]:
+    """Scale each channel by its own range, which is that of the whole volume."""
+    if np.issubdtype(images.dtype, np.floating) and not np.isfinite(images).all():
+        raise VolumeError(f"case {name}: the image holds values that are no numbers (NaN or infinite)")
+    ends = np.array([value_range(modality, images[:, channel]) for channel in range(images.shape[1])], dtype=np.float32)
+    low, span = ends[:, :1, None], np.maximum(ends[:, 1:, None] - ends[:, :1, None], np.float32(1e-12))
+    unit: NDArray[np.float32] = np.clip((images.astype(np.float32) - low) / span, 0, 1)
+    return unit
 
 
 def _resize(image: NDArray[Any], target: tuple[int, int]) -> NDArray[Any]:

@@ -78,5 +78,5 @@ def _key(dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], 
         "ignore": dataset.labels.ignore,
         "as_background": dataset.labels.as_background,
         "rule": asdict(rule),
-    }
+    } | ({} if dataset.modality == "ct" else {"modality": dataset.modality})
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]

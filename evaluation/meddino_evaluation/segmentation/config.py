@@ -21,6 +21,8 @@ class DataConfig(StrictConfig):
     """Image channels that are read; with "all" their number must be the model's."""
     neighbour_slices: int = Field(0, ge=0, le=8)
     """2.5D: this many slices on either side come in as channels; 0 is the paper's 2D [P]."""
+    modality: Literal["auto", "ct", "mr", "image"] = "auto"
+    """What the images' values mean; auto: as the names of the channels say (MR, T1, T2, ...), else ct."""
     intensity: Literal["contract", "fingerprint"] = "contract"
     """Clip and normalise by the model's input contract, or by the training cases' foreground as nnU-Net does for CT [N]."""
     resample: Literal["native", "spacing", "size", "plan"] = "native"

@@ -125,8 +125,9 @@ class Experiment:
         if self.config.data.intensity == "contract":
             return self.source
         rule = self.grid_rule(split)
-        found = foreground_contract([self.prepare(name, rule) for name in split.train], self.source.contract.channels)
-        return replace(self.source, contract=replace(self.source.contract, hu=found))
+        cases = [self.prepare(name, rule) for name in split.train]
+        found = foreground_contract(cases, self.source.contract.channels, self.dataset.modality)
+        return replace(self.source, contract=replace(self.source.contract, own=found))
 
     def network(self, source: EncoderSource, seed: int) -> SegmentationNetwork:
         """Build the network of a seed, on the machine; a learning encoder is a copy of its own."""
@@ -155,6 +156,10 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     machine = find_machine(config.device, config.precision)
     dataset = open_labels(data, config)
     source = load_encoder(model, config.encoder.random_seed)
+    source = replace(source, contract=replace(source.contract, given=dataset.modality))
+    mismatch = source.contract.mismatch(dataset.modality, f"model {source.name} on {dataset.name}")
+    if mismatch:
+        logger.warning("%s; they are scaled to its range", mismatch)
     check_fit(config, source, dataset)
     check_grids(dataset)
     leakage = LeakageCheck(source.lineage, corpus, source.name)
@@ -166,6 +171,8 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
 def open_labels(data: Path, config: SegmentConfig) -> LabelledDataset:
     """Open a data set with its patients and the labels that are asked for."""
     dataset = with_patients(open_dataset(data), config.data.patient_pattern)
+    if config.data.modality != "auto":
+        dataset = replace(dataset, modality=config.data.modality)
     return replace(dataset, labels=dataset.labels.only(config.labels.use)) if config.labels.use else dataset
 
 

@@ -5,7 +5,7 @@ from meddino_evaluation.backbones.adapter import MedDINOBackbone, state_hash
 from meddino_evaluation.backbones.catalogue import CATALOGUE
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.backbones.timm_adapter import TimmBackbone, build_timm
+from meddino_evaluation.backbones.timm_adapter import TimmBackbone
 from meddino_evaluation.backbones.transformers_adapter import TransformersBackbone, build_transformers
 from meddino_evaluation.backbones.weights_files import load_weights
 from safetensors.torch import save_file
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
+from meddino.models.timm_backbone import build_timm
 
 TINY_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = {
@@ -153,10 +154,10 @@ def test_load_weights__sam_names_with_and_without_prefix():
 def test_contract__hounsfield_units_for_either_kind():
     hu = torch.tensor([-3000.0, -1000.0, 0.0, 1000.0, 3000.0]).view(1, 1, 1, 5)
     ours = ImageContract((), (), 16, 224, CTIntensity())
-    torch.testing.assert_close(ours.from_hu(hu)[0], normalise(hu[0, 0], CTIntensity()))
+    torch.testing.assert_close(ours.from_ct(hu)[0], normalise(hu[0, 0], CTIntensity()))
     photo = ImageContract(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    np.testing.assert_allclose(photo.from_hu(hu)[0, :, 0].numpy(), np.tile([-1, -1, 0, 1, 1], (3, 1)), atol=1e-6)
-    narrow = photo.from_hu(hu, window=(-160.0, 240.0))
+    np.testing.assert_allclose(photo.from_ct(hu)[0, :, 0].numpy(), np.tile([-1, -1, 0, 1, 1], (3, 1)), atol=1e-6)
+    narrow = photo.from_ct(hu, window=(-160.0, 240.0))
     assert narrow[0, 0, 0, 2].item() == pytest.approx(2 * 0.4 - 1)
     torch.testing.assert_close(ours.from_unit(torch.ones(1, 3, 2, 2)), torch.full((1, 3, 2, 2), (1000 - 65.108) / 178.017))
 

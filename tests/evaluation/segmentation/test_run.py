@@ -154,7 +154,7 @@ def test_random_of_an_export__has_its_architecture_and_contract(tmp_path):
     loaded = load_encoder("random:vitnano8", random_seed=1)
     again, other = load_encoder("random:vitnano8", random_seed=1), load_encoder("random:vitnano8", random_seed=2)
     assert loaded.model_hash == again.model_hash != other.model_hash
-    assert loaded.contract.hu == meddino.load("random:vitnano8").contract
+    assert loaded.contract.own == meddino.load("random:vitnano8").contract
 
 
 @pytest.mark.parametrize(

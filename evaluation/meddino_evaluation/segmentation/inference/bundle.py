@@ -59,7 +59,8 @@ class Bundle:
         """
         if len(array) < self.channels:
             raise VolumeError(f"{name}: {len(array)} channels, the network reads {self.channels}")
-        cases = [prepare_volume(name, array[: self.channels], geometry, rule) for rule in self.rules]
+        modality = self.members[0].networks[0].contract.given
+        cases = [prepare_volume(name, array[: self.channels], geometry, rule, modality=modality) for rule in self.rules]
         return keep_largest(predict_together(self.members, cases), self.labels, self.components)
 
 
@@ -67,10 +68,10 @@ def write_bundle(experiment: Experiment, out: Path) -> None:
     """Write network.json of a run."""
     folds = {}
     for split in experiment.splits:
-        hu = experiment.fold_source(split).contract.hu
+        own = experiment.fold_source(split).contract.own
         folds[str(split.number)] = {
             "rule": asdict(experiment.grid_rule(split)),
-            "hu": hu.model_dump(mode="json") if hu is not None else None,
+            "input_contract": own.model_dump(mode="json") if own is not None else None,
         }
     content = {
         "format": "meddino-segmentation-network",
@@ -79,6 +80,7 @@ def write_bundle(experiment: Experiment, out: Path) -> None:
         else experiment.source.name,
         "model_hash": experiment.source.model_hash,
         "labels": asdict(experiment.dataset.labels),
+        "modality": experiment.dataset.modality,
         "channels": len(experiment.channels),
         "input_channels": experiment.input_channels,
         "folds": folds,
@@ -124,6 +126,8 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
     use_cpu_threads()
     machine = find_machine(config.device, config.precision)
     source = load_encoder(model or content["model"], config.encoder.random_seed)
+    modality = content.get("modality", "ct")
+    source = replace(source, contract=replace(source.contract, given=modality))
     if source.model_hash != content["model_hash"]:
         raise CheckpointError(f"model {source.name} has other weights than the one {results} was trained with")
     request = head_request(
@@ -132,9 +136,9 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
     members, components = [], []
     for fold in folds:
         fold_source = source
-        if parts[fold]["hu"] is not None:
-            hu = read_intensity(parts[fold]["hu"], str(path))
-            fold_source = replace(source, contract=replace(source.contract, hu=hu))
+        own = parts[fold].get("input_contract", parts[fold].get("hu"))  # "hu": written when all was CT
+        if own is not None:
+            fold_source = replace(source, contract=replace(source.contract, own=read_intensity(own, str(path))))
         networks = tuple(build_network(fold_source, config.encoder, config.head.name, request, seed) for seed in seeds)
         for network, seed in zip(networks, seeds, strict=True):
             components.append(load_network(network, weights_path(results, fold, seed)))

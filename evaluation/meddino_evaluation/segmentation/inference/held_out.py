@@ -99,6 +99,7 @@ def open_held_out_set(experiment: Experiment, name: str, root: Path, out: Path, 
         VolumeError: A file is missing, or grids differ.
     """
     dataset = with_patients(open_dataset(root), experiment.config.data.patient_pattern)
+    dataset = replace(dataset, modality=experiment.dataset.modality)  # what the networks are trained on
     if experiment.config.labels.use:
         there = [label for label in experiment.config.labels.use if label in dataset.labels.names]
         dataset = replace(dataset, labels=dataset.labels.only(there))

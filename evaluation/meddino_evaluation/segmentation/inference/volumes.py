@@ -52,7 +52,7 @@ class Member:
         (top, bottom), (left, right) = (pad_amounts(size, self.window.window_px) for size in case.plane)
         # Air around a slice that is smaller than a window, in intensities: what models make of it differs by channel.
         slices = torch.stack([case.image(z, self.neighbours) for z in places])
-        inputs = model_input(F.pad(slices, (left, right, top, bottom), value=contract.window_hu[0]), contract)
+        inputs = model_input(F.pad(slices, (left, right, top, bottom), value=contract.shown_range[0]), contract)
         logits = self.window(inputs.to(self.machine.device), self.forward, 0.0)
         logits = logits[..., top : top + case.plane[0], left : left + case.plane[1]]
         if logits.shape[-2:] != case.source_plane:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.core.errors import ConfigError
-from meddino.data.model_input import normalise
+from meddino.data.model_input import normalise, normalise_channels
 from meddino_evaluation.adaptation.fitting import learned_state
 from meddino_evaluation.adaptation.trainable import set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
@@ -106,12 +106,12 @@ def model_input(
             f"{channels} image channels come in (data.channels, data.neighbour_slices), but the model takes "
             f"{contract.channels}; one channel is repeated, otherwise the numbers must be equal"
         )
-    if contract.hu is None:
-        low, high = contract.window_hu
+    if contract.own is None or contract.own.modality != contract.given:
+        low, high = contract.shown_range
         return contract.from_unit((intensities.clamp(low, high) - low) / (high - low))
     if channels == 1:
-        return normalise(intensities[:, 0], contract.hu)
-    return normalise(intensities, contract.hu.model_copy(update={"channels": 1})).squeeze(2)
+        return normalise(intensities[:, 0], contract.own)
+    return normalise_channels(intensities.clamp(*contract.shown_range), contract.own)
 
 
 def map_shapes(backbone: Backbone, taps: int, channels: int, side_px: int) -> list[tuple[int, int]]:

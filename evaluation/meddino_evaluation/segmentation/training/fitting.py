@@ -77,7 +77,7 @@ class Fitting:
         cases = [experiment.prepare(name, self.rule) for name in experiment.training_cases(self.split, seed)]
         slices = choose_slices(cases, config.labels, seed)
         network = experiment.network(self.source, seed)
-        window = network.contract.window_hu
+        window = network.contract.shown_range
         sampler = CropSampler(cases, slices, training, config.data.neighbour_slices, window, seed)
         loop = self._loop(network, sampler, training, seed)
         name = f"fold {self.split.number}, seed {seed}"

@@ -1,0 +1,125 @@
+"""What a volume's numbers are: recognised by the rules of its modality, or refused with the reason."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from meddino.core.errors import VolumeError
+from meddino.data.intensity import WHAT_VALUES_ARE, Modality
+from meddino.data.model_input import stored_type, value_range
+from meddino_data_curation.config import HounsfieldConfig
+from meddino_data_curation.selection.hounsfield import (
+    looks_like_hounsfield,
+    recognise_hounsfield,
+    refuse_unfinite,
+    spread_sample,
+)
+
+SourceModality = Literal["ct", "mr", "image", "auto"]
+PICTURE = "picture"
+"""Stands where DICOM has the code of a modality, for files that hold a picture; the format of such candidates."""
+_OF_CODE: dict[str, Modality] = {"CT": "ct", "MR": "mr", PICTURE: "image"}
+_MIN_VALUES = 33  # fewer different ones are labels, whatever their size
+_INT16 = np.iinfo(np.int16)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a volume's numbers are.
+
+    Attributes:
+        modality: What they mean.
+        offset: Added to every voxel to get Hounsfield units; 0 for another modality.
+        value_range: Values that become 0 and 1; None for CT.
+        note: What was repaired, or "".
+    """
+
+    modality: Modality
+    offset: int = 0
+    value_range: tuple[float, float] | None = None
+    note: str = ""
+
+    def stored(self, plane: NDArray[Any]) -> NDArray[Any]:
+        """Return one slice as it is stored: CT as int16 HU, rounded and clipped; others without a change of values.
+
+        Args:
+            plane: [rows, cols] or [rows, cols, 3], any real type.
+        """
+        if self.modality != "ct":
+            return np.ascontiguousarray(plane, dtype=stored_type(plane.dtype))
+        if plane.dtype == np.int16 and self.offset == 0:
+            return np.ascontiguousarray(plane)
+        wide = plane.astype(np.float64) + self.offset
+        return np.ascontiguousarray(np.clip(np.rint(wide), _INT16.min, _INT16.max), dtype=np.int16)
+
+    def as_soft_tissue(self, stored: NDArray[Any]) -> NDArray[np.int16]:
+        """Return a grey slice in which a range of any unit lies where CT has soft tissue: for thumbnails and fingerprints."""
+        if self.value_range is None:
+            return stored
+        grey = stored if stored.ndim == 2 else stored.mean(axis=-1)
+        low, high = self.value_range
+        unit = np.clip((grey.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
+        return np.rint(unit * 400 - 160).astype(np.int16)
+
+
+def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: HounsfieldConfig) -> Recognised:
+    """Tell what voxels are.
+
+    Args:
+        voxels: [Z, Y, X], of colour pictures [Z, Y, X, 3]; any real type.
+        wanted: What the source says they are; auto: the file's own word, and CT by its histogram where it has none.
+        code: DICOM's code of the modality, PICTURE for a picture file, "" where the file says nothing.
+        config: How Hounsfield units are recognised.
+
+    Raises:
+        VolumeError: It is another modality than wanted, or nothing that can be used; the message says what.
+    """
+    said = _OF_CODE.get(code)
+    if code and said is None:
+        raise VolumeError(f"DICOM: modality is {code if code.isalpha() and len(code) <= 4 else 'unknown'}")
+    modality = (said or "ct") if wanted == "auto" else wanted
+    if said is not None and said != modality:
+        raise VolumeError(f"the source says modality {modality}, the file is {WHAT_VALUES_ARE[said]}")
+    if modality == "ct":
+        verdict = recognise_hounsfield(voxels, config)
+        return Recognised("ct", verdict.offset, None, verdict.note)
+    if voxels.dtype.kind not in "iuf":
+        raise VolumeError(f"voxels are {voxels.dtype}; intensities are numbers")
+    if voxels.dtype.kind == "f":
+        refuse_unfinite(voxels)
+    return _recognise_mr(voxels, said) if modality == "mr" else _recognise_image(voxels)
+
+
+def _recognise_mr(voxels: NDArray[Any], said: Modality | None) -> Recognised:
+    sample = spread_sample(voxels)
+    _refuse_labels(sample)
+    if said is None and sample.min() < 0 and looks_like_hounsfield(sample):
+        raise VolumeError("the source says modality mr, its values look like CT in Hounsfield units")
+    notes = []
+    low, high = value_range("mr", sample)
+    if stored_type(voxels.dtype) == np.float32 and voxels.dtype.kind in "iu" and np.abs(sample).max() > 2**24:
+        notes.append("whole numbers beyond 2^24 stored as float32, rounded")
+    if voxels.dtype == np.float64:
+        notes.append("float64 stored as float32, rounded")
+    return Recognised("mr", 0, (low, high), "; ".join(notes))
+
+
+def _recognise_image(voxels: NDArray[Any]) -> Recognised:
+    if voxels.dtype not in (np.uint8, np.uint16):
+        raise VolumeError(f"values are {voxels.dtype}; a picture has 8 or 16 bits of brightness")
+    sample = spread_sample(voxels)
+    if sample.min() == sample.max():
+        raise VolumeError(f"every pixel is {sample.min():g}: a blank picture")
+    return Recognised("image", 0, value_range("image", voxels))
+
+
+def _refuse_labels(sample: NDArray[np.float64]) -> None:
+    low, high = float(sample.min()), float(sample.max())
+    different = len(np.unique(sample))
+    if different == 1:
+        raise VolumeError(f"every voxel is {low:g}")
+    if different < min(_MIN_VALUES, max(3, sample.size // 2)):
+        what = "a binary mask" if different == 2 else "a label map"
+        raise VolumeError(f"looks like {what}: {different} different values from {low:g} to {high:g}")
