@@ -1,16 +1,20 @@
 """meddino.load: damaged or foreign folders are named with what to do; random weights for comparison."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import meddino
-from meddino.checkpoints.export.model_folder import write_weights
+from meddino.checkpoints.export.model_folder import FileRecord, read_record, write_weights
 from meddino.checkpoints.export.write import export_model
+from meddino.checkpoints.weights.find_weights import find_weights
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import sha256_file
+from meddino.data.intensity import CTIntensity
+from meddino.models.vision_transformer import ViTConfig
 
 
 @pytest.fixture
@@ -97,3 +101,55 @@ def test_load__bf16_rope_periods_fit(model_folder):
 
     rewrite(model_folder, change)
     assert meddino.load(model_folder).backbone.rope_embed.periods.dtype == torch.float32
+
+
+def test_load__a_copied_file_knows_its_contract_and_architecture(model_folder, tmp_path):
+    folder = meddino.load(model_folder)
+    changed = {"hu_min": -160.0, "hu_max": 240.0}
+    contract = CTIntensity(**folder.contract.model_dump() | changed)
+    shape = folder.config.architecture.model_copy(update={"norm_eps": 3e-4})
+    said = FileRecord(architecture=shape, input_contract=contract, role="teacher", licence="CC-BY-4.0")
+    tensors = load_file(model_folder / "model.safetensors")
+    (tmp_path / "alone").mkdir()
+    for path in (tmp_path / "copied.bin", tmp_path / "alone/model.safetensors"):
+        write_weights(path, tensors, said)
+        loaded = meddino.load(path if path.suffix == ".bin" else path.parent)
+        assert (loaded.contract, loaded.config.architecture, loaded.lineage.licence) == (contract, shape, "CC-BY-4.0")
+        assert all(torch.equal(value, tensors[name]) for name, value in loaded.backbone.state_dict().items())
+        assert loaded.config.weights.sha256 == sha256_file(path)
+        assert find_weights(path).config == ViTConfig(**shape.model_dump(exclude={"name"}))
+    exported = meddino.load(model_folder / "model.safetensors")
+    assert (exported.contract, exported.config.architecture) == (folder.contract, folder.config.architecture)
+    assert exported.config.weights.sha256 == folder.config.weights.sha256
+
+
+def test_write_weights__a_record_changes_the_metadata_only(model_folder, tmp_path):
+    from safetensors import safe_open
+
+    tensors = load_file(model_folder / "model.safetensors")
+    write_weights(tmp_path / "plain", tensors)
+    config = meddino.load(model_folder).config
+    said = FileRecord(architecture=config.architecture, input_contract=config.input_contract, role="teacher", licence="x")
+    for name in ("one", "two"):
+        write_weights(tmp_path / name, tensors, said)
+    one, plain = (tmp_path / "one").read_bytes(), (tmp_path / "plain").read_bytes()
+    assert one == (tmp_path / "two").read_bytes()
+    sizes = [int.from_bytes(content[:8], "little") for content in (one, plain)]
+    assert one[8 + sizes[0] :] == plain[8 + sizes[1] :]
+    assert (8 + sizes[0]) % 8 == 0
+    assert read_record(tmp_path / "one") == said
+    assert read_record(tmp_path / "plain") is None
+    with safe_open(tmp_path / "one", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_export__honours_the_umask(make_checkpoint, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        folder = export_model(make_checkpoint(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from meddino.checkpoints.export.model_folder import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     Architecture,
+    FileRecord,
     Lineage,
     ModelConfig,
+    ParentRecord,
     TimmArchitecture,
     WeightsRecord,
     architecture_of_config,
@@ -19,6 +24,7 @@ from meddino.checkpoints.export.model_folder import (
     meddino_version,
     parameter_count,
     read_config,
+    read_record,
     read_weights,
     weights_sha256,
 )
@@ -28,6 +34,7 @@ from meddino.checkpoints.weights.find_weights import find_weights, is_training_o
 from meddino.checkpoints.weights.infer_architecture import backbone_name
 from meddino.checkpoints.weights.load import fit
 from meddino.core.errors import CheckpointError
+from meddino.core.files import sha256_file
 from meddino.core.logging import get_logger
 from meddino.data.intensity import CTIntensity, Intensity
 from meddino.data.model_input import normalise
@@ -141,6 +148,9 @@ def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None
         return assemble(
             _config_of(found.tensors, *record, command="teacher of a training checkpoint"), found.tensors, where=text
         )
+    alone = path / WEIGHTS_FILE if path.is_dir() and not (path / CONFIG_FILE).exists() else path
+    if (said := read_record(alone) if alone.is_file() else None) is not None:
+        return _from_record(alone, said)
     if path.is_dir() and not any(path.iterdir()):
         raise CheckpointError(f"{path} is empty; give a folder made by meddino-export, a weights file, or random:<backbone>")
     weights = find_weights(source)
@@ -161,6 +171,15 @@ def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None
         command=f"read from {path.name}",
     )
     return Model(backbone, config).eval().requires_grad_(False)
+
+
+def _from_record(path: Path, said: FileRecord) -> Model:
+    """Load a weights file of ours that lies without its config.json."""
+    tensors = load_file(path)
+    parent = ParentRecord(name=path.name, sha256=sha256_file(path), licence=said.licence)
+    lineage = Lineage(parent=parent, licence=said.licence)
+    record = (said.architecture, said.input_contract, (), lineage, said.role)
+    return assemble(_config_of(tensors, *record, command=f"read from {path.name}"), tensors, where=str(path))
 
 
 def assemble(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> Model:
@@ -215,7 +234,10 @@ def _config_of(
     command: str,
 ) -> ModelConfig:
     """Describe weights that did not come from a model folder; the checksum is that of the file they would make."""
-    weights = WeightsRecord(sha256=weights_sha256(tensors), dtype="float32", parameters=parameter_count(tensors), role=role)
+    said = FileRecord(architecture=architecture, input_contract=contract, role=role, licence=lineage.licence)
+    weights = WeightsRecord(
+        sha256=weights_sha256(tensors, said), dtype="float32", parameters=parameter_count(tensors), role=role
+    )
     return ModelConfig(
         architecture=architecture,
         input_contract=contract,

@@ -2,20 +2,22 @@
 
 import hashlib
 import json
+import os
+import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Discriminator, Field, Tag
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from meddino.checkpoints.state.training_state import MAX_META_BYTES
 from meddino.core.config import StrictConfig, check_config
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.core.files import sha256_file, write_json
+from meddino.core.files import atomic_write, canonical_json, sha256_file, write_json
 from meddino.data.intensity import Intensity
 from meddino.models.registry import BackboneConfig
 from meddino.models.timm_backbone import TimmConfig
@@ -25,6 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CARD_FILE = "MODEL_CARD.md"
 FORMAT = "meddino-model"
+RECORD_KEY = "meddino"
 VERSION = 1
 OWN_LICENCE = "Apache-2.0"
 DINOV3_LICENCE = "DINOv3 License"
@@ -154,6 +157,21 @@ class WeightsRecord(StrictConfig):
     """Which network of the trainer this is."""
 
 
+class FileRecord(StrictConfig):
+    """What model.safetensors says of itself, in its metadata: a file copied without config.json loads as what it is."""
+
+    version: Literal[1] = 1
+    """Of the record."""
+    architecture: AnyArchitecture
+    """What to build."""
+    input_contract: Intensity
+    """How stored values become input."""
+    role: Literal["teacher", "student", "backbone"]
+    """Which network of the trainer this is."""
+    licence: str
+    """Of these weights."""
+
+
 class ModelConfig(StrictConfig):
     """The content of config.json."""
 
@@ -187,11 +205,50 @@ def meddino_version() -> str:
         return "0+unknown"
 
 
-def write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; equal tensors give equal bytes."""
-    # One metadata key only: several would be written in a changing order.
+def write_weights(path: Path, tensors: dict[str, Tensor], record: FileRecord | None = None) -> None:
+    """Write a safetensors file; equal tensors and records give equal bytes."""
+    # One metadata key only: several would be written in a changing order. The record is put in afterwards.
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner can read; these are for sharing
+    if record is not None:
+        with path.open("rb") as plain, atomic_write(path) as stream:
+            stream.write(_header_with(record, plain.read(int.from_bytes(plain.read(8), "little"))))
+            shutil.copyfileobj(plain, stream, 16 << 20)
+    # safetensors makes files that only their owner can read; these are for sharing, as far as the umask lets them.
+    path.chmod(0o666 & ~_umask())
+
+
+def read_record(path: Path) -> FileRecord | None:
+    """Return what a weights file of ours says of itself; None for other files.
+
+    Raises:
+        CheckpointError: It says something that this program does not understand.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    if RECORD_KEY not in metadata:
+        return None
+    try:
+        return check_config(FileRecord, json.loads(metadata[RECORD_KEY]), where=f"{path}, its metadata")
+    except (ValueError, RecursionError, ConfigError) as error:
+        raise CheckpointError(f"{path}: what its metadata say of the model cannot be used: {error}") from error
+
+
+def _header_with(record: FileRecord, header: bytes) -> bytes:
+    """Return a safetensors file's header with its length, the record put into its metadata."""
+    content = json.loads(header)
+    content["__metadata__"][RECORD_KEY] = canonical_json(record.model_dump(mode="json"))
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the tensors at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_config(folder: Path, config: ModelConfig) -> None:
@@ -199,10 +256,13 @@ def write_config(folder: Path, config: ModelConfig) -> None:
     write_json(folder / CONFIG_FILE, config.model_dump(mode="json"))
 
 
-def weights_sha256(tensors: dict[str, Tensor]) -> str:
+def weights_sha256(tensors: dict[str, Tensor], record: FileRecord) -> str:
     """Return the SHA-256 that `write_weights`'s file would have."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return hashlib.sha256(save(plain, metadata={"format": "pt"})).hexdigest()
+    plain = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
+    end = 8 + int.from_bytes(plain[:8], "little")
+    digest = hashlib.sha256(_header_with(record, plain[8:end]))
+    digest.update(memoryview(plain)[end:])
+    return digest.hexdigest()
 
 
 def is_model_folder(folder: Path) -> bool:

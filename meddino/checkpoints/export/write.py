@@ -16,6 +16,7 @@ from meddino.checkpoints.export.model_card import model_card
 from meddino.checkpoints.export.model_folder import (
     CARD_FILE,
     WEIGHTS_FILE,
+    FileRecord,
     ModelConfig,
     WeightsRecord,
     meddino_version,
@@ -106,7 +107,10 @@ def export_model(
 
 def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str, Any], command: str) -> ModelConfig:
     """Write what every export holds: weights, config, card, and the list of volumes if there is one."""
-    write_weights(folder / WEIGHTS_FILE, found.tensors)
+    record = FileRecord(
+        architecture=found.architecture, input_contract=found.contract, role=found.role, licence=found.lineage.licence
+    )
+    write_weights(folder / WEIGHTS_FILE, found.tensors, record)
     if heads:
         flat = {f"{head}.{name}": value for head, part in found.heads.items() for name, value in part.items()}
         write_weights(folder / HEADS_FILE, flat)
@@ -138,9 +142,12 @@ def _in_dtype(source: ExportSource, dtype: ExportDtype) -> ExportSource:
             return tensor
         converted = tensor.to(target)
         if not torch.isfinite(converted).all():
-            what = "is not finite" if not torch.isfinite(tensor).all() else f"does not fit into {dtype}"
+            if not torch.isfinite(tensor).all():
+                raise CheckpointError(f"tensor {name} holds NaN or infinity: training broke down; export an earlier checkpoint")
             largest = tensor.abs().max().item()
-            raise CheckpointError(f"tensor {name} {what} (largest magnitude {largest:g}); export with --dtype bf16 or fp32")
+            raise CheckpointError(
+                f"tensor {name} does not fit into {dtype} (largest magnitude {largest:g}); export with --dtype bf16 or fp32"
+            )
         return converted
 
     return replace(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, Architecture, ParentRecord, is_model_folder
+from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, Architecture, ParentRecord, is_model_folder, read_record
 from meddino.checkpoints.export.source import HEADS, find_checkpoint, read_source
 from meddino.checkpoints.state.training_state import META_FILE, list_checkpoints
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, architecture_of
@@ -67,12 +67,16 @@ def find_weights(source: str | Path, section: str | None = None, num_heads: int 
     if path.is_dir():
         return _from_folder(path, section, num_heads)
     file = read_weights_file(path, section)
+    said = read_record(path)  # a file of ours knows what it is, also without its folder
+    licence = DINOV3_LICENCE if said is None else said.licence
+    ours = said.architecture if said is not None and isinstance(said.architecture, Architecture) else None
     return _named(
         file.tensors,
         str(path),
-        ParentRecord(name=path.name, sha256=sha256_file(path), licence=DINOV3_LICENCE),
+        ParentRecord(name=path.name, sha256=sha256_file(path), licence=licence),
         file.notes,
         section,
+        None if ours is None else ViTConfig(**ours.model_dump(exclude={"name"})),
         num_heads=num_heads,
     )
 
@@ -161,8 +165,8 @@ def _named(
     ]
     if bad:
         raise CheckpointError(
-            f"{source}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); it was probably converted to fp16 and "
-            "overflowed: take the float32 or bf16 original"
+            f"{source}: {len(bad)} tensors hold NaN or infinity ({', '.join(bad[:3])}); training broke "
+            "down or it was converted to fp16 and overflowed: take an earlier checkpoint, or the original in float32 or bf16"
         )
     config = config or architecture_of(official, source, num_heads)
     return FoundWeights(official, layout, config, parent, heads, others, notes, source)
