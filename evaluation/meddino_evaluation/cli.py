@@ -4,8 +4,10 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from meddino.core.command import command_parser, run_command
+from meddino.core.files import locked_folder
 
 COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
@@ -27,6 +29,10 @@ COMMANDS = {
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 
 
+LOCKED = frozenset({"segment", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve"})
+"""Commands of which two at a time in one folder would mix their results."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `meddino-eval`."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -46,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handle(arguments: argparse.Namespace) -> None:
-    importlib.import_module(COMMANDS[arguments.command][0]).run(arguments)
+    run = importlib.import_module(COMMANDS[arguments.command][0]).run
+    out = getattr(arguments, "out", None)
+    # Parts of a study work in one folder on purpose, each on jobs of its own.
+    with locked_folder(out) if out is not None and arguments.command in LOCKED else nullcontext():
+        run(arguments)
 
 
 if __name__ == "__main__":

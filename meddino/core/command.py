@@ -51,6 +51,7 @@ def run_command(
         0 done, 2 wrong input or a file that the system does not let be read or written (one line on stderr), 75 stopped
         early and wants to be run again. Other faults raise, which shows their traceback and exits 1.
     """
+    _open_closed_streams()
     arguments = _parse(parser, argv)
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
@@ -81,6 +82,19 @@ def run_command(
             raise
         print(f"{parser.prog}: error: {problem}", file=sys.stderr)
         return EXIT_WRONG_INPUT
+
+
+def _open_closed_streams() -> None:
+    """Give a command that was started with closed streams (`2>&-`) /dev/null: its next file would get their number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def _reader_has_gone() -> bool:

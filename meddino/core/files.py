@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written beside, fsynced, renamed."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -103,6 +104,31 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     partial.rename(path)
     fsync_directory(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder for as long as the block lasts; it is made if it is not there.
+
+    The lock is on the folder itself and leaves no file; it ends with the process, however that ends. Where the file system
+    knows no locks, nothing is locked.
+
+    Raises:
+        MedDINOError: Another command has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MedDINOError(f"another command is writing into {folder}; wait for it or choose another --out") from error
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_free_space(directory: Path, needed_bytes: int, what: str) -> None:

@@ -20,7 +20,7 @@ from meddino.core.logging import get_logger
 from meddino.distributed.exit_codes import Ending, judge, read_return_code
 
 LAUNCHER_PID = "MEDDINO_LAUNCHER_PID"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # After one has died: time for the others to notice, to save what they are saving and to end by themselves.
 OTHERS_GRACE_S = 30.0
 POLL_S = 0.1
@@ -52,7 +52,9 @@ class Signals:
 
     def install(self) -> dict[int, Any]:
         """Note signals from now on; returns what was done with them before."""
-        return {number: signal.signal(number, self._note) for number in FORWARDED}
+        # What is ignored from the start stays so (nohup).
+        heard = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+        return {number: signal.signal(number, self._note) for number in heard}
 
     @contextmanager
     def noted(self) -> Iterator[None]:

@@ -138,8 +138,8 @@ def test_export__a_tampered_tensor_fails_and_leaves_what_was_there(make_checkpoi
     before = {name: (tmp_path / "model" / name).read_bytes() for name in FILES}
     original = export.write_weights
 
-    def tampered(path, tensors):
-        original(path, {**tensors, "norm.weight": tensors["norm.weight"] * 1.0001})
+    def tampered(path, tensors, record):
+        original(path, {**tensors, "norm.weight": tensors["norm.weight"] * 1.0001}, record)
 
     monkeypatch.setattr(export, "write_weights", tampered)
     assert main([str(checkpoint), "--out", str(tmp_path / "model")]) == 2

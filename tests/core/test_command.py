@@ -82,3 +82,28 @@ def test_run_command__ends_quietly_where_its_reader_has_read_enough(body):
 def test_run_command__another_broken_pipe_is_a_fault():
     with pytest.raises(BrokenPipeError):
         _run(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("fault", "code"), [("None", 0), ("VolumeError('bad')", 2)])
+def test_run_command__closed_streams_change_nothing(tmp_path, closed, fault, code):
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import sys\n"
+        "from meddino.core.command import command_parser, run_command\n"
+        "from meddino.core.errors import VolumeError\n"
+        "from meddino.core.logging import get_logger\n"
+        "def handle(_):\n"
+        f"    stream = open({str(tmp_path / 'result')!r}, 'w')\n"
+        "    get_logger('x').warning('told')\n"
+        "    print('a line')\n"
+        "    stream.write('only this')\n"
+        "    stream.close()\n"
+        f"    fault = {fault}\n"
+        "    if fault: raise fault\n"
+        "sys.exit(run_command(command_parser('meddino-x', 'Tests.', 'meddino-x'), [], handle))\n"
+    )
+    found = subprocess.run(["sh", "-c", f"{sys.executable} {script} {closed}"], capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr
+    assert "Traceback" not in found.stderr
+    assert (tmp_path / "result").read_text() == "only this"

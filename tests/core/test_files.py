@@ -10,6 +10,7 @@ from meddino.core.files import (
     canonical_json,
     check_free_space,
     is_disk_full,
+    locked_folder,
     sha256_file,
     write_json,
 )
@@ -64,3 +65,13 @@ def test_is_disk_full__knows_both_reasons():
     assert is_disk_full(OSError(errno.EDQUOT, "quota"))
     assert not is_disk_full(OSError(errno.ENOENT, "gone"))
     assert not is_disk_full(ValueError())
+
+
+def test_locked_folder__keeps_others_out_and_leaves_no_file(tmp_path):
+    with locked_folder(tmp_path / "out"):
+        with pytest.raises(MedDINOError, match=r"another command is writing into .*out"), locked_folder(tmp_path / "out"):
+            pass
+        with locked_folder(tmp_path / "other"):
+            pass
+    with locked_folder(tmp_path / "out"):
+        assert list((tmp_path / "out").iterdir()) == []

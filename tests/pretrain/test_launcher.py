@@ -57,7 +57,10 @@ def train_until_signalled(how: list[str], number: int, corpus: Path, run: Path) 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+)
 def test_processes__a_signal_to_the_launcher_saves_and_asks_to_be_run_again(make_corpus_once, tmp_path, number):
     assert train_until_signalled(OURS, number, make_corpus_once, tmp_path / "run") == 75
 

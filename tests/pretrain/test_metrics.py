@@ -79,3 +79,14 @@ def test_metrics__a_damaged_line_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     with pytest.raises(CheckpointError, match="line 2: no JSON object"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("left_by_a_crash", [b"\0" * 64 + b"\n", b"\0" * 64, b'{"step": 3, "lo\0\0\n{"step": 4}\n'])
+def test_metrics_writer__what_is_damaged_behind_the_checkpoint_is_cut_away(tmp_path, left_by_a_crash):
+    lines = b'{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(lines + left_by_a_crash)
+    MetricsWriter(tmp_path, 2, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0" * 64 + b"\n" + lines)
+    with pytest.raises(CheckpointError, match="line 1"):
+        MetricsWriter(tmp_path, 2, tensorboard=False)

@@ -133,13 +133,21 @@ def read_folds(path: Path) -> list[dict[str, list[str]]]:
     """Read a splits_final.json.
 
     Raises:
-        ConfigError: It is no list of {"train", "val"}.
+        ConfigError: It is no list of {"train", "val"}, or a fold names a case twice or brings a list that is not read.
     """
     content = _read_json(path)
     try:
-        return [{part: sorted(_names(fold[part])) for part in ("train", "val")} for fold in content]
+        folds = [{part: sorted(_names(fold[part])) for part in ("train", "val")} for fold in content]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{path}: expected a list of objects with the lists 'train' and 'val'") from error
+    for number, (given, fold) in enumerate(zip(content, folds, strict=True)):
+        if others := sorted(set(given) - set(fold)):
+            raise ConfigError(
+                f"{path}: fold {number} has the list '{others[0]}', which is not read: tested is 'val', or imagesTs; remove it"
+            )
+        if twice := sorted(name for name, times in Counter(fold["train"] + fold["val"]).items() if times > 1):
+            raise ConfigError(f"{path}: fold {number} names {twice[:5]} twice; a case is in 'train' or in 'val', once")
+    return folds
 
 
 def choose_split(

@@ -193,10 +193,10 @@ def _begin_worker(worker: int, trainer: int) -> None:
     end_with(trainer)
     # A scheduler signals every process of a job. The trainer answers by finishing its step and saving, for which it needs its
     # workers; they end when it ends. torch's worker loop would die of SIGTERM and take the trainer along.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _only_the_second_one_counts)
-    signal.signal(signal.SIGHUP, _end_at_once)
+    signal.signal(signal.SIGQUIT, _end_at_once)
 
 
 def _only_the_second_one_counts(number: int, frame: object) -> None:
@@ -212,7 +212,7 @@ def _end_worker(worker: BaseProcess) -> None:
     # Python, as it ends, sends each worker one SIGTERM and waits; a worker whose iterator still stands would ignore it.
     if worker.pid is not None:
         with suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGHUP)
+            os.kill(worker.pid, signal.SIGQUIT)
 
 
 @dataclass

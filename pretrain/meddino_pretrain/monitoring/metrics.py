@@ -52,6 +52,19 @@ def _complete_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[bytes, dict
             yield line, parse_line(line, path, number)
 
 
+def _lines_until(stream: IO[bytes], path: Path, step: int) -> Iterator[bytes]:
+    """Yield the lines up to a step; a crash may have left NUL bytes behind them, which are cut away with the rest."""
+    last = 0
+    try:
+        for line, record in _complete_lines(stream, path):
+            last = int(record["step"])
+            if last <= step:
+                yield line
+    except CheckpointError:
+        if last < step:
+            raise
+
+
 class MetricsWriter:
     """Appends one JSON object a step and mirrors its numbers to TensorBoard."""
 
@@ -72,7 +85,7 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file():
             with self.path.open("rb") as old, atomic_write(self.path) as new:
-                new.writelines(line for line, record in _complete_lines(old, self.path) if record["step"] <= step)
+                new.writelines(_lines_until(old, self.path, step))
         self._stream = self.path.open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:

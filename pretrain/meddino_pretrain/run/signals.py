@@ -10,8 +10,9 @@ from meddino.core.errors import StoppedEarly
 from meddino.core.logging import get_logger
 from meddino.distributed.launcher import launcher_pid
 
-# SIGTERM: a scheduler's time limit or pre-emption; SIGUSR1 and SIGUSR2: SLURM's --signal and submitit's warning.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM: a scheduler's time limit or pre-emption; SIGUSR1 and SIGUSR2: SLURM's --signal and submitit's warning; SIGHUP: a
+# terminal that was closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 logger = get_logger(__name__)
 
 
@@ -56,7 +57,9 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Catch the stop signals for as long as the block lasts."""
     request = StopRequest()
-    before = {number: signal.signal(number, request._handle) for number in STOP_SIGNALS}
+    # What is ignored from the start stays so: nohup wants the run to outlive its terminal.
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, request._handle) for number in heard}
     try:
         yield request
     finally:

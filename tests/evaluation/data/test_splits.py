@@ -102,3 +102,17 @@ def test_patient_pattern__wrong_ones(tmp_path):
     for pattern, words in (("(", "no regular expression"), ("a", "has no group"), ("(b)", "does not match case 'a1'")):
         with pytest.raises(ConfigError, match=words):
             with_patients(data, pattern)
+
+
+@pytest.mark.parametrize(
+    ("fold", "words"),
+    [
+        ({"train": ["a", "b", "a"], "val": ["c"]}, r"fold 0 names \['a'\] twice"),
+        ({"train": ["a", "b"], "val": ["b"]}, r"fold 0 names \['b'\] twice"),
+        ({"train": ["a"], "val": ["b"], "test": ["c"]}, "fold 0 has the list 'test'"),
+    ],
+)
+def test_splits_final__a_case_twice_and_a_list_that_is_not_read_are_refused(tmp_path, fold, words):
+    (tmp_path / "splits_final.json").write_text(json.dumps([fold]))
+    with pytest.raises(ConfigError, match=words):
+        read_folds(tmp_path / "splits_final.json")
