@@ -1,5 +1,7 @@
 """Weights into a model: from every door, completely, or every gap named."""
 
+import pickle
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -293,3 +295,54 @@ def test_load__a_timm_file_of_an_unusual_size_takes_the_heads_from_the_model(tmp
     with pytest.raises(CheckpointError, match="number of attention heads is not in the file"):
         find_weights(tmp_path / "timm.safetensors")
     assert same(loaded(tmp_path / "timm.safetensors", model.config, missing=("mask_token",)), model)
+
+
+def _prefixed(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model.backbone.", "encoder.", "module._orig_mod."])
+def test_find_weights__prefixes_of_lightning_and_wrappers_are_taken_off(tmp_path, prefix):
+    model = lively(CONFIG)
+    torch.save({"state_dict": _prefixed(prefix, model.state_dict()), "epoch": 3}, tmp_path / "last.ckpt")
+    assert same(loaded(tmp_path / "last.ckpt"), model)
+
+
+def test_find_weights__block_chunks_are_counted_on(tmp_path):
+    model = lively(CONFIG)
+    chunked = {
+        "blocks.0." + name.removeprefix("blocks.") if name.startswith("blocks.") else name: value
+        for name, value in model.state_dict().items()
+    }
+    torch.save(chunked, tmp_path / "chunked.pth")
+    assert same(loaded(tmp_path / "chunked.pth"), model)
+
+
+def test_find_weights__a_folder_of_torch_distributed_checkpoint(tmp_path):
+    from torch.distributed import checkpoint
+
+    model, other = lively(CONFIG), lively(CONFIG, seed=1)
+    state = _prefixed("teacher.backbone.", model.state_dict()) | _prefixed("student.backbone.", other.state_dict())
+    checkpoint.save(
+        {"model": state, "optimizer": {"step": torch.ones(3)}}, checkpoint_id=tmp_path / "ckpt" / "999", no_dist=True
+    )
+    assert same(loaded(tmp_path / "ckpt" / "999"), model)
+    assert any("torch.distributed.checkpoint" in note for note in find_weights(tmp_path / "ckpt" / "999").notes)
+    with pytest.raises(CheckpointError, match=r"\.distcp files"):
+        find_weights(tmp_path / "ckpt")
+    shard = next((tmp_path / "ckpt" / "999").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="promises"):
+        find_weights(tmp_path / "ckpt" / "999")
+
+
+def test_find_weights__metadata_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    (tmp_path / "a.distcp").write_bytes(b"")
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=r"would call (_)?io\.open"):
+        find_weights(tmp_path)
+    assert not (tmp_path / "ran").exists()

@@ -95,7 +95,10 @@ def _nnunet_cases(root: Path, part: str, ending: str, num_channels: int) -> tupl
 
 
 def _decathlon(root: Path, content: dict[str, Any]) -> LabelledDataset:
-    """dataset.json with "training" pairs; the test part has no labels and is not used."""
+    """dataset.json with "training" pairs; the test part has no labels and is not used.
+
+    nnU-Net's first version lists the same pairs, and its image files carry a channel: imagesTr/<case>_0000.nii.gz.
+    """
     where, given = str(root / "dataset.json"), content.get("labels")
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: 'labels' must map values to names")
@@ -105,20 +108,32 @@ def _decathlon(root: Path, content: dict[str, Any]) -> LabelledDataset:
         raise ConfigError(f"{where}: 'labels' must map whole numbers to names ({error})") from error
     labels = parse_labels({**{name: value for name, value in values.items() if value}, "background": 0}, None, where)
     channels = content.get("modality", {"0": "CT"})
-    if not isinstance(channels, dict) or len(channels) != 1:
-        raise ConfigError(
-            f"{where}: {len(channels)} modalities in one 4D file; split them into <case>_0000, _0001 (nnU-Net's layout)"
-        )
+    if not isinstance(channels, dict) or not channels:
+        raise ConfigError(f"{where}: 'modality' must map channel numbers to names")
     cases = []
     for pair in content["training"]:
         if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("image", "label")):
             raise ConfigError(f"{where}: an entry of 'training' is {pair!r}; expected an object with 'image' and 'label'")
-        image, label = (_there(root / _within(pair[key], where), where) for key in ("image", "label"))
-        cases.append(LabelMapCase(stem(image), (image,), label, patient=stem(image)))
+        image, label = (root / _within(pair[key], where) for key in ("image", "label"))
+        images = _channels_of(image, len(channels), where)
+        cases.append(LabelMapCase(stem(image), images, _there(label, where), patient=stem(image)))
     if not cases:
         raise ConfigError(f"{where}: 'training' is empty")
     names = tuple(str(name) for name in channels.values())
     return LabelledDataset(root.name, root, tuple(sorted(cases, key=lambda case: case.name)), labels, names)
+
+
+def _channels_of(image: Path, channels: int, where: str) -> tuple[Path, ...]:
+    """Return the image of a pair, or the files of its channels where nnU-Net's first version named them so."""
+    ending = image.name.removeprefix(stem(image))
+    numbered = [image.with_name(f"{stem(image)}_{channel:04d}{ending}") for channel in range(channels)]
+    if not image.exists() and numbered[0].exists():
+        return tuple(_there(path, where) for path in numbered)
+    if channels > 1:
+        raise ConfigError(
+            f"{where}: {channels} modalities in one 4D file; split them into <case>_0000, _0001 (nnU-Net's layout)"
+        )
+    return (_there(image, where),)
 
 
 def _table(root: Path) -> LabelledDataset:

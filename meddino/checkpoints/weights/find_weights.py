@@ -13,6 +13,7 @@ from torch import Tensor
 from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, Architecture, ParentRecord, is_model_folder, read_record
 from meddino.checkpoints.export.source import HEADS, find_checkpoint, read_source
 from meddino.checkpoints.state.training_state import META_FILE, list_checkpoints
+from meddino.checkpoints.weights.distcp import is_distcp_folder
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, architecture_of
 from meddino.checkpoints.weights.key_formats import DERIVED, detect_layout, to_official
 from meddino.checkpoints.weights.weight_files import SHARD_INDEXES, read_sharded_folder, read_weights_file
@@ -21,6 +22,7 @@ from meddino.core.files import sha256_file
 from meddino.models.vision_transformer import ViTConfig
 
 TIMM_PREFIX = "timm:"
+_CHUNKED = re.compile(r"^blocks\.\d+\.(?=\d+\.)(\d+)\.")  # of DINOv2's block_chunks, the second number counts on
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,14 @@ def _from_folder(path: Path, section: str | None, num_heads: int | None) -> Foun
             [f"{source.role} of a MedDINO model"],
             str(path),
         )
-    if not any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin", *SHARD_INDEXES)):
+    files = ("model.safetensors", "pytorch_model.bin", *SHARD_INDEXES)
+    if not is_distcp_folder(path) and not any((path / name).is_file() for name in files):
         raise CheckpointError(
-            f"{path} holds no weights that are known: no export, training checkpoint, run or transformers folder"
+            f"{path} holds no weights that are known: no export, training checkpoint, run, transformers folder or "
+            "folder of .distcp files (of DINOv3's ckpt/, give one step's folder)"
         )
     vit = _transformers_config(path / "config.json") if (path / "config.json").is_file() else None
-    file = read_sharded_folder(path)
+    file = read_sharded_folder(path, section)
     parent = ParentRecord(name=path.resolve().name, licence=DINOV3_LICENCE)
     return _named(file.tensors, str(path), parent, file.notes, section, vit, num_heads)
 
@@ -152,6 +156,7 @@ def _named(
     num_heads: int | None = None,
 ) -> FoundWeights:
     backbone, heads, others = _backbone_part(tensors, section or "teacher")
+    backbone = {_CHUNKED.sub(r"blocks.\1.", name): tensor for name, tensor in backbone.items()}
     layout = detect_layout(backbone)
     if layout is None:
         raise CheckpointError(_what_else(backbone, source))

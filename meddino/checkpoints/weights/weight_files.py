@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from meddino.checkpoints.state.flat_state import WRAPPER_PARTS
+from meddino.checkpoints.weights.distcp import is_distcp_folder, read_distcp_folder
 from meddino.core.errors import CheckpointError
 
 # Under which keys trainers keep what is wanted; of DINO-like files the teacher is what one evaluates.
 SECTIONS = ("teacher", "state_dict", "model_state_dict", "model", "student", "module", "network_weights")
 MAX_SAFETENSORS_HEADER = 100_000_000
+# Names under which Lightning modules keep a network.
+_LIGHTNING_PARTS = ("model.", "encoder.", "network.", "net.")
 SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -55,8 +58,12 @@ def read_weights_file(path: Path, section: str | None = None) -> WeightsFile:
     return _from_mapping(_read_torch(path, kind), path, section)
 
 
-def read_sharded_folder(folder: Path) -> WeightsFile:
-    """Read a folder as transformers writes it: one weights file, or shards with an index.
+def read_sharded_folder(folder: Path, section: str | None = None) -> WeightsFile:
+    """Read a folder as transformers writes it (one weights file, or shards with an index) or torch.distributed.checkpoint.
+
+    Args:
+        folder: Of the files.
+        section: Which network of a trainer's checkpoint; None takes the teacher.
 
     Raises:
         CheckpointError: No weights are there, or a shard is missing or damaged.
@@ -75,6 +82,8 @@ def read_sharded_folder(folder: Path) -> WeightsFile:
                 raise CheckpointError(f"{index} names {file!r}, outside its folder")
             tensors |= read_weights_file(folder / file).tensors
         return WeightsFile(tensors, [f"joined {len(files)} shards"])
+    if is_distcp_folder(folder):
+        return _without_wrappers(*read_distcp_folder(folder, section or "teacher"))
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return read_weights_file(folder / name)
@@ -204,8 +213,9 @@ def _has_prefix(loaded: Any, prefix: str) -> bool:
 
 
 def _without_wrappers(tensors: dict[str, Tensor], notes: list[str]) -> WeightsFile:
-    """Take off what DDP, torch.compile and FSDP put in front of names, if every name has it."""
-    while prefix := next((part for part in WRAPPER_PARTS if all(name.startswith(part) for name in tensors)), None):
+    """Take off what DDP, torch.compile, FSDP and Lightning put in front of names, if every name has it."""
+    parts = (*WRAPPER_PARTS, *_LIGHTNING_PARTS)
+    while prefix := next((part for part in parts if all(name.startswith(part) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
         notes.append(f"prefix '{prefix}' taken off {len(tensors)} names")
     inner = {name for name in tensors if any(f".{part}" in name for part in WRAPPER_PARTS[1:])}

@@ -34,7 +34,6 @@ _PLAIN_SYNTAXES = (
 )  # fmt: skip
 _BIG_ENDIAN_PIXELS = (ExplicitVRBigEndian, _GE_PRIVATE)
 _PIXEL_DATA = {False: b"\xe0\x7f\x10\x00", True: b"\x7f\xe0\x00\x10"}  # the tag, by whether its own bytes are big-endian
-_ENCAPSULATED_HEAD = 12  # bytes of tag, type and length before the first item
 _COPIED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation")
 
 
@@ -90,8 +89,11 @@ def open_frames(path: Path) -> StoredFrames | None:
             offset = content.tell()
             syntax = str(getattr(dataset.file_meta, "TransferSyntaxUID", ImplicitVRLittleEndian))
             count = max(integer(dataset, "NumberOfFrames", 1), 1)
-            if content.read(4) != _PIXEL_DATA[syntax == ExplicitVRBigEndian]:
+            head = content.read(6)
+            if head[:4] != _PIXEL_DATA[syntax == ExplicitVRBigEndian]:
                 return None
+            # Not by the syntax: private ones, and files that mix both, say otherwise than they are.
+            offset += 12 if head[4:] in (b"OW", b"OB") else 8
             if syntax in _PLAIN_SYNTAXES:
                 return _native(path, content if content is not stream else None, offset, dataset, syntax, count)
             bits = integer(dataset, "BitsStored")
@@ -106,8 +108,6 @@ def _native(path: Path, content: IO[bytes] | None, offset: int, dataset: Any, sy
     allocated, bits, high = (integer(dataset, name) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     if allocated not in (8, 16, 32) or not 1 <= bits <= high + 1 <= allocated:
         return None
-    implicit = content is None and dataset.original_encoding[0]
-    offset += 8 if implicit else 12
     kind = ("i" if integer(dataset, "PixelRepresentation") else "u") + str(allocated // 8)
     dtype = np.dtype((">" if syntax in _BIG_ENDIAN_PIXELS else "<") + kind)
     shape = (integer(dataset, "Rows"), integer(dataset, "Columns"))
@@ -137,7 +137,7 @@ def _compressed(path: Path, offset: int, dataset: Any, count: int) -> Callable[[
 
     def read(frame: int) -> NDArray[Any]:
         with path.open("rb") as stream:
-            stream.seek(offset + _ENCAPSULATED_HEAD)
+            stream.seek(offset)
             data = get_frame(stream, frame, number_of_frames=count)
         with _file_in_memory(_frame_file(dataset, data)) as name, quiet_native():
             reader = sitk.ImageFileReader()

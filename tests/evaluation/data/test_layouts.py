@@ -44,6 +44,46 @@ def test_msd__pairs_of_dataset_json(tmp_path):
         open_dataset(tmp_path)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_msd__the_first_nnunet_lists_cases_and_numbers_their_files(tmp_path, channels):
+    for channel in range(channels):
+        volumes(tmp_path, ["case_1", "case_0"], f"_{channel:04d}")
+    content = {
+        "labels": {"0": "background", "2": "dense"},
+        "modality": {str(channel): "CT" for channel in range(channels)},
+        "training": [{"image": f"./imagesTr/case_{i}.nii.gz", "label": f"./labelsTr/case_{i}.nii.gz"} for i in (1, 0)],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.cases] == ["case_0", "case_1"]
+    names = [f"case_0_{channel:04d}.nii.gz" for channel in range(channels)]
+    assert [path.name for path in data.cases[0].images] == names
+    images, _ = data.read_images(data.cases[0], range(channels))
+    assert images.shape == (channels, 3, 8, 9)
+
+
+def test_nnunet__a_fourth_axis_of_one_time_point_is_read(tmp_path):
+    volumes(tmp_path, ["case_0"], "_0000")
+    path = tmp_path / "imagesTr/case_0_0000.nii.gz"
+    image = sitk.ReadImage(str(path))
+    sitk.WriteImage(sitk.JoinSeries([image]), str(path))
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": {"background": 0, "dense": 2}}))
+    data = open_dataset(tmp_path)
+    values, grid = data.read_images(data.cases[0], [0])
+    assert np.array_equal(values[0], sitk.GetArrayFromImage(image))
+    assert data.read_label(data.cases[0], grid).max() == 2
+
+
+def test_nnunet__names_that_end_like_channels_are_whole_names(tmp_path):
+    names = ["case_1", "case_10", "case_1.2_0001", "P.3", "case_0000"]
+    volumes(tmp_path, names, "_0000")
+    labels = {"other": 1, "background": 0, "dense": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.cases] == sorted(names)
+    assert dict(zip(data.labels.names, data.labels.values, strict=True)) == {"other": (1,), "dense": (2,)}
+
+
 def test_table__folders_and_a_csv(tmp_path):
     volumes(tmp_path, ["a", "b"])
     rows = [
