@@ -1,0 +1,279 @@
+"""DICOM as archives, consoles and anonymisers leave it: read right, parted right, or refused with the right reason."""
+
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    EnhancedCTImageStorage,
+    ImplicitVRLittleEndian,
+    LegacyConvertedEnhancedCTImageStorage,
+    RLELossless,
+)
+
+from meddino.core.errors import VolumeError
+from meddino.volumes.read import find_series, read_volume
+from tests.data_curation.conftest import make_hu
+from tests.data_curation.dicom_files import ct_slice, enhanced_ct, write_series
+
+A, B, C = make_hu(0), make_hu(1), make_hu(2)
+
+
+def write(folder, hu, name="", **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    for z, plane in enumerate(hu):
+        told = {key: value(z) if callable(value) else value for key, value in changes.items()}
+        ct_slice(plane, told.pop("z_mm", 5.0 * z), **told).save_as(folder / f"{name}{z:03d}", enforce_file_format=True)
+
+
+def contents(folder) -> list[bytes]:
+    """The voxels of every volume that is read."""
+    return sorted(np.ascontiguousarray(found.read().voxels).tobytes() for found in find_series(folder) if not found.problem)
+
+
+def problems(folder) -> list[str]:
+    return [found.problem for found in find_series(folder) if found.problem]
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        ({"KVP": 50}, {"KVP": 190}),
+        ({"ConvolutionKernel": "B30f"}, {"ConvolutionKernel": "B70f"}),
+        ({"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "E 50"]}, {"ImageType": ["DERIVED", "PRIMARY", "AXIAL", "E 190"]}),
+        ({"ImageComments": "RESP 0%"}, {"ImageComments": "RESP 33%"}),
+        ({"ImagePositionPatient": lambda z: [-100, -120, 5.0 * z]}, {"ImagePositionPatient": lambda z: [-90, -120, 5.0 * z]}),
+        ({"InstanceNumber": lambda z: z + 1}, {"InstanceNumber": lambda z: z + 50}),
+        (
+            {"InstanceNumber": 1, "AcquisitionTime": lambda z: f"1000{z:02d}"},
+            {"InstanceNumber": 1, "AcquisitionTime": lambda z: f"1001{z:02d}"},
+        ),
+    ],
+)  # fmt: skip
+def test_two_pictures_at_each_place__are_parted_by_what_differs(tmp_path, facts):
+    write(tmp_path, A, "x", **facts[0])
+    write(tmp_path, B, "a", **facts[1])
+    assert contents(tmp_path) == sorted([A.tobytes(), B.tobytes()])
+
+
+def test_two_pictures_at_each_place__that_nothing_tells_apart_are_refused(tmp_path):
+    write(tmp_path, A, "x", InstanceNumber=1)
+    write(tmp_path, B, "a", InstanceNumber=1, SOPInstanceUID=lambda z: f"1.2.{z}")
+    assert contents(tmp_path) == []
+    assert "6 of 6 positions" in problems(tmp_path)[0]
+
+
+def test_a_few_contradicting_slices__are_left_out_and_told(tmp_path):
+    hu = make_hu(0, (120, 16, 16))
+    write(tmp_path, hu, "x")
+    ct_slice(hu[7] + 1, 35.0, InstanceNumber=8, SOPInstanceUID="1.2.3").save_as(tmp_path / "a", enforce_file_format=True)
+    (found,) = find_series(tmp_path)
+    volume = found.read()
+    assert np.array_equal(volume.voxels, np.delete(hu, 7, axis=0))
+    assert "1 positions with contradicting slices left out" in volume.notes
+
+
+def test_all_slices_at_one_place__are_refused(tmp_path):
+    write(tmp_path, A, ImagePositionPatient=[-100, -120, 0], SliceLocation=lambda z: 5.0 * z)
+    assert problems(tmp_path) == ["DICOM: all 6 slices of the series lie at one position"]
+
+
+@pytest.mark.parametrize("uid", [lambda z: f"1.2.3.{z + 1}", None])
+def test_a_series_torn_into_slices__is_put_together(tmp_path, uid):
+    write(tmp_path, A, SeriesInstanceUID=uid, FrameOfReferenceUID="1.2.9")
+    (found,) = find_series(tmp_path)
+    assert np.array_equal(found.read().voxels, A)
+    assert "put together by study, orientation and place" in found.read().notes[0]
+
+
+def test_a_name_spelt_differently__is_one_patient_and_another_id_is_not(tmp_path):
+    def spelling(z):
+        return "Doe^Jane" if z % 2 else "DOE^JANE^^^"
+
+    write(tmp_path / "one", A, PatientName=spelling, PatientBirthDate=lambda z: "19550213" if z % 2 else "")
+    assert contents(tmp_path / "one") == [A.tobytes()]
+    write(tmp_path / "nobody", A, PatientID="ANONYMOUS", PatientName=lambda z: f"Person^{'ab'[z % 2]}")
+    assert len(contents(tmp_path / "nobody")) == 2
+
+
+def frame_content(item: pydicom.Dataset, **values) -> None:
+    for index, frame in enumerate(item.PerFrameFunctionalGroupsSequence):
+        content = Dataset()
+        for name, value in values.items():
+            setattr(content, name, value(index))
+        frame.FrameContentSequence = [content]
+
+
+def test_enhanced__two_time_points_in_one_file_are_two_volumes(tmp_path):
+    both = np.stack([A, B], axis=1).reshape(12, *A.shape[1:])
+    item = enhanced_ct(both)
+    for index, frame in enumerate(item.PerFrameFunctionalGroupsSequence):
+        frame.PlanePositionSequence[0].ImagePositionPatient = [-100, -120, 2.0 * (index // 2)]
+    frame_content(item, TemporalPositionIndex=lambda index: index % 2 + 1)
+    item.save_as(tmp_path / "enhanced", enforce_file_format=True)
+    assert contents(tmp_path) == sorted([A.tobytes(), B.tobytes()])
+
+
+def test_enhanced__two_geometries_in_one_file_are_two_volumes(tmp_path):
+    item = enhanced_ct(np.concatenate([A, B]))
+    del item.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    for index, frame in enumerate(item.PerFrameFunctionalGroupsSequence):
+        orientation = Dataset()
+        orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0] if index < 6 else [0, 1, 0, 0, 0, -1]
+        frame.PlaneOrientationSequence = [orientation]
+        if index >= 6:
+            frame.PlanePositionSequence[0].ImagePositionPatient = [3.0 * index, 0, 0]
+    item.save_as(tmp_path / "enhanced", enforce_file_format=True)
+    read = [found.read() for found in find_series(tmp_path)]
+    assert [volume.voxels.shape[0] for volume in read] == [6, 6]
+    assert A.tobytes() in contents(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage])
+def test_enhanced__legacy_converted_too_and_compressed_without_a_temporary_folder(tmp_path, kind, monkeypatch):
+    item = enhanced_ct(A, SOPClassUID=kind)
+    item.file_meta.MediaStorageSOPClassUID = kind
+    item.compress(RLELossless, generate_instance_uid=False)
+    item.save_as(tmp_path / "enhanced", enforce_file_format=True)
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    assert contents(tmp_path) == [A.tobytes()]
+
+
+def test_plain_ct_storage__with_frames_is_read_whole_and_told(tmp_path):
+    item = ct_slice(A[0], 10.0, NumberOfFrames=6, SpacingBetweenSlices=3.0)
+    item.PixelData = (A.astype(np.int32) + 1024).astype("<u2").tobytes()
+    item.save_as(tmp_path / "cone beam", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert volume.geometry.spacing_mm[0] == pytest.approx(3.0)
+    assert any("only the first frame's place" in note for note in volume.notes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"BitsStored": 12, "HighBit": 11}])
+def test_monochrome1__is_about_display_and_turns_no_value_over(tmp_path, changes):
+    write(tmp_path, A, PhotometricInterpretation="MONOCHROME1", **changes)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert volume.photometric == "MONOCHROME1"
+
+
+@pytest.mark.parametrize(("signed", "stored", "vr"), [(1, -2000, "SS"), (0, 63536, "US")])
+def test_padding__becomes_air_and_is_told(tmp_path, signed, stored, vr):
+    expected = A.copy()
+    expected[:, :5] = -1024
+    for z, plane in enumerate(A):
+        values = plane.astype(np.int32) + 1024
+        values[:5] = stored
+        item = ct_slice(plane, 5.0 * z, PixelRepresentation=signed)
+        item.PixelData = values.astype("<i2" if signed else "<u2").tobytes()
+        item.add_new(0x00280120, vr, stored)
+        item.save_as(tmp_path / f"{z}", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, expected)
+    assert "set to -1024 HU" in volume.notes[0]
+
+
+def test_padding__among_real_values_is_left_and_told(tmp_path):
+    items = [ct_slice(plane, 5.0 * z) for z, plane in enumerate(A)]
+    for z, item in enumerate(items):
+        item.add_new(0x00280120, "US", 1024)  # 0 HU: water
+        item.save_as(tmp_path / f"{z}", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert "lies at 0 HU" in volume.notes[0]
+
+
+@pytest.mark.parametrize(("changes", "reason"), [({"RescaleType": "ED"}, "rescale type is ED"), ({"RescaleType": "HU"}, "")])
+def test_rescale_type__that_is_no_hu_is_refused(tmp_path, changes, reason):
+    write(tmp_path, A, **changes)
+    assert problems(tmp_path) == ([f"DICOM: {reason}, not HU"] if reason else [])
+
+
+def test_rescale__of_each_slice_counts_and_a_missing_one_is_refused(tmp_path):
+    for z, plane in enumerate(A):
+        doubled = ((plane.astype(np.int32) + 1024) * 2).astype("<u2").tobytes()
+        changes = {"RescaleSlope": "0.5", "PixelData": doubled} if z % 2 else {}
+        item = ct_slice(plane, 5.0 * z)
+        for name, value in changes.items():
+            setattr(item, name, value)
+        item.save_as(tmp_path / f"{z}", enforce_file_format=True)
+    assert np.array_equal(read_volume(tmp_path).voxels, A)
+    item = pydicom.dcmread(tmp_path / "2")
+    del item.RescaleSlope, item.RescaleIntercept
+    item.save_as(tmp_path / "2", enforce_file_format=True)
+    with pytest.raises(VolumeError, match="1 of 6 slices lack the rescale"):
+        read_volume(tmp_path)
+
+
+def test_syntax__ges_private_one_and_deflated(tmp_path):
+    (tmp_path / "ge").mkdir()
+    for z, plane in enumerate(A):
+        item = ct_slice(plane, 5.0 * z)
+        item.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        item.PixelData = (plane.astype(np.int32) + 1024).astype(">u2").tobytes()
+        item.save_as(tmp_path / "ge" / f"{z}", enforce_file_format=True)
+        data = (tmp_path / "ge" / f"{z}").read_bytes()
+        (tmp_path / "ge" / f"{z}").write_bytes(data.replace(b"1.2.840.10008.1.2\0", b"1.2.840.113619.5.2", 1))
+    assert contents(tmp_path / "ge") == [A.tobytes()]
+    (tmp_path / "deflated").mkdir()
+    for z, plane in enumerate(A):
+        item = ct_slice(plane, 5.0 * z)
+        item.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+        item.save_as(tmp_path / "deflated" / f"{z}", enforce_file_format=True)
+    assert contents(tmp_path / "deflated") == [A.tobytes()]
+
+
+def test_folder__of_a_cd_gives_the_ct_and_says_what_lay_beside_it(tmp_path):
+    write_series(tmp_path / "ct", A)
+    (tmp_path / "ct" / "._IM000").write_bytes(b"\x00\x05\x16\x07" + bytes(500))
+    (tmp_path / "DICOMDIR").write_bytes(b"index")
+    beside = {
+        "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "dose": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.67", "Modality": "SR"},
+        "capture": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.7"},
+        "structures": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.481.3", "Modality": "RTSTRUCT"},
+        "labels": {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.66.4", "Modality": "SEG"},
+    }
+    for name, changes in beside.items():
+        ct_slice(B[0], 0.0, series=name, **changes).save_as(tmp_path / name, enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert sum(note.startswith("left out beside it: ") for note in volume.notes) == 5
+    write_series(tmp_path / "second", C, series="second")
+    with pytest.raises(VolumeError, match="holds 2 DICOM volumes"):
+        read_volume(tmp_path)
+
+
+def test_uneven_slices__make_no_regular_grid(tmp_path):
+    paths = write_series(tmp_path, A)
+    paths[2].unlink()
+    assert read_volume(tmp_path).irregular == "1 slices are missing"
+
+
+def test_names__in_bytes_that_are_no_utf8(tmp_path):
+    import os
+
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    for z, plane in enumerate(A):
+        ct_slice(plane, 5.0 * z).save_as(folder / os.fsdecode(b"Bild_\xe4_%d" % z), enforce_file_format=True)
+    assert contents(tmp_path) == [A.tobytes()]
+
+
+def test_a_full_disk__is_raised_and_a_file_that_has_gone_is_a_lost_slice(tmp_path, monkeypatch):
+    import errno
+
+    from meddino.volumes.dicom import pixels
+
+    paths = write_series(tmp_path, A)
+    (found,) = find_series(tmp_path)
+    paths[0].unlink()
+    assert "1 slices cannot be read" in found.read().notes
+
+    def fails(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(pixels, "open_frames", fails)
+    with pytest.raises(OSError, match="No space left"):
+        found.read()

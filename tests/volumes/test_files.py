@@ -1,0 +1,204 @@
+"""NIfTI, NRRD and MetaImage: place, direction, units and values against what was written; what is assumed is told."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from meddino.core.errors import VolumeError
+from meddino.volumes.channels import case_names
+from meddino.volumes.limits import ReadLimits
+from meddino.volumes.orientation import turn_to_lps
+from meddino.volumes.read import read_volume
+from tests.data_curation.conftest import make_hu
+
+CODES = {"u1": 2, "i2": 4, "i4": 8, "f4": 16, "f8": 64, "i1": 256, "u2": 512, "u4": 768}
+TO_LPS = np.array([-1.0, -1.0, 1.0])
+QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def nifti(voxels, affine=None, form="sform", unit=2, slope=0.0, intercept=0.0, version=1, extra_axes=0, pixdim=None) -> bytes:
+    """A NIfTI file byte by byte; affine in RAS and in the unit's numbers."""
+    kind = voxels.dtype.str[1:]
+    sizes = np.linalg.norm(affine[:3, :3], axis=0) if affine is not None else np.ones(3)
+    dims = (3 + extra_axes, *voxels.shape[::-1], *([1] * 4))
+    whole, real = ("h", "f") if version == 1 else ("q", "d")
+    head = bytearray(352 if version == 1 else 544)
+    at = {"dim": 40, "code": 70, "pixdim": 76, "offset": 108, "codes": 252, "q": 256, "s": 280} if version == 1 else {
+        "dim": 16, "code": 12, "pixdim": 104, "offset": 168, "codes": 344, "q": 352, "s": 400}  # fmt: skip
+    struct.pack_into("<i", head, 0, 348 if version == 1 else 540)
+    struct.pack_into(f"<8{whole}", head, at["dim"], *dims)
+    struct.pack_into("<2h", head, at["code"], CODES[kind], 8 * voxels.dtype.itemsize)
+    qfac = 1.0
+    if affine is not None and form == "qform":
+        turn = affine[:3, :3] / sizes
+        qfac = -1.0 if np.linalg.det(turn) < 0 else 1.0
+        x, y, z, w = Rotation.from_matrix(turn * [1, 1, qfac]).as_quat()
+        b, c, d = np.array([x, y, z]) * (1 if w >= 0 else -1)
+        struct.pack_into(f"<6{real}", head, at["q"], b, c, d, *affine[:3, 3])
+    if affine is not None and form == "sform":
+        struct.pack_into(f"<12{real}", head, at["s"], *affine[:3].ravel())
+    struct.pack_into(f"<4{real}", head, at["pixdim"], qfac, *(sizes if pixdim is None else pixdim))
+    codes = (int(form == "qform" and affine is not None), int(form == "sform" and affine is not None))
+    struct.pack_into("<2h" if version == 1 else "<2i", head, at["codes"], *codes)
+    if version == 1:
+        struct.pack_into("<3f", head, 108, 352, slope, intercept)
+        head[123], head[344:348] = unit, b"n+1\0"
+    else:
+        struct.pack_into("<q2d", head, 168, 544, slope, intercept)
+        struct.pack_into("<i", head, 500, unit)
+        head[4:12] = b"n+2\0\r\n\x1a\n"
+    return bytes(head) + voxels.astype(f"<{kind}").tobytes()
+
+
+def grid(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    affine = np.eye(4)
+    flips = rng.choice([-1.0, 1.0], 3)
+    affine[:3, :3] = Rotation.random(random_state=seed).as_matrix() * rng.uniform(0.3, 5, 3) * flips
+    affine[:3, 3] = rng.uniform(-300, 300, 3)
+    return affine
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 2**31), kind=st.sampled_from(sorted(CODES)), form=st.sampled_from(["qform", "sform"]),
+    unit=st.sampled_from([(1, 1000.0), (2, 1.0), (3, 0.001)]), version=st.sampled_from([1, 2]),
+    scale=st.sampled_from([(0.0, 0.0), (1.0, -1024.0), (2.0, 0.5)]), packed=st.booleans(), extra=st.integers(0, 4),
+)  # fmt: skip
+def test_nifti__lies_where_its_affine_says_and_holds_what_was_written(
+    tmp_path, seed, kind, form, unit, version, scale, packed, extra
+):
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(0, 100, rng.integers(1, 6, 3)).astype(kind)
+    affine = grid(seed)
+    stored = affine.copy()
+    stored[:3] /= unit[1]
+    data = nifti(voxels, stored, form, unit[0], *scale, version, extra)
+    path = tmp_path / "a.nii"  # its ending says nothing of being packed
+    path.write_bytes(gzip.compress(data, 1) if packed else data)
+    volume = read_volume(path)
+    slope, intercept = scale if scale[0] else (1.0, 0.0)
+    np.testing.assert_allclose(volume.voxels, voxels.astype(np.float64) * slope + intercept, atol=1e-4)
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    np.testing.assert_allclose(volume.geometry.spacing_mm, size[::-1], rtol=1e-5)
+    ends = np.array(voxels.shape[::-1]) - 1
+    last = (affine[:3, :3] @ ends + affine[:3, 3]) * TO_LPS
+    np.testing.assert_allclose(volume.geometry.corners_mm()[0], affine[:3, 3] * TO_LPS, atol=1e-2)
+    np.testing.assert_allclose(volume.geometry.corners_mm()[-1], last, atol=1e-2)
+
+
+@QUICK
+@given(seed=st.integers(0, 2**31), ending=st.sampled_from(["nrrd", "mha", "nhdr", "mhd"]))
+def test_nrrd_and_metaimage__lie_where_they_were_written(tmp_path, seed, ending):
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(-1000, 1000, rng.integers(2, 6, 3)).astype(np.int16)
+    affine = grid(seed)
+    size = np.linalg.norm(affine[:3, :3], axis=0)
+    image = sitk.GetImageFromArray(voxels)
+    image.SetSpacing(size.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / size).ravel().tolist())
+    sitk.WriteImage(image, str(tmp_path / f"a.{ending}"))
+    volume = read_volume(tmp_path / f"a.{ending}")
+    assert np.array_equal(volume.voxels, voxels)
+    ends = [int(end) - 1 for end in voxels.shape[::-1]]
+    np.testing.assert_allclose(volume.geometry.corners_mm()[-1], image.TransformIndexToPhysicalPoint(ends), atol=1e-3)
+
+
+def test_nifti__what_is_assumed_is_told(tmp_path):
+    hu = make_hu(0)
+    path = tmp_path / "a.nii"
+    path.write_bytes(nifti(hu, None, unit=0, pixdim=(3.4, 3.5, 3.0)))
+    volume = read_volume(path)
+    assert volume.geometry.is_axial_lps
+    assert len(volume.notes) == 2
+    assert "orientation is not in the file" in volume.notes[0]
+    assert "units are not in the file" in volume.notes[1]
+    affine = np.diag([-3.4, -3.5, 3.0, 1.0])
+    path.write_bytes(nifti(hu, affine, pixdim=(1.0, 1.0, 1.0)))
+    volume = read_volume(path)
+    assert volume.geometry.spacing_mm == pytest.approx((3.0, 3.5, 3.4))
+    assert volume.notes == ("voxel size and sform disagree: the sform's is taken",)
+    path.write_bytes(nifti(hu, affine, unit=5))
+    with pytest.raises(VolumeError, match="units of space 5"):
+        read_volume(path)
+
+
+def test_nifti__a_shear_by_rounding_is_read_and_a_real_one_is_no_regular_grid(tmp_path):
+    hu, path = make_hu(0), tmp_path / "a.nii"
+    small = np.array([[-3.4, 0.02, 0, 190], [0, -3.5, 0.03, 160], [0.01, 0, 3.0, 10], [0, 0, 0, 1]])
+    path.write_bytes(nifti(hu, small))
+    volume = read_volume(path)
+    assert volume.irregular == ""
+    assert np.array_equal(turn_to_lps(volume.geometry).apply(volume.voxels), hu)
+    small[1, 2] = 1.2
+    path.write_bytes(nifti(hu, small))
+    assert "off a right angle" in read_volume(path).irregular
+
+
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nsizes: 72 64 6\nencoding: raw\nendian: little\n"
+META = "ObjectType = Image\nNDims = 3\nDimSize = 72 64 6\nElementType = MET_SHORT\n"
+
+
+@pytest.mark.parametrize(
+    ("unit", "spacing"),
+    [('"um" "um" "um"', 0.001), ('"cm" "cm" "cm"', 10.0), ('"mm" "mm" "mm"', 1.0), ("", 1.0), ('"s" "mm" "mm"', None)],
+)
+def test_nrrd__units_count_and_strange_ones_are_refused(tmp_path, unit, spacing):
+    space = "space: left-posterior-superior\nspace directions: (3.4,0,0) (0,3.5,0) (0,0,3)\nspace origin: (1,2,3)\n"
+    units = f"space units: {unit}\n" if unit else ""
+    (tmp_path / "a.nrrd").write_bytes((NRRD + space + units + "\n").encode() + make_hu(0).tobytes())
+    if spacing is None:
+        with pytest.raises(VolumeError, match="units of the voxel size are mm, s"):
+            read_volume(tmp_path / "a.nrrd")
+        return
+    volume = read_volume(tmp_path / "a.nrrd")
+    assert volume.geometry.spacing_mm == pytest.approx((3 * spacing, 3.5 * spacing, 3.4 * spacing))
+    assert volume.geometry.origin_mm == pytest.approx((spacing, 2 * spacing, 3 * spacing))
+    assert bool(volume.notes) == (not unit)
+
+
+@pytest.mark.parametrize(("name", "header"), [("a.nrrd", NRRD + "\n"), ("a.mha", META + "ElementDataFile = LOCAL\n")])
+def test_a_voxel_size_that_is_not_in_the_file__is_refused_or_told(tmp_path, name, header):
+    (tmp_path / name).write_bytes(header.encode() + make_hu(0).tobytes())
+    with pytest.raises(VolumeError, match=r"limits\.missing_spacing_mm"):
+        read_volume(tmp_path / name)
+    volume = read_volume(tmp_path / name, ReadLimits(missing_spacing_mm=0.5))
+    assert volume.geometry.spacing_mm == (0.5, 0.5, 0.5)
+    assert "voxel size is not in the file: taken as 0.5 mm" in volume.notes
+    assert "orientation is not in the file" in volume.notes[-1]
+
+
+def test_names__in_bytes_that_are_no_utf8(tmp_path):
+    import os
+
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    folder.mkdir()
+    for ending in ("nrrd", "mha", "mhd", "nii.gz"):
+        image = sitk.GetImageFromArray(make_hu(0))
+        sitk.WriteImage(image, str(tmp_path / f"a.{ending}"))
+        for file in tmp_path.glob("a.*"):
+            file.rename(folder / file.name)
+        assert np.array_equal(read_volume(folder / f"a.{ending}").voxels, make_hu(0)), ending
+
+
+@pytest.mark.parametrize(
+    ("names", "channels", "cases"),
+    [
+        (["word_0001", "word_0002"], None, ["word_0001", "word_0002"]),
+        (["covid19_0000", "covid19_0001", "covid19_0002"], None, ["covid19_0000", "covid19_0001", "covid19_0002"]),
+        (["a_0000", "b_0000"], None, ["a", "b"]),
+        (["a_0000", "a_0001", "b_0000", "b_0001"], None, ["a", "b"]),
+        (["a_0000", "a_0001"], 2, ["a"]),
+        (["a_0000", "a_0001", "scan"], 1, ["a_0000", "a_0001", "scan"]),
+        (["case_1.2_0001_0000", "P.3_0000"], None, ["case_1.2_0001", "P.3"]),
+    ],
+)
+def test_case_names__digits_are_a_channel_only_where_the_set_of_names_says_so(names, channels, cases):
+    assert list(dict.fromkeys(case_names(names, channels).values())) == cases
