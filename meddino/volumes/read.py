@@ -57,15 +57,17 @@ def read_volume(path: Path, limits: ReadLimits = _LIMITS) -> Volume:
         limits: What it may ask of the machine.
 
     Raises:
-        VolumeError: It is missing, unreadable, no volume, too large, or several; the message begins with the path.
-        MemoryError: There is not enough memory for it.
+        VolumeError: It is missing, unreadable, no volume, too large for the limits or the memory, or several; the message
+            begins with the path.
+        OSError: The system is in trouble (a full disk, a network that is gone), not the file.
     """
     try:
         format = _format(path)
-        volume = _only_series(path).read(limits) if format == "dicom" else read_volume_file(path, format, limits)
+        return _only_series(path).read(limits) if format == "dicom" else read_volume_file(path, format, limits)
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
-    return volume
+    except MemoryError as error:
+        raise VolumeError(f"{path}: not enough memory to read it, or a damaged header that asks for too much") from error
 
 
 def read_geometry(path: Path, limits: ReadLimits = _LIMITS) -> Geometry:

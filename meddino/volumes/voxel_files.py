@@ -43,6 +43,9 @@ class VoxelFiles:
             VolumeError: They cannot, or a file is missing.
         """
         size = sum(_size(path) for path in self.files) if self.files else header.stat().st_size
+        packed = self.fields.get("compresseddatasize", "")
+        if packed and (not packed.isdecimal() or int(packed) > size):  # MetaImage's: ITK takes memory for it unasked
+            raise VolumeError(f"header says that voxels are packed into {packed[:20]} bytes, in files of {size}")
         if promised > size * _MOST_PER_BYTE[self.encoding]:
             where = f"{len(self.files)} files of voxels with {size} bytes" if self.files else f"a file of {size} bytes"
             raise VolumeError(f"header promises {promised} bytes, which {where} cannot hold")

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import pydicom
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 # pydicom raises each of these for bytes that only look like DICOM at first; a wrong length may ask for all the memory.
 NO_DICOM = (
-    InvalidDicomError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError, RecursionError,
-    MemoryError, OverflowError, struct.error, zlib.error,
+    InvalidDicomError, BytesLengthException, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError,
+    RecursionError, MemoryError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 _PIXELS = 0x7FE00000
 _MOST_HEADER_BYTES = 64 << 20
@@ -121,7 +121,7 @@ def number(dataset: Any, name: str, default: float = 0, most: float = math.inf) 
     """
     try:
         value = float(dataset.get(name))  # pydicom converts on access
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, LookupError, BytesLengthException):
         return default
     return value if math.isfinite(value) and abs(value) <= most else default
 
@@ -130,6 +130,6 @@ def text(dataset: Any, name: str) -> str:
     """Return an element's words, several of them with backslashes between; "" where it is absent or cannot be read."""
     try:
         value = dataset.get(name)
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, BytesLengthException):
         return ""
     return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value or "")

@@ -14,7 +14,7 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from meddino.volumes.dicom.elements import integer, number, read_elements, text
+from meddino.volumes.dicom.elements import NO_DICOM, integer, number, read_elements, text
 from meddino.volumes.dicom.frames import FRAME_TAGS, Frame, read_frames
 
 _TAGS = [
@@ -116,7 +116,7 @@ def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader
     if not refusal and modality:
         try:
             frames = read_frames(dataset)
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+        except NO_DICOM:
             refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
         strange = {frame.rescale_type for frame in frames} - _HOUNSFIELD
         if strange and modality == "CT":
