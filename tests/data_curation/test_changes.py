@@ -336,3 +336,11 @@ def test_refusals__are_a_table_with_files_for_the_owner(built):
     (copy,) = [row for row in rows.values() if row["status"] == "duplicate"]
     assert copy["file"].startswith("series") and "a/" in copy["file"]
     assert copy["reason"] == "exact duplicate of source-1/copy_of_a.nrrd"
+
+
+def test_totals__patients_that_no_id_tells_are_said_to_be_unknown(built, capsys):
+    (source,) = Corpus(built).info["sources"]
+    assert (source["patients"], source["volumes_of_unknown_patients"]) == (4, 2)  # doe_jane and copy_of_a name nobody
+    assert "4; 2 volumes of unknown patients" in (built / "report.html").read_text()
+    assert main(["show", str(built)]) == 0
+    assert "2 volumes of unknown patients" in " ".join(capsys.readouterr().out.split())

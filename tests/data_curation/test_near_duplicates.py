@@ -10,9 +10,11 @@ import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, SourceConfig
 from meddino_data_curation.held_out.scan import scan
 from meddino_data_curation.privacy import Salt
+from meddino_data_curation.selection import duplicates
+from meddino_data_curation.selection.duplicates import mark_near
 from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, flipped, slice_vector
 from meddino_data_curation.selection.modality import Recognised
-from meddino_data_curation.selection.near_duplicates import candidate_pairs, compare, find_alike, groups
+from meddino_data_curation.selection.near_duplicates import Likeness, candidate_pairs, compare, find_alike, groups
 from meddino_data_curation.sources.dicom_series import DicomCandidate
 from meddino_data_curation.sources.discovery import discover
 from scipy import ndimage
@@ -170,3 +172,34 @@ def test_content_hash__does_not_depend_on_format_type_and_orientation(shared_dat
     assert len(names) == 109
     missed = [name for name, origin in names.items() if content["again", name] != content[origin]]
     assert not missed
+
+
+def _one_slice(number: int, hu: np.ndarray, z_mm: float, **changes) -> tuple[dict, Fingerprint]:
+    row = {"volume_id": f"v{number:02d}", "status": "accepted", "dataset": "set", "num_slices_kept": 1, "shape": [1, *hu.shape]}
+    row |= {"spacing_mm": [2.0, 4.5, 4.5], "content_hash": f"h{number:02d}", "patient_key": "P", "study_key": None}
+    row |= {"position_mm": z_mm, "duplicate_of": None, "duplicate_kind": None, **changes}
+    return row, Fingerprint(np.zeros(1), np.stack([slice_vector(hu, (4.5, 4.5))]))
+
+
+@pytest.mark.parametrize(
+    ("step_mm", "changes", "kept"),
+    [(2.0, {}, 12), (0.0, {}, 1), (2.0, {"patient_key": None}, 1), (2.0, {"patient_key": None, "study_key": "S"}, 12)],
+    ids=["one patient", "one place", "nobody known", "one study"],
+)
+def test_mark_near__slices_of_one_patient_at_other_places_are_no_copies(step_mm, changes, kept):
+    """The same picture twelve times over: neighbouring slices differ less than that."""
+    rows, prints = zip(
+        *(_one_slice(number, make_hu(0)[3], 50.0 + step_mm * number, **changes) for number in range(12)), strict=True
+    )
+    mark_near(rows, {row["volume_id"]: one for row, one in zip(rows, prints, strict=True)}, {})
+    assert sum(row["status"] == "accepted" for row in rows) == kept
+
+
+def test_mark_near__few_slices_of_one_patient_make_no_chain(monkeypatch):
+    """Without a place 0 is like 1 and 1 like 2, but 0 is not like 2: of the three 0 and 2 stay."""
+    pictures = [make_hu(0)[3], make_hu(1)[3], make_hu(2)[3]]
+    rows, prints = zip(*(_one_slice(number, hu, 0.0) for number, hu in enumerate(pictures)), strict=True)
+    monkeypatch.setattr(duplicates, "find_alike", lambda _: [Likeness(0, 1, 0.97, 1.0), Likeness(1, 2, 0.97, 1.0)])
+    mark_near(rows, {row["volume_id"]: one for row, one in zip(rows, prints, strict=True)}, {})
+    assert [row["status"] for row in rows] == ["accepted", "duplicate", "accepted"]
+    assert rows[1]["duplicate_of"] == "v00"

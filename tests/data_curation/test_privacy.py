@@ -45,6 +45,7 @@ def planted(index: int, plane) -> pydicom.Dataset:
             item.add_new(tag, kind, TEXTS[kind])
             count += 1
     assert count > 2300
+    item.RescaleType = "HU" if index != 99 else SECRET.upper()  # any other than HU is refused
     item.PatientName, item.PatientID, item.SeriesDescription = f"{SECRET}^Jane", f"{SECRET}1", f"{SECRET} series"
     sequence, inner = Dataset(), Dataset()
     inner.CodeMeaning = sequence.CodeMeaning = SECRET

@@ -126,7 +126,7 @@ def _with_salt_of(first: Edition, other: Edition) -> Edition:
         "%s has another salt than %s: its volumes are compared by content and look only, never by patient, study or series",
         other.corpus.root, first.corpus.root,
     )  # fmt: skip
-    lost = {"patient_key": None, "series_key": None, "study_key": None, "patient_is_known": False}
+    lost = {"patient_key": None, "series_key": None, "study_key": None, "patient_is_known": False, "patient_is_named": False}
     return Edition(other.corpus, [{**row, **lost} for row in other.rows], other.prints, other.entries, None)
 
 

@@ -176,6 +176,7 @@ def _records(jobs: Sequence[VolumeJob], work: WorkFolder) -> tuple[list[VolumeRe
         record = work.finished_record(job.candidate.volume_id)
         ids = job.candidate
         record.row.update(patient_key=ids.patient_key, patient_is_known=ids.patient_is_known)
+        record.row.update(patient_is_named=ids.patient_is_named)
         if record.fingerprint:
             prints[record.row["volume_id"]] = Fingerprint.from_json(record.fingerprint)
         record.slices, record.thumbnail, record.histogram, record.fingerprint, record.refused = {}, "", [], None, {}

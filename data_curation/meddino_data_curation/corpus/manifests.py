@@ -28,6 +28,8 @@ VOLUMES_WRITTEN = pa.schema(
         *VOLUMES_SCHEMA,
         pa.field("study_key", pa.string()),
         pa.field("patient_is_known", pa.bool_()),  # patient_key means the same person in every source
+        pa.field("patient_is_named", pa.bool_()),  # false: patient_key stands for a study or a file, no id tells
+        pa.field("position_mm", pa.float64()),  # of the first slice along the patient's axis, as headers say it
         pa.field("tilt_deg", pa.float64()),
         pa.field("slices_left_out", pa.map_(pa.string(), pa.int32())),  # by reason
     ]
@@ -182,4 +184,20 @@ def _source_totals(name: str, licence: str, citation: str, rows: Sequence[Mappin
         "rejected": status["rejected"],
         "duplicate": status["duplicate"],
         "slices": sum(int(row["num_slices_kept"]) for row in own if row["status"] == "accepted"),
+        **patients_of(own),
     }
+
+
+def patients_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many patients kept volumes are of, and of how many volumes no id tells the patient."""
+    kept = [row for row in rows if row["status"] == "accepted"]
+    unknown = [row for row in kept if row["patient_key"] is None or row.get("patient_is_named") is False]
+    known = {row["patient_key"] for row in kept} - {row["patient_key"] for row in unknown}
+    return {"patients": len(known), "volumes_of_unknown_patients": len(unknown)}
+
+
+def patients_text(counts: Mapping[str, int]) -> str:
+    """Return `patients_of` in words."""
+    unknown = counts["volumes_of_unknown_patients"]
+    told = f"{unknown} volumes of unknown patients" if unknown else ""
+    return "; ".join(filter(None, (str(counts["patients"]) if counts["patients"] or not unknown else "", told)))

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino.data.audits import kind_clauses, lists_text
 from meddino_data_curation.config import CurationConfig
+from meddino_data_curation.corpus.manifests import patients_of, patients_text
 from meddino_data_curation.corpus.report_pictures import Records as Pictures
 from meddino_data_curation.corpus.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
 from meddino_data_curation.selection.volume_job import HISTOGRAM_EDGES_HU
@@ -80,7 +81,7 @@ def _sets(config: CurationConfig, rows: Rows) -> Markup:
         own = [row for row in rows if row["dataset"] == source.name]
         status = Counter(str(row["status"]) for row in own)
         slices = sum(int(row["num_slices_kept"]) for row in own)
-        patients = len({row["patient_key"] for row in own if row["status"] == "accepted"})
+        patients = patients_text(patients_of(own))
         formats = ", ".join(sorted({str(row["format"]) for row in own}))
         lines.append(
             (source.name, len(own), status["accepted"], slices, patients, status["rejected"], status["duplicate"], formats)

@@ -12,6 +12,7 @@ from meddino.core.files import atomic_write
 from meddino.core.seeds import numpy_rng
 from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
+from meddino_data_curation.corpus.manifests import patients_text
 from meddino_data_curation.corpus.thumbnails import WINDOW_HU, in_proportion, window_picture
 
 _TILE_PX = 192
@@ -32,10 +33,11 @@ def show(root: Path | str, console: Console) -> None:
         f"{len(corpus)} slices of {totals['accepted']} volumes; {totals['rejected']} volumes refused, "
         f"{totals['duplicate']} duplicates; {len(info['shards'])} shards, {totals['shard_bytes'] / 2**20:.1f} MiB"
     )
-    sets = Table("set", "licence", "volumes", "slices", "refused", "duplicates", box=None)
+    sets = Table("set", "licence", "volumes", "slices", "refused", "duplicates", "patients", box=None)
     for source in info["sources"]:
         cells = (source[name] for name in ("name", "licence", "accepted", "slices", "rejected", "duplicate"))
-        sets.add_row(*(str(cell) for cell in cells))
+        patients = patients_text(source) if "patients" in source else "not recorded"
+        sets.add_row(*(str(cell) for cell in cells), patients)
     console.print(sets)
     rows, cols = (corpus.slices.column(name).to_numpy() for name in ("rows", "cols"))
     spacing = corpus.spacing_mm

@@ -16,7 +16,7 @@ from meddino.core.files import PARTIAL_SUFFIX, atomic_write, canonical_json, wri
 WORK_NAME = ".work"
 NEXT = "next"  # the next edition of a finished corpus, while it is written
 READY = "READY"  # stands in it once it is whole
-RECORD_VERSION = 4  # another number makes every volume be read again
+RECORD_VERSION = 5  # another number makes every volume be read again
 
 
 @dataclass

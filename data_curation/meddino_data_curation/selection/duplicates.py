@@ -9,6 +9,8 @@ from meddino_data_curation.selection.fingerprint import Fingerprint
 from meddino_data_curation.selection.near_duplicates import find_alike, find_alike_between, groups
 
 Row = dict[str, Any]
+_FEW_SLICES = 3
+_SAME_PLACE_MM = 0.5
 _PATIENTS_OF_A_STUDY = 4  # more of them: a tool that wrote one study UID into everything
 
 
@@ -54,9 +56,35 @@ def mark_near(rows: Sequence[Row], prints: Mapping[str, Fingerprint], preference
     """
     accepted = [row for row in rows if row["status"] == "accepted" and row["volume_id"] in prints]
     alike = find_alike([prints[row["volume_id"]] for row in accepted])
-    for group in groups(len(accepted), [(pair.first, pair.second) for pair in alike]):
+    links = [(pair.first, pair.second) for pair in alike if not _lie_apart(accepted[pair.first], accepted[pair.second])]
+    # Few slices look like their neighbours: of one patient a link means these two only, not what they are linked to.
+    single = [(first, second) for first, second in links if _are_few_of_one_patient(accepted[first], accepted[second])]
+    for group in groups(len(accepted), [link for link in links if link not in set(single)]):
         _keep_one([accepted[index] for index in group], preference, "near")
+    for first, second in sorted(single, key=lambda link: sorted(preference_key(accepted[one], preference) for one in link)):
+        if accepted[first]["status"] == accepted[second]["status"] == "accepted":
+            _keep_one([accepted[first], accepted[second]], preference, "near")
     _follow_links(rows)
+
+
+def _of_one_patient(first: Row, second: Row) -> bool:
+    same_study = first.get("study_key") is not None and first.get("study_key") == second.get("study_key")
+    return same_study or (first["patient_key"] is not None and first["patient_key"] == second["patient_key"])
+
+
+def _are_few_of_one_patient(first: Row, second: Row) -> bool:
+    return max(first["shape"][0], second["shape"][0]) <= _FEW_SLICES and _of_one_patient(first, second)
+
+
+def _lie_apart(first: Row, second: Row) -> bool:
+    """Tell whether two volumes of one patient show different places: slices and slabs above one another are no copies."""
+    # 0 is what a file says that has lost its place.
+    if not first.get("position_mm") or not second.get("position_mm") or not _of_one_patient(first, second):
+        return False
+    (low, high), (other_low, other_high) = (
+        (row["position_mm"], row["position_mm"] + (row["shape"][0] - 1) * row["spacing_mm"][0]) for row in (first, second)
+    )
+    return bool(max(low, other_low) - min(high, other_high) > _SAME_PLACE_MM)
 
 
 def preference_key(row: Row, preference: Mapping[str, int]) -> tuple[int, int, int, int, str]:

@@ -121,6 +121,7 @@ def _empty_row(job: VolumeJob) -> dict[str, Any]:
         "licence": job.licence,
         "format": candidate.format,
         "tilt_deg": None,
+        "position_mm": None,
         "notes": "; ".join(candidate.notes) or None,
     }
 
@@ -146,6 +147,7 @@ class _Curation:
         volume = self._read()
         shape, spacing = volume.geometry.shape, volume.geometry.spacing_mm
         self.row.update(shape=list(shape), spacing_mm=list(spacing), notes="; ".join(volume.notes) or None)
+        self.row["position_mm"] = round(volume.geometry.origin_mm[2], 3)
         if self.job.scan_only:
             for _ in self._look(volume):
                 pass

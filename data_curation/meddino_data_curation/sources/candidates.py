@@ -33,6 +33,7 @@ class Candidate:
         problem: Why it is refused without being read, or "".
         patient: The patient's id as written; only ever hashed with the salt.
         patient_is_known: Whether patient_key means the same person in every source.
+        patient_is_named: Whether an id tells the patient; else patient_key stands for a study or a file.
     """
 
     volume_id: str
@@ -48,6 +49,7 @@ class Candidate:
     notes: tuple[str, ...] = field(default=())
     patient: str = field(default="", repr=False)
     patient_is_known: bool = False
+    patient_is_named: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def file_candidate(
         problem=found.problem,
         patient=patient,
         patient_is_known=who.is_known,
+        patient_is_named=who.is_named,
     )
 
 

@@ -74,6 +74,7 @@ class _SeriesMaker:
             "patient_key": who.key,
             "patient": written,
             "patient_is_known": who.is_known,
+            "patient_is_named": who.is_named,
             "series_key": self.salt.key("series", uid),
             "study_key": self.salt.key("study", first.study_uid) if first.study_uid else None,
             "modified": modified,

@@ -37,10 +37,12 @@ class PatientId:
     Attributes:
         key: Salted hash.
         is_known: Whether the key means the same person in every source and every corpus of this salt.
+        is_named: False where no id tells: the key then stands for a study or a file.
     """
 
     key: str
     is_known: bool
+    is_named: bool = True
 
 
 def normal_id(written: str) -> str:
@@ -103,7 +105,7 @@ def patient_id(salt: Salt, source: str, written: str, origin: Origin, stand_in: 
     if means_the_same_everywhere(written, origin):
         return PatientId(key_everywhere(salt, written), is_known=True)
     if is_nobody(written) or (origin == "name" and not any(sign.isdigit() for sign in written)):
-        return PatientId(salt.key("patient", source, "of", stand_in), is_known=False)
+        return PatientId(salt.key("patient", source, "of", stand_in), is_known=False, is_named=False)
     return PatientId(key_inside(salt, source, written), is_known=False)
 
 
@@ -123,7 +125,10 @@ def without_common_names(candidates: Sequence["Candidate"], sources: Sequence["S
     common = {key for key, inside in folders.items() if len(inside) > _FOLDERS_OF_A_NAME}
     return [
         replace(
-            item, patient_key=salt.key("patient", sources[item.source].name, "of", item.source_path), patient_is_known=False
+            item,
+            patient_key=salt.key("patient", sources[item.source].name, "of", item.source_path),
+            patient_is_known=False,
+            patient_is_named=False,
         )
         if is_named and (item.source, item.patient_key) in common
         else item

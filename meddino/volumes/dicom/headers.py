@@ -34,6 +34,7 @@ _VOLUME_KINDS = {
     LegacyConvertedEnhancedMRImageStorage: "MR",
 }
 _HOUNSFIELD = {"", "HU", "US"}  # US: unspecified
+_RESCALE_TYPES = {"OD", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # the standard's other words
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader
             refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
         strange = {frame.rescale_type for frame in frames} - _HOUNSFIELD
         if strange and modality == "CT":
-            shown = min(strange) if min(strange).isalpha() and len(min(strange)) <= 8 else "something else"
+            shown = min(strange) if min(strange) in _RESCALE_TYPES else "something else"  # never a header's own words
             refusal = f"DICOM: rescale type is {shown}, not HU"
     return DicomHeader(
         path=path,
