@@ -45,7 +45,7 @@ def planted(index: int, plane) -> pydicom.Dataset:
             item.add_new(tag, kind, TEXTS[kind])
             count += 1
     assert count > 2300
-    item.RescaleType = "HU" if index != 99 else SECRET.upper()  # any other than HU is refused
+    item.RescaleType = "HU"  # any other is refused
     item.PatientName, item.PatientID, item.SeriesDescription = f"{SECRET}^Jane", f"{SECRET}1", f"{SECRET} series"
     sequence, inner = Dataset(), Dataset()
     inner.CodeMeaning = sequence.CodeMeaning = SECRET
@@ -132,6 +132,9 @@ def test_build__no_name_path_or_date_reaches_any_byte_of_the_output(tmp_path, sa
         scout = planted(99, make_hu(2)[0])
         scout.ImageType, scout.SeriesInstanceUID = ["ORIGINAL", "PRIMARY", "LOCALIZER", SECRET.upper()], "1.2.3.4.5"
         scout.save_as(folder / "scout", enforce_file_format=True)
+        odd = planted(98, make_hu(2)[1])
+        odd.RescaleType, odd.SeriesInstanceUID = SECRET.upper(), "1.2.3.4.6"
+        odd.save_as(folder / "odd", enforce_file_format=True)
     planted_nifti(root / f"{SECRET}.nii.gz", make_hu(1))
     write_volume(root / f"{SECRET}_copy.nrrd", make_hu(1))
     planted_texts(root, make_hu(3), make_hu(4), make_hu(5))
@@ -149,7 +152,7 @@ def test_build__no_name_path_or_date_reaches_any_byte_of_the_output(tmp_path, sa
     rows = pq.read_table(out / "volumes.parquet").to_pylist()
     formats = sorted(row["format"] for row in rows if row["status"] == "accepted")
     assert formats == ["dicom", "metaimage", "metaimage", "nifti", "nrrd"]
-    assert len(rows) == 10
+    assert len(rows) == 11
     searched = 0
     needles = [needle.encode() for needle in (*NEEDLES, SECRET.lower(), SECRET.upper(), "1.2.3.4.5")]
     for path in [*out.rglob("*"), *(tmp_path / "two").rglob("*")]:

@@ -68,7 +68,15 @@ def rows_of(part: str) -> list[list[str]]:
 def test_report__tells_what_was_found_kept_refused_and_why(corpus_folder):
     report = (corpus_folder / "report.html").read_text()
     sets = {row[0]: row[1:] for row in rows_of(section(report, "Sets"))}
-    assert sets["one"] == ["4", "4", "30", "4", "0", "0", "nifti"]  # found, kept, slices, patients, refused, duplicates
+    assert sets["one"] == [
+        "4",
+        "4",
+        "30",
+        "3; 1 volumes of unknown patients",
+        "0",
+        "0",
+        "nifti",
+    ]  # found, kept, slices, patients, refused, duplicates
     assert sets["two"] == ["4", "0", "0", "0", "2", "2", "metaimage, nifti, nrrd"]
     assert rows_of(section(report, "Licences and citations"))[1:] == [
         ["one", "CC-BY-4.0", "", "Somebody & al., doi:10.1234/x"],

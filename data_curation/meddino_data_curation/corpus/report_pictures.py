@@ -14,6 +14,7 @@ from meddino.core.html import figure, text
 from meddino.data.corpus import Corpus
 from meddino_data_curation.corpus.thumbnails import slice_thumbnail
 from meddino_data_curation.corpus.work_folder import VolumeRecord
+from meddino_data_curation.selection.modality import Recognised
 
 _WIDTH_PX = 168
 _PAIR_WIDTH_PX = 360
@@ -62,10 +63,13 @@ class CorpusPictures:
             planes = [corpus.read(index) for index in chosen]
         except ShardError:  # `verify` names it
             return None
-        histogram = np.sum([np.histogram(plane, self.edges)[0] for plane in planes], axis=0)
+        values = Recognised(corpus.modality(chosen[0]), value_range=corpus.value_range(chosen[0]))
+        counts = [np.histogram(plane, self.edges)[0] for plane in planes if values.modality == "ct"]
+        histogram = np.sum(counts, axis=0) if counts else np.zeros(len(self.edges) - 1, dtype=np.int64)
         middle = len(chosen) // 2
         y_mm, x_mm = corpus.spacing_mm[chosen[middle]].tolist()
-        return VolumeRecord("", {}, thumbnail=slice_thumbnail(planes[middle], (y_mm, x_mm)), histogram=histogram.tolist())
+        thumbnail = slice_thumbnail(values.as_soft_tissue(planes[middle]), (y_mm, x_mm))
+        return VolumeRecord("", {}, thumbnail=thumbnail, histogram=histogram.tolist())
 
 
 def volume_picture(row: Mapping[str, Any], work: Records, caption: str) -> Markup:

@@ -78,6 +78,8 @@ def _are_few_of_one_patient(first: Row, second: Row) -> bool:
 
 def _lie_apart(first: Row, second: Row) -> bool:
     """Tell whether two volumes of one patient show different places: slices and slabs above one another are no copies."""
+    if first["spacing_mm"] is None or second["spacing_mm"] is None:
+        return False
     # 0 is what a file says that has lost its place.
     if not first.get("position_mm") or not second.get("position_mm") or not _of_one_patient(first, second):
         return False
