@@ -28,10 +28,10 @@ from meddino.checkpoints.export.source import ExportSource, Role, read_source
 from meddino.checkpoints.export.to_onnx import export_onnx
 from meddino.checkpoints.export.to_timm import export_timm
 from meddino.checkpoints.export.to_transformers import export_transformers
-from meddino.checkpoints.export.training_volumes import VOLUMES_FILE
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_directory, check_free_space, sha256_file, write_text
 from meddino.core.logging import get_logger
+from meddino.data.overlap import VOLUMES_FILE
 
 ExportDtype = Literal["fp32", "fp16", "bf16"]
 DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
