@@ -17,7 +17,8 @@ from meddino_pretrain.data.loader import Loader, _end_worker, build_loader
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 
 from meddino.core.device import find_machine
-from meddino.core.errors import ConfigError, ShardError
+from meddino.core.errors import ConfigError, ShardError, StoppedEarly
+from meddino.core.logging import setup_logging
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import CTIntensity
 from tests.data.tiny_corpus import write_corpus
@@ -56,6 +57,32 @@ def test_loader__workers_change_nothing(make_corpus, workers):
     assert len(alone) == len(helped) == 3
     for one, other in zip(alone, helped, strict=True):
         assert_equal(one, other)
+
+
+def test_loader__without_room_in_shared_memory_batches_go_by_value(make_corpus, monkeypatch, capfd):
+    corpus = make_corpus()
+    alone = list(loader_of(corpus))
+
+    def full(storage):
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)  # workers are forks: they inherit it
+    setup_logging()
+    for one, other in zip(alone, loader_of(corpus, workers=2), strict=True):
+        assert_equal(one, other)
+    told = capfd.readouterr().err
+    assert told.count("--shm-size") == 1
+    assert "No space left" in told
+
+
+def test_loader__a_killed_worker_ends_the_wait(make_corpus):
+    before = set(multiprocessing.active_children())
+    batches = iter(loader_of(make_corpus(count=8), workers=1, last_step=50))
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(StoppedEarly, match="worker of the loader was killed"):
+        list(batches)
 
 
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from meddino.core.errors import ShardError
+from meddino.core.errors import ShardError, StoppedEarly
 from meddino.core.process import end_with
 from meddino.data.intensity import Modality
 from meddino_pretrain.data.batches import RawBatch
 from meddino_pretrain.data.config import CropsConfig, LoaderConfig
 from meddino_pretrain.data.crops import GLOBAL_CROPS, crop_sizes_for_step, cut_crop, draw_boxes
 from meddino_pretrain.data.intensities import COLUMNS, Intensities, StoredSlice
+from meddino_pretrain.data.packed_batches import PackedBatch, packed
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 from meddino_pretrain.methods.dinov3.masking import masks_for_crops
@@ -160,18 +161,19 @@ class SampleMaker:
         )
 
 
-class _Batches(Dataset[RawBatch | ShardError]):
+class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
     """Micro-batches as items of a dataset, for DataLoader's workers."""
 
     def __init__(self, maker: SampleMaker) -> None:
         self.maker = maker
 
-    def __getitem__(self, place: tuple[int, int]) -> RawBatch | ShardError:
+    def __getitem__(self, place: tuple[int, int]) -> RawBatch | PackedBatch | ShardError:
         try:
-            return self.maker.make(*place)
+            batch = self.maker.make(*place)
         except ShardError as error:
             # As a value: DataLoader would hide the one clear line behind the worker's traceback.
             return error
+        return batch if get_worker_info() is None else packed(batch)
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,26 @@ def _end_worker(worker: BaseProcess) -> None:
             os.kill(worker.pid, signal.SIGQUIT)
 
 
+def _received(source: Iterator[Any]) -> Any:
+    """Return the next item of a source, None at its end.
+
+    Raises:
+        StoppedEarly: A worker was killed from outside, as by the kernel without memory.
+    """
+    try:
+        item = next(source, None)
+        return item.unpack() if isinstance(item, PackedBatch) else item
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # torch says so of dead workers; what a worker itself has raised begins otherwise and is a fault of ours.
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StoppedEarly(
+            f"a worker of the loader was killed ({first}): often the machine's memory is full, then lower loader.workers or "
+            "loader.prefetch; the same command again goes on from the last checkpoint"
+        ) from error
+
+
 @dataclass
 class Loader:
     """Iterates over the raw micro-batches of the steps `first_step` to `last_step` - 1, in order.
@@ -242,11 +264,12 @@ class Loader:
 
         Raises:
             ShardError: A place found no readable slice, nor a stand-in for it.
+            StoppedEarly: A worker was killed.
         """
         source = self._source()
         while True:
             start = time.perf_counter()
-            item = next(source, None)
+            item = _received(source)
             if item is None:
                 return
             if isinstance(item, ShardError):
