@@ -1,10 +1,13 @@
 """How every `meddino-*` command starts and ends: exit codes and one clear line for what the user can mend."""
 
 import argparse
+import hashlib
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.files import is_disk_full
@@ -12,6 +15,8 @@ from meddino.core.logging import get_logger, setup_logging
 
 _logger = get_logger(__name__)
 
+# Folder in which processes that one launcher started note what was said, so that it is said once.
+SAID_FOLDER = "MEDDINO_SAID_FOLDER"
 EXIT_DONE = 0
 EXIT_WRONG_INPUT = 2
 EXIT_RUN_AGAIN = 75
@@ -59,13 +64,13 @@ def run_command(
         sys.stdout.flush()  # here, where a reader that is gone can be told from a fault
         return code
     except MedDINOError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        _say_once(f"{parser.prog}: error: {error}")
         return EXIT_WRONG_INPUT
     except StoppedEarly as stop:
-        print(f"{parser.prog}: {stop}", file=sys.stderr)
+        _say_once(f"{parser.prog}: {stop}")
         return EXIT_RUN_AGAIN
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command again goes on", file=sys.stderr)
+        _say_once(f"{parser.prog}: interrupted; the same command again goes on")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         if not _reader_has_gone():
@@ -80,7 +85,7 @@ def run_command(
             _logger.debug("where it happened", exc_info=error)
         else:
             raise
-        print(f"{parser.prog}: error: {problem}", file=sys.stderr)
+        _say_once(f"{parser.prog}: error: {problem}")
         return EXIT_WRONG_INPUT
 
 
@@ -106,6 +111,18 @@ def _reader_has_gone() -> bool:
     # Python would tell of it once more as it flushes at the very end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
+
+
+def _say_once(line: str) -> None:
+    """Print a line on stderr, but not where another process of the same launcher has said the same."""
+    folder = os.environ.get(SAID_FOLDER)
+    if folder is not None:
+        with suppress(FileNotFoundError):  # the launcher has gone; then better twice than never
+            try:
+                (Path(folder) / hashlib.sha256(line.encode()).hexdigest()).touch(exist_ok=False)
+            except FileExistsError:
+                return
+    print(line, file=sys.stderr)
 
 
 def write_line(text: str, end: str = "\n") -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from meddino.core.command import EXIT_RUN_AGAIN
+from meddino.core.command import EXIT_RUN_AGAIN, SAID_FOLDER
 from meddino.core.logging import get_logger
 from meddino.distributed.exit_codes import Ending, judge, read_return_code
 
@@ -191,8 +192,8 @@ def launch(command: Sequence[str], count: int, grace_s: float = OTHERS_GRACE_S) 
         1 (or whatever else a process ended with) a fault of ours, whose traceback was printed.
     """
     signals = Signals()
-    with signals.noted():
-        step = LocalProcesses(command, list(_environments(count)))
+    with signals.noted(), tempfile.TemporaryDirectory(prefix="meddino-said-") as said:
+        step = LocalProcesses(command, [{**variables, SAID_FOLDER: said} for variables in _environments(count)])
         endings, because = watch(step, signals, grace_s)
     for ending in endings:
         if not _stopped_well([ending]):

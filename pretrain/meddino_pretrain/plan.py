@@ -233,6 +233,16 @@ def plan_run(config: PretrainConfig, machine: PlannedMachine, stages: Sequence[s
     return [_plan_stage(config, name, machine) for name in stages or config.stages]
 
 
+def later_steps(config: PretrainConfig, name: str) -> float:
+    """Return what the stages after one cost, counted in its own steps, by the operations of their matrix products."""
+
+    def step_operations(stage: str) -> float:
+        return stage_size(config, stage).operations() * config.stages[stage].global_batch
+
+    after = list(config.stages)[list(config.stages).index(name) + 1 :]
+    return sum(step_operations(stage) * config.stages[stage].steps for stage in after) / step_operations(name)
+
+
 def _plan_stage(config: PretrainConfig, name: str, machine: PlannedMachine) -> StagePlan:
     stage, size = config.stages[name], stage_size(config, name)
     micro_batch, left = divmod(stage.global_batch, machine.processes * stage.accumulation)
@@ -276,14 +286,20 @@ def plan_lines(plans: Sequence[StagePlan], machine: PlannedMachine) -> Iterator[
     titles = ("steps", "slices each", "at a time", "memory each", "hours", "checkpoints")
     yield f"{'stage':18} {'{:>8} {:>11} {:>9} {:>11} {:>8} {:>11}'.format(*titles)}"
     for each in plans:
-        hours = "?" if each.hours is None else f"{each.hours:.2g}" if each.hours < 10 else f"{each.hours:.0f}"
+        hours = "?" if each.hours is None else _hours(each.hours)
         yield (
             f"{each.name:18} {each.steps:8} {each.slices:11} {each.micro_batch:9} {each.memory_bytes / GIB:7.1f} GiB "
             f"{hours:>8} {each.disk_bytes / GIB:7.1f} GiB"
         )
     known = [each.hours for each in plans if each.hours is not None]
-    total = f"{sum(known):.2g} h" if len(known) == len(plans) else "hours unknown: name the GPU, --machine NODESxPROCESSESxGPU"
+    total = (
+        f"{_hours(sum(known))} h" if len(known) == len(plans) else "hours unknown: name the GPU, --machine NODESxPROCESSESxGPU"
+    )
     yield f"in all {total}; {sum(each.disk_bytes for each in plans) / GIB:.1f} GiB of checkpoints stay"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
 
 
 def stage_size(config: PretrainConfig, name: str) -> StageSize:

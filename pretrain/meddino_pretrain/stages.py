@@ -31,7 +31,7 @@ from meddino_pretrain.monitoring.monitor import Watch
 from meddino_pretrain.monitoring.progress import show_progress
 from meddino_pretrain.monitoring.report import RunReport
 from meddino_pretrain.monitoring.speed import measure_peak
-from meddino_pretrain.plan import plan_run, this_machine
+from meddino_pretrain.plan import later_steps, plan_run, this_machine
 from meddino_pretrain.run.checkpoints import StageCheckpoints, damaged_keys, last_checkpoint
 from meddino_pretrain.run.corpus_audit import check_audit
 from meddino_pretrain.run.folder import HEALTH_REFERENCE, RunFolder, open_run
@@ -130,7 +130,8 @@ def run_stage(
         watch = Watch(run.folder, name, config, probe, objective.teacher, report, metrics)
         if begun is None:
             watch.begin(stage.schedule.teacher_temperature_start)
-        with show_progress(name, checkpoints.step, stage.steps, stage.global_batch) as progress:
+        later = later_steps(config, name)
+        with show_progress(name, checkpoints.step, stage.steps, stage.global_batch, later) as progress:
             build_trainer(
                 config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, peak, stop, machine
             ).fit()

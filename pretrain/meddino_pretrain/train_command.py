@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="of this machine that train together, e.g. one a GPU"
     )
+    parser.add_argument(
+        "--branch-from",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="begin this new run at a checkpoint of another (or at a run's newest): more steps, a lower lr, ...",
+    )
     plan = parser.add_argument_group("plan", "check everything and say what it takes, without computing")
     plan.add_argument("--plan", action="store_true", help="print slices, memory, hours and checkpoints of each stage")
     plan.add_argument(
@@ -40,6 +46,8 @@ def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
     if arguments.plan:
         _plan(arguments)
         return None
+    if arguments.branch_from is not None and _is_first():
+        _branch(arguments)
     if arguments.processes > 1 and LAUNCHER_PID not in os.environ:
         if is_launched(os.environ):
             raise ConfigError(
@@ -53,7 +61,22 @@ def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
 
         config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
         run_pretraining(config, arguments.corpus, arguments.out, arguments.stage, stop)
+    if _is_first():
+        write_line(f"done: {arguments.out}/report.html   next: meddino-export {arguments.out} --out MODEL")
     return None
+
+
+def _branch(arguments: argparse.Namespace) -> None:
+    from meddino.core.config import load_config
+    from meddino_pretrain.config import PretrainConfig
+    from meddino_pretrain.run.branch import branch_run
+
+    config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+    branch_run(arguments.branch_from, arguments.out, config)
+
+
+def _is_first() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
 def _plan(arguments: argparse.Namespace) -> None:

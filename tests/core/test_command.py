@@ -107,3 +107,9 @@ def test_run_command__closed_streams_change_nothing(tmp_path, closed, fault, cod
     assert found.returncode == code, found.stderr
     assert "Traceback" not in found.stderr
     assert (tmp_path / "result").read_text() == "only this"
+
+
+def test_run_command__processes_of_one_launcher_say_a_line_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MEDDINO_SAID_FOLDER", str(tmp_path))
+    assert [_run(VolumeError("a")), _run(VolumeError("a")), _run(VolumeError("b"))] == [2, 2, 2]
+    assert capsys.readouterr().err == "meddino-x: error: a\nmeddino-x: error: b\n"

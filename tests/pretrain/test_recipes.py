@@ -11,7 +11,7 @@ from meddino_pretrain.plan import KEPT, KEPT_CHECKPOINTED, PlannedMachine, plan_
 from meddino_pretrain.run.initialization import read_init
 from pydantic import BaseModel
 
-from meddino.core.config import load_config
+from meddino.core.config import load_config, to_yaml
 from meddino.core.errors import ConfigError
 from meddino.models.registry import backbone_config, build_backbone
 
@@ -131,3 +131,10 @@ def test_recipes__released_weights_have_to_be_given():
 def test_recipes__a_wrong_key_is_named(override, words):
     with pytest.raises(ConfigError, match=words):
         load_config(PretrainConfig, ["smoke"], [override], kind="pretrain")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes__what_a_run_writes_down_reads_back(path, tmp_path):
+    config = load_config(PretrainConfig, [path])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(PretrainConfig, [tmp_path / "config.yaml"]) == config

@@ -183,6 +183,12 @@ class ImageAugment(Distortions):
         return self.noise_sd
 
 
+def _with_tuples(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _with_tuples(value) for key, value in values.items()}
+    return tuple(values) if isinstance(values, list) else values
+
+
 class AugmentConfig(StrictConfig):
     """What chance does to intensities, by modality. Only the modalities of the corpus are read."""
 
@@ -195,5 +201,6 @@ class AugmentConfig(StrictConfig):
     def _keys_of_ct_alone(cls, values: Any) -> Any:
         """Read recipes and runs written when all was CT: its keys stood here."""
         if isinstance(values, dict) and values and not values.keys() & {"ct", "mr", "image"}:
-            return {"ct": values}
-        return values
+            values = {"ct": values}
+        # What such a validator returns counts as Python's and no longer as JSON's, in which a list may be a tuple.
+        return _with_tuples(values)
