@@ -169,19 +169,19 @@ def _pca_pictures(out: Path) -> Markup:
 
 
 @torch.inference_mode()
-def _patch_map(model: Model, hu: torch.Tensor) -> torch.Tensor:
-    return model.get_intermediate_layers(model.preprocess(hu)[None], [model.depth - 1])[0][0]
+def _patch_map(model: Model, stored: torch.Tensor) -> torch.Tensor:
+    return model.get_intermediate_layers(model.preprocess(stored)[None], [model.depth - 1])[0][0]
 
 
-def _square(hu: NDArray[np.int16]) -> torch.Tensor:
+def _square(stored: NDArray[np.int16]) -> torch.Tensor:
     """Resize a slice to the side that the pictures are made at."""
-    image = torch.from_numpy(hu.astype(np.float32))[None, None]
+    image = torch.from_numpy(stored.astype(np.float32))[None, None]
     size = (PCA_SIDE_PX, PCA_SIDE_PX)
     return torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True)[0, 0]
 
 
-def _windowed(hu: NDArray[np.int16]) -> NDArray[np.uint8]:
-    picture: NDArray[np.uint8] = to_picture(torch.from_numpy(hu), "ct").numpy()
+def _windowed(stored: NDArray[np.int16]) -> NDArray[np.uint8]:
+    picture: NDArray[np.uint8] = to_picture(torch.from_numpy(stored), "ct").numpy()
     return picture
 
 

@@ -16,15 +16,15 @@ SLICE_THUMBNAIL_PX = 64  # of refused slices: a million volumes may each have so
 WINDOW_HU = (-160.0, 240.0)  # the usual soft-tissue window
 
 
-def slice_thumbnail(hu: NDArray[np.int16], spacing_mm: tuple[float, float], size_px: int = THUMBNAIL_PX) -> str:
+def slice_thumbnail(values: NDArray[np.int16], spacing_mm: tuple[float, float], size_px: int = THUMBNAIL_PX) -> str:
     """Return one slice as a PNG in base64.
 
     Args:
-        hu: int16 [rows, cols].
+        values: int16 [rows, cols], CT or what is shown as CT's soft tissue.
         spacing_mm: Between rows, between columns.
         size_px: Of the longer side.
     """
-    return _encoded(hu, spacing_mm, WINDOW_HU, size_px)
+    return _encoded(values, spacing_mm, WINDOW_HU, size_px)
 
 
 def refused_thumbnail(volume: Volume) -> str:

@@ -26,7 +26,8 @@ from meddino_data_curation.worker_pool import run_volumes, worker_count
 
 # Refusals of what cannot be a CT volume of a corpus. Everything else that is refused may be CT which was not looked at.
 _NO_CT = re.compile(
-    r"looks like a label map|DICOM: (secondary capture|not a CT image|modality is|localiser|derived|text is burned|colour)"
+    r"looks like a (label map|binary mask)|"
+    r"DICOM: (secondary capture|not a CT image|modality is|localiser|derived|text is burned|colour)"
 )
 SALTED = ("series", "study", "patient")  # kinds that are compared by salted hashes
 

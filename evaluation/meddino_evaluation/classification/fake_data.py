@@ -193,8 +193,8 @@ def _ct_contrast(root: Path, patients: int, seed: int) -> None:
         for number in range(patients):
             for scan in range(1 + number % 2):
                 path = f"ct/tcga_luad/TCGA-{label}{number:02d}/ID_{label}{number}{scan}_CONTRAST_{label}_CT.nii.gz"
-                hu = _picture(label, seed, label, number, scan).astype(np.int16) * 6 - 1000
-                _save_volume(root / path, hu[None])
+                scanned = _picture(label, seed, label, number, scan).astype(np.int16) * 6 - 1000
+                _save_volume(root / path, scanned[None])
                 rows.append({"path": path, "patient": f"TCGA-{label}{number:02d}", "contrast": label})
     _write_csv(root / "classification" / "ct_contrast" / "labels.csv", rows)
 

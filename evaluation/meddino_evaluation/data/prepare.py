@@ -71,6 +71,7 @@ class PreparedCase:
         source_plane: Rows and columns of a slice before resampling.
         spacing_mm: (z, y, x) of the prepared slices.
         content_hash: Of the image's voxels, whatever the file's format.
+        modality: What its values mean: CT in HU; of another one they are in [0, 1].
     """
 
     name: str
@@ -82,6 +83,7 @@ class PreparedCase:
     source_plane: tuple[int, int]
     spacing_mm: tuple[float, float, float]
     content_hash: str
+    modality: Modality = "ct"
 
     @property
     def num_slices(self) -> int:
@@ -174,6 +176,7 @@ def prepare_volume(
         (rows, cols),
         new_spacing,
         content_hash(images if modality == "ct" else turned, modality),
+        modality,
     )
 
 

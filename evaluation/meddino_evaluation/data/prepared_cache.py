@@ -9,6 +9,7 @@ from pathlib import Path
 import blosc2
 
 from meddino.core.files import atomic_directory, canonical_json
+from meddino.data.intensity import Modality
 from meddino.volumes.orientation import Turn
 from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.case import LabelMapCase
@@ -48,10 +49,10 @@ def prepare_cached(
                 "content_hash": prepared.content_hash,
             }
             (partial / "case.json").write_text(canonical_json(notes), encoding="utf-8")
-    return _open(place, case)
+    return _open(place, case, dataset.modality)
 
 
-def _open(place: Path, case: LabelMapCase) -> PreparedCase:
+def _open(place: Path, case: LabelMapCase, modality: Modality) -> PreparedCase:
     notes = json.loads((place / "case.json").read_text(encoding="utf-8"))
     (a, b, c), (d, e, f) = notes["turn"]["order"], notes["turn"]["flips"]
     rows, cols = notes["source_plane"]
@@ -66,6 +67,7 @@ def _open(place: Path, case: LabelMapCase) -> PreparedCase:
         (rows, cols),
         (z, y, x),
         notes["content_hash"],
+        modality,
     )
 
 

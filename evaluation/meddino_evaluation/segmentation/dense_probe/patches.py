@@ -1,7 +1,7 @@
 """Patches of labelled slices: what a backbone says of each, what its pixels are, and which label lies on it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,10 +83,10 @@ def encode_slices(
         machine: Device and arithmetic.
         batch_size: Slices at once.
     """
-    patch, contract = backbone.patch_size, backbone.contract
+    patch, contract = backbone.patch_size, replace(backbone.contract, given=case.modality)
     step = int(np.lcm(patch, contract.multiple_px))
     rows, cols = (-(-side // step) * step for side in case.plane)
-    low, _ = contract.window_hu
+    low, _ = contract.shown_range
     features: dict[str, list[Tensor]] = {name: [] for name in (*(f"blocks{count}" for count in blocks), PIXELS)}
     for start in range(0, len(slices), batch_size):
         images = torch.stack([case.image(z) for z in slices[start : start + batch_size]])
@@ -130,6 +130,6 @@ def _rows(maps: Sequence[Tensor], rows: int, cols: int) -> Float[Tensor, "n dim"
 
 
 def _pixels(images: Float[Tensor, "b c h w"], contract: ImageContract, patch: int) -> Float[Tensor, "n dim"]:
-    low, high = contract.window_hu
+    low, high = contract.shown_range
     unit = (images.clamp(low, high) - low) / (high - low)
     return F.unfold(unit, patch, stride=patch).transpose(1, 2).flatten(0, 1)
