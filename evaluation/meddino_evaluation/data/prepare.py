@@ -154,8 +154,8 @@ def prepare_volume(
     """
     turn = turn_to_lps(geometry)
     spacing = turn.spacing_mm(geometry)
-    turned = turn.apply(array).swapaxes(0, 1)  # [Z, C, rows, cols]
-    images = _as_intensities(turned, name) if modality == "ct" else _as_unit(turned, name, modality)
+    stored = turn.apply(array).swapaxes(0, 1)  # [Z, C, rows, cols]
+    images = _as_intensities(stored, name) if modality == "ct" else _as_unit(stored, name, modality)
     rows, cols = images.shape[2:]
     target = rule.target(rows, cols, (spacing[1], spacing[2]))
     resampled = np.stack([_resize(slice_, target) for slice_ in images])
@@ -175,7 +175,7 @@ def prepare_volume(
         turn,
         (rows, cols),
         new_spacing,
-        content_hash(images if modality == "ct" else turned, modality),
+        content_hash(images if modality == "ct" else stored, modality),
         modality,
     )
 

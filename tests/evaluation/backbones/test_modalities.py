@@ -31,7 +31,7 @@ def test_modality_of__as_the_channels_are_called(names, modality):
 
 def test_prepare_volume__mr_is_scaled_by_its_own_range_and_hashed_as_it_is_stored():
     stored = np.random.default_rng(0).gamma(2, 200, (3, 8, 10)).astype(np.float32)
-    case = prepare_volume("a", stored[None], GEOMETRY, GridRule(), modality="mr")
+    case = prepare_volume("a", stored[None], GEOMETRY, GridRule(), (stored > 300).astype(np.int32), modality="mr")
     low, high = np.percentile(stored, (0.5, 99.5))
     found = np.concatenate([case.image(z).numpy() for z in range(3)])
     turned = np.clip((stored - low) / (high - low), 0, 1)
