@@ -132,6 +132,12 @@ def write_line(text: str, end: str = "\n") -> None:
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; `key=value` may stand anywhere, which argparse does not see after an option."""
+    for word in sys.argv[1:] if argv is None else argv:
+        if any("\udc80" <= sign <= "\udcff" for sign in word):
+            # Bytes that no text holds: they cannot stand in a config, a manifest or a report, so nothing is begun with them.
+            parser.error(
+                f"{ascii(word)[1:-1]}: a name that is no UTF-8 (Latin-1?); rename it, as with convmv -f latin1 -t utf8"
+            )
     arguments, left = parser.parse_known_args(argv)
     takes_overrides = hasattr(arguments, "overrides")
     strange = [text for text in left if not takes_overrides or text.startswith("-") or "=" not in text]

@@ -114,6 +114,13 @@ def build_stage_loader(
     config: PretrainConfig, stage: StageConfig, seed: int, corpus: Corpus, machine: Machine, first_step: int
 ) -> Loader:
     """Return this process's loader from a step to the stage's end."""
+    if len(corpus) < stage.global_batch and rank() == 0:
+        logger.warning(
+            "corpus %s holds %d slices, a batch %d: each shows slices more than once",
+            corpus.root,
+            len(corpus),
+            stage.global_batch,
+        )
     return build_loader(
         corpus,
         stage.crops,

@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -113,3 +114,13 @@ def test_run_command__processes_of_one_launcher_say_a_line_once(tmp_path, monkey
     monkeypatch.setenv("MEDDINO_SAID_FOLDER", str(tmp_path))
     assert [_run(VolumeError("a")), _run(VolumeError("a")), _run(VolumeError("b"))] == [2, 2, 2]
     assert capsys.readouterr().err == "meddino-x: error: a\nmeddino-x: error: b\n"
+
+
+def test_run_command__a_name_that_is_no_utf8_is_one_line(capsys):
+    parser = command_parser("meddino-x", "Tests.", "meddino-x")
+    parser.add_argument("--out")
+    with pytest.raises(SystemExit) as ended:
+        run_command(parser, ["--out", os.fsdecode(b"caf\xe9")], lambda _: None)
+    assert ended.value.code == 2
+    assert r"caf\udce9" in capsys.readouterr().err
+    assert run_command(parser, ["--out", "café"], lambda _: None) == 0
