@@ -33,6 +33,11 @@ class StrictConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @classmethod
+    def members(cls) -> "tuple[type[StrictConfig], ...]":
+        """Return the sections that a field of this type may hold: itself, unless it stands for several told by a key."""
+        return (cls,)
+
 
 @dataclass(frozen=True)
 class MergedValues:
@@ -304,5 +309,5 @@ def _tags(model: type[BaseModel]) -> set[Any]:
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
-        return [annotation]
+        return list(annotation.members()) if issubclass(annotation, StrictConfig) else [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

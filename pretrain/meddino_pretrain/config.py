@@ -1,7 +1,6 @@
 """A pretraining recipe: everything a run depends on besides its corpus. Imports no torch: `show` and submission read it too."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -9,9 +8,9 @@ from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.core.machine_config import MachineConfig
 from meddino.data.intensity import MODALITIES, CTIntensity, Intensity
-from meddino_pretrain.data.config import AugmentConfig, CropsConfig, LoaderConfig
-from meddino_pretrain.methods.dinov3.config import DINOv3Config, GramTeacherConfig, HeadsConfig, MaskingConfig
-from meddino_pretrain.monitoring.config import DiagnosisConfig, HealthConfig
+from meddino_pretrain.data.config import AugmentConfig, LoaderConfig
+from meddino_pretrain.methods.config import MethodConfig
+from meddino_pretrain.monitoring.config import DiagnosisConfig, ProbeConfig
 from meddino_pretrain.run.config import CorpusConfig, InitConfig, SavingConfig
 from meddino_pretrain.schedules import ScheduleConfig
 
@@ -44,32 +43,19 @@ class StageConfig(StrictConfig):
     """One stage, complete."""
 
     starts_from: str | None = None
-    """Stage whose last student, teacher and heads it takes; null: `init`."""
+    """Stage whose last networks it takes (its exported backbone alone, if the method is another); null: `init`."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     global_batch: int = Field(ge=2)
     """Slices in a step, over all processes and micro-batches."""
     accumulation: int = Field(1, ge=1)
     """Micro-batches a process computes a step in; changes memory, not the result."""
-    objective: Literal["dinov3"] = "dinov3"
-    """What is learnt."""
-    losses: DINOv3Config = DINOv3Config()
     schedule: ScheduleConfig
-    crops: CropsConfig = CropsConfig()
-    masking: MaskingConfig = MaskingConfig()
     augment: AugmentConfig = AugmentConfig()
+    method: MethodConfig
+    """What is learnt, by `name`."""
     snapshot_steps: tuple[int, ...] = ()
-    """Steps after which the EMA teacher's backbone is kept, for gram_teacher.step = auto."""
-    gram_teacher: GramTeacherConfig | None = None
-    """The earlier teacher of Gram anchoring; null where losses.gram_weight is 0."""
-
-    @model_validator(mode="after")
-    def _gram_is_consistent(self) -> "StageConfig":
-        if (self.losses.gram_weight > 0) != (self.gram_teacher is not None):
-            raise ValueError("gram_teacher must be set where losses.gram_weight is above 0, and null where it is 0")
-        if (self.crops.sizes[0].gram_px is not None) != (self.gram_teacher is not None):
-            raise ValueError("crops.sizes.*.gram_px must be set where there is a gram_teacher, and null where there is none")
-        return self
+    """Steps after which the backbone is kept, for later stages to choose from."""
 
 
 class PretrainConfig(StrictConfig):
@@ -85,11 +71,10 @@ class PretrainConfig(StrictConfig):
     other_contracts: tuple[Intensity, ...] = ()
     """Of further modalities in the corpus, one each: a batch may hold all of them."""
     backbone: BackboneConfig
-    heads: HeadsConfig = HeadsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loader: LoaderConfig = LoaderConfig()
     saving: SavingConfig = SavingConfig()
-    health: HealthConfig = HealthConfig()
+    probe: ProbeConfig = ProbeConfig()
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     stages: dict[str, StageConfig] = Field(min_length=1)
     """Stages by name; the order follows from starts_from."""
@@ -116,14 +101,14 @@ class PretrainConfig(StrictConfig):
             earlier = list(self.stages)[: list(self.stages).index(name)]
             if stage.starts_from is not None and stage.starts_from not in earlier:
                 raise ValueError(f"stages.{name}.starts_from '{stage.starts_from}' is no stage before it; before it: {earlier}")
-            gram = stage.gram_teacher
-            if gram is None:
+            kept = stage.method.kept_backbone
+            if kept is None:
                 continue
-            if gram.stage not in earlier:
-                raise ValueError(f"stages.{name}.gram_teacher.stage '{gram.stage}' is no stage before it; before it: {earlier}")
-            steps = self.stages[gram.stage].steps
-            if gram.step != "auto" and gram.step > steps:
-                raise ValueError(f"stages.{name}.gram_teacher.step {gram.step} is beyond the {steps} steps of {gram.stage}")
+            if kept.stage not in earlier:
+                raise ValueError(f"stages.{name}.method names the stage '{kept.stage}', which is none before it: {earlier}")
+            steps = self.stages[kept.stage].steps
+            if kept.step is not None and kept.step > steps:
+                raise ValueError(f"stages.{name}.method asks for step {kept.step} of {kept.stage}, which has {steps} steps")
         return self
 
     def check_stages(self, names: Sequence[str]) -> None:
@@ -137,13 +122,13 @@ class PretrainConfig(StrictConfig):
             raise ConfigError(f"no stage '{unknown[0]}' in this recipe; its stages: {', '.join(self.stages)}")
 
     def snapshots(self, stage: str) -> frozenset[int]:
-        """Return the steps of a stage after which its EMA teacher's backbone is kept for later stages' Gram anchoring.
+        """Return the steps of a stage after which its exported backbone is kept for later stages.
 
         Where a later stage chooses by measurement, the stage's end is among them: quality can only have fallen by then.
         """
         steps = set(self.stages[stage].snapshot_steps)
         for later in self.stages.values():
-            if later.gram_teacher is not None and later.gram_teacher.stage == stage:
-                wanted = later.gram_teacher.step
-                steps.add(self.stages[stage].steps if wanted == "auto" else wanted)
+            kept = later.method.kept_backbone
+            if kept is not None and kept.stage == stage:
+                steps.add(self.stages[stage].steps if kept.step is None else kept.step)
         return frozenset(steps)

@@ -1,7 +1,7 @@
 """Parameter groups with layer-wise decay, AdamW over them, and clipping by module."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from meddino.core.precision import at_least_float32
 from meddino.models.backbone import Backbone
-
-BACKBONE = "backbone"
+from meddino_pretrain.schedules import StepValues
 
 
 @dataclass(frozen=True)
@@ -21,23 +20,27 @@ class ParameterRule:
     Attributes:
         lr_multiplier: On the scheduled learning rate.
         weight_decay_multiplier: On the scheduled weight decay; 0 for biases, norms and LayerScale.
-        is_last_layer: The prototypes of a head, which are held still at the start.
+        lr_schedules: Names whose factors of the step its learning rate is multiplied by besides.
     """
 
     lr_multiplier: float
     weight_decay_multiplier: float
-    is_last_layer: bool
+    lr_schedules: tuple[str, ...] = ()
 
 
 def parameter_rules(
-    modules: Mapping[str, nn.Module], layerwise_decay: float = 0.9, patch_embed_lr_multiplier: float = 0.2
+    modules: Mapping[str, nn.Module],
+    layerwise_decay: float = 0.9,
+    patch_embed_lr_multiplier: float = 0.2,
+    lr_schedules: Sequence[str] = ("backbone",),
 ) -> dict[str, ParameterRule]:
     """Say for every trainable parameter how it is trained.
 
     Args:
-        modules: The student's parts by name; a `Backbone` gets the layer-wise decay over its layer groups.
+        modules: The trained modules by name; a `Backbone` among them gets the layer-wise decay.
         layerwise_decay: The learning rate of a layer group is this to the power of its distance from the output.
         patch_embed_lr_multiplier: On the layer that reads pixels besides.
+        lr_schedules: Parts of parameters' dotted names that have a factor of their own in every step.
 
     Returns:
         "module.parameter" to rule, in the order of the modules.
@@ -46,17 +49,14 @@ def parameter_rules(
     """
     rules: dict[str, ParameterRule] = {}
     for module_name, module in modules.items():
-        groups = module.layer_groups() if isinstance(module, Backbone) else []
-        group_of = {name: group for group in groups for name in group.parameters}
+        rates = _backbone_rates(module, layerwise_decay, patch_embed_lr_multiplier) if isinstance(module, Backbone) else {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            group = group_of.get(name)
-            rate = layerwise_decay**group.distance if group else 1.0
-            if group and group.is_stem:
-                rate *= patch_embed_lr_multiplier
+            full = f"{module_name}.{name}"
             decays = parameter.ndim > 1  # not biases, norms and LayerScale
-            rules[f"{module_name}.{name}"] = ParameterRule(rate, float(decays), "last_layer" in name)
+            schedules = tuple(each for each in lr_schedules if each in full.split("."))
+            rules[full] = ParameterRule(rates.get(name, 1.0), float(decays), schedules)
     return rules
 
 
@@ -71,7 +71,7 @@ def build_optimizer(
     Learning rate and weight decay are set before every step by `set_rates`.
 
     Args:
-        modules: The student's parts by name.
+        modules: The trained modules by name.
         rules: From `parameter_rules`.
         betas: Of AdamW.
         fused: True for the fused kernel, which exists for the CPU and CUDA; None leaves the choice to torch.
@@ -82,34 +82,26 @@ def build_optimizer(
             rule = rules.get(f"{module_name}.{name}")
             if rule is not None:
                 groups.setdefault((module_name, rule), []).append(parameter)
-    described = [{"params": members, "module": name, "rule": rule} for (name, rule), members in groups.items()]
+    described = [{"params": members, "rule": rule} for (_, rule), members in groups.items()]
     return torch.optim.AdamW(described, lr=0.0, betas=betas, weight_decay=0.0, fused=fused)
 
 
-def set_rates(
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    weight_decay: float,
-    last_layer_lr_multiplier: float = 1.0,
-    backbone_lr_multiplier: float = 1.0,
-) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
     """Give every group its learning rate and weight decay for the coming step."""
     for group in optimizer.param_groups:
         rule: ParameterRule = group["rule"]
-        rate = lr * rule.lr_multiplier
-        if rule.is_last_layer:
-            rate *= last_layer_lr_multiplier
-        if group["module"] == BACKBONE:
-            rate *= backbone_lr_multiplier
+        rate = values.lr * rule.lr_multiplier
+        for name in rule.lr_schedules:
+            rate *= values.lr_multipliers.get(name, 1.0)
         group["lr"] = rate
-        group["weight_decay"] = weight_decay * rule.weight_decay_multiplier
+        group["weight_decay"] = values.weight_decay * rule.weight_decay_multiplier
 
 
 def clip_by_module(modules: Mapping[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of each module to a norm of its own.
 
     Args:
-        modules: The student's parts by name.
+        modules: The trained modules by name.
         max_norm: Largest allowed L2 norm of one module's gradient; infinity never clips.
 
     Returns:
@@ -125,3 +117,11 @@ def clip_by_module(modules: Mapping[str, nn.Module], max_norm: float) -> dict[st
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm)
         norms[name] = at_least_float32(norm.detach())
     return norms
+
+
+def _backbone_rates(backbone: Backbone, decay: float, stem_multiplier: float) -> dict[str, float]:
+    return {
+        name: decay**group.distance * (stem_multiplier if group.is_stem else 1.0)
+        for group in backbone.layer_groups()
+        for name in group.parameters
+    }

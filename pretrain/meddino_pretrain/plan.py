@@ -4,20 +4,21 @@ The arithmetic is that of docs/scaling.md: bytes and operations a token, from wh
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from meddino.core.device import Machine
 from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
 from meddino.data.corpus import Corpus
-from meddino.models.registry import backbone_config
-from meddino.models.vision_transformer import ViTConfig
-from meddino_pretrain.build import build_networks
+from meddino_pretrain.build import build_method
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.data.crops import GLOBAL_CROPS
+from meddino_pretrain.data.views import View
+from meddino_pretrain.methods.base import shapes_of
 from meddino_pretrain.run.corpus_audit import check_audit
 from meddino_pretrain.run.initialization import read_init
 
@@ -150,14 +151,16 @@ class StageSize:
     """What a stage holds and computes.
 
     Attributes:
-        backbone: Architecture of the backbone.
+        depth: Blocks of the backbone.
+        width: Of its tokens.
         backbone_parameters: Of it.
         trained: Parameters that are trained.
         frozen: Parameters of all teachers.
         steps: One for each choice of sizes.
     """
 
-    backbone: ViTConfig
+    depth: int
+    width: int
     backbone_parameters: int
     trained: int
     frozen: int
@@ -172,12 +175,11 @@ class StageSize:
             checkpointing: Blocks are computed again in the backward pass.
             shards: Processes over which weights and moments are cut; 1 for copies.
         """
-        depth, width = self.backbone.depth, self.backbone.embed_dim
-        kept = KEPT_CHECKPOINTED * depth + KEPT if checkpointing else KEPT * depth
+        kept = KEPT_CHECKPOINTED * self.depth + KEPT if checkpointing else KEPT * self.depth
         a_slice = max(kept * sum(step.student) + TEACHER * max(sum(step.teacher), sum(step.undistorted)) for step in self.steps)
         # Weights, gradients and two moments; teachers have weights alone. All in float32.
         states = (16.0 * self.trained + 4.0 * self.frozen) / shards
-        return PROCESS_BYTES + states + slices * width * a_slice * (1 if half else 2)
+        return PROCESS_BYTES + states + slices * self.width * a_slice * (1 if half else 2)
 
     def operations(self) -> float:
         """Return the operations of matrix products for one slice, on average over the choices of sizes."""
@@ -189,7 +191,7 @@ class StageSize:
 
     def _operations(self, step: StepSize) -> float:
         def forward(sequences: Sequence[int]) -> float:
-            attention = 4 * self.backbone.embed_dim * self.backbone.depth
+            attention = 4 * self.width * self.depth
             return sum(tokens * (2 * self.backbone_parameters + attention * tokens) for tokens in sequences)
 
         heads = 2 * (self.trained - self.backbone_parameters) * (len(step.student) + MASKED * sum(step.teacher))
@@ -305,25 +307,33 @@ def _hours(hours: float) -> str:
 def stage_size(config: PretrainConfig, name: str) -> StageSize:
     """Return what a stage holds, from its shapes alone."""
     stage = config.stages[name]
-    with torch.device("meta"):
-        student, _ = build_networks(config)
-    backbone = student.backbone.config
+    method = shapes_of(lambda: build_method(config, stage, 0, Machine(torch.device("meta"), torch.float32)))
+    backbone, spec = method.export(), method.views(stage.method)
+    prefix = 1 + getattr(backbone.config, "num_registers", 0)
 
-    def tokens(side_px: int | None, count: int) -> tuple[int, ...]:
-        return () if side_px is None else ((side_px // backbone.patch_size) ** 2 + 1 + backbone.num_registers,) * count
+    def tokens(px: Mapping[str, int], passes: Callable[[View], int]) -> tuple[int, ...]:
+        return tuple(
+            (px[view] // backbone.patch_size) ** 2 + prefix
+            for view, kind in spec.views.items()
+            for _ in range(kind.count * passes(kind))
+        )
 
     steps = tuple(
         StepSize(
             sizes.weight,
-            (*tokens(sizes.global_px, GLOBAL_CROPS), *tokens(sizes.local_px, stage.crops.num_local)),
-            tokens(sizes.global_px, GLOBAL_CROPS),
-            tokens(sizes.gram_px, GLOBAL_CROPS),
+            tokens(sizes.px, lambda kind: int(kind.trained)),
+            tokens(sizes.px, lambda kind: kind.frozen if kind.trained else 0),
+            tokens(sizes.px, lambda kind: 0 if kind.trained else kind.frozen),
         )
-        for sizes in stage.crops.sizes
+        for sizes in spec.sizes
     )
-    trained = sum(parameter.numel() for parameter in student.parameters())
-    own = sum(parameter.numel() for parameter in student.backbone.parameters())
-    return StageSize(backbone, own, trained, trained + (own if stage.gram_teacher is not None else 0), steps)
+    trained = _parameters(method.model)
+    frozen = sum(_parameters(network) for network in method.networks().values()) - trained
+    return StageSize(backbone.depth, backbone.embed_dim, _parameters(backbone), trained, frozen, steps)
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def show_plan(
@@ -349,8 +359,7 @@ def show_plan(
     """
     config.check_stages(stages)
     plans = plan_run(config, machine, stages)
-    backbone = backbone_config(config.backbone.name, **config.backbone.changes)
-    if any(config.stages[each.name].starts_from is None for each in plans) and read_init(config.init, backbone) is not None:
+    if any(config.stages[each.name].starts_from is None for each in plans) and read_init(config) is not None:
         yield f"weights: {config.init.weights} fits"
     if corpus_comes and isinstance(corpus, Path) and not corpus.exists():
         yield f"corpus: {corpus} is not there yet; it is checked when the run begins"

@@ -1,7 +1,8 @@
-"""What changes from step to step: learning rate, weight decay, EMA momentum, teacher temperature, what is held still."""
+"""What changes from step to step in every method: learning rate, weight decay, a backbone that is held still."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -25,20 +26,8 @@ class ScheduleConfig(StrictConfig):
     """Weight decay at the start; FlexiCT: 0.04."""
     weight_decay_end: float = Field(0.04, ge=0)
     """Weight decay at the end, by a cosine; FlexiCT: 0.04 (constant), DINOv2: 0.4."""
-    ema_momentum: float = Field(ge=0, le=1)
-    """Momentum of the EMA teacher at the start; FlexiCT: 0.994, and 0.999 in Gram and high-res."""
-    ema_momentum_end: float = Field(ge=0, le=1)
-    """Momentum at the end, by a cosine; FlexiCT: constant, DINOv2: 1.0."""
-    teacher_temperature_start: float = Field(0.04, gt=0)
-    """Softmax temperature of the targets at step 0; DINOv2, DINOv3: 0.04."""
-    teacher_temperature: float = Field(0.07, gt=0)
-    """Softmax temperature of the targets after its warm-up; FlexiCT: 0.07."""
-    teacher_temperature_warmup_steps: int = Field(ge=0)
-    """Steps over which it rises linearly; FlexiCT: 30,000."""
-    freeze_last_layer_steps: int = Field(ge=0)
-    """Steps in which the prototypes stand still; FlexiCT: 3,000."""
     freeze_backbone_steps: int = Field(0, ge=0)
-    """Steps in which only the heads learn; ours: > 0 where the backbone is trained and the heads are not."""
+    """Steps in which all but the backbone learns; ours: > 0 where the backbone is trained and the heads are not."""
     backbone_lr_multiplier: float = Field(1.0, ge=0, le=1)
     """Factor on the backbone's lr throughout; ours: < 1 where released weights are continued with fresh heads."""
 
@@ -51,14 +40,19 @@ class ScheduleConfig(StrictConfig):
 
 @dataclass(frozen=True)
 class StepValues:
-    """The values of one step."""
+    """The values of one step.
+
+    Attributes:
+        lr: Learning rate, before the factors of single parameters.
+        weight_decay: Weight decay.
+        lr_multipliers: Part of a parameter's dotted name ("backbone", ...) -> factor on its learning rate.
+        own: The method's own values by name.
+    """
 
     lr: float
     weight_decay: float
-    ema_momentum: float
-    teacher_temperature: float
-    last_layer_lr_multiplier: float
-    backbone_lr_multiplier: float
+    lr_multipliers: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,18 +67,23 @@ class Schedules:
     config: ScheduleConfig
     steps: int
 
-    def at(self, step: int) -> StepValues:
-        """Return the values of a step, counted from 0 within the stage."""
+    def at(
+        self, step: int, own: Mapping[str, float] | None = None, lr_multipliers: Mapping[str, float] | None = None
+    ) -> StepValues:
+        """Return the values of a step, counted from 0 within the stage.
+
+        Args:
+            step: The step.
+            own: The method's values of it.
+            lr_multipliers: The method's factors of it.
+        """
         config = self.config
+        backbone = config.backbone_lr_multiplier if step >= config.freeze_backbone_steps else 0.0
         return StepValues(
             lr=self._lr(step),
-            weight_decay=_cosine(config.weight_decay, config.weight_decay_end, step / self.steps),
-            ema_momentum=_cosine(config.ema_momentum, config.ema_momentum_end, step / self.steps),
-            teacher_temperature=_linear(
-                config.teacher_temperature_start, config.teacher_temperature, step, config.teacher_temperature_warmup_steps
-            ),
-            last_layer_lr_multiplier=float(step >= config.freeze_last_layer_steps),
-            backbone_lr_multiplier=config.backbone_lr_multiplier if step >= config.freeze_backbone_steps else 0.0,
+            weight_decay=cosine(config.weight_decay, config.weight_decay_end, step / self.steps),
+            lr_multipliers={"backbone": backbone, **(lr_multipliers or {})},
+            own=own or {},
         )
 
     def _lr(self, step: int) -> float:
@@ -96,13 +95,15 @@ class Schedules:
             return config.lr
         progress = (step - config.warmup_steps) / max(1, self.steps - config.warmup_steps)
         if config.lr_shape == "cosine":
-            return _cosine(config.lr, config.lr_end, progress)
+            return cosine(config.lr, config.lr_end, progress)
         return config.lr + (config.lr_end - config.lr) * progress
 
 
-def _cosine(start: float, end: float, progress: float) -> float:
+def cosine(start: float, end: float, progress: float) -> float:
+    """Return a value between start and end on half a cosine; progress in [0, 1]."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def _linear(start: float, end: float, step: int, steps: int) -> float:
+def linear(start: float, end: float, step: int, steps: int) -> float:
+    """Return a value that goes from start to end in so many steps and stays there."""
     return end if step >= steps else start + (end - start) * step / steps

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from meddino.checkpoints.state.flat_state import OptimizerState
 from meddino.core.device import Machine, find_machine, use_cpu_threads
@@ -12,33 +15,61 @@ from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import barrier, is_main, world_size
 from meddino.distributed.process_group import start_distributed
-from meddino.models.registry import backbone_config
-from meddino_pretrain.build import (
-    build_networks,
-    build_objective,
-    build_stage_loader,
-    build_stage_optimizer,
-    build_trainer,
-)
+from meddino.models.registry import build_backbone
+from meddino_pretrain.build import build_loader, build_method, build_speed_meter, build_stage_optimizer, spread_method, steps_of
 from meddino_pretrain.config import PretrainConfig, StageConfig
-from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.methods.dinov3.method import DINOv3Objective
-from meddino_pretrain.monitoring.feature_metrics import HealthProbe
+from meddino_pretrain.data.views import ViewSpec
+from meddino_pretrain.methods import method_class
+from meddino_pretrain.methods.base import Method, backbones_in
+from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
 from meddino_pretrain.monitoring.metrics import open_metrics
-from meddino_pretrain.monitoring.monitor import Watch
+from meddino_pretrain.monitoring.monitor import Monitor
 from meddino_pretrain.monitoring.progress import show_progress
 from meddino_pretrain.monitoring.report import RunReport
 from meddino_pretrain.monitoring.speed import measure_peak
 from meddino_pretrain.plan import later_steps, plan_run, this_machine
-from meddino_pretrain.run.checkpoints import StageCheckpoints, damaged_keys, last_checkpoint
+from meddino_pretrain.run.checkpoints import StageCheckpoints, corrupt_keys, last_checkpoint
 from meddino_pretrain.run.corpus_audit import check_audit
-from meddino_pretrain.run.folder import HEALTH_REFERENCE, RunFolder, open_run
-from meddino_pretrain.run.initialization import Origin, find_origin, load_origin, read_init, take_init
+from meddino_pretrain.run.folder import PROBE_REFERENCE, RunFolder, open_run
+from meddino_pretrain.run.guard import RunGuard
+from meddino_pretrain.run.initialization import (
+    Initialization,
+    load_init_weights,
+    load_stage_weights,
+    read_init,
+    resolve_start,
+)
 from meddino_pretrain.run.signals import StopRequest, stop_on_signals
+from meddino_pretrain.schedules import Schedules
+from meddino_pretrain.trainer import Trainer
 
 logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all stages of a run share.
+
+    Attributes:
+        run: The run's folder.
+        corpus: What is learnt from.
+        fixed: The slices that features are measured on.
+        machine: Where it runs.
+        peak: Operations a second that the machine reaches.
+        stop: Whether a signal came.
+        report: Of the run.
+    """
+
+    run: RunFolder
+    corpus: Corpus
+    fixed: FixedSlices
+    machine: Machine
+    peak: float
+    stop: StopRequest
+    report: RunReport
 
 
 def run_pretraining(
@@ -62,9 +93,7 @@ def run_pretraining(
         StoppedEarly: A signal came; everything is saved.
     """
     config.check_stages(stages)
-    backbone = backbone_config(config.backbone.name, **config.backbone.changes)
-    for stage in config.stages.values():
-        stage.crops.check_patch_size(backbone.patch_size)
+    specs = check_views(config)
     with start_distributed() as place, nullcontext(caught) if caught else stop_on_signals() as stop:
         machine = find_machine(config.machine.device, config.machine.precision, place.local_rank)
         if not machine.is_accelerator:
@@ -75,105 +104,128 @@ def run_pretraining(
         intensities = Intensities(config.contracts)
         intensities.check(corpus.modalities)
         with open_run(out, config, corpus) as run:
-            # The same size in every stage, so that looks can be compared along the whole run.
-            first_size = next(iter(config.stages.values())).crops.sizes[0].global_px
-            fixed = fixed_slices(corpus, intensities, config.health.slices, first_size)
-            peak, report = measure_peak(machine), RunReport(run.folder, config)
+            # The same size in every stage, so that probes can be compared along the whole run.
+            fixed = fixed_slices(corpus, intensities, config.probe.slices, next(iter(specs.values())).main_px[0])
+            report = RunReport(run.folder, config)
+            surroundings = Surroundings(run, corpus, fixed, machine, measure_peak(machine), stop, report)
             for name in stages or config.stages:
                 stop.check(f"before {name}")
-                run_stage(run, name, corpus, fixed, machine, peak, stop, report)
+                run_stage(name, surroundings)
             if is_main():
                 report.write(finished=True)
 
 
-def run_stage(
-    run: RunFolder,
-    name: str,
-    corpus: Corpus,
-    fixed: FixedSlices,
-    machine: Machine,
-    peak: float,
-    stop: StopRequest,
-    report: RunReport,
-) -> None:
+def check_views(config: PretrainConfig) -> dict[str, ViewSpec]:
+    """Return every stage's views, whose sizes the backbone can take.
+
+    Raises:
+        ConfigError: It cannot; the message names each size.
+    """
+    with torch.device("meta"):
+        multiple_px = build_backbone(config.backbone.name, **config.backbone.changes).multiple_px
+    specs = {name: method_class(stage.method).views(stage.method) for name, stage in config.stages.items()}
+    for name, spec in specs.items():
+        spec.check_sides(multiple_px, f"stages.{name}")
+    return specs
+
+
+def run_stage(name: str, of: Surroundings) -> None:
     """Run one stage to its end; returns at once if it is there already, or is to be left out."""
-    config, folder, seed = run.config, run.stage_folder(name), derive_seed(run.config.seed, "stage", name)
+    run, config, folder = of.run, of.run.config, of.run.stage_folder(name)
     begun = last_checkpoint(folder)
     if begun is not None and begun.step == config.stages[name].steps:
         logger.info("%s: done (%d steps)", name, begun.step)
         return
-    origin = None if begun is not None else _begin(run, name, corpus, machine)
+    start = None if begun is not None else _resolve_start(name, of)
     stage = _as_chosen(run, name)
     if stage is None:
         return
-    damaged = DamagedSlices(corpus.location, config.loader.max_damaged, origin.damaged if origin else damaged_keys(begun))
-    damaged.check()
-    objective = _build_objective(run, stage, seed, machine, origin)
-    optimizer = build_stage_optimizer(config.optimizer, objective)
+    corrupt = CorruptSamples(of.corpus.location, config.loader.max_corrupt, start.corrupt if start else corrupt_keys(begun))
+    corrupt.check()
+    guard = RunGuard(of.stop, corrupt, config.optimizer.max_bad_steps)
+    seed = derive_seed(config.seed, "stage", name)
+    method = _build_method(run, stage, seed, of.machine, start)
+    optimizer = build_stage_optimizer(config.optimizer, method)
+    state = {**method.networks(), "optimizer": OptimizerState("optimizer", optimizer, method.model), "guard": guard}
     checkpoints = StageCheckpoints(
         folder,
-        state={**objective.networks, "optimizer": OptimizerState("optimizer", optimizer, objective.student)},
-        teacher_backbone=objective.teacher.backbone,
-        meta=run.checkpoint_meta(name, objective.student.backbone.config),
+        state=state,
+        backbone=method.export(),
+        meta=run.checkpoint_meta(name, method.export().config, exported_name(method)),
         saving=config.saving,
         steps=stage.steps,
         snapshot_steps=config.snapshots(name),
-        damaged=damaged,
+        corrupt=corrupt,
     )
     if begun is not None:
         checkpoints.resume(begun)
         logger.info("%s goes on after step %d of %d", name, begun.step, stage.steps)
-    _check_room(folder, objective)
-    probe = HealthProbe(fixed, config.health, machine, run.folder / HEALTH_REFERENCE)
-    loader = build_stage_loader(config, stage, seed, corpus, machine, checkpoints.step)
+    _check_room(folder, method)
+    probe = FeatureProbe(of.fixed, config.probe, of.machine, run.folder / PROBE_REFERENCE)
+    patch_px, on_accelerator = method.export().patch_size, of.machine.is_accelerator
+    loader = build_loader(config, stage, seed, of.corpus, patch_px, on_accelerator, checkpoints.step)
     with open_metrics(folder, checkpoints.step, config.saving, run.run_id) as metrics:
-        watch = Watch(run.folder, name, config, probe, objective.teacher, report, metrics)
+        monitor = Monitor(run.folder, name, config, probe, method, of.report, metrics)
         if begun is None:
-            watch.begin(stage.schedule.teacher_temperature_start)
+            monitor.begin()
         later = later_steps(config, name)
         with show_progress(name, checkpoints.step, stage.steps, stage.global_batch, later) as progress:
-            build_trainer(
-                config, stage, objective, optimizer, loader, checkpoints, metrics, progress, watch, peak, stop, machine
+            Trainer(
+                method=method,
+                optimizer=optimizer,
+                schedules=Schedules(stage.schedule, stage.steps),
+                steps=steps_of(loader, of.machine),
+                checkpoints=checkpoints,
+                guard=guard,
+                metrics=metrics,
+                progress=progress,
+                monitor=monitor,
+                speed=build_speed_meter(config, stage, of.machine, of.peak),
+                machine=of.machine,
+                clip_grad_norm=config.optimizer.clip_grad_norm,
             ).fit()
     barrier()
 
 
-def _begin(run: RunFolder, name: str, corpus: Corpus, machine: Machine) -> Origin:
-    backbone = backbone_config(run.config.backbone.name, **run.config.backbone.changes)
-    origin = find_origin(run, name, backbone, corpus, machine)
-    logger.info("%s starts from %s", name, origin.words)
-    run.record_origin(name, origin.record(run.folder, run.config.stages[name].steps))
-    return origin
+def exported_name(method: Method) -> str:
+    """Return the name in a checkpoint of the backbone that a method exports."""
+    exported = method.export()
+    return next(name for name, backbone in backbones_in(method.networks()).items() if backbone is exported)
+
+
+def _resolve_start(name: str, of: Surroundings) -> Initialization:
+    start = resolve_start(of.run, name, of.corpus, of.machine)
+    logger.info("%s starts from %s", name, start.message)
+    of.run.record_start(name, start.record(of.run.folder, of.run.config.stages[name].steps))
+    return start
 
 
 def _as_chosen(run: RunFolder, name: str) -> StageConfig | None:
-    """Return a stage's config after the choice of its Gram teacher; None if the stage is left out."""
-    stage, action = run.config.stages[name], run.gram_action(name)
-    if action == "skip":
+    """Return a stage's config after the choice of a kept backbone; None if the stage is left out."""
+    stage = run.config.stages[name]
+    method = stage.method.after_choice(run.chosen_action(name))
+    if method is None:
         logger.info("%s is left out: patch quality did not fall", name)
         return None
-    if action == "light" and stage.gram_teacher is not None:
-        weight = stage.losses.gram_weight * stage.gram_teacher.light_multiplier
-        return stage.model_copy(update={"losses": stage.losses.model_copy(update={"gram_weight": weight})})
-    return stage
+    return stage.model_copy(update={"method": method})
 
 
-def _build_objective(run: RunFolder, stage: StageConfig, seed: int, machine: Machine, origin: Origin | None) -> DINOv3Objective:
+def _build_method(run: RunFolder, stage: StageConfig, seed: int, machine: Machine, start: Initialization | None) -> Method:
     """Build the networks with the weights the stage starts from; a stage that goes on gets its own from the checkpoint."""
-    student, teacher = build_networks(run.config)
-    if origin is not None and stage.starts_from is None:
-        weights = read_init(run.config.init, student.backbone.config)
+    method = build_method(run.config, stage, seed, machine)
+    if start is not None and stage.starts_from is None:
+        weights = read_init(run.config)
         if weights is not None:
-            take_init(weights, run.config.init.heads, {"student": student, "teacher": teacher})
+            load_init_weights(weights, run.config.init.heads, method)
             run.record_parent(weights.parent)
-    objective = build_objective(run.config, stage, seed, machine, student, teacher)
-    if origin is not None:
-        load_origin(origin, objective)
-    return objective
+    spread_method(method, run.config.machine, machine)
+    if start is not None:
+        load_stage_weights(start, method)
+    return method
 
 
-def _check_room(folder: Path, objective: DINOv3Objective) -> None:
-    # Student with two moments, teacher, Gram teacher; once more, since the old one goes only after the new one stands.
-    size = sum(p.numel() * p.element_size() for network in objective.networks.values() for p in network.parameters())
-    moments = 2 * sum(p.numel() * p.element_size() for p in objective.student.parameters())
+def _check_room(folder: Path, method: Method) -> None:
+    # All networks, the trained one with two moments; once more, since the old one goes only after the new one stands.
+    size = sum(p.numel() * p.element_size() for network in method.networks().values() for p in network.parameters())
+    moments = 2 * sum(p.numel() * p.element_size() for p in method.model.parameters())
     check_free_space(folder, 2 * (size + moments), "two checkpoints")

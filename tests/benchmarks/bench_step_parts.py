@@ -17,6 +17,7 @@ import torch
 from meddino_pretrain.bench.step import StepSize, add_size_arguments, random_batch, step_size
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rates
+from meddino_pretrain.schedules import StepValues
 from torch import Tensor, nn
 
 from meddino.core.device import find_machine
@@ -68,8 +69,8 @@ def backbone_parts(size: StepSize, compiled: bool) -> list[Part]:
     backbone, dropping = build_backbone(size.backbone), build_backbone(size.backbone, drop_path=0.3)
     checkpointing = copy.deepcopy(backbone)
     checkpointing.recompute_activations()
-    batch = random_batch(size, backbone.patch_size, backbone.config.in_chans, find_machine("cpu"))
-    crops = [batch.global_crops, batch.local_crops]
+    batch = random_batch(size, find_machine("cpu"))
+    crops = [batch.views["global_crops"], batch.views["local_crops"]]
     numbers = tuple(CropIndices(tuple(range(len(images))), len(images)) for images in crops)
     draws = DropPathPlan(0, 0, numbers)
 
@@ -101,10 +102,12 @@ def backbone_parts(size: StepSize, compiled: bool) -> list[Part]:
 def loss_parts(size: StepSize) -> list[Part]:
     """Sinkhorn-Knopp, cross-entropy over prototypes, Gram."""
     rng = torch.Generator().manual_seed(0)
-    patches = (size.global_px // 16) ** 2
+    patches = (size.method.crops.sizes[0].global_px // 16) ** 2
     rows = round(2 * size.batch * patches * 0.15)
     features = nn.functional.normalize(torch.randn(rows, 256, generator=rng), dim=-1).requires_grad_()
-    weight = nn.functional.normalize(torch.randn(size.prototypes, 256, generator=rng), dim=-1).requires_grad_()
+    weight = nn.functional.normalize(
+        torch.randn(size.method.heads.dino.prototypes, 256, generator=rng), dim=-1
+    ).requires_grad_()
     logits = features.detach().flip(0) @ weight.detach().t()
     tokens = torch.randn(2 * size.batch, patches, 384, generator=rng, requires_grad=True)
     anchors = torch.randn(2 * size.batch, patches, 384, generator=rng)
@@ -139,14 +142,14 @@ def update_parts(size: StepSize) -> list[Part]:
     """AdamW and the teacher's average over backbone and heads."""
     torch.manual_seed(0)
     backbone = build_backbone(size.backbone)
-    modules = {"backbone": backbone, "head": ProjectionHead(backbone.embed_dim, size.prototypes)}
+    modules = {"backbone": backbone, "head": ProjectionHead(backbone.embed_dim, size.method.heads.dino.prototypes)}
     student = nn.ModuleDict(modules)
     teacher = copy.deepcopy(student)
     for parameter in student.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     one_by_one = torch.optim.AdamW(student.parameters(), lr=1e-6, foreach=False)
     fused = build_optimizer(modules, parameter_rules(modules), fused=True)
-    set_rates(fused, 1e-6, 0.01)
+    set_rates(fused, StepValues(1e-6, 0.01))
 
     @torch.no_grad()
     def two_passes() -> None:

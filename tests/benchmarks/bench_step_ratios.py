@@ -12,9 +12,10 @@ import copy
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, step_size
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, random_batch, step_size
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -112,25 +113,22 @@ class StraightforwardStep:
     """The same step as `bench step`'s, by the plain formulas, torch's default AdamW and two-pass averaging."""
 
     def __init__(self, step: MeasuredStep) -> None:
-        objective = step.objective
-        self.student = {name: value.detach().clone() for name, value in objective.student.state_dict().items()}
-        self.teacher = {name: value.detach().clone() for name, value in objective.teacher.state_dict().items()}
-        self.trained = [name for name, _ in objective.student.named_parameters()]
+        method, views, extras = step.method, step.batch.views, step.batch.extras
+        self.student = {name: value.detach().clone() for name, value in method.student.state_dict().items()}
+        self.teacher = {name: value.detach().clone() for name, value in method.teacher.state_dict().items()}
+        self.trained = [name for name, _ in method.student.named_parameters()]
         for name in self.trained:
             self.student[name].requires_grad_()
-        gram = objective.gram_teacher
+        gram = method.gram_teacher
         self.gram_teacher = {f"backbone.{name}": value for name, value in gram.state_dict().items()} if gram else {}
-        batch = step.batch
-        self.crops = {"global_crops": batch.global_crops, "local_crops": batch.local_crops, "masks": batch.masks}
-        if batch.gram_teacher_crops is not None:
-            self.crops["gram_teacher_crops"] = batch.gram_teacher_crops
-        config = objective.student.backbone.config
-        temperature = step.values.teacher_temperature
+        self.crops = {**views, "masks": extras["masks"]}
+        config = method.student.backbone.config
+        temperature = step.values.own["teacher_temperature"]
         self.settings = plain.StepSettings(
-            config.num_heads, len(batch.keys), temperature, STUDENT_TEMPERATURE, 1.0, 1.0, 0.1, 2.0, config.norm_eps
+            config.num_heads, len(step.batch.keys), temperature, STUDENT_TEMPERATURE, 1.0, 1.0, 0.1, 2.0, config.norm_eps
         )
         self.optimizer = torch.optim.AdamW([self.student[name] for name in self.trained], lr=step.values.lr, weight_decay=0.04)
-        self.momentum = step.values.ema_momentum
+        self.momentum = step.values.own["ema_momentum"]
         self.loss = float("nan")
 
     def run(self) -> None:
@@ -156,17 +154,17 @@ def measure(
 
 def measure_all(size: StepSize, repeats: int, whole: bool) -> list[dict[str, float | str]]:
     """Return one row for each of: the loss part, the loss part with Gram, and, if asked for, the whole step."""
-    step = MeasuredStep(StepSize(**{**size.__dict__, "batch": 2, "prototypes": 8}), find_machine("cpu"))
-    patches = step.batch.masks.shape[1]
+    crops = size.method.crops
+    patches = random_batch(replace(size, batch=2), find_machine("cpu")).extras["masks"].shape[1]
     masked = round(2 * size.batch * patches * 0.5 * 0.3)  # half of the images, 10 to 50 % of their patches
     rows = []
     for name, gram in (("loss part", False), ("loss part with Gram", True)):
-        part = LossPart(size.batch, size.prototypes, size.num_local, patches, masked, gram)
+        part = LossPart(size.batch, size.method.heads.dino.prototypes, crops.num_local, patches, masked, gram)
         _check(part.straightforward(), part.ours())
         rows.append(measure(name, part.straightforward, part.ours, repeats))
     if whole:
         own = MeasuredStep(copy.copy(size), find_machine("cpu"))
-        own.objective.student.backbone.rope_embed.rescale = None  # random; the plain side has none
+        own.method.student.backbone.rope_embed.rescale = None  # random; the plain side has none
         _raise_layer_scale(own)
         straightforward = StraightforwardStep(own)
         straightforward.run(), own.run()
@@ -179,7 +177,7 @@ def measure_all(size: StepSize, repeats: int, whole: bool) -> list[dict[str, flo
 def _raise_layer_scale(step: MeasuredStep) -> None:
     """At 1e-5 the classes of all images are equal to within rounding, and so is KoLeo's loss a matter of rounding."""
     with torch.no_grad():
-        for network in (step.objective.student, step.objective.teacher):
+        for network in (step.method.student, step.method.teacher):
             for name, value in network.backbone.named_parameters():
                 if name.endswith("gamma"):
                     value.fill_(0.1)

@@ -11,8 +11,15 @@ from meddino.data.corpus import Corpus
 from tests.data.tiny_corpus import write_corpus
 
 # Shapes and types are checked here where tensors come into being; the trainer's own modules are not tensor functions.
-CHECKED = "augment batches crops fixed_slices gram_choice health health_pictures loader masks patch_quality sample_order"
-install_import_hook([f"meddino_pretrain.{module}" for module in CHECKED.split()], "beartype.beartype")
+CHECKED = {
+    "data": "augmentations batches crops distortions intensities loader sampler views",
+    "methods.dinov3": "gram_choice masking network views",
+    "monitoring": "feature_metrics fixed_slices patch_quality pictures",
+}
+install_import_hook(
+    [f"meddino_pretrain.{room}.{module}" for room, modules in CHECKED.items() for module in modules.split()],
+    "beartype.beartype",
+)
 
 
 def disc_slice(number: int, rows: int, cols: int) -> np.ndarray:

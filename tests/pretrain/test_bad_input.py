@@ -14,8 +14,8 @@ from meddino.core.files import write_json
 TINY = str(Path(__file__).with_name("tiny.yaml"))
 ONE_STEP = [
     "stages.stage1_pretrain.steps=1",
-    "stages.stage2_gram.gram_teacher.step=1",
-    "stages.stage3_highres.gram_teacher.step=1",
+    "stages.stage2_gram.method.gram_teacher.step=1",
+    "stages.stage3_highres.method.gram_teacher.step=1",
 ]
 
 
@@ -87,7 +87,7 @@ def test_pretrain__changed_config_under_a_run(capsys, begun, make_corpus_once):
 
 def test_pretrain__where_it_runs_and_how_it_is_looked_at_may_change(begun, make_corpus_once):
     again = [TINY, "--corpus", str(make_corpus_once), "--out", str(begun), "--stage", "stage1_pretrain", *ONE_STEP]
-    free = ["saving.keep_last=3", "loader.prefetch=4", "health.every_steps=7", "health.slices=4", "diagnosis.min_rank=3.0"]
+    free = ["saving.keep_last=3", "loader.prefetch=4", "probe.every_steps=7", "probe.slices=4", "diagnosis.min_rank=3.0"]
     free += ["machine.activation_checkpointing=true", "stages.stage1_pretrain.accumulation=2", "stages.stage3_highres.steps=2"]
     assert main([*again, *free]) == 0
     (change,) = json.loads((begun / "run.json").read_text())["changes"]
@@ -156,12 +156,12 @@ def test_pretrain__disk_full_while_saving(capsys, make_corpus_once, tmp_path, mo
     assert main(again) == 0
 
 
-def test_pretrain__more_damaged_slices_than_allowed(make_corpus_once, tmp_path, capsys):
+def test_pretrain__more_corrupt_samples_than_allowed(make_corpus_once, tmp_path, capsys):
     corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
     for shard in (corpus / "shards").iterdir():
         data = bytearray(shard.read_bytes())
         for place in range(700, len(data), 800):
             data[place] ^= 0xFF
         shard.write_bytes(bytes(data))
-    line = refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run", "loader.max_damaged=2", "health.slices=2")
+    line = refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run", "loader.max_corrupt=2", "probe.slices=2")
     assert "damaged" in line or "can be read" in line

@@ -1,18 +1,21 @@
 """`bench step` on a small size: one JSON line, and the arithmetic counted by hand."""
 
+import argparse
 import json
 
 import jaxtyping
 import pytest
 import torch
-from meddino_pretrain.bench.step import StepSize, bench_step, main, model_flops, random_batch
-from meddino_pretrain.methods.dinov3.network import DINOv3Network
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, bench_step, build_method, main, step_size
+from meddino_pretrain.methods.base import shapes_of
 from meddino_pretrain.monitoring.speed import parameter_counts
+from torch import nn
 
 from meddino.core.device import find_machine
 from meddino.layers.projection_head import ProjectionHead
 from meddino.models.registry import build_backbone
 
+MACHINE = find_machine("cpu")
 SMALL = ["--backbone", "vitnano8", "--batch", "2", "--global-size", "16", "--local-size", "8", "--locals", "2"]
 
 
@@ -37,10 +40,16 @@ def test_main__wrong_numbers_exit_2(capsys, wrong):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_model_flops__counted_by_hand():
-    size = StepSize("vitnano8", batch=2, global_px=16, local_px=8, num_local=3, prototypes=64)
-    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 64, 32, 16))
-    batch = random_batch(size, 8, 3, find_machine("cpu"))
+def size_of(*options: str) -> StepSize:
+    parser = argparse.ArgumentParser()
+    add_size_arguments(parser)
+    return step_size(parser.parse_args([*SMALL, "--prototypes", "64", *options]))
+
+
+def test_flops__counted_by_hand():
+    size = size_of("--locals", "3")
+    step = MeasuredStep(size, MACHINE)
+    masked = len(step.batch.extras["mask_indices"])
 
     def backbone(images, tokens):
         patches = tokens - 5
@@ -49,21 +58,20 @@ def test_model_flops__counted_by_hand():
         return 2 * images * (linear + attention + patches * 192 * 128)
 
     def head(rows):
-        return 2 * rows * (128 * 32 + 32 * 32 + 32 * 16 + 16 * 64)
+        return 2 * rows * (128 * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 64)
 
-    of_global = backbone(4, 9) + head(4) + head(len(batch.mask_indices))
+    of_global = backbone(4, 9) + head(4) + head(masked)
     of_local = backbone(6, 6) + head(6)
-    assert model_flops(student, batch, gram=False) == 4 * of_global + 3 * of_local
+    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batch) == 4 * of_global + 3 * of_local
 
 
 def test_bench_step__loss_falls():
-    size = StepSize("vitnano8", batch=2, global_px=16, local_px=8, num_local=2, prototypes=64)
-    machine = find_machine("cpu")
-    first, later = bench_step(size, 1, machine)["loss"], bench_step(size, 12, machine)["loss"]
+    size = size_of()
+    first, later = bench_step(size, 1, MACHINE)["loss"], bench_step(size, 12, MACHINE)["loss"]
     assert later < first
 
 
-def test_model_flops__agrees_with_fvcore(monkeypatch):
+def test_flops__agree_with_fvcore(monkeypatch):
     from fvcore.nn import FlopCountAnalysis
 
     class Pass(torch.nn.Module):
@@ -82,7 +90,7 @@ def test_model_flops__agrees_with_fvcore(monkeypatch):
         return 2 * batch * heads * tokens * tokens * dim
 
     def counted(crops, masked):
-        counter = FlopCountAnalysis(Pass(student), (crops, torch.zeros(masked, 128)))
+        counter = FlopCountAnalysis(Pass(step.method.student.eval()), (crops, torch.zeros(masked, 128)))
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counter.set_op_handle("aten::scaled_dot_product_attention", attention)
         counts = counter.by_operator()
@@ -91,18 +99,17 @@ def test_model_flops__agrees_with_fvcore(monkeypatch):
         return 2 * products  # fvcore counts a multiplication and an addition as one
 
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # while a graph is traced, sizes are no integers
-    size = StepSize("vitnano8", batch=2, global_px=32, local_px=16, num_local=2, prototypes=64)
-    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 64, 32, 16))
-    student.eval()
-    batch = random_batch(size, 8, 3, find_machine("cpu"))
-    expected = 4 * counted(batch.global_crops, len(batch.mask_indices)) + 3 * counted(batch.local_crops, 0)
-    assert model_flops(student, batch, gram=False) == pytest.approx(expected, rel=1e-6)
+    size = size_of("--global-size", "32", "--local-size", "16")
+    step = MeasuredStep(size, MACHINE)
+    views, masked = step.batch.views, len(step.batch.extras["mask_indices"])
+    expected = 4 * counted(views["global_crops"], masked) + 3 * counted(views["local_crops"], 0)
+    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batch) == pytest.approx(expected, rel=1e-6)
 
 
 def test_parameter_counts__of_each_part():
-    student = DINOv3Network(build_backbone("vitnano8"), ProjectionHead(128, 64, 32, 16), ProjectionHead(128, 48, 32, 16))
+    student = nn.ModuleDict({"backbone": build_backbone("vitnano8"), "head": ProjectionHead(128, 64, 32, 16)})
     wanted = {name: sum(p.numel() for p in part.parameters()) for name, part in student.named_children()}
-    assert parameter_counts(student) == wanted and wanted["dino_head"] - wanted["ibot_head"] == 16 * 16
+    assert parameter_counts(student) == wanted
 
 
 @pytest.mark.parametrize(

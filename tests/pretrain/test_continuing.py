@@ -73,7 +73,7 @@ def test_init__weights_are_taken_and_told(make_corpus_once, tmp_path):
     released = build_backbone("vitnano8", embed_dim=32, depth=2, num_heads=2, layerscale_init=1.0, drop_path=0.25)
     save_file(released.state_dict(), tmp_path / "released.safetensors")
     # A teacher that does not move shows what it was given.
-    still = [f"stages.{STAGE}.schedule.ema_momentum=1.0", f"stages.{STAGE}.schedule.ema_momentum_end=1.0"]
+    still = [f"stages.{STAGE}.method.teacher.ema_momentum=1.0", f"stages.{STAGE}.method.teacher.ema_momentum_end=1.0"]
     overrides = [f"init.weights={tmp_path / 'released.safetensors'}", f"stages.{STAGE}.steps=3", *still]
     run_pretraining(load_config(PretrainConfig, [TINY], overrides), make_corpus_once, tmp_path / "run", [STAGE])
     checkpoint = latest_checkpoint(tmp_path / "run" / STAGE / "checkpoints")
@@ -93,15 +93,15 @@ def small_recipe(weights: Path) -> list[str]:
         "machine.device=cpu",
         "loader.workers=0",
         "saving.every_steps=500",
-        "health.every_steps=0",
+        "probe.every_steps=0",
         "backbone.name=vitnano8",
         "backbone.changes={embed_dim: 32, depth: 2, num_heads: 2, layerscale_init: 1.0, drop_path: 0.0, rope_rescale: null}",
         f"heads.dino={head}",
         f"heads.ibot={head}",
         f"{stage}.steps=500",
         f"{stage}.global_batch=16",
-        f"{stage}.crops.sizes=[{{global_px: 32, local_px: 16, gram_px: null, weight: 1.0}}]",
-        f"{stage}.crops.num_local=2",
+        f"{stage}.method.crops.sizes=[{{global_px: 32, local_px: 16, gram_px: null, weight: 1.0}}]",
+        f"{stage}.method.crops.num_local=2",
         f"{stage}.snapshot_steps=[]",
         # Raised from 2e-4 after 30,000 steps of warm-up: there even the careless run keeps its 0.909 for 500 steps. Without
         # a warm-up it ends at 0.924 with 2e-4, at 0.916 with 1e-3, at 0.883 with 2.5e-3 and at 0.725 with this rate.

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.data.config import CropsConfig, CropSizes
-from meddino_pretrain.data.crops import CropBox, _fitting_box, crop_sizes_for_step, cut_crop, draw_boxes
+from meddino_pretrain.data.crops import CropBox, _fitting_box, cut_crop, draw_boxes
+from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
+from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes
+from meddino_pretrain.methods.dinov3.views import crop_views
 from pydantic import ValidationError
 from scipy import stats
 
-CONFIG = CropsConfig()
+from meddino.core.errors import ConfigError
+
+SPEC = crop_views(CropsConfig())
+
+
+def all_boxes(spec: ViewSpec, *arguments) -> list[CropBox]:
+    return [box for boxes in draw_boxes(spec, *arguments).values() for box in boxes]
 
 
 def cubic(x: float) -> float:
@@ -102,7 +110,7 @@ def test_draw_boxes__elongated_slices_area_is_uniform_over_what_fits():
 
 def test_draw_boxes__area_shape_and_flip_follow_the_config():
     rows, cols = 400, 300
-    boxes = np.array([draw_boxes(CONFIG, 1, n, (rows, cols), (1.0, 1.0)) for n in range(600)], dtype=float)
+    boxes = np.array([all_boxes(SPEC, 1, n, (rows, cols), (1.0, 1.0)) for n in range(600)], dtype=float)
     assert boxes.shape == (600, 10, 5)
     top, left, height, width, flip = boxes.transpose(2, 0, 1)
     assert top.min() >= 0 and left.min() >= 0 and (top + height).max() <= rows and (left + width).max() <= cols
@@ -119,7 +127,7 @@ def test_draw_boxes__area_shape_and_flip_follow_the_config():
 
 
 def test_draw_boxes__shape_is_that_of_millimetres():
-    boxes = np.array([draw_boxes(CONFIG, 1, n, (200, 600), (1.5, 0.5)) for n in range(200)], dtype=float)
+    boxes = np.array([all_boxes(SPEC, 1, n, (200, 600), (1.5, 0.5)) for n in range(200)], dtype=float)
     log_ratio = np.log((boxes[:, 2:, 3] * 0.5) / (boxes[:, 2:, 2] * 1.5))
     assert np.abs(log_ratio).max() < math.log(4 / 3) + 0.03
     assert log_ratio.mean() == pytest.approx(0, abs=0.015)
@@ -129,27 +137,42 @@ def test_draw_boxes__shape_is_that_of_millimetres():
 @pytest.mark.parametrize("spacing_mm", [(1.0, 1.0), (5.0, 0.4)])
 def test_draw_boxes__stay_inside_any_slice(shape, spacing_mm):
     for number in range(20):
-        for box in draw_boxes(CONFIG, 2, number, shape, spacing_mm):
+        for box in all_boxes(SPEC, 2, number, shape, spacing_mm):
             assert box.height >= 1 and box.width >= 1
             assert 0 <= box.top <= shape[0] - box.height and 0 <= box.left <= shape[1] - box.width
 
 
-def test_draw_boxes__a_crop_does_not_depend_on_how_many_follow():
-    few = draw_boxes(CropsConfig(num_local=2), 4, 17, (90, 90), (1.0, 1.0))
-    many = draw_boxes(CropsConfig(num_local=6), 4, 17, (90, 90), (1.0, 1.0))
+def test_draw_boxes__a_view_does_not_depend_on_how_many_follow():
+    few_spec, many_spec = (crop_views(CropsConfig(num_local=count)) for count in (2, 6))
+    few, many = (all_boxes(spec, 4, 17, (90, 90), (1.0, 1.0)) for spec in (few_spec, many_spec))
     assert many[:4] == few and len(many) == 8
-    assert few != draw_boxes(CropsConfig(num_local=2), 4, 18, (90, 90), (1.0, 1.0))
-    assert few != draw_boxes(CropsConfig(num_local=2), 5, 17, (90, 90), (1.0, 1.0))
+    assert few != all_boxes(few_spec, 4, 18, (90, 90), (1.0, 1.0))
+    assert few != all_boxes(few_spec, 5, 17, (90, 90), (1.0, 1.0))
 
 
-def test_crop_sizes_for_step__follow_their_weights():
+def test_draw_boxes__a_kind_may_take_anothers_boxes():
+    views = {"one": View(2, (0.3, 0.5)), "again": View(2, boxes_of="one"), "other": View(1, (0.1, 0.2))}
+    spec = ViewSpec(views, (ViewSizes({"one": 32, "again": 64, "other": 16}),))
+    found = draw_boxes(spec, 0, 3, (90, 90), (1.0, 1.0))
+    assert found["again"] == found["one"] != found["other"] and [len(boxes) for boxes in found.values()] == [2, 2, 1]
+    assert [spec.rows_of(name) for name in views] == [slice(0, 2), slice(0, 2), slice(2, 3)]
+
+
+def test_sizes_for_step__follow_their_weights():
     weights = (0.3, 0.3, 0.3, 0.05, 0.05)
-    sizes = tuple(CropSizes(global_px=32 * (i + 1), local_px=16, weight=w) for i, w in enumerate(weights))
-    config = CropsConfig(sizes=sizes)
-    drawn = [crop_sizes_for_step(config, 9, step) for step in range(2000)]
+    sizes = tuple(ViewSizes({"one": 32 * (i + 1)}, weight) for i, weight in enumerate(weights))
+    spec = ViewSpec({"one": View(1)}, sizes)
+    drawn = [spec.sizes_for_step(9, step) for step in range(2000)]
     for size, weight in zip(sizes, weights, strict=True):
-        assert drawn.count(size) / 2000 == pytest.approx(weight, abs=0.03)
-    assert drawn[1234] == crop_sizes_for_step(config, 9, 1234)
+        assert drawn.count(size.px) / 2000 == pytest.approx(weight, abs=0.03)
+    assert drawn[1234] == spec.sizes_for_step(9, 1234) and spec.main_px == (32, 64, 96, 128, 160)
+
+
+def test_check_sides__names_every_size_that_does_not_divide():
+    spec = ViewSpec({"one": View(1), "two": View(1)}, (ViewSizes({"one": 32, "two": 30}), ViewSizes({"one": 20, "two": 40})))
+    with pytest.raises(ConfigError, match=r"stages\.first: two=30, stages\.first: one=20"):
+        spec.check_sides(8, "stages.first")
+    spec.check_sides(2, "stages.first")
 
 
 @pytest.mark.parametrize(

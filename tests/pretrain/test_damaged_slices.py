@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.data.sampler import SampleOrder
 from meddino_pretrain.monitoring.metrics import read_metrics
-from meddino_pretrain.run.checkpoints import damaged_keys, last_checkpoint
+from meddino_pretrain.run.checkpoints import corrupt_keys, last_checkpoint
 from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.stages import run_pretraining
 
@@ -18,7 +18,7 @@ from meddino.core.seeds import derive_seed
 TINY = Path(__file__).with_name("tiny.yaml")
 FIRST, SECOND = "stage1_pretrain", "stage2_gram"
 # A save at the stage's end alone, so that what is found was saved because the run stopped.
-BASE = ["loader.max_damaged=2", "saving.every_steps=100"]
+BASE = ["loader.max_corrupt=2", "saving.every_steps=100"]
 IN_TWO = """
     import sys
     from meddino_pretrain.cli import main
@@ -49,12 +49,12 @@ def stood_at(run: Path) -> tuple[int, list[str]]:
     """The step that the run stopped after, by its trace and its checkpoint, and the damaged slices it knows."""
     saved = last_checkpoint(run / FIRST)
     assert len(read_metrics(run / FIRST / "metrics.jsonl")) == saved.step
-    return saved.step, list(damaged_keys(saved))
+    return saved.step, list(corrupt_keys(saved))
 
 
 def test_limit__alone_interrupted_and_in_two_processes(damaged, tmp_path, run_ranks, monkeypatch):
     corpus, keys = damaged
-    with pytest.raises(ShardError, match=r"3 damaged slices of corpus .* loader.max_damaged allows 2: s0") as caught:
+    with pytest.raises(ShardError, match=r"3 corrupt samples of corpus .* loader.max_corrupt allows 2: s0") as caught:
         train(corpus, tmp_path / "alone")
     assert "\n" not in str(caught.value)
     assert stood_at(tmp_path / "alone") == (5, keys)
@@ -79,14 +79,14 @@ def test_limit__stops_at_once_when_run_again_and_goes_on_when_raised(damaged, tm
         with pytest.raises(ShardError):
             train(corpus, run)
         assert stood_at(run) == (5, keys)
-    train(corpus, run, "loader.max_damaged=3")
+    train(corpus, run, "loader.max_corrupt=3")
     assert stood_at(run)[0] == 6
-    with pytest.raises(ShardError, match="3 damaged slices"):  # a later stage counts on
+    with pytest.raises(ShardError, match="3 corrupt samples"):  # a later stage counts on
         train(corpus, run, stages=[SECOND])
 
 
-def test_damaged_slices__are_told_once(caplog):
-    met = DamagedSlices("corpus", 1, ["a"])
+def test_corrupt_samples__are_told_once(caplog):
+    met = CorruptSamples("corpus", 1, ["a"])
     met.add([("a", "a is damaged"), ("b", "b is damaged"), ("b", "b is damaged")])
-    assert met.keys == {"a", "b"} and met.too_many
+    assert met.keys == {"a", "b"} and met.error() is not None and CorruptSamples("corpus", 2, ["a", "b"]).error() is None
     assert caplog.text.count("is damaged") == 1 and "b is damaged" in caplog.text

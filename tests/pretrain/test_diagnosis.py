@@ -1,13 +1,16 @@
 """Each rule speaks in its planted case and is silent in a healthy run."""
 
 import math
+from logging import INFO, WARNING
 
 import pytest
+from meddino_pretrain.methods.config import Terms
 from meddino_pretrain.monitoring.config import DiagnosisConfig
-from meddino_pretrain.monitoring.diagnostics import verdicts
+from meddino_pretrain.monitoring.diagnostics import findings
 
 CONFIG = DiagnosisConfig(window_steps=20, patience_steps=100)
 K = 2048
+TERMS = Terms(losses=("dino_global",), chance={"dino_global": math.log(K)})
 
 
 def run_of(steps: int = 300, **changes) -> list[dict]:
@@ -24,33 +27,33 @@ def run_of(steps: int = 300, **changes) -> list[dict]:
         }
         if step % 50 == 0:
             record |= {
-                "health/cls_rankme": 12.0,
-                "health/patch_rankme": 60.0,
-                "health/nearest_distance": 0.4,
-                "health/patch_consistency": 0.8 + step / 3000,
-                "health/neighbours_kept": 0.8,
-                "health/patch_drift": 0.1,
+                "features/cls_rankme": 12.0,
+                "features/patch_rankme": 60.0,
+                "features/nearest_distance": 0.4,
+                "features/patch_consistency": 0.8 + step / 3000,
+                "features/neighbours_kept": 0.8,
+                "features/patch_drift": 0.1,
             }
         records.append(record | {name: value(step) for name, value in changes.items() if name in record})
     return records
 
 
 def found(records, from_released_weights=False, max_bad_steps=5):
-    return verdicts(records, CONFIG, prototypes=K, from_released_weights=from_released_weights, max_bad_steps=max_bad_steps)
+    return findings(records, CONFIG, terms=TERMS, from_released_weights=from_released_weights, max_bad_steps=max_bad_steps)
 
 
 def only(records, name, **options):
-    (verdict,) = found(records, **options)
-    assert verdict.name == name and verdict.step == records[-1]["step"] and "\n" not in verdict.words
-    return verdict
+    (finding,) = found(records, **options)
+    assert finding.name == name and finding.step == records[-1]["step"] and "\n" not in finding.message
+    return finding
 
 
-def test_verdicts__a_healthy_run_has_none():
+def test_findings__a_healthy_run_has_none():
     assert found(run_of()) == [] and found(run_of(3)) == [] and found([]) == []
     assert found(run_of(), from_released_weights=True) == []
 
 
-def test_verdicts__without_looks_and_with_skipped_losses_nothing_breaks():
+def test_findings__without_probes_and_with_skipped_losses_nothing_breaks():
     records = [{"step": step, "loss": None, "skipped": step % 90 == 0} for step in range(200)]
     assert found(records) == []
 
@@ -58,82 +61,86 @@ def test_verdicts__without_looks_and_with_skipped_losses_nothing_breaks():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("health/cls_rankme", 1.02, "effective rank of the CLS tokens is 1.02 (limit 2, it was up to 12)"),
-        ("health/patch_rankme", 1.3, "effective rank of the patch tokens is 1.3 "),
-        ("health/nearest_distance", 0.0004, "distance of a CLS token to its nearest is 0.0004"),
+        ("features/cls_rankme", 1.02, "effective rank of the CLS tokens is 1.02 (limit 2, it was up to 12)"),
+        ("features/patch_rankme", 1.3, "effective rank of the patch tokens is 1.3 "),
+        ("features/nearest_distance", 0.0004, "distance of a CLS token to its nearest is 0.0004"),
     ],
 )
-def test_verdicts__collapsed(name, value, words):
+def test_findings__collapsed(name, value, words):
     healthy = run_of()[0][name]
-    verdict = only(run_of(**{name: lambda step: value if step >= 200 else healthy}), "collapsed")
-    assert verdict.grave and words in verdict.words
+    finding = only(run_of(**{name: lambda step: value if step >= 200 else healthy}), "collapsed")
+    assert finding.severity == WARNING and words in finding.message
 
 
-def test_verdicts__fresh_weights_are_not_collapsed_but_to_stay_there_is():
-    fresh = {"health/cls_rankme": lambda step: 1.0}
+def test_findings__fresh_weights_are_not_collapsed_but_to_stay_there_is():
+    fresh = {"features/cls_rankme": lambda step: 1.0}
     assert found(run_of(100, **fresh)) == []
     only(run_of(101, **fresh), "collapsed")
 
 
-def test_verdicts__heads_not_learning():
-    verdict = only(run_of(dino_global=lambda step: math.log(K) - 1e-3), "heads_not_learning")
-    assert not verdict.grave and "ln K = 7.625" in verdict.words and "12.0 at first, 12.0 now" in verdict.words
+def test_findings__heads_not_learning():
+    finding = only(run_of(dino_global=lambda step: math.log(K) - 1e-3), "heads_not_learning")
+    assert (
+        finding.severity == INFO
+        and "7.625 is what a head gives" in finding.message
+        and "12.0 at first, 12.0 now" in finding.message
+    )
     assert found(run_of(60, dino_global=lambda step: math.log(K))) == []  # too early to say
 
 
-def test_verdicts__diverging_loss():
-    verdict = only(run_of(loss=lambda step: 8 + max(0, step - 200) * 0.1), "diverging")
-    assert verdict.grave and "the loss rose from 8.000 at its best to" in verdict.words
+def test_findings__diverging_loss():
+    finding = only(run_of(loss=lambda step: 8 + max(0, step - 200) * 0.1), "diverging")
+    assert finding.severity == WARNING and "the loss rose from 8.000 at its best to" in finding.message
 
 
-def test_verdicts__diverging_negative_loss():
+def test_findings__diverging_negative_loss():
     assert found(run_of(loss=lambda step: -1.0 - step / 1000)) == []  # KoLeo can make it negative
     only(run_of(loss=lambda step: -1.0 + max(0, step - 200) * 0.01), "diverging")
 
 
-def test_verdicts__diverging_gradients():
-    verdict = only(run_of(**{"grad_norm/backbone": lambda step: 1.0 if step < 270 else 40.0}), "diverging")
-    assert "the gradient norm of backbone grew from 1 to 40" in verdict.words
+def test_findings__diverging_gradients():
+    finding = only(run_of(**{"grad_norm/backbone": lambda step: 1.0 if step < 270 else 40.0}), "diverging")
+    assert "the gradient norm of backbone grew from 1 to 40" in finding.message
 
 
-def test_verdicts__diverging_skipped_steps():
-    verdict = only(run_of(skipped=lambda step: step > 290), "diverging")
-    assert "9 of the last 20 steps were skipped" in verdict.words
+def test_findings__diverging_skipped_steps():
+    finding = only(run_of(skipped=lambda step: step > 290), "diverging")
+    assert "9 of the last 20 steps were skipped" in finding.message
     assert found(run_of(skipped=lambda step: step == 295)) == []  # one in a while happens
 
 
-def test_verdicts__diverging_where_the_run_stops():
-    verdict = only(
+def test_findings__diverging_where_the_run_stops():
+    finding = only(
         run_of(loss=lambda step: 8.0 if step < 298 else None, skipped=lambda step: step >= 298), "diverging", max_bad_steps=2
     )
-    assert "the last 2 steps were skipped" in verdict.words and "Begin a new run (another --out" in verdict.words
+    assert "the last 2 steps were skipped" in finding.message and "Begin a new run (another --out" in finding.message
 
 
-def test_verdicts__loader_bound():
-    verdict = only(run_of(timing=lambda step: {"step_s": 1.0, "data_wait_s": 0.45}), "loader_bound")
-    assert not verdict.grave and "45% of the last 20 steps" in verdict.words
+def test_findings__loader_bound():
+    finding = only(run_of(timing=lambda step: {"step_s": 1.0, "data_wait_s": 0.45}), "loader_bound")
+    assert finding.severity == INFO and "45% of the last 20 steps" in finding.message
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("health/neighbours_kept", 0.1, "only 10%"), ("health/patch_drift", 0.5, "changed by 0.50")],
+    [("features/neighbours_kept", 0.1, "only 10%"), ("features/patch_drift", 0.5, "changed by 0.50")],
 )
-def test_verdicts__drifted_is_an_alarm_only_where_there_was_something_to_lose(name, value, words):
+def test_findings__drifted_is_an_alarm_only_where_there_was_something_to_lose(name, value, words):
     records = run_of(**{name: lambda step: value if step > 100 else 0.2})
-    records[0] |= {"health/neighbours_kept": 1.0, "health/patch_drift": 0.0}
-    verdict = only(records, "drifted", from_released_weights=True)
-    assert verdict.grave and words in verdict.words
+    records[0] |= {"features/neighbours_kept": 1.0, "features/patch_drift": 0.0}
+    finding = only(records, "drifted", from_released_weights=True)
+    assert finding.severity == WARNING and words in finding.message
     assert found(records) == []
 
 
-def test_verdicts__patches_degraded():
-    verdict = only(run_of(**{"health/patch_consistency": lambda step: 0.9 - abs(step - 100) / 1000}), "patches_degraded")
-    assert not verdict.grave and "0.900 at step 100 and is 0.750 now" in verdict.words
+def test_findings__patches_degraded():
+    finding = only(run_of(**{"features/patch_consistency": lambda step: 0.9 - abs(step - 100) / 1000}), "patches_degraded")
+    assert finding.severity == INFO and "0.900 at step 100 and is 0.750 now" in finding.message
 
 
-def test_verdicts__the_grave_ones_come_first():
+def test_findings__the_most_severe_come_first():
     records = run_of(
         timing=lambda step: {"step_s": 1.0, "data_wait_s": 0.9},
-        **{"health/cls_rankme": lambda step: 1.0 if step > 100 else 12.0},
+        **{"features/cls_rankme": lambda step: 1.0 if step > 100 else 12.0},
     )
-    assert [verdict.name for verdict in found(records)] == ["collapsed", "loader_bound"]
+    assert [finding.name for finding in found(records)] == ["collapsed", "loader_bound"]

@@ -37,7 +37,7 @@ def test_choose_gram_teacher__planted_degradation_leads_to_the_snapshot_before_i
         scores[step] = snapshot_scores(snapshot, fixed, find_machine("cpu"))
     choice = choose_gram_teacher(scores, CONFIG)
     assert choice.step == 300 and choice.degraded and choice.action == "run"
-    assert choice.words.startswith("patch consistency fell from") and "the teacher of step 300 anchors" in choice.words
+    assert choice.message.startswith("patch consistency fell from") and "the teacher of step 300 anchors" in choice.message
     assert list(choice.curve) == [100, 200, 300, 400, 500]
 
 
@@ -46,7 +46,7 @@ def test_choose_gram_teacher__no_degradation_is_said_and_the_config_decides(acti
     scores = {step: torch.full((8,), 0.7 + step / 1000) for step in (10, 20, 30)}
     choice = choose_gram_teacher(scores, GramChoiceConfig(if_not_degraded=action))
     assert choice.step == 30 and not choice.degraded and choice.action == action
-    assert "did not fall" in choice.words and words in choice.words
+    assert "did not fall" in choice.message and words in choice.message
 
 
 def test_choose_gram_teacher__a_fall_within_the_spread_of_slices_is_none():

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.monitoring.config import HealthConfig
+from meddino_pretrain.methods.base import ProbeOutput
+from meddino_pretrain.monitoring.config import ProbeConfig
 from meddino_pretrain.monitoring.feature_metrics import (
     MEANINGS,
-    HealthProbe,
-    PrototypeUse,
+    AssignmentUse,
+    FeatureProbe,
     nearest_distance,
     neighbours_kept,
     rankme,
     similarity_drift,
 )
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.monitoring.pictures import cosine_map, health_pictures
+from meddino_pretrain.monitoring.pictures import cosine_map, probe_pictures
 from torch import nn
 
 from meddino.core.device import find_machine
@@ -28,97 +29,105 @@ from meddino.models.registry import build_backbone
 MACHINE = find_machine("cpu")
 
 
-class Teacher(nn.Module):
+class Seeing(nn.Module):
     """A backbone with two linear heads."""
 
-    def __init__(self, prototypes: int = 32) -> None:
+    def __init__(self, choices: int = 32) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = build_backbone("vitnano8", layerscale_init=1.0)
-        self.heads = nn.ModuleList([nn.Linear(128, prototypes), nn.Linear(128, prototypes)])
+        self.heads = nn.ModuleList([nn.Linear(128, choices), nn.Linear(128, choices)])
         self.eval()
 
-    def look(self, images, every):
+    def probe(self, images) -> ProbeOutput:
         seen = self.backbone(images)
-        return seen, self.heads[0](seen.cls_token), self.heads[1](seen.patch_tokens[:, ::every].flatten(0, 1))
+        cls, patch = self.heads[0](seen.cls_token), self.heads[1](seen.patch_tokens[:, ::8].flatten(0, 1))
+        return ProbeOutput(seen.cls_token, seen.patch_map, {"cls": cls / 0.07, "patch": patch / 0.07})
 
 
 @pytest.fixture
-def probe(make_corpus, tmp_path) -> HealthProbe:
+def probe(make_corpus, tmp_path) -> FeatureProbe:
     fixed = fixed_slices(make_corpus(count=8), Intensities((CTIntensity(),)), 6, 32)
-    return HealthProbe(fixed, HealthConfig(every_steps=10, slices=6), MACHINE, tmp_path / "first.safetensors")
+    return FeatureProbe(fixed, ProbeConfig(every_steps=10, slices=6), MACHINE, tmp_path / "first.safetensors")
 
 
-def test_health_probe__measures_what_it_says_it_does(probe):
-    numbers = probe.measure(Teacher(), 0.07)
-    assert set(numbers) == {f"health/{name}" for name in MEANINGS}
+def test_feature_probe__measures_what_it_says_it_does(probe):
+    numbers = probe.measure(Seeing().probe)
+    assert set(numbers) == {f"features/{name}" for name in MEANINGS}
     assert all(math.isfinite(value) for value in numbers.values())
-    assert numbers["health/cls_drift"] == 0 and numbers["health/neighbours_kept"] == 1
-    assert numbers["health/patch_drift"] < 1e-3  # kept in half precision
-    assert numbers == probe.measure(Teacher(), 0.07)
+    assert numbers["features/cls_drift"] == 0 and numbers["features/neighbours_kept"] == 1
+    assert numbers["features/patch_drift"] < 1e-3  # kept in half precision
+    assert numbers == probe.measure(Seeing().probe)
 
 
-def test_health_probe__compares_with_the_first_look_after_a_resume(probe):
-    teacher = Teacher()
-    probe.measure(teacher, 0.07)
+def test_feature_probe__compares_with_the_first_probe_after_a_resume(probe):
+    teacher = Seeing()
+    probe.measure(teacher.probe)
     with torch.no_grad():
         teacher.backbone.patch_embed.proj.weight.normal_(generator=torch.Generator().manual_seed(5))
-    moved = probe.measure(teacher, 0.07)
-    again = HealthProbe(probe.fixed, probe.config, MACHINE, probe.reference).measure(teacher, 0.07)
-    assert moved["health/patch_drift"] > 0.01
+    moved = probe.measure(teacher.probe)
+    again = FeatureProbe(probe.fixed, probe.config, MACHINE, probe.reference).measure(teacher.probe)
+    assert moved["features/patch_drift"] > 0.01
     assert again == pytest.approx(moved, abs=1e-3)
 
 
-def test_health_probe__a_foreign_or_damaged_first_look_is_one_line(probe, make_corpus):
-    probe.measure(Teacher(), 0.07)
+def test_feature_probe__a_foreign_or_damaged_first_probe_is_one_line(probe, make_corpus):
+    probe.measure(Seeing().probe)
     other = fixed_slices(make_corpus(count=8, name="other"), Intensities((CTIntensity(),)), 4, 32)
-    with pytest.raises(CheckpointError, match="belongs to other slices or another model"):
-        HealthProbe(other, probe.config, MACHINE, probe.reference).measure(Teacher(), 0.07)
+    with pytest.raises(CheckpointError, match="of other slices or another model"):
+        FeatureProbe(other, probe.config, MACHINE, probe.reference).measure(Seeing().probe)
     probe.reference.write_bytes(probe.reference.read_bytes()[:50])
     with pytest.raises(CheckpointError, match="is damaged"):
-        HealthProbe(probe.fixed, probe.config, MACHINE, probe.reference).measure(Teacher(), 0.07)
+        FeatureProbe(probe.fixed, probe.config, MACHINE, probe.reference).measure(Seeing().probe)
 
 
-def test_health_probe__sees_a_planted_collapse(probe):
-    teacher = Teacher()
-    healthy = probe.measure(teacher, 0.07)
+def test_feature_probe__sees_a_planted_collapse(probe):
+    teacher = Seeing()
+    healthy = probe.measure(teacher.probe)
     with torch.no_grad():
         teacher.backbone.norm.weight.zero_()
         teacher.backbone.norm.bias.fill_(1.0)
-    dead = probe.measure(teacher, 0.07)
+    dead = probe.measure(teacher.probe)
     for name in ("cls_rankme", "patch_rankme"):
-        assert abs(dead[f"health/{name}"] - 1) < 0.01 < healthy[f"health/{name}"] - 1
-    assert dead["health/nearest_distance"] == pytest.approx(0, abs=1e-6)
-    assert abs(dead["health/patch_consistency"] - 0.5) < 1e-6 < healthy["health/patch_consistency"] - 0.5
-    assert dead["health/cls_information"] == pytest.approx(0, abs=1e-5) and dead["health/cls_prototypes_used"] == 1 / 6
+        assert abs(dead[f"features/{name}"] - 1) < 0.01 < healthy[f"features/{name}"] - 1
+    assert dead["features/nearest_distance"] == pytest.approx(0, abs=1e-6)
+    assert abs(dead["features/patch_consistency"] - 0.5) < 1e-6 < healthy["features/patch_consistency"] - 0.5
+    assert dead["features/cls_information"] == pytest.approx(0, abs=1e-5) and dead["features/cls_assignments_used"] == 1 / 6
 
 
-def test_health_probe__due(probe):
+def test_feature_probe__without_patch_tokens_there_are_the_others(probe):
+    seeing = Seeing()
+    numbers = probe.measure(lambda images: ProbeOutput(seeing.probe(images).cls_token, None))
+    assert set(numbers) == {f"features/{name}" for name in ("cls_rankme", "nearest_distance", "cls_drift", "neighbours_kept")}
+    assert probe_pictures(lambda images: None, probe.fixed, MACHINE) == {}
+
+
+def test_feature_probe__due(probe):
     assert [step for step in range(31) if probe.due(step)] == [0, 10, 20, 30]
-    never = HealthProbe(probe.fixed, HealthConfig(every_steps=0), MACHINE, probe.reference)
+    never = FeatureProbe(probe.fixed, ProbeConfig(every_steps=0), MACHINE, probe.reference)
     assert not any(never.due(step) for step in range(5))
 
 
-def test_prototype_use__equals_a_slow_loop():
+def test_assignment_use__equals_a_slow_loop():
     logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
-    use = PrototypeUse(0.5)
-    use.add(logits[:3])
-    use.add(logits[3:])
+    use = AssignmentUse()
+    use.add(logits[:3] / 0.5)
+    use.add(logits[3:] / 0.5)
     rows = [np.exp(row / 0.5) / np.exp(row / 0.5).sum() for row in logits.double().numpy()]
     entropy = sum(-sum(p * math.log(p) for p in row) for row in rows) / 7
     mean = sum(rows) / 7
     numbers = use.numbers()
     assert numbers["entropy"] == pytest.approx(entropy / math.log(5), abs=1e-6)
     assert numbers["information"] == pytest.approx(-sum(p * math.log(p) for p in mean) - entropy, abs=1e-6)
-    assert numbers["prototypes_used"] == len({int(row.argmax()) for row in rows}) / 5
+    assert numbers["assignments_used"] == len({int(row.argmax()) for row in rows}) / 5
 
 
-def test_prototype_use__undecided_and_decided():
-    undecided, decided = PrototypeUse(0.1), PrototypeUse(0.1)
-    undecided.add(torch.zeros(4, 8))
-    decided.add(torch.eye(4, 8) * 100)
-    assert undecided.numbers() == pytest.approx({"entropy": 1.0, "information": 0.0, "prototypes_used": 0.25}, abs=1e-6)
-    assert decided.numbers() == pytest.approx({"entropy": 0.0, "information": math.log(4), "prototypes_used": 1.0}, abs=1e-6)
+def test_assignment_use__undecided_and_decided():
+    undecided, decided = AssignmentUse(), AssignmentUse()
+    undecided.add(torch.zeros(4, 8) / 0.1)
+    decided.add(torch.eye(4, 8) * 1000)
+    assert undecided.numbers() == pytest.approx({"entropy": 1.0, "information": 0.0, "assignments_used": 0.25}, abs=1e-6)
+    assert decided.numbers() == pytest.approx({"entropy": 0.0, "information": math.log(4), "assignments_used": 1.0}, abs=1e-6)
 
 
 def test_rankme__of_known_spectra():
@@ -169,8 +178,8 @@ def test_cosine_map__equals_a_slow_loop():
             assert result[y, x].item() == pytest.approx(a @ mark / np.linalg.norm(a) / np.linalg.norm(mark))
 
 
-def test_health_pictures__are_png_files_of_the_slices(probe):
-    pictures = health_pictures(Teacher().backbone, probe.fixed, MACHINE, count=3)
+def test_probe_pictures__are_png_files_of_the_slices(probe):
+    pictures = probe_pictures(lambda images: Seeing().probe(images).patch_map, probe.fixed, MACHINE, count=3)
     assert set(pictures) == {"pca", "similarity"}
     sizes = {}
     for name, data in pictures.items():

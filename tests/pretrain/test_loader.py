@@ -5,16 +5,20 @@ import multiprocessing
 import os
 import pickle
 import signal
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from meddino_pretrain.data.batches import RawBatch, to_model_input
-from meddino_pretrain.data.config import CropsConfig, CropSizes, LoaderConfig
+from meddino_pretrain.data.config import LoaderConfig
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.data.loader import Loader, _end_worker, build_loader
-from meddino_pretrain.methods.dinov3.config import MaskingConfig
+from meddino_pretrain.data.loader import Loader, SampleMaker, _end_worker
+from meddino_pretrain.data.sampler import BatchShare, SampleOrder
+from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
+from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes, MaskingConfig
+from meddino_pretrain.methods.dinov3.views import add_masks, crop_views
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError, StoppedEarly
@@ -30,24 +34,37 @@ CROPS = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16, gram_px=64),), n
 MIXED = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16), CropSizes(global_px=48, local_px=16, weight=2.0)), num_local=2)
 
 
-def loader_of(corpus, crops=CROPS, workers=0, masking=None, **changes) -> Loader:
-    options = {"patch_size": 8, "seed": 7, "global_batch": 8, "first_step": 0, "last_step": 3} | changes
-    config = LoaderConfig(workers=workers)
-    return build_loader(corpus, crops, masking or MaskingConfig(), INTENSITIES, config, **options)
+def loader_of(
+    corpus, crops=CROPS, workers=0, masking=None, seed=7, first_step=0, last_step=3, rank=0, world_size=1, accumulation=1
+) -> Loader:
+    maker = SampleMaker(
+        corpus=corpus,
+        spec=crops if isinstance(crops, ViewSpec) else crop_views(crops),
+        collate=partial(add_masks, masking or MaskingConfig(), 8),
+        intensities=INTENSITIES,
+        order=SampleOrder(seed, len(corpus), 8),
+        share=BatchShare(8, rank, world_size, accumulation),
+    )
+    return Loader(maker, LoaderConfig(workers=workers), first_step, last_step)
+
+
+def tensors_of(batch: RawBatch) -> dict[str, torch.Tensor]:
+    """Every tensor of a batch by the name of its field and its own."""
+    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {f"{name}.{key}": each for name, part in parts.items() if isinstance(part, dict) for key, each in part.items()}
 
 
 def assert_equal(one: RawBatch, other: RawBatch) -> None:
-    for field in fields(RawBatch):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "data_wait_s":
-            continue
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, field.name
+    ours, theirs = tensors_of(one), tensors_of(other)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    rest = {"views": {}, "intensity": {}, "boxes": {}, "extras": {}, "data_wait_s": 0.0}
+    assert replace(one, **rest) == replace(other, **rest)
 
 
-def by_place(batches: list[RawBatch], name: str, crops: int) -> torch.Tensor:
+def by_sample(batches: list[RawBatch], name: str, whole: RawBatch) -> torch.Tensor:
     """Put micro-batches (crop-major each) together into one crop-major batch."""
-    parts = [getattr(b, name).unflatten(0, (crops, -1)) for b in batches]
-    return torch.cat(parts, dim=1).flatten(0, 1)
+    views = len(tensors_of(whole)[name]) // len(whole.keys)
+    return torch.cat([tensors_of(b)[name].unflatten(0, (views, -1)) for b in batches], dim=1).flatten(0, 1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -105,10 +122,9 @@ def test_loader__ranks_and_accumulation_change_nothing(make_corpus, crops, world
         parts = [b for share in shares for b in share if b.step == step]
         assert len(parts) == world_size * accumulation
         assert [key for b in parts for key in b.keys] == expected.keys
-        for name, count in (("global_stored", 2), ("local_stored", crops.num_local), ("global_intensity", 2), ("masks", 2)):
-            assert torch.equal(by_place(parts, name, count), getattr(expected, name)), name
-        if expected.gram_stored is not None:
-            assert torch.equal(by_place(parts, "gram_stored", 2), expected.gram_stored)
+        for name, tensor in tensors_of(expected).items():
+            if not name.startswith("extras.mask_"):  # these follow from the masks
+                assert torch.equal(by_sample(parts, name, expected), tensor), name
 
 
 @pytest.mark.parametrize("first_step", [1, 2])
@@ -125,7 +141,7 @@ def test_loader__steps_and_seeds_differ(make_corpus):
     first, second, _ = loader_of(corpus)
     other = next(iter(loader_of(corpus, seed=8)))
     assert first.keys not in (second.keys, other.keys)
-    assert not torch.equal(first.global_stored, other.global_stored)
+    assert not torch.equal(first.views["global_crops"], other.views["global_crops"])
 
 
 def test_loader__sends_its_dataset_to_a_spawned_process(make_corpus):
@@ -187,38 +203,38 @@ def test_raw_batch__every_tensor_is_pinned(make_corpus, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     assert_equal(batch.pin_memory(), batch)
-    assert len(pinned) == sum(isinstance(getattr(batch, field.name), torch.Tensor) for field in fields(batch)) == 8
-
-
-def test_loader__mask_indices_and_weights_follow_the_masks(make_corpus):
-    batch = next(iter(loader_of(make_corpus())))
-    indices, weights = [], []
-    for row, mask in enumerate(batch.masks.numpy()):
-        for patch, hidden in enumerate(mask):
-            if hidden:
-                indices.append(row * len(mask) + patch)
-                weights.append(1 / mask.sum())
-    assert batch.mask_indices.tolist() == indices
-    assert np.allclose(batch.mask_weights, weights)
-    assert batch.mask_weights.sum().item() == pytest.approx(int(batch.masks.any(dim=1).sum()))
+    assert len(pinned) == len(tensors_of(batch)) == 9
 
 
 def test_loader__without_masks_or_local_crops(make_corpus):
     crops = CropsConfig(sizes=(CropSizes(global_px=32, local_px=16),), num_local=0)
     raw = next(iter(loader_of(make_corpus(), crops, masking=MaskingConfig(probability=0.0))))
-    batch = to_model_input(raw, find_machine("cpu"), INTENSITIES)
-    assert batch.local_crops.shape == (0, 3, 16, 16)
-    assert batch.mask_indices.numel() == 0 and batch.mask_weights.numel() == 0 and batch.gram_teacher_crops is None
+    batch = to_model_input(raw, crop_views(crops), find_machine("cpu"), INTENSITIES)
+    assert batch.views.keys() == {"global_crops"}
+    assert batch.extras["mask_indices"].numel() == 0 and batch.extras["mask_weights"].numel() == 0
+
+
+def test_loader__carries_boxes_in_pixels_of_the_slice_where_they_are_wanted(make_corpus):
+    views = {"one": View(2, (0.3, 0.5)), "again": View(2, boxes_of="one", augmented=False)}
+    spec = ViewSpec(views, (ViewSizes({"one": 16, "again": 32}),), with_boxes=True)
+    loader = loader_of(make_corpus(), spec)
+    loader.maker = replace(loader.maker, collate=lambda raw, order: raw)
+    batch = next(iter(loader))
+    assert batch.boxes.keys() == {"one", "again"} and torch.equal(batch.boxes["one"], batch.boxes["again"])
+    top, left, height, width, flipped = batch.boxes["one"].T
+    assert (top + height).max() <= 96 and (left + width).max() <= 80 and set(flipped.tolist()) == {0, 1}
+    area = (height * width).double() / (96 * 80)
+    assert area.min() > 0.28 and area.max() < 0.52
 
 
 def test_loader__model_input_has_the_shapes_and_range(make_corpus):
     raw = next(iter(loader_of(make_corpus())))
-    batch = to_model_input(raw, find_machine("cpu"), INTENSITIES)
-    assert batch.global_crops.shape == (16, 3, 32, 32)
-    assert batch.local_crops.shape == (24, 3, 16, 16)
-    assert batch.gram_teacher_crops.shape == (16, 3, 64, 64)
-    low, high = (CONTRACT.hu_min - CONTRACT.mean) / CONTRACT.std, (CONTRACT.hu_max - CONTRACT.mean) / CONTRACT.std
-    assert low - 1e-4 <= batch.global_crops.min() and batch.global_crops.max() <= high + 1e-4
+    batch = to_model_input(raw, crop_views(CROPS), find_machine("cpu"), INTENSITIES)
+    shapes = {name: tuple(view.shape) for name, view in batch.views.items()}
+    assert shapes == {"global_crops": (16, 3, 32, 32), "local_crops": (24, 3, 16, 16), "gram_teacher_crops": (16, 3, 64, 64)}
+    contract, seen = INTENSITIES.contracts[0], batch.views["global_crops"]
+    low, high = (contract.hu_min - contract.mean) / contract.std, (contract.hu_max - contract.mean) / contract.std
+    assert low - 1e-4 <= seen.min() and seen.max() <= high + 1e-4
     assert raw.data_wait_s > 0
 
 
@@ -226,7 +242,7 @@ def test_loader__any_slice_size(make_corpus):
     for number, (rows, cols, spacing) in enumerate([(73, 47, (0.5, 1.5)), (9, 200, (1.0, 0.3)), (300, 260, (0.7, 0.7))]):
         corpus = make_corpus(count=4, rows=rows, cols=cols, spacing_mm=spacing, name=f"c{number}")
         batch = next(iter(loader_of(corpus, last_step=1)))
-        assert batch.gram_stored.shape == (16, 64, 64)
+        assert batch.views["gram_teacher_crops"].shape == (16, 64, 64)
 
 
 def damage(corpus, index: int) -> None:
@@ -236,7 +252,7 @@ def damage(corpus, index: int) -> None:
     shard.write_bytes(bytes(data))
 
 
-def test_loader__damaged_slice_is_stood_in_for(make_corpus):
+def test_loader__another_sample_is_taken_for_a_corrupt_one(make_corpus):
     corpus = make_corpus(count=8)
     healthy = list(loader_of(corpus))
     damage(corpus, 3)
@@ -244,14 +260,15 @@ def test_loader__damaged_slice_is_stood_in_for(make_corpus):
     batches = list(loader_of(corpus))
     for one, other in zip(batches, loader_of(corpus, workers=1), strict=True):
         assert_equal(one, other)
-    met = [each for batch in batches for each in to_model_input(batch, find_machine("cpu"), INTENSITIES).damaged]
+    spec, machine = crop_views(CROPS), find_machine("cpu")
+    met = [each for batch in batches for each in to_model_input(batch, spec, machine, INTENSITIES).corrupt]
     assert len(met) == 3 and len(set(met)) == 1  # once in each epoch, which is a step here
     assert met[0][0] == bad_key and f"sample {bad_key}: " in met[0][1]
     assert all(bad_key not in b.keys for b in batches)
     for before, after in zip(healthy, batches, strict=True):
         kept = [i for i, key in enumerate(before.keys) if key != bad_key]
         assert [after.keys[i] for i in kept] == [before.keys[i] for i in kept]
-        assert torch.equal(after.masks, before.masks)
+        assert torch.equal(after.extras["masks"], before.extras["masks"])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -259,7 +276,7 @@ def test_loader__all_slices_damaged(make_corpus, workers):
     corpus = make_corpus(count=2)
     damage(corpus, 0)
     damage(corpus, 1)
-    # The walk over stand-ins ends with the corpus.
+    # The walk over fallbacks ends with the corpus.
     before = set(multiprocessing.active_children())
     with pytest.raises(ShardError, match=r"none of 2 slices tried in corpus .* can be read") as caught:
         list(loader_of(corpus, workers=workers))
@@ -267,7 +284,7 @@ def test_loader__all_slices_damaged(make_corpus, workers):
     assert "\n" not in str(caught.value)
 
 
-def test_loader__only_so_many_stand_ins_are_tried(make_corpus, monkeypatch):
+def test_loader__only_so_many_fallbacks_are_tried(make_corpus, monkeypatch):
     monkeypatch.setattr("meddino_pretrain.data.loader.MAX_TRIED", 3)
     corpus = make_corpus(count=6)
     for index in range(6):
@@ -279,8 +296,3 @@ def test_loader__only_so_many_stand_ins_are_tried(make_corpus, monkeypatch):
 def test_loader__a_batch_that_does_not_divide_is_refused(make_corpus):
     with pytest.raises(ConfigError, match="global batch 8 does not divide over 3 processes x 1 micro-batches"):
         loader_of(make_corpus(count=4), world_size=3)
-
-
-def test_loader__a_crop_that_does_not_divide_into_patches_is_refused(make_corpus):
-    with pytest.raises(ConfigError, match=r"crops.sizes.0.global_px=32, .*: not a multiple of the patch size 5"):
-        loader_of(make_corpus(count=4), patch_size=5)

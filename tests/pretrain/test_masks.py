@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 from meddino_pretrain.methods.dinov3.masking import block_mask, masked_counts, masks_for_crops
+from meddino_pretrain.methods.dinov3.views import _indices_and_weights
 from pydantic import ValidationError
 
 CONFIG = MaskingConfig()
@@ -44,7 +45,7 @@ def test_masked_counts__bounds():
     assert (masked_counts(MaskingConfig(probability=1.0, ratio=(0.01, 0.01)), 0, 0, 8, 16) == 1).all()  # never masked by 0
 
 
-def test_masks_for_crops__each_place_has_its_own_mask_whoever_asks():
+def test_masks_for_crops__each_sample_has_its_own_mask_whoever_asks():
     whole = masks_for_crops(CONFIG, 1, 4, 6, range(6), (8, 8), 2)
     counts = masked_counts(CONFIG, 1, 4, 12, 64)
     assert whole.shape == (12, 64) and whole.sum(axis=1).tolist() == counts.tolist()
@@ -57,3 +58,17 @@ def test_masks_for_crops__each_place_has_its_own_mask_whoever_asks():
 def test_masking_config__refuses_a_falling_ratio():
     with pytest.raises(ValidationError, match=r"ratio \[0.5, 0.1\] must ascend"):
         MaskingConfig(ratio=(0.5, 0.1))
+
+
+def test_mask_indices__and_weights_follow_the_masks():
+    masks = masks_for_crops(CONFIG, 1, 4, 6, range(6), (8, 8), 2)
+    indices, weights = [], []
+    for row, mask in enumerate(masks):
+        for patch, hidden in enumerate(mask):
+            if hidden:
+                indices.append(row * len(mask) + patch)
+                weights.append(1 / mask.sum())
+    found = _indices_and_weights(masks)
+    assert found["mask_indices"].tolist() == indices
+    assert np.allclose(found["mask_weights"], weights)
+    assert found["mask_weights"].sum().item() == pytest.approx(int(masks.any(axis=1).sum()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.optimizer import ParameterRule, build_optimizer, clip_by_module, parameter_rules, set_rates
+from meddino_pretrain.schedules import StepValues
 from torch import nn
 
 from meddino.layers.projection_head import ProjectionHead
@@ -24,28 +25,28 @@ def modules(depth: int = 3) -> dict[str, nn.Module]:
 
 def test_parameter_rules__equal_the_records(shared_reference):
     recorded = json.loads((shared_reference / "records.json").read_text())["parameter_groups"]
-    rules = parameter_rules(modules(depth=3), 0.9, 0.2)
+    rules = parameter_rules(modules(depth=3), 0.9, 0.2, ("last_layer",))
     assert rules.keys() == recorded.keys()
     for name, rule in rules.items():
         assert rule.lr_multiplier == pytest.approx(recorded[name]["lr_multiplier"], rel=1e-12), name
         assert rule.weight_decay_multiplier == recorded[name]["weight_decay_multiplier"], name
-        assert rule.is_last_layer == recorded[name]["is_last_layer"], name
+        assert bool(rule.lr_schedules) == recorded[name]["is_last_layer"], name
 
 
 def test_parameter_rules__literals():
-    rules = parameter_rules(modules(depth=2), 0.5, 0.2)
-    assert rules["backbone.cls_token"] == ParameterRule(0.125, 1.0, False)
-    assert rules["backbone.patch_embed.proj.weight"] == ParameterRule(0.125 * 0.2, 1.0, False)
-    assert rules["backbone.blocks.0.attn.qkv.weight"] == ParameterRule(0.25, 1.0, False)
-    assert rules["backbone.blocks.1.ls1.gamma"] == ParameterRule(0.5, 0.0, False)
-    assert rules["backbone.norm.weight"] == ParameterRule(1.0, 0.0, False)
-    assert rules["dino_head.last_layer.weight"] == ParameterRule(1.0, 1.0, True)
+    rules = parameter_rules(modules(depth=2), 0.5, 0.2, ("last_layer",))
+    assert rules["backbone.cls_token"] == ParameterRule(0.125, 1.0)
+    assert rules["backbone.patch_embed.proj.weight"] == ParameterRule(0.125 * 0.2, 1.0)
+    assert rules["backbone.blocks.0.attn.qkv.weight"] == ParameterRule(0.25, 1.0)
+    assert rules["backbone.blocks.1.ls1.gamma"] == ParameterRule(0.5, 0.0)
+    assert rules["backbone.norm.weight"] == ParameterRule(1.0, 0.0)
+    assert rules["dino_head.last_layer.weight"] == ParameterRule(1.0, 1.0, ("last_layer",))
 
 
 def test_set_rates__multiplies_by_rule():
     parts = modules(depth=2)
-    optimizer = build_optimizer(parts, parameter_rules(parts, 0.5, 0.2))
-    set_rates(optimizer, lr=1.0, weight_decay=0.04, last_layer_lr_multiplier=0.0, backbone_lr_multiplier=0.1)
+    optimizer = build_optimizer(parts, parameter_rules(parts, 0.5, 0.2, ("backbone", "last_layer")))
+    set_rates(optimizer, StepValues(1.0, 0.04, {"backbone": 0.1, "last_layer": 0.0}))
     found = {
         id(parameter): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for parameter in group["params"]
     }
@@ -59,7 +60,7 @@ def test_build_optimizer__steps_like_one_group_a_parameter():
     parts = modules(depth=2)
     rules = parameter_rules(parts)
     grouped = build_optimizer(parts, rules, fused=True)
-    set_rates(grouped, 1e-2, 0.1)
+    set_rates(grouped, StepValues(1e-2, 0.1))
     expected = {}
     for module_name, module in parts.items():
         for name, parameter in module.named_parameters():

@@ -9,11 +9,12 @@ import yaml
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.plan import KEPT, KEPT_CHECKPOINTED, PlannedMachine, plan_run
 from meddino_pretrain.run.initialization import read_init
+from meddino_pretrain.stages import check_views
 from pydantic import BaseModel
 
 from meddino.core.config import load_config, to_yaml
 from meddino.core.errors import ConfigError
-from meddino.models.registry import backbone_config, build_backbone
+from meddino.models.registry import build_backbone
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 PAPER = ("ct3m_vitb", "ct3m_vitl", "ct3m_vits")
@@ -38,9 +39,7 @@ def test_recipes__all_are_there():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes__crops_divide_into_patches(path):
     config = load_config(PretrainConfig, [path])
-    patch_size = backbone_config(config.backbone.name, **config.backbone.changes).patch_size
-    for stage in config.stages.values():
-        stage.crops.check_patch_size(patch_size)
+    assert check_views(config).keys() == config.stages.keys()
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -71,9 +70,9 @@ def test_recipes__the_paper_stages(name):
     stages = load_config(PretrainConfig, [name], kind="pretrain").stages
     assert [stage.steps for stage in stages.values()] == [100_000, 10_000, 10_000]
     assert [stage.schedule.lr for stage in stages.values()] == [2e-4, 5e-5, 2.5e-5]
-    assert [stage.losses.gram_weight for stage in stages.values()] == [0, 2, 2]
+    assert [stage.method.losses.gram_weight for stage in stages.values()] == [0, 2, 2]
     assert {stage.global_batch for stage in stages.values()} == {512}
-    assert [size.weight for size in stages["stage3_highres"].crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
+    assert [size.weight for size in stages["stage3_highres"].method.crops.sizes] == [0.3, 0.3, 0.3, 0.05, 0.05]
 
 
 def kept_bytes(backbone, images: int) -> int:
@@ -114,16 +113,21 @@ def test_recipes__every_stage_fits_the_smallest_machine_it_names(name):
 def test_recipes__released_weights_have_to_be_given():
     config = load_config(PretrainConfig, ["ct3m_vitb"], kind="pretrain")
     with pytest.raises(ConfigError, match=r"give init\.weights=FILE"):
-        read_init(config.init, backbone_config(config.backbone.name, **config.backbone.changes))
+        read_init(config)
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("stages.stage2_gram.starts_from=stage3_highres", "no stage before it"),
-        ("stages.stage2_gram.gram_teacher.step=31", "beyond the 30 steps"),
-        ("stages.stage2_gram.gram_teacher=null", "gram_teacher must be set"),
+        ("stages.stage2_gram.starts_from=stage3_highres", "before it"),
+        ("stages.stage2_gram.method.gram_teacher.step=31", "step 31 of stage1_pretrain, which has 30 steps"),
+        ("stages.stage2_gram.method.gram_teacher=null", "gram_teacher must be set"),
         ("stages.stage1_pretrain.schedul.lr=1", "schedul"),
+        ("stages.stage1_pretrain.method.name=dinov4", "dinov3"),
+        (
+            "stages.stage1_pretrain.method.losses.dino_wieght=1",
+            r"stages\.stage1_pretrain\.method\.losses\.dino_wieght.*dino_weight",
+        ),
         ("optimizer.clip_grad_norm=-1", "clip_grad_norm"),
         ("stages.stage1.steps=5", "no 'stage1' in stages; stages: stage1_pretrain, stage2_gram, stage3_highres"),
     ],

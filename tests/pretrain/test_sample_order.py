@@ -24,11 +24,11 @@ def test_sample_order__global_batch_only_cuts_the_walk():
     assert [i for step in range(4) for i in fine.slices_for_step(step)] == coarse.slices_for_step(0)
 
 
-def test_sample_order__stand_ins_are_all_slices_in_an_order_of_the_sample():
+def test_sample_order__fallbacks_are_all_slices_in_an_order_of_the_sample():
     order = SampleOrder(3, 12, 4)
-    assert sorted(order.stand_ins(5)) == list(range(12))
-    assert list(order.stand_ins(5)) != list(order.stand_ins(6))
-    assert list(islice(order.stand_ins(5), 3)) == list(order.stand_ins(5))[:3]
+    assert sorted(order.fallbacks(5)) == list(range(12))
+    assert list(order.fallbacks(5)) != list(order.fallbacks(6))
+    assert list(islice(order.fallbacks(5), 3)) == list(order.fallbacks(5))[:3]
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (1, 4), (2, 3), (4, 3)])
@@ -37,7 +37,7 @@ def test_batch_share__parts_in_order_of_rank_and_micro_step_are_the_batch(world_
         place
         for rank in range(world_size)
         for micro_step in range(accumulation)
-        for place in BatchShare(24, rank, world_size, accumulation).places(micro_step)
+        for place in BatchShare(24, rank, world_size, accumulation).samples(micro_step)
     ]
     assert parts == list(range(24))
 

@@ -1,7 +1,7 @@
 """Schedules against literal values."""
 
 import pytest
-from meddino_pretrain.schedules import ScheduleConfig, Schedules
+from meddino_pretrain.schedules import ScheduleConfig, Schedules, cosine, linear
 from pydantic import ValidationError
 
 
@@ -13,12 +13,6 @@ def config(**changes: object) -> ScheduleConfig:
         "lr_end": None,
         "weight_decay": 0.04,
         "weight_decay_end": 0.04,
-        "ema_momentum": 0.9,
-        "ema_momentum_end": 1.0,
-        "teacher_temperature_start": 0.04,
-        "teacher_temperature": 0.07,
-        "teacher_temperature_warmup_steps": 3,
-        "freeze_last_layer_steps": 2,
         "freeze_backbone_steps": 1,
         "backbone_lr_multiplier": 0.5,
     }
@@ -31,22 +25,22 @@ def test_schedules__warmup_then_constant():
 
 
 def test_schedules__linear_and_cosine_end():
-    linear = Schedules(config(lr_shape="linear", lr_end=0.0, warmup_steps=0), 10)
-    assert [linear.at(step).lr for step in (0, 5, 9)] == pytest.approx([1e-3, 5e-4, 1e-4])
-    cosine = Schedules(config(lr_shape="cosine", lr_end=2e-4, warmup_steps=0), 10)
-    assert [cosine.at(step).lr for step in (0, 5)] == pytest.approx([1e-3, 6e-4])
+    falling = Schedules(config(lr_shape="linear", lr_end=0.0, warmup_steps=0), 10)
+    assert [falling.at(step).lr for step in (0, 5, 9)] == pytest.approx([1e-3, 5e-4, 1e-4])
+    curved = Schedules(config(lr_shape="cosine", lr_end=2e-4, warmup_steps=0), 10)
+    assert [curved.at(step).lr for step in (0, 5)] == pytest.approx([1e-3, 6e-4])
 
 
 def test_schedules__momentum_by_cosine_and_temperature_by_line():
-    schedules = Schedules(config(), 10)
-    assert [schedules.at(step).ema_momentum for step in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0])
-    assert [schedules.at(step).teacher_temperature for step in range(5)] == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    assert [cosine(0.9, 1.0, step / 10) for step in (0, 5, 10)] == pytest.approx([0.9, 0.95, 1.0])
+    assert [linear(0.04, 0.07, step, 3) for step in range(5)] == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
 
 
-def test_schedules__what_is_held_still():
+def test_schedules__what_is_held_still_and_what_the_method_says():
     schedules = Schedules(config(), 10)
-    assert [schedules.at(step).last_layer_lr_multiplier for step in range(4)] == [0, 0, 1, 1]
-    assert [schedules.at(step).backbone_lr_multiplier for step in range(3)] == [0, 0.5, 0.5]
+    assert [schedules.at(step).lr_multipliers["backbone"] for step in range(3)] == [0, 0.5, 0.5]
+    values = schedules.at(2, {"momentum": 0.7}, {"head": 0.25})
+    assert values.own == {"momentum": 0.7} and values.lr_multipliers == {"backbone": 0.5, "head": 0.25}
 
 
 @pytest.mark.parametrize("changes", [{"lr_end": 1e-4}, {"lr_shape": "linear"}])

@@ -32,7 +32,7 @@ def weights(run, stage, prefix="teacher."):
 def test_stages__hand_over_student_teacher_heads_and_gram_teacher(tiny, make_corpus_once, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     run = tmp_path / "run"
-    momentum = "stages.stage2_gram.schedule.ema_momentum"
+    momentum = "stages.stage2_gram.method.teacher.ema_momentum"
     # A stage that cannot move what it was given.
     still = tiny("stages.stage2_gram.schedule.lr=1e-12", f"{momentum}=1.0", f"{momentum}_end=1.0")
     run_pretraining(still, make_corpus_once, run, ["stage1_pretrain", "stage2_gram"])
@@ -47,8 +47,8 @@ def test_stages__hand_over_student_teacher_heads_and_gram_teacher(tiny, make_cor
     assert all(torch.equal(snapshot[name], gram[name]) for name in gram)
     info = json.loads((run / "run.json").read_text())["stages"]["stage2_gram"]
     assert info["weights"] == "stage1_pretrain/checkpoints/step-000000003"
-    assert info["gram_teacher"] == "stage1_pretrain/snapshots/step-000000003"
-    assert "stage2_gram starts from student, teacher and heads of stage1_pretrain after step 3" in caplog.text
+    assert info["kept_backbone"] == "stage1_pretrain/snapshots/step-000000003"
+    assert "stage2_gram starts from networks of stage1_pretrain after step 3" in caplog.text
 
 
 def test_stages__a_stage_before_its_predecessor_is_refused(tiny, make_corpus_once, tmp_path):
@@ -67,14 +67,14 @@ def test_stages__gram_teacher_by_measurement_may_leave_the_stage_out(tiny, make_
     run = tmp_path / "run"
     auto = [
         "stages.stage1_pretrain.snapshot_steps=[1,2]",
-        "stages.stage2_gram.gram_teacher.step=auto",
-        "stages.stage2_gram.gram_teacher.choice.if_not_degraded=skip",
-        "stages.stage2_gram.gram_teacher.choice.min_loss=0.9",  # no fall is that deep
-        "stages.stage2_gram.gram_teacher.choice.slices=4",
+        "stages.stage2_gram.method.gram_teacher.step=auto",
+        "stages.stage2_gram.method.gram_teacher.choice.if_not_degraded=skip",
+        "stages.stage2_gram.method.gram_teacher.choice.min_loss=0.9",  # no fall is that deep
+        "stages.stage2_gram.method.gram_teacher.choice.slices=4",
     ]
     run_pretraining(tiny(*auto), make_corpus_once, run)
     info = json.loads((run / "run.json").read_text())["stages"]
-    choice = info["stage2_gram"]["gram_choice"]
+    choice = info["stage2_gram"]["choice"]
     assert choice["action"] == "skip" and sorted(choice["curve"]) == ["1", "2", "3"]
     assert latest_checkpoint(run / "stage2_gram" / "checkpoints") is None
     assert info["stage3_highres"]["weights"] == "stage1_pretrain/checkpoints/step-000000003"
@@ -83,11 +83,11 @@ def test_stages__gram_teacher_by_measurement_may_leave_the_stage_out(tiny, make_
     assert "patch consistency did not fall" in (run / "report.html").read_text()
 
 
-def test_stages__health_verdicts_and_pictures_reach_the_report(tiny, make_corpus_once, tmp_path):
+def test_stages__findings_and_pictures_reach_the_report(tiny, make_corpus_once, tmp_path):
     run = tmp_path / "run"
-    look = ["health.every_steps=2", "health.slices=4", "diagnosis.patience_steps=1", "diagnosis.log_prototypes_share=0.01"]
+    look = ["probe.every_steps=2", "probe.slices=4", "diagnosis.patience_steps=1", "diagnosis.chance_share=0.01"]
     run_pretraining(tiny(*look), make_corpus_once, run, ["stage1_pretrain"])
     records = [json.loads(line) for line in (run / "stage1_pretrain" / "metrics.jsonl").read_text().splitlines()]
-    assert ["health/patch_drift" in record for record in records] == [False, True, True]
+    assert ["features/patch_drift" in record for record in records] == [False, True, True]
     html = (run / "report.html").read_text()
-    assert "heads not learning" in html and "teacher after step 0" in html and "teacher after step 3" in html
+    assert "heads not learning" in html and "backbone after step 0" in html and "backbone after step 3" in html

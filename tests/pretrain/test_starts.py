@@ -27,7 +27,7 @@ TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"
 CONFIG = ViTConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8, layerscale_init=1.0, rope_rescale=2.0, drop_path=0.25)
 # A teacher that does not move shows what it was given.
-STILL = [f"stages.{STAGE}.schedule.ema_momentum=1.0", f"stages.{STAGE}.schedule.ema_momentum_end=1.0"]
+STILL = [f"stages.{STAGE}.method.teacher.ema_momentum=1.0", f"stages.{STAGE}.method.teacher.ema_momentum_end=1.0"]
 
 
 def lively(module: nn.Module) -> nn.Module:
@@ -107,7 +107,7 @@ def test_start__from_every_kind_of_weights(kind, make_corpus_once, tmp_path):
     found = start(make_corpus_once, tmp_path / "run", weights, *overrides)
     assert same_features(found, expected)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["parent"]["licence"] == "DINOv3 License" and weights in run["stages"][STAGE]["words"]
+    assert run["parent"]["licence"] == "DINOv3 License" and weights in run["stages"][STAGE]["message"]
 
 
 @pytest.mark.parametrize("heads", ["if_there", "fresh"])
@@ -132,27 +132,27 @@ def test_start__heads_of_another_size_are_named(make_corpus_once, tmp_path):
     teacher |= {f"dino_head.{name}": value for name, value in head.state_dict().items()}
     torch.save({"teacher": teacher}, tmp_path / "file.pth")
     with pytest.raises(
-        CheckpointError, match=r"the file's dino_head is .*set heads\.\* to the file's sizes, or init\.heads=fresh"
+        CheckpointError, match=r"the file's dino_head is .*set method\.heads\.\* to the file's sizes, or init\.heads=fresh"
     ):
         start(make_corpus_once, tmp_path / "run", str(tmp_path / "file.pth"))
 
 
 def test_start__a_drift_is_told_in_the_log_and_the_report(make_corpus_once, tmp_path, caplog):
-    # Fresh heads at a rate far too high, no warm-up, no leash: what destroys released features.
+    # Fresh heads at a rate far too high, no warm-up, no distillation to the start: what destroys released features.
     model = lively(VisionTransformer(CONFIG))
     careless = [
         f"init.weights={official_file(model, tmp_path)}",
         f"stages.{STAGE}.steps=12",
         f"stages.{STAGE}.schedule.lr=0.5",
         f"stages.{STAGE}.schedule.warmup_steps=0",
-        f"stages.{STAGE}.schedule.ema_momentum=0.5",
-        f"stages.{STAGE}.schedule.ema_momentum_end=0.5",
-        "health.every_steps=4",
-        "health.slices=16",
+        f"stages.{STAGE}.method.teacher.ema_momentum=0.5",
+        f"stages.{STAGE}.method.teacher.ema_momentum_end=0.5",
+        "probe.every_steps=4",
+        "probe.slices=16",
     ]
     run = tmp_path / "run"
     run_pretraining(load_config(PretrainConfig, [TINY], careless), make_corpus_once, run, [STAGE])
-    looks = [record for record in read_metrics(run / STAGE / "metrics.jsonl") if "health/neighbours_kept" in record]
+    looks = [record for record in read_metrics(run / STAGE / "metrics.jsonl") if "features/neighbours_kept" in record]
     assert len(looks) == 3
     assert "The features have drifted from the weights the run began with" in caplog.text
     assert "The features have drifted" in (run / "report.html").read_text()

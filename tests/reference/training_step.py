@@ -1,4 +1,4 @@
-"""One recorded training step through the project's own objective, optimizer, clipping and teacher."""
+"""One recorded training step through the project's own method, optimizer, clipping and teacher."""
 
 import re
 from typing import Any
@@ -6,9 +6,18 @@ from typing import Any
 import torch
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.sampler import BatchShare
-from meddino_pretrain.methods.dinov3.config import DINOv3Config
-from meddino_pretrain.methods.dinov3.method import DINOv3Objective
+from meddino_pretrain.methods.base import StageSetting
+from meddino_pretrain.methods.dinov3.config import (
+    CropsConfig,
+    CropSizes,
+    DINOv3Config,
+    GramTeacherConfig,
+    LossesConfig,
+    TeacherConfig,
+)
+from meddino_pretrain.methods.dinov3.method import DINOv3
 from meddino_pretrain.methods.dinov3.network import DINOv3Network
+from meddino_pretrain.methods.dinov3.views import GLOBAL, GRAM, LOCAL, MASK_INDICES, MASK_WEIGHTS, MASKS
 from meddino_pretrain.optimizer import build_optimizer, clip_by_module, parameter_rules, set_rates
 from meddino_pretrain.schedules import StepValues
 from torch import Tensor, nn
@@ -40,35 +49,32 @@ LOSSES = {
 def compare_training_step(records: Records) -> list[Item]:
     """Compare every loss term, gradient, the student after AdamW and the teacher after its update."""
     described, tensors = records.described["training_step"], records.tensors("training_step")
-    objective = build_objective(described, tensors)
+    method = build_method(described, tensors)
     settings = described["optimizer"]
-    rules = parameter_rules(objective.trained, settings["layerwise_decay"], settings["patch_embed_lr_multiplier"])
-    optimizer = build_optimizer(objective.trained, rules, tuple(settings["adamw_betas"]))
+    rules = parameter_rules(method.trainable(), settings["layerwise_decay"], settings["patch_embed_lr_multiplier"])
+    optimizer = build_optimizer(method.trainable(), rules, tuple(settings["adamw_betas"]))
     values = StepValues(
         lr=settings["lr"],
         weight_decay=settings["weight_decay"],
-        ema_momentum=settings["ema_momentum"],
-        teacher_temperature=described["teacher_temperature"],
-        last_layer_lr_multiplier=1.0,
-        backbone_lr_multiplier=1.0,
+        own={"ema_momentum": settings["ema_momentum"], "teacher_temperature": described["teacher_temperature"]},
     )
-    set_rates(optimizer, values.lr, values.weight_decay)
-    (losses,) = _backward(objective, _batch(described, tensors), values)
+    set_rates(optimizer, values)
+    (losses,) = _backward(method, _batch(described, tensors), values)
     items = [
         relative(f"loss {name}", losses[ours], tensors[f"loss.{name}"], LOSS_TOLERANCE)
         for name, ours in _recorded_losses(tensors)
     ]
-    parameters = dict(objective.student.named_parameters())
+    parameters = dict(method.student.named_parameters())
     gradients = {name: _gradient(parameter) for name, parameter in parameters.items()}
     items += [
         relative(f"gradient {name}", gradients[name], recorded, GRADIENT_TOLERANCE)
         for name, recorded in part(tensors, "grad.").items()
     ]
-    clip_by_module(objective.trained, settings["clip_grad_norm_per_module"])
+    clip_by_module(method.trainable(), settings["clip_grad_norm_per_module"])
     optimizer.step()
-    objective.after_step(values)
+    method.after_step(values)
     items += _students(gradients, parameters, tensors)
-    return [*items, *_teachers(gradients, dict(objective.teacher.named_parameters()), tensors)]
+    return [*items, *_teachers(gradients, dict(method.teacher.named_parameters()), tensors)]
 
 
 def compare_parameter_groups(records: Records) -> list[Item]:
@@ -77,13 +83,14 @@ def compare_parameter_groups(records: Records) -> list[Item]:
     settings, recorded = described["optimizer"], records.described["parameter_groups"]
     student = build_network(part(tensors, "student."), described)
     modules = dict(student.named_children())
-    rules = parameter_rules(modules, settings["layerwise_decay"], settings["patch_embed_lr_multiplier"])
+    rules = parameter_rules(modules, settings["layerwise_decay"], settings["patch_embed_lr_multiplier"], ("last_layer",))
     different = sorted(set(rules) ^ set(recorded))
     note = f"only on one side: {', '.join(different[:5])}" if different else ""
     items = [Item("parameter groups: names", float(len(different)), 0.0, "number that differ", note)]
     both = sorted(set(rules) & set(recorded))
     for key, tolerance in (("lr_multiplier", 1e-12), ("weight_decay_multiplier", 0.0), ("is_last_layer", 0.0)):
-        differences = {name: abs(float(getattr(rules[name], key)) - float(recorded[name][key])) for name in both}
+        ours = {name: vars(rules[name]) | {"is_last_layer": bool(rules[name].lr_schedules)} for name in both}
+        differences = {name: abs(float(ours[name][key]) - float(recorded[name][key])) for name in both}
         worst = max(both, key=lambda name: differences[name])
         items.append(
             Item(f"parameter groups: {key}", differences[worst], tolerance, "absolute", worst if differences[worst] else "")
@@ -103,46 +110,45 @@ def build_network(weights: dict[str, Tensor], described: dict[str, Any]) -> DINO
     return network
 
 
-def build_objective(described: dict[str, Any], tensors: dict[str, Tensor]) -> DINOv3Objective:
-    """Return the project's objective with the recorded weights."""
+def build_method(described: dict[str, Any], tensors: dict[str, Tensor]) -> DINOv3:
+    """Return the project's method with the recorded weights."""
     weights = described["weights_of_terms"]
     gram_weights = part(tensors, "gram_teacher.backbone.")
     gram_teacher = None
     if gram_weights:
         gram_teacher = VisionTransformer(config_of_weights(gram_weights, described["backbone"]))
         gram_teacher.load_state_dict(gram_weights)
-    config = DINOv3Config(
+    gram = gram_teacher is not None
+    losses = LossesConfig(
         dino_weight=float(weights["dino"]),
         dino_local_multiplier=float(weights.get("dino_local", 1.0)),
         ibot_weight=float(weights["ibot"]),
         koleo_weight=float(weights["koleo"]),
-        gram_weight=float(weights.get("gram", 0.0)) if gram_weights else 0.0,
-        gram_negatives="keep",
+        gram_weight=float(weights.get("gram", 0.0)) if gram else 0.0,
         student_temperature=float(described["student_temperature"]),
     )
+    config = DINOv3Config(
+        losses=losses,
+        crops=CropsConfig(sizes=(CropSizes(global_px=16, local_px=16, gram_px=32 if gram else None),)),
+        teacher=TeacherConfig(ema_momentum=0.9, ema_momentum_end=0.9, temperature_warmup_steps=0),
+        freeze_last_layer_steps=0,
+        gram_teacher=GramTeacherConfig(stage="earlier", step=1) if gram else None,
+    )
     student, teacher = (build_network(part(tensors, f"{name}."), described) for name in ("student", "teacher"))
-    return DINOv3Objective(student, teacher, gram_teacher, config, MACHINE, BatchShare(described["batch"]), seed=0)
+    setting = StageSetting(1, 0, BatchShare(described["batch"]), MACHINE)
+    return DINOv3(student, teacher, config, setting, gram_teacher)
 
 
 def _batch(described: dict[str, Any], tensors: dict[str, Tensor]) -> Batch:
-    masks, crops = tensors["input.masks"], tensors["input.global_crops"]
-    return Batch(
-        step=0,
-        micro_step=0,
-        global_crops=crops,
-        local_crops=tensors.get("input.local_crops", crops[:0]),
-        gram_teacher_crops=tensors.get("input.gram_teacher_crops"),
-        masks=masks,
-        mask_indices=masks.flatten().nonzero().flatten(),
-        mask_weights=mask_weights_of(masks),
-        keys=[str(sample) for sample in range(described["batch"])],
-        data_wait_s=0.0,
-    )
+    masks = tensors["input.masks"]
+    views = {name: tensors[f"input.{name}"] for name in (GLOBAL, LOCAL, GRAM) if f"input.{name}" in tensors}
+    masked = {MASKS: masks, MASK_INDICES: masks.flatten().nonzero().flatten(), MASK_WEIGHTS: mask_weights_of(masks)}
+    return Batch(0, 0, views, [str(sample) for sample in range(described["batch"])], extras=masked)
 
 
-def _backward(objective: DINOv3Objective, batch: Batch, values: StepValues) -> list[dict[str, Tensor]]:
+def _backward(method: DINOv3, batch: Batch, values: StepValues) -> list[dict[str, Tensor]]:
     seen = []
-    for losses in objective.losses([batch], values, 0):
+    for losses in method.losses([batch], values, 0):
         losses["total"].backward()
         seen.append(dict(losses))
     return seen

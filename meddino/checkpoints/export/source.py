@@ -132,11 +132,14 @@ def _usable(checkpoint: Checkpoint | None, folder: Path) -> Checkpoint:
 
 def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
     folder, meta = checkpoint.folder, checkpoint.meta
-    tensors = read_tensors(folder, f"{role}.backbone.")
+    # Where the method's exported backbone lies; a student beside it has the same name but for the first part.
+    exported = str(meta.get("exported", "teacher.backbone"))
+    name = exported if role == "teacher" else f"{role}.{exported.partition('.')[2]}"
+    tensors = read_tensors(folder, f"{name}.")
     if not tensors and role == "teacher":
-        tensors = read_tensors(folder, "backbone.")  # a snapshot, which holds the teacher's backbone alone
+        tensors = read_tensors(folder, "backbone.")  # a kept backbone alone
     if not tensors:
-        raise CheckpointError(f"{folder} holds no '{role}.backbone' weights; it was not written by meddino-pretrain")
+        raise CheckpointError(f"{folder} holds no '{name}' weights; it was not written by meddino-pretrain")
     try:
         architecture = read_architecture(meta["backbone"], where=f"{folder}: backbone")
         contract = read_intensity(meta["input_contract"], where=f"{folder}: input_contract")
@@ -149,7 +152,8 @@ def _from_checkpoint(checkpoint: Checkpoint, role: Role) -> ExportSource:
     heads = {head: read_tensors(folder, f"{role}.{head}.") for head in HEADS}
     heads = {head: weights for head, weights in heads.items() if weights}
     volumes = find_volume_list(folder, lineage.training_volumes)
-    return ExportSource(tensors, heads, architecture, contract, resolutions, lineage, role, {}, volumes)
+    kind: Role = role if name.startswith(f"{role}.") else "backbone"
+    return ExportSource(tensors, heads, architecture, contract, resolutions, lineage, kind, {}, volumes)
 
 
 def _planned_stages(checkpoint: Checkpoint) -> list[dict[str, Any]]:

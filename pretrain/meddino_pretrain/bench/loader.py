@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,20 @@ import torch
 from numpy.typing import NDArray
 
 from meddino.core.command import command_parser, run_command
-from meddino.core.config import check_config
 from meddino.core.device import Machine, find_machine
 from meddino.core.errors import ConfigError
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import CTIntensity, Modality
 from meddino.data.remote import corpus_location
 from meddino.data.sample import decode_slice, encode_slice
+from meddino_pretrain.bench import add_method_arguments, method_config
 from meddino_pretrain.data.batches import to_model_input
-from meddino_pretrain.data.config import CropsConfig, LoaderConfig
-from meddino_pretrain.data.crops import GLOBAL_CROPS
+from meddino_pretrain.data.config import LoaderConfig
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.data.loader import SampleMaker, SliceSource, build_loader
-from meddino_pretrain.methods.dinov3.config import MaskingConfig
+from meddino_pretrain.data.loader import Loader, SampleMaker, SliceSource
+from meddino_pretrain.data.sampler import BatchShare, SampleOrder
+from meddino_pretrain.methods import method_class
+from meddino_pretrain.methods.config import MethodConfig
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class SyntheticSlices:
 
 def bench_loader(
     corpus: SliceSource,
-    crops: CropsConfig,
+    method: MethodConfig,
     *,
     patch_size: int = 16,
     batch: int = 16,
@@ -87,31 +88,29 @@ def bench_loader(
 
     Args:
         corpus: Where slices are read.
-        crops: Sizes and number of crops.
+        method: Sizes and number of views.
         patch_size: Side of a patch [px].
         batch: Slices in a batch.
-        steps: Batches measured; the fastest counts, for other programs on the machine only ever slow it down.
+        steps: Batches measured; the fastest counts, for others on the machine only ever slow it down.
         workers: Processes of the loader in the last measurement.
 
     Returns:
         For one core: slices decoded a second, decoded and cropped, and taken through the intensity work on the device;
         and slices a second that the loader delivers with its workers. Beside them what was measured.
     """
-    intensities, machine = Intensities((CTIntensity(),)), find_machine()
-    loader = build_loader(
-        corpus,
-        crops,
-        MaskingConfig(),
-        intensities,
-        LoaderConfig(workers=workers),
-        patch_size=patch_size,
-        seed=0,
-        global_batch=batch,
-        first_step=0,
-        last_step=max(2, steps),
-        pin_memory=machine.is_accelerator,
+    machine, kind = find_machine(), method_class(method)
+    spec = kind.views(method)
+    spec.check_sides(patch_size, "bench loader")
+    maker = SampleMaker(
+        corpus=corpus,
+        spec=spec,
+        collate=partial(kind.collate, method, patch_size),
+        intensities=Intensities((CTIntensity(),)),
+        order=SampleOrder(0, len(corpus), batch),
+        share=BatchShare(batch),
     )
-    decode_s, crop_s, device_s = _seconds_on_one_core(loader.maker, steps, machine)
+    loader = Loader(maker, LoaderConfig(workers=workers), 0, max(2, steps), machine.is_accelerator)
+    decode_s, crop_s, device_s = _seconds_on_one_core(maker, steps, machine)
     waits = [batch_read.data_wait_s for batch_read in loader]
     return {
         "slices_per_s_decode": round(batch / decode_s, 1),
@@ -123,7 +122,7 @@ def bench_loader(
         "batch": batch,
         "rows": int(corpus.read(0).shape[0]),
         "cols": int(corpus.read(0).shape[1]),
-        "crops_of_a_slice": GLOBAL_CROPS * (1 if crops.sizes[0].gram_px is None else 2) + crops.num_local,
+        "crops_of_a_slice": sum(view.count for view in spec.views.values()),
         "device": str(machine.device),
     }
 
@@ -137,10 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--corpus", type=corpus_location, help="a corpus, or its URL; without it, slices made up in memory")
     parser.add_argument("--slice-size", type=int, default=512, help="side of the slices made up [px]")
-    parser.add_argument("--global-size", type=int, default=224, help="side of the global crops [px]")
-    parser.add_argument("--local-size", type=int, default=96, help="side of the local crops [px]")
-    parser.add_argument("--locals", type=int, default=8, help="local crops of a slice")
-    parser.add_argument("--gram", action="store_true", help="also the Gram teacher's crops, twice the global ones")
+    add_method_arguments(parser)
     parser.add_argument("--patch-size", type=int, default=16, help="side of a patch [px]")
     parser.add_argument("--batch", type=int, default=16, help="slices in a batch")
     parser.add_argument("--steps", type=int, default=4, help="batches measured; the fastest counts")
@@ -154,12 +150,9 @@ def _bench(arguments: argparse.Namespace) -> None:
             "bench loader needs --batch, --steps, --slice-size and --patch-size of 1 or more, --workers of 0 or more"
         )
     source = Corpus(arguments.corpus) if arguments.corpus else SyntheticSlices(side_px=arguments.slice_size)
-    gram = 2 * arguments.global_size if arguments.gram else None
-    plain = {"global_px": arguments.global_size, "local_px": arguments.local_size, "gram_px": gram}
-    crops = check_config(CropsConfig, {"sizes": [plain], "num_local": arguments.locals}, where="from the options")
     result = bench_loader(
         source,
-        crops,
+        method_config(arguments),
         patch_size=arguments.patch_size,
         batch=arguments.batch,
         steps=arguments.steps,
@@ -179,7 +172,7 @@ def _seconds_on_one_core(maker: SampleMaker, steps: int, machine: Machine) -> tu
         raw = maker.make(0, 0)
 
         def on_device(step: int) -> None:
-            to_model_input(raw, machine, maker.intensities)
+            to_model_input(raw, maker.spec, machine, maker.intensities)
             machine.synchronize()
 
         return decode_s, crop_s, _fastest(on_device, steps)

@@ -63,7 +63,7 @@ def apply_ct(
         stored: Hounsfield units.
         rows: From `draw_ct`, on the host.
         contract: Normalisation and channels.
-        undistorted: Keep the window but leave gamma and scale away: what the Gram teacher sees.
+        undistorted: Keep the window but leave gamma and scale away.
     """
     # Which images chance struck is known on the host: no pass over the others, and nothing waits for the device.
     curved = [] if undistorted else torch.nonzero(rows[:, 2] != 1).flatten().tolist()

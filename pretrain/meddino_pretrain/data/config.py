@@ -1,4 +1,4 @@
-"""What a recipe says about slices on their way to the model: reading, cropping, intensities."""
+"""What a recipe says about slices on their way to the model: reading and intensities."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
-from meddino.core.errors import ConfigError
 
-Fraction = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -19,66 +17,8 @@ class LoaderConfig(StrictConfig):
     """Processes that read and crop; 0: the training process itself; ours: 0, for machines of 2 cores."""
     prefetch: int = Field(2, ge=1)
     """Micro-batches that each worker holds ready; torch's own default: 2."""
-    max_damaged: int = Field(10, ge=0)
-    """Damaged slices that are stood in for before the run stops; ours: 10."""
-
-
-class CropSizes(StrictConfig):
-    """The sizes of all crops of a step; a stage of several resolutions has several of these and draws one a step."""
-
-    global_px: int = Field(gt=0)
-    """Side of the 2 global crops [px]; paper: 256, stage 3: 512 and 768."""
-    local_px: int = Field(gt=0)
-    """Side of the local crops [px]; paper: 112, stage 3: 112 to 336."""
-    gram_px: int | None = Field(None, gt=0)
-    """Side of the Gram teacher's crops [px]; DINOv3: 2 x global_px; null: no Gram teacher."""
-    weight: float = Field(1.0, gt=0)
-    """Share of the steps that take these sizes, relative to the others; DINOv3: .3 and .05."""
-
-
-class CropsConfig(StrictConfig):
-    """How crops are cut from a slice."""
-
-    sizes: tuple[CropSizes, ...] = Field((CropSizes(global_px=256, local_px=112),), min_length=1)
-    """Sizes to draw from, once a step for all ranks; stage 1: one."""
-    num_local: int = Field(8, ge=0)
-    """Local crops of each slice; paper and DINOv3: 8."""
-    global_scale: tuple[Fraction, Fraction] = (0.32, 1.0)
-    """Share of the slice's area in a global crop [0-1]; paper: 0.32-1.0."""
-    local_scale: tuple[Fraction, Fraction] = (0.05, 0.32)
-    """Share of the slice's area in a local crop [0-1]; paper: 0.05-0.32."""
-    aspect_ratio: tuple[float, float] = (0.75, 1.333333333)
-    """Width / height of a crop's box, in millimetres; torchvision and DINOv3: 3/4-4/3."""
-    flip_probability: Probability = 0.5
-    """Chance of a horizontal flip of each crop [0-1]; DINOv3, FlexiCT: 0.5."""
-
-    @model_validator(mode="after")
-    def _ranges_ascend(self) -> "CropsConfig":
-        for name in ("global_scale", "local_scale", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
-        if len({sizes.gram_px is None for sizes in self.sizes}) > 1:
-            raise ValueError("gram_px must be set for all sizes or for none")
-        return self
-
-    def check_patch_size(self, patch_size: int) -> None:
-        """Refuse sizes that do not divide into patches.
-
-        Args:
-            patch_size: Side of a patch [px].
-
-        Raises:
-            ConfigError: Names each size that does not divide.
-        """
-        wrong = [
-            f"crops.sizes.{number}.{name}={value}"
-            for number, sizes in enumerate(self.sizes)
-            for name, value in (("global_px", sizes.global_px), ("local_px", sizes.local_px), ("gram_px", sizes.gram_px))
-            if value is not None and value % patch_size
-        ]
-        if wrong:
-            raise ConfigError(f"{', '.join(wrong)}: not a multiple of the patch size {patch_size}")
+    max_corrupt: int = Field(10, ge=0)
+    """Corrupt samples that others are taken for before the run stops; ours: 10."""
 
 
 class Distortions(StrictConfig):

@@ -1,4 +1,4 @@
-"""Which damaged slices a run has met, over all its processes, stages and interruptions."""
+"""Which corrupt samples a run has met, over all its processes, stages and interruptions."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,8 +10,8 @@ NAMED_IN_ERROR = 5
 logger = get_logger(__name__)
 
 
-class DamagedSlices:
-    """The different damaged slices met so far: the same set in every process, and part of every checkpoint.
+class CorruptSamples:
+    """The different corrupt samples met so far: the same set in every process, and part of every checkpoint.
 
     Attributes:
         keys: The slices' keys.
@@ -27,11 +27,6 @@ class DamagedSlices:
         """
         self.corpus, self.allowed, self.keys = corpus, allowed, set(keys)
 
-    @property
-    def too_many(self) -> bool:
-        """True where more were met than are allowed."""
-        return len(self.keys) > self.allowed
-
     def add(self, met: Sequence[tuple[str, str]]) -> None:
         """Add what the processes met in one step. Every process must call it, also one that met nothing.
 
@@ -41,16 +36,22 @@ class DamagedSlices:
         flat = all_gather_strings([text for pair in met for text in pair])
         for key, wrong in zip(flat[::2], flat[1::2], strict=True):
             if key not in self.keys and is_main():
-                logger.warning("damaged slice, another stands in for it: %s", wrong)
+                logger.warning("corrupt sample, another is taken for it: %s", wrong)
             self.keys.add(key)
+
+    def error(self) -> ShardError | None:
+        """Return what is wrong where more were met than are allowed."""
+        if len(self.keys) <= self.allowed:
+            return None
+        named = ", ".join(sorted(self.keys)[:NAMED_IN_ERROR])
+        more = ", ..." if len(self.keys) > NAMED_IN_ERROR else ""
+        return ShardError(
+            f"{len(self.keys)} corrupt samples of corpus {self.corpus} were met, loader.max_corrupt allows {self.allowed}: "
+            f"{named}{more}. All is saved: repair the corpus's files (`meddino-curate verify {self.corpus}` lists what is "
+            "wrong) or allow more, and run the same command again"
+        )
 
     def check(self) -> None:
         """Raise ShardError where more were met than are allowed."""
-        if self.too_many:
-            named = ", ".join(sorted(self.keys)[:NAMED_IN_ERROR])
-            more = ", ..." if len(self.keys) > NAMED_IN_ERROR else ""
-            raise ShardError(
-                f"{len(self.keys)} damaged slices of corpus {self.corpus} were met, loader.max_damaged allows {self.allowed}: "
-                f"{named}{more}. All is saved: repair the corpus's files (`meddino-curate verify {self.corpus}` lists what is "
-                "wrong) or allow more, and run the same command again"
-            )
+        if (error := self.error()) is not None:
+            raise error

@@ -1,7 +1,5 @@
-"""Multi-crop: boxes drawn as a pure function of the sample, cut from stored values, resized without PIL."""
+"""Views of a slice: boxes drawn as a pure function of the sample, cut from stored values, resized without PIL."""
 
-from bisect import bisect_right
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,26 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.seeds import numpy_rng
-from meddino_pretrain.data.config import CropsConfig, CropSizes
+from meddino_pretrain.data.views import ViewSpec
 
-GLOBAL_CROPS = 2
 _TRIES = 10
-_DRAWS = 4 * _TRIES + 1  # what one crop takes from the sample's generator: area, shape, y, x of each try; flip
-
-
-def crop_sizes_for_step(config: CropsConfig, seed: int, step: int) -> CropSizes:
-    """Return the crop sizes of a step: the same on every rank, and whenever it is asked.
-
-    Args:
-        config: Gives the sizes and their weights.
-        seed: The stage's seed.
-        step: Optimizer step.
-    """
-    if len(config.sizes) == 1:
-        return config.sizes[0]
-    ends = list(accumulate(sizes.weight for sizes in config.sizes))
-    place = numpy_rng(seed, "crop-sizes", step).random() * ends[-1]
-    return config.sizes[min(bisect_right(ends, place), len(ends) - 1)]
+_DRAWS = 4 * _TRIES + 1  # what one view takes from the sample's generator: area, shape, y, x of each try; flip
 
 
 class CropBox(NamedTuple):
@@ -45,14 +27,14 @@ class CropBox(NamedTuple):
 
 
 def draw_boxes(
-    config: CropsConfig, seed: int, number: int, shape: tuple[int, ...], spacing_mm: tuple[float, float]
-) -> list[CropBox]:
-    """Draw the boxes of all crops of a sample, global ones first.
+    spec: ViewSpec, seed: int, number: int, shape: tuple[int, ...], spacing_mm: tuple[float, float]
+) -> dict[str, list[CropBox]]:
+    """Draw the boxes of all views of a sample; kinds that take another's boxes get the same ones.
 
-    The box of crop c depends on the seed, the sample's number and c alone: not on how many crops follow.
+    The box of view v depends on the seed, the sample's number and v alone: not on how many views follow.
 
     Args:
-        config: Scales, shape, flips.
+        spec: Kinds of views, shape, flips.
         seed: The stage's seed.
         number: Global sample number.
         shape: (rows, cols) of the slice [px].
@@ -62,15 +44,15 @@ def draw_boxes(
     the ratio is that of millimetres, so pixels need not be square; and where ten tries do not fit, as on slices four times as
     long as wide, the box is drawn among those that do (`_fitting_box`) instead of being the one in the middle every time.
     """
-    draws = numpy_rng(seed, "boxes", number).random((GLOBAL_CROPS + config.num_local, _DRAWS))
+    areas = [view.area for view in spec.drawn.values() for _ in range(view.count)]
+    draws = numpy_rng(seed, "boxes", number).random((len(areas), _DRAWS))
     rows, cols = shape
     pixel_ratio = spacing_mm[0] / spacing_mm[1]
-    boxes = []
-    for crop, row in enumerate(draws):
-        scale = config.global_scale if crop < GLOBAL_CROPS else config.local_scale
-        top, left, height, width = _draw_box(row, scale, config.aspect_ratio, rows, cols, pixel_ratio)
-        boxes.append(CropBox(top, left, height, width, bool(row[-1] < config.flip_probability)))
-    return boxes
+    boxes = [
+        CropBox(*_draw_box(row, area, spec.aspect_ratio, rows, cols, pixel_ratio), bool(row[-1] < spec.flip_probability))
+        for row, area in zip(draws, areas, strict=True)
+    ]
+    return {name: boxes[spec.rows_of(name)] for name in spec.views}
 
 
 def _draw_box(

@@ -152,7 +152,7 @@ class Intensities:
         Args:
             values: Stored values of type `host_dtype`, with `host_channels`.
             rows: From `draw`, one a view; on the host.
-            undistorted: Leave away what chance does, but for CT's window: what a Gram teacher sees.
+            undistorted: Leave away what chance does, but for CT's window; for views that are not augmented.
         """
         numbers = rows[:, 0].tolist()
         found = sorted(set(numbers))

@@ -1,4 +1,4 @@
-"""From a corpus to batches: one decode feeds all crops, any step is reached at once, damaged slices are stood in for."""
+"""From a corpus to batches: one decode feeds all views, any step is reached at once, corrupt samples have fallbacks."""
 
 import atexit
 import itertools
@@ -17,22 +17,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from meddino.core.errors import ShardError, StoppedEarly
 from meddino.core.process import end_with
 from meddino.data.intensity import Modality
-from meddino_pretrain.data.batches import RawBatch
-from meddino_pretrain.data.config import CropsConfig, LoaderConfig
-from meddino_pretrain.data.crops import GLOBAL_CROPS, crop_sizes_for_step, cut_crop, draw_boxes
-from meddino_pretrain.data.intensities import COLUMNS, Intensities, StoredSlice
+from meddino_pretrain.data.batches import Collate, RawBatch
+from meddino_pretrain.data.config import LoaderConfig
+from meddino_pretrain.data.crops import cut_crop, draw_boxes
+from meddino_pretrain.data.intensities import Intensities, StoredSlice
 from meddino_pretrain.data.packed_batches import PackedBatch, packed
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
-from meddino_pretrain.methods.dinov3.config import MaskingConfig
-from meddino_pretrain.methods.dinov3.masking import masks_for_crops
+from meddino_pretrain.data.views import ViewSpec
 
-# Slices tried for one place of a batch: where so many drawn at random are damaged, the rest is too.
+# Slices tried for one sample: where so many drawn at random are corrupt, the rest is too.
 MAX_TRIED = 100
 
 
@@ -67,7 +65,7 @@ class SliceSource(Protocol):
         ...
 
     def read(self, index: int) -> NDArray[Any]:
-        """Return a slice's stored values [rows, cols] or [rows, cols, 3]; ShardError if it is damaged."""
+        """Return a slice's stored values [rows, cols] or [rows, cols, 3]; ShardError if it is corrupt."""
         ...
 
 
@@ -77,76 +75,64 @@ class SampleMaker:
 
     Attributes:
         corpus: Where slices are read.
-        crops: How they are cropped.
-        masking: How global crops are masked.
+        spec: Which views of them are made.
+        collate: What the method adds to a batch.
         intensities: How they become model input.
-        patch_size: Side of a patch [px].
         order: Which slice comes when.
-        share: Which places of a step are this rank's.
+        share: Which samples of a step are this rank's.
     """
 
     corpus: SliceSource
-    crops: CropsConfig
-    masking: MaskingConfig
+    spec: ViewSpec
+    collate: Collate
     intensities: Intensities
-    patch_size: int
     order: SampleOrder
     share: BatchShare
 
     def make(self, step: int, micro_step: int) -> RawBatch:
-        """Read, crop and mask one micro-batch: a pure function of the seed, the step and the places.
+        """Read one micro-batch and cut its views: a pure function of the seed, the step and the samples.
 
         Raises:
-            ShardError: A place found no readable slice, nor a stand-in for it.
+            ShardError: A sample has no readable slice, nor a fallback.
         """
-        seed, sizes = self.order.seed, crop_sizes_for_step(self.crops, self.order.seed, step)
-        places = self.share.places(micro_step)
-        batch, num_local = len(places), self.crops.num_local
-        global_stored = self.intensities.empty(GLOBAL_CROPS, batch, sizes.global_px)
-        local_stored = self.intensities.empty(num_local, batch, sizes.local_px)
-        gram_stored = None if sizes.gram_px is None else self.intensities.empty(GLOBAL_CROPS, batch, sizes.gram_px)
-        intensity = np.empty((GLOBAL_CROPS + num_local, batch, COLUMNS), dtype=np.float32)
-        on_host = self.intensities.on_host
+        seed, sides = self.order.seed, self.spec.sizes_for_step(self.order.seed, step)
+        samples = self.share.samples(micro_step)
+        views = {name: self.intensities.empty(view.count, len(samples), sides[name]) for name, view in self.spec.views.items()}
+        boxes = {name: np.empty((*cut.shape[:2], 5), dtype=np.int32) for name, cut in views.items()}
+        drawn: list[NDArray[np.float32]] = []
         keys: list[str] = []
-        damaged: list[tuple[str, str]] = []
-        for i, number in enumerate(self.order.numbers(step, places)):
+        corrupt: list[tuple[str, str]] = []
+        for i, number in enumerate(self.order.numbers(step, samples)):
             index, values, complaints = self._read(number)
             keys.append(self.corpus.key(index))
-            damaged += [(self.corpus.key(bad), wrong) for bad, wrong in complaints.items()]
+            corrupt += [(self.corpus.key(bad), wrong) for bad, wrong in complaints.items()]
             y_mm, x_mm = self.corpus.spacing_mm[index].tolist()
             stored = StoredSlice(values, self.corpus.modality(index), self.corpus.value_range(index))
-            boxes = draw_boxes(self.crops, seed, number, values.shape[:2], (y_mm, x_mm))
+            found = draw_boxes(self.spec, seed, number, values.shape[:2], (y_mm, x_mm))
             distorted = self.intensities.distort(stored, seed, number)
-            for crop, box in enumerate(boxes):
-                if crop >= GLOBAL_CROPS:
-                    local_stored[crop - GLOBAL_CROPS, i] = on_host(cut_crop(distorted, box, sizes.local_px))
-                    continue
-                global_stored[crop, i] = on_host(cut_crop(distorted, box, sizes.global_px))
-                if gram_stored is not None and sizes.gram_px is not None:
-                    gram_stored[crop, i] = on_host(cut_crop(values, box, sizes.gram_px))
-            intensity[:, i] = self.intensities.draw(stored, seed, number, len(boxes))
-        side = sizes.global_px // self.patch_size
-        masks = masks_for_crops(self.masking, seed, step, self.order.global_batch, places, (side, side), GLOBAL_CROPS)
-        indices, weights = _mask_places(masks)
-        return RawBatch(
+            for name, view in self.spec.views.items():
+                source = distorted if view.augmented else values
+                for row, box in enumerate(found[name]):
+                    views[name][row, i] = self.intensities.on_host(cut_crop(source, box, sides[name]))
+                    boxes[name][row, i] = box
+            count = sum(view.count for view in self.spec.drawn.values())
+            drawn.append(self.intensities.draw(stored, seed, number, count))
+        rows = torch.from_numpy(np.stack(drawn, axis=1))
+        raw = RawBatch(
             step=step,
             micro_step=micro_step,
-            sizes=sizes,
-            global_stored=global_stored.flatten(0, 1),
-            local_stored=local_stored.flatten(0, 1),
-            gram_stored=None if gram_stored is None else gram_stored.flatten(0, 1),
-            global_intensity=torch.from_numpy(intensity[:GLOBAL_CROPS]).flatten(0, 1),
-            local_intensity=torch.from_numpy(intensity[GLOBAL_CROPS:]).flatten(0, 1),
-            masks=torch.from_numpy(masks),
-            mask_indices=indices,
-            mask_weights=weights,
+            samples=samples,
+            views={name: cut.flatten(0, 1) for name, cut in views.items()},
+            intensity={name: rows[self.spec.rows_of(name)].flatten(0, 1) for name in self.spec.views},
             keys=keys,
-            damaged=damaged,
+            boxes={name: torch.from_numpy(each).flatten(0, 1) for name, each in boxes.items() if self.spec.with_boxes},
+            corrupt=corrupt,
         )
+        return self.collate(raw, self.order)
 
     def _read(self, number: int) -> tuple[int, NDArray[Any], dict[int, str]]:
         complaints: dict[int, str] = {}
-        for index in itertools.chain([self.order.slice_of(number)], self.order.stand_ins(number)):
+        for index in itertools.chain([self.order.slice_of(number)], self.order.fallbacks(number)):
             if index in complaints:
                 continue
             try:
@@ -167,9 +153,9 @@ class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
     def __init__(self, maker: SampleMaker) -> None:
         self.maker = maker
 
-    def __getitem__(self, place: tuple[int, int]) -> RawBatch | PackedBatch | ShardError:
+    def __getitem__(self, number: tuple[int, int]) -> RawBatch | PackedBatch | ShardError:
         try:
-            batch = self.maker.make(*place)
+            batch = self.maker.make(*number)
         except ShardError as error:
             # As a value: DataLoader would hide the one clear line behind the worker's traceback.
             return error
@@ -177,7 +163,7 @@ class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
 
 
 @dataclass(frozen=True)
-class _Places:
+class _MicroBatches:
     """(step, micro-step) of every micro-batch in order; never a list, for a run has a million of them."""
 
     first_step: int
@@ -257,13 +243,13 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of micro-batches."""
-        return len(_Places(self.first_step, self.last_step, self.maker.share.accumulation))
+        return len(_MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation))
 
     def __iter__(self) -> Iterator[RawBatch]:
         """Yield micro-batches; each says how long it was waited for.
 
         Raises:
-            ShardError: A place found no readable slice, nor a stand-in for it.
+            ShardError: A sample has no readable slice, nor a fallback.
             StoppedEarly: A worker was killed.
         """
         source = self._source()
@@ -278,17 +264,17 @@ class Loader:
             yield replace(item, data_wait_s=time.perf_counter() - start)
 
     def _source(self) -> Any:
-        places = _Places(self.first_step, self.last_step, self.maker.share.accumulation)
+        wanted = _MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation)
         batches = _Batches(self.maker)
-        workers = min(self.config.workers, len(places))
+        workers = min(self.config.workers, len(wanted))
         if not workers:
-            return (batches[place] for place in places)
+            return (batches[number] for number in wanted)
         before = set(multiprocessing.active_children())
         iterator = iter(
             DataLoader(
                 batches,
                 batch_size=None,
-                sampler=places,
+                sampler=wanted,
                 num_workers=workers,
                 prefetch_factor=self.config.prefetch,
                 pin_memory=self.pin_memory,
@@ -298,61 +284,3 @@ class Loader:
         for worker in set(multiprocessing.active_children()) - before:
             atexit.register(_end_worker, worker)
         return iterator
-
-
-def build_loader(
-    corpus: SliceSource,
-    crops: CropsConfig,
-    masking: MaskingConfig,
-    intensities: Intensities,
-    loader: LoaderConfig,
-    *,
-    patch_size: int,
-    seed: int,
-    global_batch: int,
-    first_step: int,
-    last_step: int,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulation: int = 1,
-    pin_memory: bool = False,
-) -> Loader:
-    """Make the loader of one stage on one rank.
-
-    Args:
-        corpus: Where slices are read.
-        crops: How they are cropped.
-        masking: How global crops are masked.
-        intensities: How they become model input.
-        loader: Workers, prefetch.
-        patch_size: Side of a patch [px].
-        seed: The stage's seed; another stage takes another, or it sees the same slices in the same order.
-        global_batch: Slices in one optimizer step, over all ranks and micro-batches.
-        first_step: First step to yield.
-        last_step: First step not to yield.
-        rank: This process's number.
-        world_size: Number of processes.
-        accumulation: Micro-batches in which each rank computes one step.
-        pin_memory: Whether batches go to an accelerator.
-
-    Raises:
-        ConfigError: The batch does not divide over ranks and micro-batches, or a crop not into patches.
-    """
-    crops.check_patch_size(patch_size)
-    maker = SampleMaker(
-        corpus=corpus,
-        crops=crops,
-        masking=masking,
-        intensities=intensities,
-        patch_size=patch_size,
-        order=SampleOrder(seed, len(corpus), global_batch),
-        share=BatchShare(global_batch, rank, world_size, accumulation),
-    )
-    return Loader(maker, loader, first_step, last_step, pin_memory)
-
-
-def _mask_places(masks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
-    indices = np.flatnonzero(masks)
-    counts = masks.sum(axis=1)
-    weights = (1.0 / np.maximum(counts, 1)).astype(np.float32)[indices // masks.shape[1]]
-    return torch.from_numpy(indices.astype(np.int64)), torch.from_numpy(weights)

@@ -1,6 +1,6 @@
 """Which slice comes when: a pure function of the seed and the global sample number.
 
-Nothing here knows of workers, and ranks and micro-batches only choose which places of a step they take. So a run
+Nothing here knows of workers, and ranks and micro-batches only choose which samples of a step they take. So a run
 resumed anywhere, with any number of processes, goes on through the same slices in the same order.
 """
 
@@ -27,31 +27,31 @@ class SampleOrder:
     global_batch: int
 
     def slice_of(self, number: int) -> int:
-        """Return the slice (row of `slices.parquet`) at a global sample number: `step * global_batch + place`."""
+        """Return the slice (row of `slices.parquet`) at a global sample number: `step * global_batch + sample`."""
         return shuffled_index(number, self.size, derive_seed(self.seed, "order"))
 
-    def stand_ins(self, number: int) -> Iterator[int]:
-        """Yield what is taken at a global sample number, should its slice be damaged: every slice once, shuffled."""
+    def fallbacks(self, number: int) -> Iterator[int]:
+        """Yield what is taken at a global sample number, should its slice be corrupt: every slice once, shuffled."""
         walk = derive_seed(self.seed, "stand-in", number)
         for attempt in range(self.size):
             yield shuffled_index(attempt, self.size, walk)
 
-    def numbers(self, step: int, places: range) -> range:
-        """Return the global sample numbers of some places of a step."""
+    def numbers(self, step: int, samples: range) -> range:
+        """Return the global numbers of some samples of a step."""
         start = step * self.global_batch
-        return range(start + places.start, start + places.stop)
+        return range(start + samples.start, start + samples.stop)
 
     def slices_for_step(self, step: int) -> list[int]:
-        """Return the slices of one step in the order of their places."""
+        """Return the slices of one step in the order of their numbers."""
         return [self.slice_of(number) for number in self.numbers(step, range(self.global_batch))]
 
 
 @dataclass(frozen=True)
 class BatchShare:
-    """The places of every step that one rank takes, and how it cuts them into micro-batches.
+    """The samples of every step that one rank takes, and how it cuts them into micro-batches.
 
     Ranks take neighbouring blocks, and micro-batches neighbouring parts of a block: gathering the ranks' micro-batches in
-    the order (rank, micro-batch) gives the places 0, 1, 2, ... again.
+    the order (rank, micro-batch) gives the samples 0, 1, 2, ... again.
 
     Attributes:
         global_batch: Slices in one optimizer step.
@@ -80,8 +80,8 @@ class BatchShare:
         """Slices in one micro-batch of one rank."""
         return self.global_batch // (self.world_size * self.accumulation)
 
-    def places(self, micro_step: int) -> range:
-        """Return this rank's places in one micro-batch.
+    def samples(self, micro_step: int) -> range:
+        """Return this rank's samples in one micro-batch, by their numbers within the step.
 
         Args:
             micro_step: Number of the micro-batch within the step, 0 to `accumulation` - 1.

@@ -1,1 +1,50 @@
-"""What is learnt: one module an objective, all behind the protocol of `base`."""
+"""Self-supervised methods, one folder each, all behind the protocol of `base`. A row here and a recipe make one usable."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from meddino_pretrain.methods.base import Method
+    from meddino_pretrain.methods.config import MethodConfig
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """Where a method's two classes lie, as "module:class".
+
+    Attributes:
+        config: Its part of a recipe; that module imports no torch.
+        method: The method itself.
+        bench: Module with its sizes as options of `meddino-pretrain bench`; none if empty.
+    """
+
+    config: str
+    method: str
+    bench: str = ""
+
+    def config_class(self) -> "type[MethodConfig]":
+        """Import the config."""
+        found: type[MethodConfig] = _load(self.config)
+        return found
+
+
+METHODS: dict[str, MethodRow] = {
+    "dinov3": MethodRow(
+        "meddino_pretrain.methods.dinov3.config:DINOv3Config",
+        "meddino_pretrain.methods.dinov3.method:DINOv3",
+        "meddino_pretrain.methods.dinov3.bench",
+    ),
+}
+
+
+def method_class(config: "MethodConfig") -> "type[Method]":
+    """Import the method that a config belongs to."""
+    found: type[Method] = _load(METHODS[config.name].method)  # type: ignore[attr-defined]
+    return found
+
+
+def _load(place: str) -> type:
+    module, name = place.split(":")
+    found: type = getattr(import_module(module), name)
+    return found

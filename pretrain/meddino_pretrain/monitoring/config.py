@@ -5,24 +5,24 @@ from pydantic import Field
 from meddino.core.config import StrictConfig
 
 
-class HealthConfig(StrictConfig):
-    """How often and on how much the run is looked at."""
+class ProbeConfig(StrictConfig):
+    """How often and on how much the features are measured."""
 
     every_steps: int = Field(500, ge=0)
-    """Steps between two looks; 0: never; ours: 500."""
+    """Steps between two probes; 0: never; ours: 500."""
     slices: int = Field(32, ge=2)
-    """Fixed slices looked at; ours: 32."""
+    """Fixed slices that are probed; ours: 32."""
 
 
 class DiagnosisConfig(StrictConfig):
     """When a rule speaks. All limits are ours, from planted cases and small runs."""
 
     window_steps: int = Field(50, ge=2)
-    """Records that a rule looks at together; ours: 50."""
+    """Records that a rule takes together; ours: 50."""
     patience_steps: int = Field(1000, ge=1)
     """Steps before standing still is reported; ours: 1000."""
-    log_prototypes_share: float = Field(0.995, gt=0, le=1)
-    """DINO loss / ln K from which heads count as not learning; ours: 0.995."""
+    chance_share: float = Field(0.995, gt=0, le=1)
+    """Loss over its value by chance from which heads count as not learning; ours: 0.995."""
     min_rank: float = Field(2.0, ge=1)
     """RankMe below which CLS or patch tokens collapsed; ours: 2."""
     min_nearest_distance: float = Field(0.01, ge=0)

@@ -1,12 +1,14 @@
 """What the numbers of a run mean, in words: rules over metrics.jsonl. No rule knows a label."""
 
 import itertools
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from meddino_pretrain.methods.config import Terms
 from meddino_pretrain.monitoring.config import DiagnosisConfig
 
 Record = Mapping[str, Any]
@@ -15,37 +17,37 @@ NEW_RUN = "Begin a new run (another --out; init.weights takes one of this run's 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Finding:
     """What a rule found.
 
     Attributes:
         name: The rule: collapsed, heads_not_learning, diverging, loader_bound, drifted or patches_degraded.
-        grave: True if the run will come to nothing as it is; False if it is worth knowing.
+        severity: logging.WARNING if the run will come to nothing as it is; logging.INFO if it is worth knowing.
         step: The newest step it rests on.
-        words: What is seen, with numbers, and what to do.
+        message: What is seen, with numbers, and what to do.
     """
 
     name: str
-    grave: bool
+    severity: int
     step: int
-    words: str
+    message: str
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the rules look at.
+    """What the rules go by.
 
     Attributes:
         records: One a step, as in metrics.jsonl, in order.
         config: Limits.
-        prototypes: Outputs K of the DINO head.
+        terms: What the method records.
         from_released_weights: True if the backbone began with features worth keeping.
         max_bad_steps: Skipped steps in a row after which the run stops.
     """
 
     records: Sequence[Record]
     config: DiagnosisConfig
-    prototypes: int
+    terms: Terms
     from_released_weights: bool
     max_bad_steps: int
 
@@ -60,32 +62,27 @@ class Run:
         return [float(value) for value in found if isinstance(value, int | float) and math.isfinite(value)]
 
 
-def verdicts(
-    records: Sequence[Record],
-    config: DiagnosisConfig,
-    *,
-    prototypes: int,
-    from_released_weights: bool,
-    max_bad_steps: int,
-) -> list[Verdict]:
+def findings(
+    records: Sequence[Record], config: DiagnosisConfig, *, terms: Terms, from_released_weights: bool, max_bad_steps: int
+) -> list[Finding]:
     """Apply every rule to a stage's records so far.
 
     Args:
-        records: One a step, as in metrics.jsonl, in order; older ones may be thinned, `window_steps` are looked at together.
+        records: One a step, as in metrics.jsonl, in order; older ones may be thinned, rules take `window_steps` together.
         config: Limits.
-        prototypes: Outputs K of the DINO head.
+        terms: What the method records.
         from_released_weights: True if the stage began with features worth keeping; only then is drift an alarm.
         max_bad_steps: Skipped steps in a row after which the run stops.
 
     Returns:
-        What was found, the grave first; empty if nothing is wrong.
+        What was found, the most severe first; empty if nothing is wrong.
     """
     if not records:
         return []
-    run = Run(records, config, prototypes, from_released_weights, max_bad_steps)
-    found = [(rule(run), grave, name) for name, grave, rule in RULES]
+    run = Run(records, config, terms, from_released_weights, max_bad_steps)
+    found = [(name, severity, rule(run)) for name, severity, rule in RULES]
     step = int(records[-1]["step"])
-    return [Verdict(name, grave, step, words) for words, grave, name in found if words is not None]
+    return [Finding(name, severity, step, message) for name, severity, message in found if message is not None]
 
 
 def _collapsed(run: Run) -> str | None:
@@ -99,31 +96,33 @@ def _collapsed(run: Run) -> str | None:
     )
     signs = []
     for name, limit, what in watched:
-        values = run.values(f"health/{name}")
+        values = run.values(f"features/{name}")
         if values and values[-1] < limit and (late or max(values) >= 2 * limit):
             signs.append(f"the {what} is {values[-1]:.3g} (limit {limit:g}, it was up to {max(values):.3g})")
     if not signs:
         return None
     return (
         f"The features have collapsed: {'; '.join(signs)}. {NEW_RUN} with a lower learning rate or a longer warm-up, and "
-        "look at KoLeo's weight and the teacher temperature"
+        f"look at {run.terms.advice}"
     )
 
 
 def _heads_not_learning(run: Run) -> str | None:
     step = int(run.records[-1]["step"])
-    losses = run.values("dino_global", run.window)
-    if step < run.config.patience_steps or not losses:
+    if step < run.config.patience_steps:
         return None
-    mean, chance = statistics.fmean(losses), math.log(run.prototypes)
-    if mean < run.config.log_prototypes_share * chance:
+    signs = []
+    for term, chance in run.terms.chance.items():
+        losses = run.values(term, run.window)
+        if losses and (mean := statistics.fmean(losses)) >= run.config.chance_share * chance:
+            signs.append(f"{term} is {mean:.3f}, and {chance:.3f} is what a head gives that knows nothing")
+    if not signs:
         return None
-    ranks = run.values("health/cls_rankme")
+    ranks = run.values("features/cls_rankme")
     beside = f" Effective rank of the CLS tokens: {ranks[0]:.1f} at first, {ranks[-1]:.1f} now." if ranks else ""
     return (
-        f"The heads do not learn: after {step} steps the DINO loss is {mean:.3f}, and ln K = {chance:.3f} is what a head gives "
-        f"that knows nothing. Features may improve all the same, so judge by them.{beside} If they stand still too: a higher "
-        "learning rate, fewer prototypes or a larger batch"
+        f"The heads do not learn: after {step} steps {'; '.join(signs)}. Features may improve all the same, so judge by "
+        f"them.{beside} If they stand still too: a higher learning rate, smaller heads or a larger batch"
     )
 
 
@@ -168,7 +167,7 @@ def _loader_bound(run: Run) -> str | None:
 
 
 def _drifted(run: Run) -> str | None:
-    kept, drift = run.values("health/neighbours_kept"), run.values("health/patch_drift")
+    kept, drift = run.values("features/neighbours_kept"), run.values("features/patch_drift")
     if not run.from_released_weights or not kept or not drift:
         return None
     signs = []
@@ -185,23 +184,23 @@ def _drifted(run: Run) -> str | None:
 
 
 def _patches_degraded(run: Run) -> str | None:
-    scores = run.values("health/patch_consistency")
+    scores = run.values("features/patch_consistency")
     if len(scores) < 2 or max(scores) - scores[-1] <= run.config.max_consistency_loss:
         return None
     best = max(range(len(scores)), key=scores.__getitem__)
-    steps = [int(record["step"]) for record in run.records if record.get("health/patch_consistency") is not None]
+    steps = [int(record["step"]) for record in run.records if record.get("features/patch_consistency") is not None]
     return (
         f"Patch features get worse: consistency was {scores[best]:.3f} at step {steps[best]} and is {scores[-1]:.3f} now. "
-        "That is what Gram anchoring mends: anchor to a teacher from about that step"
+        "A stage that anchors them to a backbone kept at about that step mends it"
     )
 
 
-# The grave ones first: that is how they are shown.
-RULES: tuple[tuple[str, bool, Callable[[Run], str | None]], ...] = (
-    ("collapsed", True, _collapsed),
-    ("diverging", True, _diverging),
-    ("drifted", True, _drifted),
-    ("heads_not_learning", False, _heads_not_learning),
-    ("patches_degraded", False, _patches_degraded),
-    ("loader_bound", False, _loader_bound),
+# The most severe first: that is how they are shown.
+RULES: tuple[tuple[str, int, Callable[[Run], str | None]], ...] = (
+    ("collapsed", logging.WARNING, _collapsed),
+    ("diverging", logging.WARNING, _diverging),
+    ("drifted", logging.WARNING, _drifted),
+    ("heads_not_learning", logging.INFO, _heads_not_learning),
+    ("patches_degraded", logging.INFO, _patches_degraded),
+    ("loader_bound", logging.INFO, _loader_bound),
 )

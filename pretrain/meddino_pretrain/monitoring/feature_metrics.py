@@ -1,8 +1,8 @@
-"""How a run is doing, from the teacher's features of fixed slices alone: no labels."""
+"""How a run is doing, from the features of fixed slices alone: no labels."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,130 +15,112 @@ from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_write
 from meddino.distributed.collectives import is_main
-from meddino.models.backbone import BackboneOutput
-from meddino_pretrain.monitoring.config import HealthConfig
+from meddino_pretrain.methods.base import ProbeOutput
+from meddino_pretrain.monitoring.config import ProbeConfig
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
-from meddino_pretrain.monitoring.patch_quality import CHUNK, patch_consistency, patch_map
+from meddino_pretrain.monitoring.patch_quality import CHUNK, patch_consistency
 
-_EVERY_PATCH = 8  # goes through the head: the logits of all patches at 65,536 prototypes would be gigabytes
 _PATCHES_FOR_RANK = 2048
 _NEIGHBOURS = 3
 
 
-@runtime_checkable
-class Looks(Protocol):
-    """A backbone with heads that can be looked at; the teacher of an objective."""
+class FeatureProbe:
+    """Measures a method's features on fixed slices, and against how they were when they were first measured."""
 
-    def look(
-        self, images: Float[Tensor, "n c h w"], every: int
-    ) -> tuple[BackboneOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
-        """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
-        ...
-
-
-class HealthProbe:
-    """Measures a teacher on fixed slices, and against how it was when it was first measured."""
-
-    def __init__(self, fixed: FixedSlices, config: HealthConfig, machine: Machine, reference: Path) -> None:
-        """Keep what is needed for a look.
+    def __init__(self, fixed: FixedSlices, config: ProbeConfig, machine: Machine, reference: Path) -> None:
+        """Keep what is needed for a probe.
 
         Args:
             fixed: The slices.
             config: How often.
-            machine: Where the teacher is.
-            reference: File of the first look's features: written by the first process at the first look, read later, so
+            machine: Where the networks are.
+            reference: File of the first probe's features: written by the first process at the first probe, read later, so
                 that a resumed run goes on comparing with the same features.
         """
         self.fixed, self.config, self.machine, self.reference = fixed, config, machine, reference
         self._first: dict[str, Tensor] | None = None
 
     def due(self, step: int) -> bool:
-        """Tell whether the teacher shall be looked at after this step."""
+        """Tell whether features shall be measured after this step."""
         return self.config.every_steps > 0 and step % self.config.every_steps == 0
 
     @torch.no_grad()
-    def measure(self, teacher: Looks, teacher_temperature: float) -> dict[str, float]:
-        """Look at the teacher. Every process must call it; the numbers are the same in all.
+    def measure(self, see: Callable[[Tensor], ProbeOutput]) -> dict[str, float]:
+        """Measure the features. Every process must call it; the numbers are the same in all.
 
         Args:
-            teacher: In evaluation mode.
-            teacher_temperature: Of the softmax over prototypes.
+            see: `Method.probe`.
 
         Returns:
-            Numbers whose names begin with "health/"; `MEANINGS` says what each means.
+            Numbers whose names begin with "features/"; `MEANINGS` says what each means.
 
         Raises:
-            CheckpointError: The file of the first look is damaged or belongs to other slices or another model.
+            CheckpointError: The file of the first probe is damaged or belongs to other slices or another model.
         """
-        cls_use, patch_use = PrototypeUse(teacher_temperature), PrototypeUse(teacher_temperature)
+        uses: dict[str, AssignmentUse] = {}
         cls_parts, patch_parts, scores = [], [], []
         for start in range(0, len(self.fixed), CHUNK):
-            images = self.fixed.first_view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype)
-            mirrored = self.fixed.second_view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype)
-            with self.machine.autocast():
-                output, cls_logits, patch_logits = teacher.look(images, _EVERY_PATCH)
-                other, *_ = teacher.look(mirrored, _EVERY_PATCH)
-            cls_use.add(cls_logits)
-            patch_use.add(patch_logits)
-            body = self.fixed.body[start : start + CHUNK]
-            scores.append(patch_consistency(patch_map(output), patch_map(other), body).cpu())
-            cls_parts.append(output.cls_token.float().cpu())
-            patch_parts.append(output.patch_tokens.float().cpu())
-        cls_tokens, patch_tokens = torch.cat(cls_parts), torch.cat(patch_parts)
-        first = self._first_look(cls_tokens, patch_tokens)
-        numbers = {
-            **{f"cls_{name}": value for name, value in cls_use.numbers().items()},
-            **{f"patch_{name}": value for name, value in patch_use.numbers().items()},
-            "cls_rankme": rankme(cls_tokens),
-            "patch_rankme": rankme(_thinned(patch_tokens.flatten(0, 1), _PATCHES_FOR_RANK)),
-            "nearest_distance": nearest_distance(cls_tokens),
-            "patch_consistency": float(torch.cat(scores).mean()),
-            "cls_drift": similarity_drift(cls_tokens[None], first["cls_tokens"][None]),
-            "patch_drift": similarity_drift(patch_tokens, first["patch_tokens"].float()),
-            "neighbours_kept": neighbours_kept(cls_tokens, first["cls_tokens"]),
-        }
-        return {f"health/{name}": value for name, value in numbers.items()}
+            first, second = (self._seen(see, view, start) for view in (self.fixed.first_view, self.fixed.second_view))
+            for name, logits in first.assignments.items():
+                uses.setdefault(name, AssignmentUse()).add(logits)
+            cls_parts.append(first.cls_token.float().cpu())
+            if first.patch_map is not None and second.patch_map is not None:
+                body = self.fixed.body[start : start + CHUNK]
+                scores.append(patch_consistency(first.patch_map, second.patch_map, body).cpu())
+                patch_parts.append(first.patch_map.float().flatten(2).transpose(1, 2).contiguous().cpu())
+        tokens = {"cls_tokens": torch.cat(cls_parts)}
+        if patch_parts:
+            tokens["patch_tokens"] = torch.cat(patch_parts)
+        numbers = {f"{name}_{key}": value for name, use in uses.items() for key, value in use.numbers().items()}
+        numbers |= _measured(tokens, self._first_probe(tokens))
+        if scores:
+            numbers["patch_consistency"] = float(torch.cat(scores).mean())
+        return {f"{PREFIX}{name}": numbers[name] for name in MEANINGS if name in numbers}
 
-    def _first_look(self, cls_tokens: Tensor, patch_tokens: Tensor) -> dict[str, Tensor]:
+    def _seen(self, see: Callable[[Tensor], ProbeOutput], view: Tensor, start: int) -> ProbeOutput:
+        with self.machine.autocast():
+            return see(view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype))
+
+    def _first_probe(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._first is None and self.reference.is_file():
-            self._first = _read_first_look(self.reference, cls_tokens, patch_tokens)
+            self._first = _read_first_probe(self.reference, tokens)
         if self._first is None:
-            self._first = {"cls_tokens": cls_tokens, "patch_tokens": patch_tokens.half()}
+            self._first = {name: value.half() if name == "patch_tokens" else value for name, value in tokens.items()}
             if is_main():
                 with atomic_write(self.reference) as stream:
                     stream.write(save(self._first))
         return self._first
 
 
+PREFIX = "features/"
 MEANINGS = {
-    "cls_entropy": "entropy of the teacher's softmax over prototypes / ln K, CLS head: 1 = undecided, 0 = one prototype each",
-    "cls_information": "nats that a prototype tells of its slice, CLS head: 0 = all slices get the same assignment",
-    "cls_prototypes_used": "share of prototypes that are some slice's first choice, of as many as there could be",
-    "patch_entropy": "as cls_entropy, masked-patch head",
-    "patch_information": "as cls_information, masked-patch head",
-    "patch_prototypes_used": "as cls_prototypes_used, masked-patch head",
+    "cls_entropy": "entropy of the soft assignment of CLS tokens / ln K: 1 = undecided, 0 = one choice each",
+    "cls_information": "nats that an assignment tells of its slice, CLS tokens: 0 = all slices get the same",
+    "cls_assignments_used": "share of choices that are some slice's first, of as many as there could be",
+    "patch_entropy": "as cls_entropy, patch tokens",
+    "patch_information": "as cls_information, patch tokens",
+    "patch_assignments_used": "as cls_assignments_used, patch tokens",
     "cls_rankme": "effective rank of the CLS tokens (RankMe); 1 = collapsed, at most the number of slices",
     "patch_rankme": "effective rank of the patch tokens (RankMe); 1 = collapsed, at most the dimension",
     "nearest_distance": "mean distance of a normalised CLS token to its nearest (what KoLeo spreads); 0 = collapsed",
     "patch_consistency": "how surely a patch is found again in another view; 0.5 = chance, 1 = perfect",
-    "cls_drift": "root mean square change of cosine similarities between slices since the first look",
-    "patch_drift": "root mean square change of cosine similarities between a slice's patches since the first look",
-    "neighbours_kept": "share of each slice's 3 nearest slices that were among them at the first look",
+    "cls_drift": "root mean square change of cosine similarities between slices since the first probe",
+    "patch_drift": "root mean square change of cosine similarities between a slice's patches since the first probe",
+    "neighbours_kept": "share of each slice's 3 nearest slices that were among them at the first probe",
 }
 
 
-class PrototypeUse:
-    """Adds up how logits spread over prototypes, without keeping them."""
+class AssignmentUse:
+    """Adds up how soft assignments spread over their choices, without keeping them."""
 
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
+    def __init__(self) -> None:
         self._rows, self._entropy = 0, 0.0
         self._sum: Tensor | None = None
         self._first_choices: set[int] = set()
 
     def add(self, logits: Float[Tensor, "m k"]) -> None:
-        """Take in the logits of some tokens."""
-        log_probabilities = F.log_softmax(logits.float() / self.temperature, dim=-1)
+        """Take in the logits of some tokens, divided by their temperature."""
+        log_probabilities = F.log_softmax(logits.float(), dim=-1)
         probabilities = log_probabilities.exp()
         self._rows += len(logits)
         self._entropy -= float((probabilities * log_probabilities).sum())
@@ -147,7 +129,7 @@ class PrototypeUse:
         self._first_choices.update(logits.argmax(-1).tolist())
 
     def numbers(self) -> dict[str, float]:
-        """Return entropy / ln K, information in nats, and the share of prototypes in use."""
+        """Return entropy / ln K, information in nats, and the share of choices in use."""
         if self._sum is None:
             raise ValueError("no logits were added")
         mean = self._sum / self._rows
@@ -155,7 +137,7 @@ class PrototypeUse:
         return {
             "entropy": entropy / math.log(len(mean)),
             "information": float(-torch.xlogy(mean, mean).sum()) - entropy,
-            "prototypes_used": len(self._first_choices) / min(len(mean), self._rows),
+            "assignments_used": len(self._first_choices) / min(len(mean), self._rows),
         }
 
 
@@ -205,15 +187,29 @@ def _thinned(rows: Tensor, count: int) -> Tensor:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
-def _read_first_look(path: Path, cls_tokens: Tensor, patch_tokens: Tensor) -> dict[str, Tensor]:
+def _measured(now: dict[str, Tensor], first: dict[str, Tensor]) -> dict[str, float]:
+    cls_tokens = now["cls_tokens"]
+    numbers = {
+        "cls_rankme": rankme(cls_tokens),
+        "nearest_distance": nearest_distance(cls_tokens),
+        "cls_drift": similarity_drift(cls_tokens[None], first["cls_tokens"][None]),
+        "neighbours_kept": neighbours_kept(cls_tokens, first["cls_tokens"]),
+    }
+    if "patch_tokens" in now:
+        patches = now["patch_tokens"]
+        numbers["patch_rankme"] = rankme(_thinned(patches.flatten(0, 1), _PATCHES_FOR_RANK))
+        numbers["patch_drift"] = similarity_drift(patches, first["patch_tokens"].float())
+    return numbers
+
+
+def _read_first_probe(path: Path, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
     try:
         first = load_file(path)
-        shapes = [first["cls_tokens"].shape, first["patch_tokens"].shape]
-    except (SafetensorError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path} (features of the first look at this run) is damaged: {error}; delete it") from error
-    if shapes != [cls_tokens.shape, patch_tokens.shape]:
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} (features of this run's first probe) is damaged: {error}; delete it") from error
+    shapes, wanted = ({name: list(value.shape) for name, value in each.items()} for each in (first, tokens))
+    if shapes != wanted:
         raise CheckpointError(
-            f"{path} holds features {[list(shape) for shape in shapes]}, the run now gives "
-            f"{[list(cls_tokens.shape), list(patch_tokens.shape)]}; it belongs to other slices or another model: delete it"
+            f"{path} holds features {shapes}, the run now gives {wanted}; of other slices or another model: delete it"
         )
     return first

@@ -1,4 +1,4 @@
-"""A fixed set of slices on which a run is looked at again and again, each in two views."""
+"""A fixed set of slices on which features are measured again and again, each in two views."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -60,14 +60,14 @@ def fixed_slices(corpus: SliceSource, intensities: Intensities, count: int, size
     """
     count = min(count, len(corpus))
     seen: list[_Seen] = []
-    for place in range(count):
-        index = (2 * place + 1) * len(corpus) // (2 * count)
+    for number in range(count):
+        index = (2 * number + 1) * len(corpus) // (2 * count)
         try:
             seen.append(_see(corpus, index, intensities, size_px))
         except ShardError as error:
-            logger.warning("a slice for looking at the run is damaged and left out: %s", error)
+            logger.warning("a slice for probing is corrupt and left out: %s", error)
     if not seen:
-        raise ShardError(f"corpus {corpus.root}: none of the {count} slices for looking at the run can be read")
+        raise ShardError(f"corpus {corpus.root}: none of the {count} slices for probing can be read")
     first, first_rows, second, second_rows, grey, body, keys = zip(*seen, strict=True)
     return FixedSlices(
         intensities.apply(torch.stack(first), torch.cat(first_rows)),

@@ -1,4 +1,4 @@
-"""A stage's records so far: read on from where the last reading ended, thinned to what curves and rules need."""
+"""A stage's records so far: taken in from where the last update ended, thinned to what curves and rules need."""
 
 import itertools
 from collections import deque
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meddino_pretrain.monitoring.feature_metrics import PREFIX
 from meddino_pretrain.monitoring.metrics import TIMING, parse_line
 
 # More than a chart is wide; twice as many are thinned to these.
@@ -18,7 +19,7 @@ class History:
 
     Attributes:
         count: Records in the file.
-        totals: Sums over all of them: step_s, data_wait_s and look_s [s], damaged_slices.
+        totals: Sums over all of them: step_s, data_wait_s and eval_time_s [s], corrupt_samples.
         peak_memory_mib: The largest of all.
     """
 
@@ -34,15 +35,15 @@ class History:
 
     def _begin(self) -> None:
         self.count, self._offset = 0, 0
-        self.totals = dict.fromkeys(("step_s", "data_wait_s", "look_s", "damaged_slices"), 0.0)
+        self.totals = dict.fromkeys(("step_s", "data_wait_s", "eval_time_s", "corrupt_samples"), 0.0)
         self.peak_memory_mib = 0.0
-        self._steps, self._looks = _Thinned(), _Thinned()
+        self._steps, self._probes = _Thinned(), _Thinned()
         self._newest: deque[Record] = deque(maxlen=self._newest_kept)
 
     @property
     def records(self) -> list[Record]:
-        """The newest records, and of those before every so many-th and those with a look at the teacher; in order."""
-        kept = itertools.chain(self._steps.records, self._looks.records, self._newest)
+        """The newest records, and of those before every so many-th and those with a probe; in order."""
+        kept = itertools.chain(self._steps.records, self._probes.records, self._newest)
         return sorted({int(record["step"]): record for record in kept}.values(), key=lambda record: int(record["step"]))
 
     @property
@@ -50,7 +51,7 @@ class History:
         """Of how many records one is kept."""
         return self._steps.every
 
-    def read_on(self) -> None:
+    def update(self) -> None:
         """Take in what was written since the last call; a last line cut off by a kill is left for later.
 
         Raises:
@@ -76,15 +77,15 @@ class History:
             self.totals[name] += float((timing if name in timing else record).get(name) or 0)
         self.peak_memory_mib = max(self.peak_memory_mib, float(timing.get("peak_memory_mib") or 0))
         self._steps.add(record)
-        if has_look(record):
-            self._looks.add(record)
+        if has_probe(record):
+            self._probes.add(record)
         self._newest.append(record)
         self.count += 1
 
 
-def has_look(record: Mapping[str, Any]) -> bool:
-    """Tell whether a record holds a look at the teacher."""
-    return any(name.startswith("health/") for name in record)
+def has_probe(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record holds feature metrics."""
+    return any(name.startswith(PREFIX) for name in record)
 
 
 class _Thinned:

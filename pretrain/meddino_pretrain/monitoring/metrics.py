@@ -1,4 +1,4 @@
-"""What a run writes down about itself: metrics.jsonl (one object a step) and TensorBoard."""
+"""What a run records about itself: metrics.jsonl (one object a step) and TensorBoard."""
 
 import io
 import json

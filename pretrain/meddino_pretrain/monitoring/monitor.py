@@ -1,4 +1,4 @@
-"""Looking at a run while it trains: health numbers, pictures, verdicts in the log, and the report that shows them."""
+"""Watching a run while it trains: feature metrics, pictures, findings in the log, and the report that shows them."""
 
 import time
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ from meddino.core.files import atomic_write
 from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.methods.dinov3.network import DINOv3Network
-from meddino_pretrain.monitoring.feature_metrics import HealthProbe
+from meddino_pretrain.methods.base import Method
+from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.metrics import MetricsWriter
-from meddino_pretrain.monitoring.pictures import health_pictures
+from meddino_pretrain.monitoring.pictures import probe_pictures
 from meddino_pretrain.monitoring.report import PICTURES, REFRESH_S, RunReport
 
 FIRST_REPORT_S = 20.0
@@ -20,16 +20,16 @@ REPORT_SHARE = 50
 logger = get_logger(__name__)
 
 
-class Watch:
-    """Looks at one stage's teacher on fixed slices, at set steps and at the stage's end, and says how the run is doing."""
+class Monitor:
+    """Probes one stage's features on fixed slices, at set steps and at the stage's end, and says how the run is doing."""
 
     def __init__(
         self,
         run: Path,
         stage: str,
         config: PretrainConfig,
-        probe: HealthProbe,
-        teacher: DINOv3Network,
+        probe: FeatureProbe,
+        method: Method,
         report: RunReport,
         metrics: MetricsWriter | None,
     ) -> None:
@@ -40,55 +40,55 @@ class Watch:
             stage: Name of the stage.
             config: The recipe.
             probe: Measures on fixed slices.
-            teacher: What is measured.
+            method: What is measured.
             report: Of the run; the first process writes it.
             metrics: Where pictures are shown as well; None in all processes but the first.
         """
-        self.run, self.stage, self.config, self.probe, self.teacher = run, stage, config, probe, teacher
+        self.run, self.stage, self.config, self.probe, self.method = run, stage, config, probe, method
         self.steps = config.stages[stage].steps
         self._report, self._metrics = report, metrics
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self._spent_s = 0.0
         self._next_report = time.monotonic() + FIRST_REPORT_S
 
-    def begin(self, teacher_temperature: float) -> None:
-        """Look before the first step: what later looks are compared with, and the first pictures."""
-        if self.config.health.every_steps and self.config.stages[self.stage].starts_from is None:
-            self.probe.measure(self.teacher, teacher_temperature)
+    def begin(self) -> None:
+        """Probe before the first step: what later probes are compared with, and the first pictures."""
+        if self.config.probe.every_steps and self.config.stages[self.stage].starts_from is None:
+            self.probe.measure(self.method.probe)
             self._draw(0)
 
-    def numbers(self, step: int, teacher_temperature: float) -> Mapping[str, float]:
-        """Return what is to be added to a step's record; empty where no look is due. Every process asks."""
-        if not self.config.health.every_steps or not (self.probe.due(step) or step == self.steps):
+    def measure(self, step: int) -> Mapping[str, float]:
+        """Return what is to be added to a step's record; empty where no probe is due. Every process asks."""
+        if not self.config.probe.every_steps or not (self.probe.due(step) or step == self.steps):
             return {}
         start = time.perf_counter()
-        measured = self.probe.measure(self.teacher, teacher_temperature)
+        measured = self.probe.measure(self.method.probe)
         self._spent_s += time.perf_counter() - start
         return measured
 
     def take_seconds(self) -> float:
-        """Return the time [s] that looks, pictures, rules and the report took since the last call."""
+        """Return the time [s] that probes, pictures, rules and the report took since the last call."""
         spent_s, self._spent_s = self._spent_s, 0.0
         return spent_s
 
-    def after_record(self, step: int, looked: bool) -> None:
-        """After a record was written: draw what was looked at, say what is wrong, and rewrite the report if it is time."""
+    def after_record(self, step: int, probed: bool) -> None:
+        """After a record was written: draw what was probed, say what is wrong, and rewrite the report if it is time."""
         start = time.perf_counter()
-        if looked:
+        if probed:
             self._draw(step)
         due = is_main() and time.monotonic() >= self._next_report
-        if is_main() and (looked or due):
-            self.say_verdicts()
+        if is_main() and (probed or due):
+            self.log_findings()
         if due:
             self._write_report(finished=False)
         self._spent_s += time.perf_counter() - start
 
-    def say_verdicts(self) -> None:
-        """Put into the log what is to be said of the stage, each only once."""
-        for verdict in self._report.verdicts(self.stage):
-            if verdict.name not in self._said:
-                self._said.add(verdict.name)
-                logger.log(30 if verdict.grave else 20, "%s, step %d: %s", self.stage, verdict.step, verdict.words)
+    def log_findings(self) -> None:
+        """Put into the log what was found in the stage, each finding only once."""
+        for finding in self._report.findings(self.stage):
+            if finding.name not in self._logged:
+                self._logged.add(finding.name)
+                logger.log(finding.severity, "%s, step %d: %s", self.stage, finding.step, finding.message)
 
     def end(self, finished: bool) -> None:
         """Say and write what there is, where training stops before the stage's end.
@@ -97,7 +97,7 @@ class Watch:
             finished: True if it will not go on by itself.
         """
         if is_main():
-            self.say_verdicts()
+            self.log_findings()
             self._write_report(finished)
 
     def _write_report(self, finished: bool) -> None:
@@ -107,7 +107,7 @@ class Watch:
         self._next_report = now + max(REFRESH_S, REPORT_SHARE * (now - start))
 
     def _draw(self, step: int) -> None:
-        pictures = health_pictures(lambda images: self.teacher.look(images, 1_000_000)[0], self.probe.fixed, self.probe.machine)
+        pictures = probe_pictures(lambda images: self.method.probe(images).patch_map, self.probe.fixed, self.probe.machine)
         if is_main():
             for name, png in pictures.items():
                 with atomic_write(self.run / self.stage / PICTURES / f"{name}-{step:09d}.png") as stream:

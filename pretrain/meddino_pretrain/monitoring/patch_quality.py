@@ -1,14 +1,12 @@
 """How well patch tokens know the place they stand for: measured without labels."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from meddino.core.device import Machine
-from meddino.models.backbone import BackboneOutput
+from meddino.models.backbone import Backbone
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
 
 CHUNK = 4  # slices in one forward pass: small enough for any machine that can train
@@ -32,8 +30,9 @@ def patch_consistency(
     Returns:
         One score a slice, the mean over its patches.
     """
-    one = F.normalize(first.float().flatten(2).transpose(1, 2), dim=-1)
-    other = F.normalize(second_mirrored.float().flip(-1).flatten(2).transpose(1, 2), dim=-1)
+    # Contiguous: sums over channels must not depend on how the backbone laid its tokens out.
+    one = F.normalize(first.float().contiguous().flatten(2).transpose(1, 2), dim=-1)
+    other = F.normalize(second_mirrored.float().flip(-1).contiguous().flatten(2).transpose(1, 2), dim=-1)
     kept = torch.ones(one.shape[:2], dtype=torch.bool, device=one.device)
     if body is not None:
         kept = F.adaptive_avg_pool2d(body.float(), (first.shape[-2], first.shape[-1])).flatten(1).to(one.device) >= 0.5
@@ -49,27 +48,21 @@ def patch_consistency(
     return torch.stack(scores)
 
 
-def patch_map(output: BackboneOutput) -> Float[Tensor, "n d h w"]:
-    """Return patch tokens as a map, float32."""
-    tokens = output.patch_tokens.float()
-    return tokens.transpose(1, 2).reshape(len(tokens), tokens.shape[-1], *output.grid)
-
-
 @torch.no_grad()
-def snapshot_scores(see: Callable[[Tensor], BackboneOutput], fixed: FixedSlices, machine: Machine) -> Float[Tensor, " n"]:
+def snapshot_scores(backbone: Backbone, fixed: FixedSlices, machine: Machine) -> Float[Tensor, " n"]:
     """Score a backbone's patch tokens on fixed slices; see `patch_consistency`.
 
     Args:
-        see: A backbone in evaluation mode, or what calls one.
+        backbone: In evaluation mode.
         fixed: The slices.
         machine: Where the backbone is.
     """
     scores = []
     for start in range(0, len(fixed), CHUNK):
-        views = []
+        maps = []
         for view in (fixed.first_view, fixed.second_view):
             with machine.autocast():
-                output = see(view[start : start + CHUNK].to(machine.device, machine.weight_dtype))
-            views.append(patch_map(output))
-        scores.append(patch_consistency(views[0], views[1], fixed.body[start : start + CHUNK]).cpu())
+                output = backbone.tokens(view[start : start + CHUNK].to(machine.device, machine.weight_dtype))
+            maps.append(output.patch_map)
+        scores.append(patch_consistency(maps[0], maps[1], fixed.body[start : start + CHUNK]).cpu())
     return torch.cat(scores)

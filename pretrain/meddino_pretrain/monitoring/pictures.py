@@ -1,4 +1,4 @@
-"""What a teacher sees in fixed slices, as pictures for people."""
+"""What a backbone sees in fixed slices, as pictures for people."""
 
 import io
 from collections.abc import Callable
@@ -12,10 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from meddino.core.device import Machine
-from meddino.models.backbone import BackboneOutput
 from meddino.models.patch_pca import patch_pca_images
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
-from meddino_pretrain.monitoring.patch_quality import patch_map
 
 # Where cosine similarities are taken from, as shares of the slice's height and width: middle, right lung, spine.
 _POINTS = ((0.5, 0.5), (0.4, 0.3), (0.7, 0.5))
@@ -23,26 +21,29 @@ _TILE_PX = 160
 
 
 @torch.no_grad()
-def health_pictures(
-    see: Callable[[Tensor], BackboneOutput], fixed: FixedSlices, machine: Machine, count: int = 6
+def probe_pictures(
+    see: Callable[[Tensor], Tensor | None], fixed: FixedSlices, machine: Machine, count: int = 6
 ) -> dict[str, bytes]:
     """Draw fixed slices, their patch tokens as colours, and cosine-similarity maps from a few points.
 
     Args:
-        see: A backbone in evaluation mode, or what calls one.
+        see: Returns the patch map of images, or None.
         fixed: The slices.
-        machine: Where the backbone is.
+        machine: Where images go.
         count: How many slices are drawn, from all over the set.
 
     Returns:
         PNG files: "pca" (upper row slices, lower row the first three principal components of their patch tokens) and
-        "similarity" (a row a point: similarity of each patch to the marked one, black 0 and below, white 1).
+        "similarity" (a row a point: similarity of each patch to the marked one, black 0 and below, white 1). None where
+        there are no patch tokens.
     """
-    places = np.linspace(0, len(fixed) - 1, min(count, len(fixed))).round().astype(int).tolist()
+    chosen = np.linspace(0, len(fixed) - 1, min(count, len(fixed))).round().astype(int).tolist()
     with machine.autocast():
-        output = see(fixed.first_view[places].to(machine.device, machine.weight_dtype))
-    maps = patch_map(output).cpu()
-    slices = [np.repeat(fixed.grey[place].numpy()[..., None], 3, axis=2) for place in places]
+        patch_map = see(fixed.first_view[chosen].to(machine.device, machine.weight_dtype))
+    if patch_map is None:
+        return {}
+    maps = patch_map.float().contiguous().cpu()
+    slices = [np.repeat(fixed.grey[index].numpy()[..., None], 3, axis=2) for index in chosen]
     rows = [[_tile(picture) for picture in slices], [_tile(picture) for picture in patch_pca_images(list(maps))]]
     similarity = [[_tile(picture) for picture in slices]]
     similarity += [[_tile(_similarity_picture(tokens, point)) for tokens in maps] for point in _POINTS]

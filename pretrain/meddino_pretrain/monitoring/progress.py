@@ -37,7 +37,7 @@ class StepProgress:
         self._start = self._last_line = time.monotonic()
 
     def left_s(self, step: int) -> float:
-        """Return how long the rest of the stage will take after a step [s], looks and saves included, as so far."""
+        """Return how long the rest of the stage will take after a step [s], probes and saves included, as so far."""
         return (time.monotonic() - self._start) / max(1, step - self.first_step) * (self.steps - step)
 
     def run_left_s(self, step: int) -> float:

@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from markupsafe import Markup
 from meddino.core.files import write_text
 from meddino.core.html import Section, figure, join, line_chart, page, table, text
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.monitoring.diagnostics import Verdict, verdicts
-from meddino_pretrain.monitoring.feature_metrics import MEANINGS
-from meddino_pretrain.monitoring.history import History, has_look
-from meddino_pretrain.monitoring.report_curves import TERMS, stage_charts
+from meddino_pretrain.methods.config import Terms
+from meddino_pretrain.monitoring.diagnostics import Finding, findings
+from meddino_pretrain.monitoring.feature_metrics import MEANINGS, PREFIX
+from meddino_pretrain.monitoring.history import History, has_probe
+from meddino_pretrain.monitoring.report_curves import stage_charts
 
 REFRESH_S = 30
 PICTURES = "pictures"
@@ -37,14 +39,14 @@ class RunReport:
         self._histories = {name: History(run / name / "metrics.jsonl", newest) for name in config.stages}
         self._drawn: dict[str, tuple[object, Markup]] = {}
 
-    def verdicts(self, stage: str) -> list[Verdict]:
-        """Return what is to be said of a stage by now."""
+    def findings(self, stage: str) -> list[Finding]:
+        """Return what was found in a stage by now."""
         history = self._histories[stage]
-        history.read_on()
-        return verdicts(
+        history.update()
+        return findings(
             history.records,
             self.config.diagnosis,
-            prototypes=self.config.heads.dino.prototypes,
+            terms=self.config.stages[stage].method.terms,
             from_released_weights=self.config.init.weights != "scratch",
             max_bad_steps=self.config.optimizer.max_bad_steps,
         )
@@ -70,39 +72,39 @@ class RunReport:
         write_text(path, page_text)
         return path
 
-    def _stage(self, name: str, origin: dict[str, Any]) -> Markup:
-        found, history = self.verdicts(name), self._histories[name]
+    def _stage(self, name: str, start: dict[str, Any]) -> Markup:
+        found, history = self.findings(name), self._histories[name]
         pictures = sorted((self.run / name / PICTURES).glob("*.png"))
-        state = (history.count, len(pictures), json.dumps(origin, sort_keys=True))
+        state = (history.count, len(pictures), json.dumps(start, sort_keys=True))
         # A stage that is over is drawn once.
         if name not in self._drawn or self._drawn[name][0] != state:
-            self._drawn[name] = (state, self._draw(origin, found, history, pictures))
+            terms = self.config.stages[name].method.terms
+            self._drawn[name] = (state, _draw(start, found, history, terms, pictures))
         return self._drawn[name][1]
 
-    def _draw(self, origin: dict[str, Any], found: Sequence[Verdict], history: History, pictures: Sequence[Path]) -> Markup:
-        records = history.records
-        parts = [text(f"Starts from {origin['words']}.")]
-        if choice := origin.get("gram_choice"):
-            parts += _gram_choice(choice)
-        if not records:
-            return join(*parts, text("No step was taken in this stage.", "note"))
-        parts += [
-            text(f"{verdict.name.replace('_', ' ')}: {verdict.words}.", "warning" if verdict.grave else "note")
-            for verdict in found
-        ]
-        if damaged := round(history.totals["damaged_slices"]):
-            words = f"Damaged slices were met {damaged} times, and others stood in for them; the log names them."
-            parts.append(text(words, "note"))
-        parts.append(_speed(records, history, int(origin["steps"])))
-        good = [record for record in records if record["loss"] is not None]
-        if good:
-            present = [term for term in TERMS if term in good[0]]
-            rows = [(term, good[0][term], good[-1][term]) for term in present]
-            parts.append(table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows))
-            parts += [figure(chart, width_px=CHART_PX) for chart in stage_charts(good, self.config.heads.dino.prototypes)]
-            if history.every > 1:
-                parts.append(text(f"Curves show every {history.every}th step, all looks, and the newest steps."))
-        return join(*parts, *_health(records), *_pictures(pictures))
+
+def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, terms: Terms, pictures: Sequence[Path]) -> Markup:
+    records = history.records
+    parts = [text(f"Starts from {start['message']}.")]
+    if choice := start.get("choice"):
+        parts += _choice(choice)
+    if not records:
+        return join(*parts, text("No step was taken in this stage.", "note"))
+    parts += [
+        text(f"{finding.name.replace('_', ' ')}: {finding.message}.", "warning" if finding.severity >= WARNING else "note")
+        for finding in found
+    ]
+    if corrupt := round(history.totals["corrupt_samples"]):
+        parts.append(text(f"Corrupt samples were met {corrupt} times, and others taken for them; the log names them.", "note"))
+    parts.append(_speed(records, history, int(start["steps"])))
+    good = [record for record in records if record["loss"] is not None]
+    if good:
+        rows = [(term, good[0][term], good[-1][term]) for term in ("loss", *terms.losses) if term in good[0]]
+        parts.append(table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows))
+        parts += [figure(chart, width_px=CHART_PX) for chart in stage_charts(good, terms)]
+        if history.every > 1:
+            parts.append(text(f"Curves show every {history.every}th step, all probes, and the newest steps."))
+    return join(*parts, *_features(records), *_pictures(pictures))
 
 
 def _speed(records: Records, history: History, steps: int) -> Markup:
@@ -121,7 +123,7 @@ def _speed(records: Records, history: History, steps: int) -> Markup:
             "of",
             "time left",
             "steps [s]",
-            "looks [s]",
+            "probes [s]",
             "median step [s]",
             "median slices/s",
             "waiting for data [%]",
@@ -135,7 +137,7 @@ def _speed(records: Records, history: History, steps: int) -> Markup:
                 steps,
                 "-" if left_s is None else _clock(left_s),
                 totals["step_s"],
-                totals["look_s"],
+                totals["eval_time_s"],
                 median("step_s"),
                 median("images_per_s"),
                 100 * totals["data_wait_s"] / max(totals["step_s"], 1e-9),
@@ -153,27 +155,27 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{left:02}"
 
 
-def _gram_choice(choice: dict[str, Any]) -> list[Markup]:
+def _choice(choice: dict[str, Any]) -> list[Markup]:
     steps = sorted(int(step) for step in choice["curve"])
     curve = {"patch consistency": ([float(step) for step in steps], [choice["curve"][str(step)] for step in steps])}
     marks = {"chosen": float(choice["step"])}
     return [
-        text(f"Gram teacher: {choice['words']}."),
-        figure(line_chart(curve, "patch quality of the kept teachers", "step", "consistency", marks=marks)),
+        text(f"Kept backbone: {choice['message']}."),
+        figure(line_chart(curve, "patch quality of the kept backbones", "step", "consistency", marks=marks)),
     ]
 
 
-def _health(records: Records) -> list[Markup]:
-    looked = [record for record in records if has_look(record)]
-    if not looked:
+def _features(records: Records) -> list[Markup]:
+    probed = [record for record in records if has_probe(record)]
+    if not probed:
         return []
-    first, last = looked[0], looked[-1]
+    first, last = probed[0], probed[-1]
     rows = [
-        (name, first.get(f"health/{name}"), last.get(f"health/{name}"), meaning)
+        (name, first.get(f"{PREFIX}{name}"), last.get(f"{PREFIX}{name}"), meaning)
         for name, meaning in MEANINGS.items()
-        if f"health/{name}" in last
+        if f"{PREFIX}{name}" in last
     ]
-    return [table(("teacher on fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means"), rows)]
+    return [table(("features of fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means"), rows)]
 
 
 def _pictures(files: Sequence[Path]) -> list[Markup]:
@@ -182,5 +184,5 @@ def _pictures(files: Sequence[Path]) -> list[Markup]:
         of_kind = [file for file in files if file.stem.startswith(f"{name}-")]
         for file in dict.fromkeys([*of_kind[:1], *of_kind[-1:]]):
             step = int(file.stem.rsplit("-", 1)[1])
-            parts.append(figure(file.read_bytes(), f"{words}, teacher after step {step}"))
+            parts.append(figure(file.read_bytes(), f"{words}, exported backbone after step {step}"))
     return parts

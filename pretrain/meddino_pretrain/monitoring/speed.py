@@ -1,30 +1,29 @@
 """How much arithmetic a step is, and how near to the machine's best it runs."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from meddino.core.device import Machine
-from meddino_pretrain.bench.step import model_flops, peak_flops
 from meddino_pretrain.data.batches import Batch
-from meddino_pretrain.methods.dinov3.network import DINOv3Network
 
 # Small enough to cost a quarter of a second on a laptop, large enough to reach its peak.
 PEAK_SIDE = 1024
 
 
 class SpeedMeter:
-    """Counts the operations of this process's steps, once for each set of crop sizes."""
+    """Counts the operations of this process's steps, once for each set of view sizes."""
 
-    def __init__(self, network: DINOv3Network, gram: bool, peak: float) -> None:
-        """Take what is counted.
+    def __init__(self, count: Callable[[Batch], float], peak: float) -> None:
+        """Take what counts.
 
         Args:
-            network: The student's architecture; may lie on the meta device.
-            gram: Whether there is a Gram teacher.
+            count: Operations of a micro-batch; `Method.flops`.
             peak: Operations a second that this machine reaches in a large product; see `measure_peak`.
         """
-        self.network, self.gram, self.peak = network, gram, peak
+        self.count, self.peak = count, peak
         self._counted: dict[tuple[int, ...], float] = {}
 
     def figures(self, batches: Sequence[Batch], step_s: float) -> dict[str, float]:
@@ -33,15 +32,15 @@ class SpeedMeter:
         return {"tflops": tflops, "share_of_peak": tflops * 1e12 / self.peak}
 
     def _flops(self, batch: Batch) -> float:
-        # Without the number of masked patches, which differs from batch to batch by a little.
-        key = (*batch.global_crops.shape, *batch.local_crops.shape)
+        # Without what else a batch holds: the number of masked patches differs from batch to batch by a little.
+        key = tuple(side for images in batch.views.values() for side in images.shape)
         if key not in self._counted:
-            self._counted[key] = model_flops(self.network, batch, self.gram)
+            self._counted[key] = self.count(batch)
         return self._counted[key]
 
 
-def parameter_counts(network: DINOv3Network) -> dict[str, int]:
-    """Return the number of parameters of the backbone and of each head (fvcore's count; shared ones count once)."""
+def parameter_counts(network: nn.Module) -> dict[str, int]:
+    """Return the number of parameters of each part of a network (fvcore's count; shared ones count once)."""
     from fvcore.nn import parameter_count
 
     counts = parameter_count(network)
@@ -51,4 +50,20 @@ def parameter_counts(network: DINOv3Network) -> dict[str, int]:
 def measure_peak(machine: Machine) -> float:
     """Return the operations a second that torch.mm reaches in the arithmetic of training."""
     with torch.no_grad():
-        return peak_flops(machine, PEAK_SIDE)["mm"]
+        return product_speed(machine, torch.mm, PEAK_SIDE)
+
+
+def product_speed(
+    machine: Machine, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int = 2048, repeats: int = 5
+) -> float:
+    """Return how many operations a second a large product reaches in the arithmetic of training."""
+    left, right = (torch.randn(side, side, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))
+    multiply(left, right)
+    times = []
+    for _ in range(repeats):
+        machine.synchronize()
+        start = time.perf_counter()
+        multiply(left, right)
+        machine.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2.0 * side**3 / min(times)

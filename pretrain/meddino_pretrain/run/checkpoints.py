@@ -16,60 +16,56 @@ from meddino.checkpoints.state.training_state import (
 )
 from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
-from meddino_pretrain.data.corrupt_samples import DamagedSlices
+from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.monitoring.metrics import MetricsWriter
 from meddino_pretrain.run.background_save import BackgroundSaver, FrozenState
 from meddino_pretrain.run.config import SavingConfig
 
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
-DAMAGED = "damaged_slices"
+CORRUPT = "corrupt_samples"
 logger = get_logger(__name__)
 
 
 class StageCheckpoints:
-    """The checkpoints of one stage, and its snapshots of the teacher's backbone for later stages.
+    """The checkpoints of one stage, and the backbones that it keeps for later stages.
 
     Attributes:
         step: Steps done.
-        bad_in_a_row: Skipped steps up to now; part of the state, so that a resumed run counts on.
     """
 
     def __init__(
         self,
         folder: Path,
         state: Mapping[str, Any],
-        teacher_backbone: nn.Module,
+        backbone: nn.Module,
         meta: Mapping[str, Any],
         saving: SavingConfig,
         steps: int,
         snapshot_steps: frozenset[int],
-        damaged: DamagedSlices,
+        corrupt: CorruptSamples,
     ) -> None:
         """Say what belongs to the state.
 
         Args:
             folder: The stage's folder.
             state: What a checkpoint holds; see `save_training_state`.
-            teacher_backbone: What a snapshot holds.
+            backbone: What is kept after `snapshot_steps`.
             meta: JSON that goes with both, without the step.
             saving: How often, and how many stay.
             steps: Length of the stage; its last step is always saved.
-            snapshot_steps: After which steps a snapshot is taken.
-            damaged: Those that the run has met; written into every checkpoint's meta.
+            snapshot_steps: After which steps the backbone is kept.
+            corrupt: Those that the run has met; written into every checkpoint's meta.
         """
         self.folder, self.saving, self.steps, self.snapshot_steps = folder, saving, steps, snapshot_steps
-        self.meta, self.damaged = meta, damaged
-        self.step = self.bad_in_a_row = 0
-        self._state = state
-        self._teacher_backbone = teacher_backbone
+        self.meta, self.corrupt, self.step = meta, corrupt, 0
+        self._state, self._backbone = state, backbone
         self._saver, self._frozen = BackgroundSaver(), FrozenState()
 
     def resume(self, found: Checkpoint) -> None:
         """Load a checkpoint that was found valid."""
-        counters: dict[str, Any] = {"bad_in_a_row": 0}
-        load_training_state(found.folder, {**self._state, "counters": counters}, verify=False)
-        self.step, self.bad_in_a_row = found.step, int(counters["bad_in_a_row"])
+        load_training_state(found.folder, self._state, verify=False)
+        self.step = found.step
 
     def after_step(self, step: int, metrics: MetricsWriter | None, now: bool) -> None:
         """Save what is due after a step, in the background.
@@ -82,15 +78,14 @@ class StageCheckpoints:
         self.step = step
         writes: list[tuple[Path, dict[str, Any]]] = []
         if step in self.snapshot_steps:
-            writes.append((self.snapshot(step), self._frozen.copy({"backbone": self._teacher_backbone})))
+            writes.append((snapshot_folder(self.folder, step), self._frozen.copy({"backbone": self._backbone})))
         due = now or step == self.steps or step % self.saving.every_steps == 0
         if due:
             if metrics is not None:
                 metrics.sync()
-            state = {**self._state, "counters": {"bad_in_a_row": self.bad_in_a_row}}
-            writes.append((self.folder / CHECKPOINTS / checkpoint_name(step), self._frozen.copy(state)))
+            writes.append((self.folder / CHECKPOINTS / checkpoint_name(step), self._frozen.copy(self._state)))
         if writes:
-            meta = {**self.meta, "step": step, DAMAGED: sorted(self.damaged.keys)}
+            meta = {**self.meta, "step": step, CORRUPT: sorted(self.corrupt.keys)}
             self._saver.start(lambda: self._write(writes, meta, prune=due))
 
     def finish(self) -> None:
@@ -103,19 +98,15 @@ class StageCheckpoints:
         if prune and is_main():
             prune_checkpoints(self.folder / CHECKPOINTS, self.saving.keep_last, self.saving.keep_every_steps)
 
-    def snapshot(self, step: int) -> Path:
-        """Return the folder of a snapshot."""
-        return snapshot_folder(self.folder, step)
-
 
 def snapshot_folder(stage_folder: Path, step: int) -> Path:
-    """Return where a stage keeps the teacher's backbone of a step."""
+    """Return where a stage keeps the backbone of a step."""
     return stage_folder / SNAPSHOTS / checkpoint_name(step)
 
 
-def damaged_keys(checkpoint: Checkpoint | None) -> tuple[str, ...]:
-    """Return the keys of the damaged slices that a run had met when it saved."""
-    return () if checkpoint is None else tuple(checkpoint.meta.get(DAMAGED, ()))
+def corrupt_keys(checkpoint: Checkpoint | None) -> tuple[str, ...]:
+    """Return the keys of the corrupt samples that a run had met when it saved."""
+    return () if checkpoint is None else tuple(checkpoint.meta.get(CORRUPT, ()))
 
 
 def last_checkpoint(stage_folder: Path) -> Checkpoint | None:

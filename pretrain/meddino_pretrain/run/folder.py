@@ -13,19 +13,20 @@ from meddino.checkpoints.export.corpus_lineage import corpus_lineage
 from meddino.checkpoints.export.model_folder import ParentRecord
 from meddino.checkpoints.export.training_volumes import write_volume_list
 from meddino.checkpoints.state.training_state import on_main
-from meddino.core.config import differences, load_config, to_yaml
+from meddino.core.config import StrictConfig, differences, load_config, to_yaml
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import write_json, write_text
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import is_main
-from meddino.models.registry import BackboneConfig
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.run.recipe_changes import begun_stages, may_change, place_of
+from meddino_pretrain.methods import method_class
+from meddino_pretrain.methods.config import Action
+from meddino_pretrain.run.recipe_changes import begun_stages, may_change, progress_of
 
 RUN_FORMAT = "meddino-run"
-RUN_VERSION = 1
-HEALTH_REFERENCE = "health_reference.safetensors"
+RUN_VERSION = 2
+PROBE_REFERENCE = "probe_reference.safetensors"
 logger = get_logger(__name__)
 
 
@@ -51,34 +52,42 @@ class RunFolder:
         """Return a stage's folder."""
         return self.folder / name
 
-    def checkpoint_meta(self, stage: str, backbone: BackboneConfig) -> dict[str, Any]:
-        """Return what a checkpoint says of itself besides its step: all that an export needs."""
+    def checkpoint_meta(self, stage: str, backbone: StrictConfig, exported: str) -> dict[str, Any]:
+        """Return what a checkpoint says of itself besides its step: all that an export needs.
+
+        Args:
+            stage: The stage.
+            backbone: Its architecture.
+            exported: Name of the exported backbone in the checkpoint.
+        """
         return {
             "stage": stage,
             "backbone": {"name": self.config.backbone.name, **backbone.model_dump(mode="json")},
+            "exported": exported,
             "input_contract": self.config.input_contract.model_dump(mode="json"),
             "lineage": self._lineage(stage),
             "corpus_hash": self.corpus_hash,
             "config": self.config.model_dump(mode="json"),
         }
 
-    def record_origin(self, stage: str, origin: dict[str, Any]) -> None:
+    def record_start(self, stage: str, start: dict[str, Any]) -> None:
         """Write into run.json what a stage started from."""
-        on_main(lambda: self._update(lambda info: info["stages"].update({stage: origin})))
+        on_main(lambda: self._update(lambda info: info["stages"].update({stage: start})))
 
     def record_parent(self, parent: ParentRecord) -> None:
         """Write into run.json which released weights the run started from."""
         on_main(lambda: self._update(lambda info: info.update(parent=parent.model_dump(mode="json"))))
 
-    def gram_action(self, stage: str) -> str:
-        """Return what the choice of a Gram teacher decided for a stage: run, light or skip."""
-        choice = self._info()["stages"].get(stage, {}).get("gram_choice")
-        return "run" if choice is None else str(choice["action"])
+    def chosen_action(self, stage: str) -> Action:
+        """Return what the choice of a kept backbone decided for a stage: run, light or skip."""
+        choice = self._info()["stages"].get(stage, {}).get("choice")
+        action: Action = "run" if choice is None else choice["action"]
+        return action
 
-    def standing_for(self, stage: str) -> str:
+    def resolve_stage(self, stage: str) -> str:
         """Return the stage itself, or the one before it if it was left out."""
         before = self.config.stages[stage].starts_from
-        return self.standing_for(before) if before is not None and self.gram_action(stage) == "skip" else stage
+        return self.resolve_stage(before) if before is not None and self.chosen_action(stage) == "skip" else stage
 
     def _info(self) -> dict[str, Any]:
         return on_main(lambda: _read_info(self.folder))
@@ -92,10 +101,11 @@ class RunFolder:
         chain: list[str] = []
         name: str | None = stage
         while name is not None:
-            if self.gram_action(name) != "skip":
+            if self.chosen_action(name) != "skip":
                 chain.insert(0, name)
             name = self.config.stages[name].starts_from
-        sizes = sorted({size.global_px for each in chain for size in self.config.stages[each].crops.sizes})
+        methods = [self.config.stages[each].method for each in chain]
+        sizes = sorted({side for method in methods for side in method_class(method).views(method).main_px})
         return {
             **self.corpus_lineage,
             "stages": [{"stage": each, "steps": self.config.stages[each].steps} for each in chain],
@@ -142,11 +152,11 @@ def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> s
                 f"{corpus.content_hash[:12]} now; give the same corpus or another --out"
             )
         if changed := _changes(folder, config, begun):
-            info["changes"] = [*info["changes"], {"after": place_of(folder, begun), "keys": changed}]
+            info["changes"] = [*info["changes"], {"after": progress_of(folder, begun), "keys": changed}]
     else:
         # No step was taken: a first command that was wrong binds nobody.
         info = {**info, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
-        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
+        (folder / PROBE_REFERENCE).unlink(missing_ok=True)
     write_text(folder / "config.yaml", to_yaml(config))
     write_volume_list(folder, corpus)
     write_json(folder / "run.json", info)  # last: what has a run.json also has a config.yaml
@@ -161,17 +171,17 @@ def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list
     """Return what differs from the recipe that a run was begun with, all of it allowed; refuse what is not."""
     old = load_config(PretrainConfig, [folder / "config.yaml"]).model_dump(mode="json")
     changed = differences(old, config.model_dump(mode="json"))
-    grave = [line for line in changed if not may_change(line, begun)]
-    if grave:
+    refused = [line for line in changed if not may_change(line, begun)]
+    if refused:
         raise ConfigError(
-            f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(grave)}; "
+            f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(refused)}; "
             "give the recipe it was begun with, or another --out"
         )
     for line in changed:
         logger.info("goes on with another %s", line)
-    if any(line.startswith("health.slices:") for line in changed):
-        logger.warning("health.slices is another: drift is measured against the next look from here on")
-        (folder / HEALTH_REFERENCE).unlink(missing_ok=True)
+    if any(line.startswith("probe.slices:") for line in changed):
+        logger.warning("probe.slices is another: drift is measured against the next probe from here on")
+        (folder / PROBE_REFERENCE).unlink(missing_ok=True)
     return changed
 
 
@@ -180,7 +190,10 @@ def _read_info(folder: Path) -> dict[str, Any]:
     try:
         info = dict(json.loads(path.read_text(encoding="utf-8")))
         if info["format"] != RUN_FORMAT or info["version"] != RUN_VERSION:
-            raise MedDINOError(f"{path}: format {info['format']} version {info['version']}; this program writes {RUN_VERSION}")
+            raise MedDINOError(
+                f"{path}: format {info['format']} version {info['version']}; this MedDINO goes on with version {RUN_VERSION}: "
+                "finish the run with the MedDINO that began it, or take its checkpoint into a new one by init.weights"
+            )
         return {**info, "stages": dict(info["stages"]), "corpus_hash": str(info["corpus_hash"])}
     except (ValueError, KeyError, TypeError) as error:
         raise MedDINOError(f"{path} is damaged ({error}); choose another --out") from error

@@ -1,6 +1,5 @@
 """What a stage starts from: decided by the graph, loaded, and told."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
-from meddino.models.registry import BackboneConfig, backbone_from_config
+from meddino.models.registry import backbone_config, build_backbone
+from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.methods.dinov3.config import GramTeacherConfig
-from meddino_pretrain.methods.dinov3.gram_choice import GramChoice, choose_gram_teacher
-from meddino_pretrain.methods.dinov3.method import DINOv3Objective
-from meddino_pretrain.methods.dinov3.network import DINOv3Network
+from meddino_pretrain.methods import method_class
+from meddino_pretrain.methods.base import KeptChoice, Method, backbones_in
+from meddino_pretrain.methods.config import KeptBackbone
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
 from meddino_pretrain.monitoring.patch_quality import snapshot_scores
-from meddino_pretrain.run.checkpoints import damaged_keys, last_checkpoint, snapshot_folder
+from meddino_pretrain.run.checkpoints import corrupt_keys, last_checkpoint, snapshot_folder
 from meddino_pretrain.run.config import InitConfig
 from meddino_pretrain.run.folder import RunFolder
 
@@ -28,89 +27,99 @@ logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Origin:
+class Initialization:
     """What a stage starts from.
 
     Attributes:
         weights: Checkpoint folder of the stage before; None for the recipe's `init`.
-        gram_teacher: Snapshot folder of the Gram teacher, or None.
-        gram_choice: How it was chosen, where that was measured.
-        words: One line for people.
-        damaged: Keys of the damaged slices that the stages before met.
+        exported: Name of the backbone in that checkpoint, where the stage before had another method and it alone is taken.
+        kept: Folder of the earlier stage's kept backbone that the method needs, or None.
+        choice: How that was chosen, where it was measured.
+        message: One line for people.
+        corrupt: Keys of the corrupt samples that the stages before met.
     """
 
     weights: Path | None
-    gram_teacher: Path | None
-    gram_choice: GramChoice | None
-    words: str
-    damaged: tuple[str, ...] = ()
+    exported: str | None
+    kept: Path | None
+    choice: KeptChoice | None
+    message: str
+    corrupt: tuple[str, ...] = ()
 
     def record(self, run: Path, steps: int) -> dict[str, Any]:
         """Return it as JSON for run.json, paths relative to the run."""
-        choice = None if self.gram_choice is None else vars(self.gram_choice)
         return {
-            "words": self.words,
+            "message": self.message,
             "weights": None if self.weights is None else str(self.weights.relative_to(run)),
-            "gram_teacher": None if self.gram_teacher is None else str(self.gram_teacher.relative_to(run)),
-            "gram_choice": choice,
+            "kept_backbone": None if self.kept is None else str(self.kept.relative_to(run)),
+            "choice": None if self.choice is None else vars(self.choice),
             "steps": steps,
         }
 
 
-def find_origin(run: RunFolder, name: str, backbone: BackboneConfig, corpus: Corpus, machine: Machine) -> Origin:
+def resolve_start(run: RunFolder, name: str, corpus: Corpus, machine: Machine) -> Initialization:
     """Decide what a stage starts from, from what lies in the run's folder.
 
     Args:
         run: The run.
         name: The stage.
-        backbone: Architecture, for measuring snapshots.
-        corpus: Where the slices come from that they are measured on.
+        corpus: Where the slices come from that kept backbones are measured on.
         machine: Where they are measured.
 
     Raises:
-        CheckpointError: The stage before is not finished, or a snapshot for the Gram teacher is missing.
+        CheckpointError: The stage before is not finished, or a kept backbone is missing.
     """
     stage = run.config.stages[name]
-    weights, before, words = None, None, f"fresh weights (init.weights = {SCRATCH})"
+    weights, before, exported, message = None, None, None, f"fresh weights (init.weights = {SCRATCH})"
     if stage.starts_from is None and run.config.init.weights != SCRATCH:
-        words = f"{run.config.init.weights}"
+        message = f"{run.config.init.weights}"
     if stage.starts_from is not None:
-        before = last_checkpoint(run.stage_folder(run.standing_for(stage.starts_from)))
-        wanted = run.config.stages[run.standing_for(stage.starts_from)].steps
-        if before is None or before.step != wanted:
+        resolved = run.resolve_stage(stage.starts_from)
+        before, wanted = last_checkpoint(run.stage_folder(resolved)), run.config.stages[resolved]
+        if before is None or before.step != wanted.steps:
             raise CheckpointError(
                 f"{name} starts from the end of {stage.starts_from}, which stands at step {before.step if before else 0} of "
-                f"{wanted}; run that stage first"
+                f"{wanted.steps}; run that stage first"
             )
-        weights, words = before.folder, f"student, teacher and heads of {before.meta['stage']} after step {before.step}"
-    if stage.gram_teacher is None:
-        return Origin(weights, None, None, words, damaged_keys(before))
-    choice, step = None, stage.gram_teacher.step
-    if step == "auto":
-        choice = _measure(run, stage.gram_teacher, backbone, corpus, machine)
+        if type(wanted.method) is not type(stage.method):
+            exported = str(before.meta["exported"])
+        what = "networks" if exported is None else "exported backbone"
+        weights, message = before.folder, f"{what} of {before.meta['stage']} after step {before.step}"
+    wanted_kept = stage.method.kept_backbone
+    if wanted_kept is None:
+        return Initialization(weights, exported, None, None, message, corrupt_keys(before))
+    choice, step = None, wanted_kept.step
+    if step is None:
+        choice = _measure(run, stage, wanted_kept, corpus, machine)
         step = choice.step
-    gram = snapshot_folder(run.stage_folder(stage.gram_teacher.stage), step)
-    words += f"; Gram teacher: EMA teacher of {stage.gram_teacher.stage} after step {step}"
-    return Origin(weights, gram, choice, words + (f" ({choice.words})" if choice else ""), damaged_keys(before))
+    kept = snapshot_folder(run.stage_folder(wanted_kept.stage), step)
+    message += f"; kept backbone of {wanted_kept.stage} after step {step}" + (f" ({choice.message})" if choice else "")
+    return Initialization(weights, exported, kept, choice, message, corrupt_keys(before))
 
 
-def load_origin(origin: Origin, objective: DINOv3Objective) -> None:
-    """Load a stage's starting weights into spread networks (fresh ones of the recipe stay as they are)."""
-    if origin.weights is not None:
-        load_training_state(origin.weights, {"student": objective.student, "teacher": objective.teacher})
-        if objective.leash_teacher is not None:
-            load_training_state(origin.weights, {"teacher.backbone": objective.leash_teacher})
-    if origin.gram_teacher is not None and objective.gram_teacher is not None:
-        load_training_state(origin.gram_teacher, {"backbone": objective.gram_teacher})
+def load_stage_weights(start: Initialization, method: Method) -> None:
+    """Load what a stage starts from out of the run into spread networks (those of the recipe's `init` stay as they are).
+
+    Raises:
+        CheckpointError: The stage before had other networks.
+    """
+    if start.weights is None:
+        return
+    if start.exported is None:
+        method.load_stage(start.weights, start.kept)
+        return
+    for backbone in backbones_in(method.networks()).values():
+        load_training_state(start.weights, {start.exported: backbone})
 
 
-def read_init(init: InitConfig, backbone: BackboneConfig) -> BackboneWeights | None:
+def read_init(config: PretrainConfig) -> BackboneWeights | None:
     """Read the weights that the first stage starts from; None for fresh ones.
 
     Raises:
         ConfigError: The recipe continues from weights and none were given.
         CheckpointError: They cannot be read or do not fit.
     """
+    init: InitConfig = config.init
     if init.weights == SCRATCH:
         return None
     if init.weights == REQUIRED:
@@ -118,39 +127,46 @@ def read_init(init: InitConfig, backbone: BackboneConfig) -> BackboneWeights | N
             "this recipe continues from released weights: give init.weights=FILE (DINOv3's official file, a transformers "
             f"folder, timm:<name>@<file>, our export, a MedDINOv3 file), or init.weights={SCRATCH}"
         )
+    backbone = backbone_config(config.backbone.name, **config.backbone.changes)
     return load_backbone_weights(init.weights, backbone, init.gaps, init.section)
 
 
-def take_init(weights: BackboneWeights, heads: str, networks: Mapping[str, DINOv3Network]) -> None:
-    """Copy released weights into student and teacher, heads too where the file has them and they fit.
+def load_init_weights(weights: BackboneWeights, heads: str, method: Method) -> None:
+    """Copy released weights into every backbone of a method, heads too where file and networks have them and they fit.
 
     Raises:
         CheckpointError: A head of the file has another shape.
     """
+    networks = method.networks()
+    for backbone in backbones_in(networks).values():
+        weights.load_into(backbone)
+    taken = set()
     for network in networks.values():
-        weights.load_into(network.backbone)
+        parts = dict(network.named_children())
         for name, tensors in weights.heads.items() if heads == "if_there" else ():
-            head = network.get_submodule(name)
-            wanted = {key: list(value.shape) for key, value in head.state_dict().items()}
+            if name not in parts:
+                continue
+            wanted = {key: list(value.shape) for key, value in parts[name].state_dict().items()}
             found = {key: list(value.shape) for key, value in tensors.items()}
             if wanted != found:
                 raise CheckpointError(
-                    f"the file's {name} is {found}, the recipe's {wanted}; set heads.* to the file's sizes, or init.heads=fresh"
+                    f"the file's {name} is {found}, the recipe's {wanted}; set method.heads.* to the file's sizes, or "
+                    "init.heads=fresh"
                 )
-            head.load_state_dict(tensors)
-    taken = sorted(weights.heads) if heads == "if_there" else []
-    logger.info("heads: %s", f"{', '.join(taken)} from the file" if taken else "fresh")
+            parts[name].load_state_dict(tensors)
+            taken.add(name)
+    logger.info("heads: %s", f"{', '.join(sorted(taken))} from the file" if taken else "fresh")
 
 
-def _measure(
-    run: RunFolder, config: GramTeacherConfig, backbone: BackboneConfig, corpus: Corpus, machine: Machine
-) -> GramChoice:
-    size_px = run.config.stages[config.stage].crops.sizes[0].global_px
-    fixed = fixed_slices(corpus, Intensities(run.config.contracts), config.choice.slices, size_px)
-    see = backbone_from_config(backbone).to(machine.device, machine.weight_dtype).eval()
+def _measure(run: RunFolder, stage: StageConfig, wanted: KeptBackbone, corpus: Corpus, machine: Machine) -> KeptChoice:
+    config, method = run.config, method_class(stage.method)
+    earlier = config.stages[wanted.stage]
+    size_px = method_class(earlier.method).views(earlier.method).main_px[0]
+    fixed = fixed_slices(corpus, Intensities(config.contracts), wanted.slices, size_px)
+    backbone = build_backbone(config.backbone.name, **config.backbone.changes).to(machine.device, machine.weight_dtype).eval()
     scores = {}
-    for step in sorted(run.config.snapshots(config.stage)):
-        load_training_state(snapshot_folder(run.stage_folder(config.stage), step), {"backbone": see})
-        scores[step] = snapshot_scores(see, fixed, machine)
+    for step in sorted(config.snapshots(wanted.stage)):
+        load_training_state(snapshot_folder(run.stage_folder(wanted.stage), step), {"backbone": backbone})
+        scores[step] = snapshot_scores(backbone, fixed, machine)
     # One process decides for all: rounding must not let them differ.
-    return on_main(lambda: choose_gram_teacher(scores, config.choice))
+    return on_main(lambda: method.choose_kept(stage.method, scores))

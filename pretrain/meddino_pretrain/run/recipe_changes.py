@@ -6,8 +6,8 @@ from pathlib import Path
 from meddino.checkpoints.state.training_state import list_checkpoints
 from meddino_pretrain.run.checkpoints import CHECKPOINTS, SNAPSHOTS
 
-# None of it changes what is learnt, beyond rounding: where it runs, how it is read and saved, how it is looked at.
-SECTIONS = ("corpus", "machine", "loader", "saving", "health", "diagnosis")
+# None of it changes what is learnt, beyond rounding: where it runs, how it is read and saved, how it is watched.
+SECTIONS = ("corpus", "machine", "loader", "saving", "probe", "diagnosis")
 
 
 def begun_stages(run: Path, stages: Sequence[str]) -> list[str]:
@@ -15,7 +15,7 @@ def begun_stages(run: Path, stages: Sequence[str]) -> list[str]:
     return [name for name in stages if _has_begun(run / name)]
 
 
-def place_of(run: Path, begun: Sequence[str]) -> dict[str, str | int]:
+def progress_of(run: Path, begun: Sequence[str]) -> dict[str, str | int]:
     """Return where a run goes on: the last stage begun and the step of its newest checkpoint."""
     saved = list_checkpoints(run / begun[-1] / CHECKPOINTS)
     return {"stage": begun[-1], "step": int(saved[-1].name.rsplit("-", 1)[1]) if saved else 0}

@@ -2,35 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
 from meddino.core.errors import CheckpointError
-from meddino_pretrain.methods.dinov3.config import Action, GramChoiceConfig
+from meddino_pretrain.methods.base import KeptChoice
+from meddino_pretrain.methods.dinov3.config import GramChoiceConfig
 
 
-@dataclass(frozen=True)
-class GramChoice:
-    """What was measured and what follows.
-
-    Attributes:
-        step: Step of the snapshot that becomes the Gram teacher.
-        degraded: True if patch quality fell from there to the last snapshot.
-        action: What the Gram stage shall do.
-        words: Why, in a sentence for people.
-        curve: Mean score by step.
-    """
-
-    step: int
-    degraded: bool
-    action: Action
-    words: str
-    curve: dict[int, float]
-
-
-def choose_gram_teacher(scores: Mapping[int, Float[Tensor, " n"]], config: GramChoiceConfig) -> GramChoice:
+def choose_gram_teacher(scores: Mapping[int, Float[Tensor, " n"]], config: GramChoiceConfig) -> KeptChoice:
     """Choose the snapshot with the best patch quality, and say whether quality fell after it.
 
     Args:
@@ -51,14 +32,14 @@ def choose_gram_teacher(scores: Mapping[int, Float[Tensor, " n"]], config: GramC
     fall = float(loss.mean())
     degraded = fall > config.min_loss and fall >= config.min_sure * error
     if degraded:
-        words = (
+        message = (
             f"patch consistency fell from {curve[best]:.4f} at step {best} to {curve[last]:.4f} at step {last} "
             f"(by {fall:.4f}, standard error {error:.4f}): the teacher of step {best} anchors"
         )
-        return GramChoice(best, True, "run", words, curve)
+        return KeptChoice(best, True, "run", message, curve)
     what = {"run": "runs all the same, by config", "light": "runs lightly", "skip": "is skipped"}[config.if_not_degraded]
-    words = (
+    message = (
         f"patch consistency did not fall: {curve[best]:.4f} at its best (step {best}), {curve[last]:.4f} at step {last} "
         f"(difference {fall:.4f}, standard error {error:.4f}); the Gram stage {what}"
     )
-    return GramChoice(best, False, config.if_not_degraded, words, curve)
+    return KeptChoice(best, False, config.if_not_degraded, message, curve)

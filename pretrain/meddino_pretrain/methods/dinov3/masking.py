@@ -26,7 +26,7 @@ def masked_counts(config: MaskingConfig, seed: int, step: int, crops: int, patch
         patches: Patches in a crop.
 
     Returns:
-        [crops] in crop-major order of the whole step (crop * global_batch + place); 0 where a crop is not masked.
+        [crops] in crop-major order of the whole step (crop * global_batch + sample); 0 where a crop is not masked.
 
     Source: DINOv3's collate function, which spreads the ratios over one process's batch.
     """
@@ -83,27 +83,27 @@ def block_mask(config: MaskingConfig, rng: np.random.Generator, grid: tuple[int,
 
 
 def masks_for_crops(
-    config: MaskingConfig, seed: int, step: int, global_batch: int, places: range, grid: tuple[int, int], global_crops: int
+    config: MaskingConfig, seed: int, step: int, global_batch: int, samples: range, grid: tuple[int, int], global_crops: int
 ) -> NDArray[np.bool_]:
-    """Draw the masks of some places of a step.
+    """Draw the masks of some samples of a step.
 
     Args:
         config: How to mask.
         seed: The stage's seed.
         step: Optimizer step.
         global_batch: Slices in the step.
-        places: Places in the step that this process computes.
+        samples: Numbers within the step of the samples that this process computes.
         grid: Patches along (y, x) of a global crop.
         global_crops: Global crops of each slice.
 
     Returns:
-        bool [global_crops * len(places), patches]: row `crop * len(places) + i` is the crop of place `places[i]`.
+        bool [global_crops * len(samples), patches]: row `crop * len(samples) + i` is the crop of sample `samples[i]`.
     """
     counts = masked_counts(config, seed, step, global_crops * global_batch, grid[0] * grid[1])
     rows = []
     for crop in range(global_crops):
-        for place in places:
-            image = crop * global_batch + place
+        for sample in samples:
+            image = crop * global_batch + sample
             count = int(counts[image])
             rng = numpy_rng(seed, "mask", step, image) if count else np.random.default_rng(0)
             rows.append(block_mask(config, rng, grid, count).reshape(-1))

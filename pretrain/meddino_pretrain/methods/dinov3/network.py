@@ -19,16 +19,16 @@ from meddino.losses.sinkhorn import SinkhornTargets
 from meddino.models.backbone import BackboneOutput
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
-from meddino_pretrain.data.crops import GLOBAL_CROPS
+from meddino_pretrain.methods.dinov3.views import GLOBAL, GLOBAL_CROPS, LOCAL, MASK_INDICES, MASK_WEIGHTS, MASKS
 
 
 @dataclass(frozen=True)
-class KoLeoPull:
+class KoLeoGradient:
     """KoLeo over more images than one micro-batch: its value, and its gradient at this micro-batch's CLS tokens.
 
     Attributes:
         value: The loss of the whole batch.
-        gradient: [2 B, D], scaled so that the mean over micro-batches of its pull is the loss's gradient.
+        gradient: [2 B, D], scaled so that its mean over micro-batches is the loss's gradient.
     """
 
     value: Float[Tensor, ""]
@@ -36,7 +36,7 @@ class KoLeoPull:
 
 
 @dataclass(frozen=True)
-class Leash:
+class InitialTokens:
     """The tokens that the stage's first backbone gives for the unmasked global crops.
 
     Attributes:
@@ -64,18 +64,26 @@ class Targets:
     """What the student shall match in one micro-batch.
 
     Attributes:
+        plan: What drop path leaves out.
         cls: The teacher's assignments of the 2 B global crops, crop-major.
         patches: The teacher's assignments of the M masked patches.
         gram_tokens: [2 B, N, D] patch tokens of the Gram teacher at the student's grid, or None.
-        leash: What the student is to stay near to, or None.
+        initial: What the student is to stay near to, or None.
         koleo: Given where the batch is cut into several micro-batches; else KoLeo is computed in place.
+        weights: Of the terms.
+        student_temperature: Of the student's softmax.
+        gram_negatives: What becomes of negative similarities.
     """
 
+    plan: DropPathPlan
     cls: SinkhornTargets
     patches: SinkhornTargets
     gram_tokens: Float[Tensor, "gb n d"] | None
-    leash: Leash | None
-    koleo: KoLeoPull | None
+    initial: InitialTokens | None
+    koleo: KoLeoGradient | None
+    weights: "TermWeights"
+    student_temperature: float
+    gram_negatives: Negatives
 
 
 @dataclass(frozen=True)
@@ -87,15 +95,13 @@ class TermWeights:
     ibot: float
     koleo: float
     gram: float
-    leash: float
+    distill_to_init: float
 
 
 class DINOv3Network(nn.Module):
-    """A backbone with a head for CLS tokens and one for masked patches.
+    """A backbone with a head for CLS tokens and one for masked patches; its `forward` is the student's whole computation."""
 
-    Its `forward` is the student's whole computation, losses included, so that wrappers which gather parameters or
-    exchange gradients (FSDP2, DDP) see one call.
-    """
+    forward_methods = ("target_bottlenecks", "probe", "global_cls")
 
     def __init__(self, backbone: VisionTransformer, dino_head: ProjectionHead, ibot_head: ProjectionHead) -> None:
         super().__init__()
@@ -103,21 +109,13 @@ class DINOv3Network(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
 
-    def forward(
-        self,
-        batch: Batch,
-        targets: Targets,
-        draws: DropPathPlan,
-        weights: TermWeights,
-        student_temperature: float,
-        gram_negatives: Negatives,
-    ) -> dict[str, Float[Tensor, ""]]:
+    def forward(self, batch: Batch, targets: Targets) -> dict[str, Float[Tensor, ""]]:
         """Return the student's terms on one micro-batch, unweighted, and their weighted "total", which has the gradient."""
-        groups, masks = [batch.global_crops], [batch.masks, None]
-        if len(batch.local_crops):
-            groups.append(batch.local_crops)
-        outputs = self.backbone.forward_crops(groups, masks[: len(groups)], plan=draws)
-        seen = outputs[0]
+        groups, masks = [batch.views[GLOBAL]], [batch.extras[MASKS], None]
+        if LOCAL in batch.views:
+            groups.append(batch.views[LOCAL])
+        outputs = self.backbone.forward_crops(groups, masks[: len(groups)], plan=targets.plan)
+        seen, weights, temperature = outputs[0], targets.weights, targets.student_temperature
         # The heads stop at the bottleneck: the losses go from there to the prototypes a chunk of rows at a time.
         bottlenecks = [self.dino_head(output.cls_token, no_last_layer=True) for output in outputs]
         dim = bottlenecks[0].shape[-1]
@@ -127,28 +125,28 @@ class DINOv3Network(nn.Module):
             local_bottleneck.view(-1, len(batch.keys), dim),
             self.dino_head.last_layer.weight,
             targets.cls,
-            student_temperature,
+            temperature,
             weights.dino_global,
             weights.dino_local,
         )
-        masked = seen.patch_tokens.flatten(0, 1)[batch.mask_indices]
+        masked = seen.patch_tokens.flatten(0, 1)[batch.extras[MASK_INDICES]]
         ibot = ibot_term(
             self.ibot_head(masked, no_last_layer=True),
             self.ibot_head.last_layer.weight,
             targets.patches,
-            batch.mask_weights,
-            len(batch.global_crops),
-            student_temperature,
+            batch.extras[MASK_WEIGHTS],
+            len(batch.views[GLOBAL]),
+            temperature,
         )
         koleo = self._koleo(seen.cls_token, targets.koleo)
         total = dino.weighted + weights.ibot * ibot + weights.koleo * koleo
         terms = {"dino_global": dino.global_crops, "dino_local": dino.local_crops, "ibot": ibot, "koleo": koleo}
         if targets.gram_tokens is not None:
-            terms["gram"] = gram_loss(seen.patch_tokens, targets.gram_tokens, negatives=gram_negatives)
+            terms["gram"] = gram_loss(seen.patch_tokens, targets.gram_tokens, negatives=targets.gram_negatives)
             total = total + weights.gram * terms["gram"]
-        if targets.leash is not None:
-            terms["leash"] = targets.leash.loss(seen, batch.masks)
-            total = total + weights.leash * terms["leash"]
+        if targets.initial is not None:
+            terms["distill_to_init"] = targets.initial.loss(seen, batch.extras[MASKS])
+            total = total + weights.distill_to_init * terms["distill_to_init"]
         return {**{name: term.detach() for name, term in terms.items()}, "total": total}
 
     @torch.no_grad()
@@ -157,12 +155,12 @@ class DINOv3Network(nn.Module):
 
         The logits of all prototypes and micro-batches at once would be the largest tensors of a step.
         """
-        seen = self.backbone(batch.global_crops)
-        masked = seen.patch_tokens.flatten(0, 1)[batch.mask_indices]
+        seen = self.backbone(batch.views[GLOBAL])
+        masked = seen.patch_tokens.flatten(0, 1)[batch.extras[MASK_INDICES]]
         return self.dino_head(seen.cls_token, no_last_layer=True), self.ibot_head(masked, no_last_layer=True)
 
     @torch.no_grad()
-    def look(
+    def probe(
         self, images: Float[Tensor, "n c h w"], every: int
     ) -> tuple[BackboneOutput, Float[Tensor, "n k"], Float[Tensor, "m k2"]]:
         """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
@@ -171,19 +169,19 @@ class DINOv3Network(nn.Module):
         return seen, at_least_float32(self.dino_head(seen.cls_token)), at_least_float32(self.ibot_head(patches))
 
     @torch.no_grad()
-    def global_cls(self, batch: Batch, draws: DropPathPlan) -> Float[Tensor, "gb d"]:
+    def global_cls(self, batch: Batch, plan: DropPathPlan) -> Float[Tensor, "gb d"]:
         """Return the student's CLS tokens of the masked global crops as `forward` will compute them."""
-        alone = replace(draws, groups=draws.groups[:1])
-        cls_token: Tensor = self.backbone(batch.global_crops, batch.masks, plan=alone).cls_token
+        alone = replace(plan, groups=plan.groups[:1])
+        cls_token: Tensor = self.backbone(batch.views[GLOBAL], batch.extras[MASKS], plan=alone).cls_token
         return at_least_float32(cls_token)
 
     @staticmethod
-    def _koleo(cls_token: Tensor, pull: KoLeoPull | None) -> Tensor:
-        if pull is None:
+    def _koleo(cls_token: Tensor, whole: KoLeoGradient | None) -> Tensor:
+        if whole is None:
             return mean_koleo(cls_token)
         # The value of the whole batch with this micro-batch's share of its gradient.
-        moved = (at_least_float32(cls_token) * pull.gradient).sum()
-        return pull.value + moved - moved.detach()
+        moved = (at_least_float32(cls_token) * whole.gradient).sum()
+        return whole.value + moved - moved.detach()
 
 
 def mean_koleo(cls_token: Float[Tensor, "gb d"]) -> Float[Tensor, ""]:

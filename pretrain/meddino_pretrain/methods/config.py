@@ -1,0 +1,98 @@
+"""What every method's part of a recipe has in common. Imports no torch: `show`, reports and submission read it too."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from meddino.core.config import StrictConfig
+from meddino_pretrain.methods import METHODS
+
+Action = Literal["run", "light", "skip"]
+
+
+@dataclass(frozen=True)
+class KeptBackbone:
+    """A backbone that an earlier stage is to keep for this one.
+
+    Attributes:
+        stage: The earlier stage.
+        step: After which of its steps; None leaves the choice among all that it keeps to a measurement.
+        slices: Fixed slices that they are measured on.
+    """
+
+    stage: str
+    step: int | None
+    slices: int = 32
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of a report.
+
+    Attributes:
+        title: Of the chart.
+        unit: Label of the y axis.
+        series: Names of recorded numbers -> what the legend calls them.
+        levels: Horizontal lines: label -> value.
+    """
+
+    title: str
+    unit: str
+    series: Mapping[str, str]
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a method records, for tables, curves and findings.
+
+    Attributes:
+        losses: Names of the loss terms, the most telling first.
+        charts: Of other numbers that it records.
+        chance: Loss term -> its value while nothing is learnt.
+        advice: What else to look at where features collapse, as the end of a sentence.
+    """
+
+    losses: tuple[str, ...]
+    charts: tuple[Chart, ...] = ()
+    chance: Mapping[str, float] = field(default_factory=dict)
+    advice: str = "the weights of the terms"
+
+
+class MethodConfig(StrictConfig):
+    """Base of what a stage says about its method. Subclasses have `name: Literal[...]`, the method's row in METHODS.
+
+    As the type of a field it takes any of them, told by `name`.
+    """
+
+    model_config = ConfigDict(defer_build=True)  # the methods' own modules import this one
+
+    @classmethod
+    def members(cls) -> tuple[type[StrictConfig], ...]:
+        """See `StrictConfig`."""
+        return tuple(row.config_class() for row in METHODS.values()) if cls is MethodConfig else (cls,)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Return a union over METHODS as it is when the recipe's schema is built."""
+        if cls is not MethodConfig:
+            return handler(source)
+        choices = {name: handler.generate_schema(row.config_class()) for name, row in METHODS.items()}
+        return core_schema.tagged_union_schema(choices, discriminator="name")
+
+    @property
+    def terms(self) -> Terms:
+        """What the method records."""
+        raise NotImplementedError
+
+    @property
+    def kept_backbone(self) -> KeptBackbone | None:
+        """The earlier stage's backbone that the method needs beside its own; None if it needs none."""
+        return None
+
+    def after_choice(self, action: Action) -> Self | None:
+        """Return the config that a stage runs with after `Method.choose_kept` has decided; None leaves the stage out."""
+        return None if action == "skip" else self
