@@ -14,7 +14,6 @@ from meddino_pretrain.methods import METHODS
 from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.export.model import load_model
 from meddino.checkpoints.export.write import export_model
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
@@ -97,7 +96,23 @@ def test_toy__two_processes(make_corpus_once, tmp_path, run_ranks):
     assert len(records) == 6 and records[-1]["loss"] < records[0]["loss"]
 
 
-def test_toy__is_exported_and_evaluated(alone, tmp_path, make_corpus_once):
+def test_toy__is_exported_and_evaluated(alone, tmp_path):
+    from meddino_evaluation.classification.fake_data import make_fake
+    from meddino_evaluation.cli import main
+
     model = export_model(alone, tmp_path / "model")
     assert json.loads((model / "config.json").read_text())["weights"]["role"] == "backbone"
-    assert load_model(model) is not None
+    make_fake("ct_contrast", tmp_path / "data", 6)
+    quick = ["features.image_size_px=32", "features.device=cpu", "split.repeats=1", "statistics.resamples=50"]
+    given = [
+        "--model",
+        str(model),
+        "--data",
+        "ct_contrast",
+        "--root",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "results"),
+    ]
+    assert main(["knn", *given, *quick]) == 0
+    assert (tmp_path / "results" / "report.html").is_file()
