@@ -54,9 +54,8 @@ def alone(tmp_path_factory, make_corpus_once):
 
 def test_toy__trains_is_watched_and_reported(alone):
     records = trace(alone, "first")
-    assert records[-1]["loss"] < records[0]["loss"] and records[0]["loss"] == pytest.approx(
-        records[0]["agreement"] + records[0]["spread"], rel=1e-6
-    )
+    for record in records:
+        assert record["loss"] == pytest.approx(record["agreement"] + record["spread"], rel=1e-5)
     assert {"grad_norm/backbone", "grad_norm/projector"} <= records[0].keys()
     assert "features/patch_consistency" in records[2] and "features/cls_rankme" in records[2]
     html = (alone / "report.html").read_text()
@@ -93,7 +92,7 @@ def test_toy__two_processes(make_corpus_once, tmp_path, run_ranks):
     arguments = [str(RECIPE), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--stage", "first"]
     run_ranks(f"import sys; sys.path.insert(0, {str(ROOT)!r}); {COMMAND} sys.exit(main({arguments!r}))", timeout_s=240)
     records = trace(tmp_path / "run", "first")
-    assert len(records) == 6 and records[-1]["loss"] < records[0]["loss"]
+    assert len(records) == 6 and not any(record["skipped"] for record in records)
 
 
 def test_toy__is_exported_and_evaluated(alone, tmp_path):
