@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -52,10 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handle(arguments: argparse.Namespace) -> None:
+    # What libraries say to their own developers is nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai|torch|timm|transformers")
+    logging.getLogger("highdicom").setLevel(logging.WARNING)
     run = importlib.import_module(COMMANDS[arguments.command][0]).run
     out = getattr(arguments, "out", None)
     # Parts of a study work in one folder on purpose, each on jobs of its own.
-    with locked_folder(out) if out is not None and arguments.command in LOCKED else nullcontext():
+    alone = arguments.command in LOCKED and not getattr(arguments, "part", None)
+    with locked_folder(out) if out is not None and alone else nullcontext():
         run(arguments)
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Found = Sequence[tuple[ClassificationJob, dict[str, Any]]]
+_COMPACT = ("kappa", "auroc", "auprc", "balanced_accuracy")
+"""What a paper's table shows of `_COLUMNS`, with the calibration error; the best of a data set in bold."""
 _COLUMNS = ("kappa", "auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "brier", "ece")
 
 
@@ -40,6 +42,9 @@ def write_study(kind: StudyKind, config: StudyConfig, found: Found, out: Path, m
     results = results_table(kind, config, found)
     comparison = comparison_table(config, found, out)
     results.write(out, "results")
+    kept = ("data", "model", "protocol", "backbone", "training", *_COMPACT, "ece")
+    compact = results.only(kept).best_in_bold(("data", "training"), _COMPACT, ("ece",))
+    compact.write(out, "results_compact")
     comparison.write(out, "comparison")
     write_text(out / "report.html", _page(kind, config, found, results, comparison, missing))
 

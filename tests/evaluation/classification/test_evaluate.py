@@ -192,6 +192,14 @@ def test_evaluate__selection_metric_must_exist(fake_set, backbone, quick, tmp_pa
         evaluate(backbone, fake_set("ct_contrast"), config, tmp_path)
 
 
+def test_table__columns_are_chosen_and_the_best_is_bold():
+    rows = (("a", "m1", "0.9 ± 0.1", "0.2"), ("a", "m2", "0.8", "0.1"), ("b", "m1", "0.5", "–"), ("b", "m2", "–", "0.3"))
+    table = Table(("data", "model", "auroc", "ece"), rows).best_in_bold(("data",), ("auroc",), ("ece",))
+    assert [row[2:] for row in table.rows] == [("**0.9 ± 0.1**", "0.2"), ("0.8", "**0.1**"), ("0.5", "–"), ("–", "0.3")]
+    assert table.only(("model", "ece")).header == ("model", "ece")
+    assert r"\textbf{0.9 $\pm$ 0.1}" in table.latex()
+
+
 def test_table__formats():
     table = Table(("a_b", "c"), (("1 & 2", "0.5 ± 0.1"), ("x|y", "–")))
     assert table.csv().splitlines()[1] == "1 & 2,0.5 ± 0.1"

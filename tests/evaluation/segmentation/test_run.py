@@ -199,7 +199,7 @@ def test_plan__is_said_first_and_what_is_left_after_twenty_steps(blobs, tiny_con
     segment(tiny_config(training={"steps": 22, "batch_size": 1}, seeds=[0]), MODEL, blobs, tmp_path)
     lines = [record.getMessage() for record in caplog.records]
     assert lines.index("plan: fold 0 trains on 2 cases, selects on 0, tests on 2") == 0
-    assert any("GiB of memory, about" in line and "left" in line for line in lines)
+    assert any("20 steps" in line and "left" in line and "GiB" in line for line in lines)
 
 
 def test_wrong_labels__are_named(make_dataset, tiny_config, tmp_path):
