@@ -58,7 +58,7 @@ def _recipe_options(backbone: str, steps: int) -> list[str]:
     sizes = f"[{{global_px: {BASE['global-size']}, local_px: {BASE['local-size']}, gram_px: null, weight: 1.0}}]"
     heads = [f"heads.{head}.prototypes={BASE['prototypes']}" for head in ("dino", "ibot")]
     stage = [f"stages.{STAGE}.steps={steps}", f"stages.{STAGE}.global_batch={BASE['batch']}"]
-    later = [f"stages.{name}.gram_teacher.step={steps}" for name in ("stage2_gram", "stage3_highres")]
+    later = [f"stages.{name}.method.gram_teacher.step={steps}" for name in ("stage2_gram", "stage3_highres")]
     crops = [f"stages.{STAGE}.method.crops.sizes={sizes}", f"stages.{STAGE}.method.crops.num_local={BASE['locals']}"]
     quiet = ["probe.every_steps=0", "saving.every_steps=1000", "saving.tensorboard=false", "loader.workers=0"]
     return [f"backbone.name={backbone}", "backbone.changes={}", *heads, *stage, *later, *crops, *quiet]

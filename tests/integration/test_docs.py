@@ -19,7 +19,7 @@ BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORTER: dict[str, list[str]] = {
     "meddino-pretrain": [
         *("stages.stage1_pretrain.steps=2", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"),
-        *("stages.stage2_gram.gram_teacher.step=1", "stages.stage3_highres.gram_teacher.step=1"),
+        *("stages.stage2_gram.method.gram_teacher.step=1", "stages.stage3_highres.method.gram_teacher.step=1"),
     ],
     "meddino-eval segment": ["training.steps=2", "seeds=[0]", "splits.folds=2"],
 }
