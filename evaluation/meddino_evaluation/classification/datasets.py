@@ -11,6 +11,7 @@ import numpy as np
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.tables import Row, read_list, read_table
+from meddino.volumes.pictures import read_matlab
 from meddino_evaluation.classification.dataset_config import (
     ArraysLayout,
     DatasetConfig,
