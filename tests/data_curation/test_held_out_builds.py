@@ -51,7 +51,7 @@ def test_exclude__a_patient_pattern_and_same_ids(tmp_path, salt_file):
     arguments = ("workers=1", "--exclude", str(tmp_path / "held"), *how)
     assert run_build(tmp_path / "in", tmp_path / "out", salt_file, *arguments) == 0
     assert Corpus(tmp_path / "out").info["totals"] | {"shard_bytes": 0} == {
-        "volumes": 2, "accepted": 1, "rejected": 1, "duplicate": 0, "slices": 10, "shard_bytes": 0
+        "volumes": 2, "accepted": 1, "rejected": 1, "duplicate": 0, "erased": 0, "slices": 10, "shard_bytes": 0
     }  # fmt: skip
     assert "P7" not in (tmp_path / "out" / "corpus.json").read_text()
 
