@@ -61,4 +61,5 @@ def _plane(stored: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
     if stored.dtype.kind == "f":
         return resized
     limits = np.iinfo(stored.dtype)
-    return np.clip(np.rint(resized), limits.min, limits.max).astype(stored.dtype)
+    whole: NDArray[Any] = np.clip(np.rint(resized), limits.min, limits.max).astype(stored.dtype)
+    return whole

@@ -61,7 +61,8 @@ class Recognised:
         grey = stored if stored.ndim == 2 else stored.mean(axis=-1)
         low, high = self.value_range
         unit = np.clip((grey.astype(np.float32) - low) / max(high - low, 1e-12), 0, 1)
-        return np.rint(unit * 400 - 160).astype(np.int16)
+        shown: NDArray[np.int16] = np.rint(unit * 400 - 160).astype(np.int16)
+        return shown
 
 
 def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: HounsfieldConfig) -> Recognised:

@@ -56,7 +56,7 @@ def body_mask(hu: NDArray[np.int16]) -> NDArray[np.bool_]:
 
 
 def _coarse_step(values: NDArray[Any]) -> int:
-    return max(1, -(-max(values.shape[:2]) // _MASK_PX))
+    return max(1, -(-int(max(values.shape[:2])) // _MASK_PX))
 
 
 def _shown(stored: NDArray[Any], modality: Modality, value_range: tuple[float, float] | None) -> NDArray[np.bool_]:
