@@ -73,6 +73,11 @@ class Corpus:
         return int(self.slices.num_rows)
 
     @property
+    def parts(self) -> "tuple[Corpus, ...]":
+        """The corpora that are read as this one; a corpus from one place is its only part."""
+        return (self,)
+
+    @property
     def content_hash(self) -> str:
         """Hash that names the corpus by its content (see `corpus_hash`)."""
         return str(self.info["content_hash"])

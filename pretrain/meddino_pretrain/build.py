@@ -19,7 +19,7 @@ from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, to_model_input
 from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.data.loader import Loader, SampleMaker
-from meddino_pretrain.data.sampler import BatchShare, SampleOrder
+from meddino_pretrain.data.sampler import BatchShare, sample_order
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import Method, StageSetting, backbones_in, shapes_of
 from meddino_pretrain.monitoring.speed import SpeedMeter, parameter_counts
@@ -101,7 +101,7 @@ def build_loader(
         spec=method.views(stage.method),
         collate=partial(method.collate, stage.method, patch_px),
         intensities=Intensities(config.contracts, stage.augment),
-        order=SampleOrder(seed, len(corpus), stage.global_batch),
+        order=sample_order(corpus, config.corpus.sampling, seed, stage.global_batch),
         share=BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation),
     )
     return Loader(maker, config.loader, first_step, stage.steps, pin_memory)

@@ -14,9 +14,10 @@ from torch import nn
 from meddino.core.device import Machine
 from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
-from meddino.data.corpus import Corpus
+from meddino.data.joined_corpus import open_corpora
 from meddino_pretrain.build import build_method
 from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.data.sampler import sample_order
 from meddino_pretrain.data.views import View
 from meddino_pretrain.methods.base import shapes_of
 from meddino_pretrain.run.corpus_audit import check_audit
@@ -338,7 +339,7 @@ def _parameters(network: nn.Module) -> int:
 
 def show_plan(
     config: PretrainConfig,
-    corpus: Path | str,
+    corpora: Sequence[Path | str],
     out: Path,
     stages: Sequence[str],
     machine: PlannedMachine,
@@ -348,11 +349,11 @@ def show_plan(
 
     Args:
         config: The recipe.
-        corpus: A corpus, or its URL.
+        corpora: Corpora, or their URLs.
         out: The run's folder.
         stages: Only these; all if empty.
         machine: What it would run on.
-        corpus_comes: The corpus may not be there yet.
+        corpus_comes: A corpus may not be there yet.
 
     Raises:
         MedDINOError: What the run itself would end with: wrong corpus or weights, no room in memory or on the disk.
@@ -361,11 +362,13 @@ def show_plan(
     plans = plan_run(config, machine, stages)
     if any(config.stages[each.name].starts_from is None for each in plans) and read_init(config) is not None:
         yield f"weights: {config.init.weights} fits"
-    if corpus_comes and isinstance(corpus, Path) and not corpus.exists():
-        yield f"corpus: {corpus} is not there yet; it is checked when the run begins"
+    coming = [corpus for corpus in corpora if corpus_comes and isinstance(corpus, Path) and not corpus.exists()]
+    if coming:
+        yield f"corpus: {coming[0]} is not there yet; it is checked when the run begins"
     else:
-        found = Corpus(corpus)
+        found = open_corpora(corpora)
         check_audit(found, config.corpus)
+        sample_order(found, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
         seen = sum(config.stages[each.name].global_batch * each.steps for each in plans)
         yield f"corpus: {len(found):,} slices, each is seen {seen / len(found):.2g} times"
     check_free_space(out, int(sum(each.disk_bytes for each in plans)), "the run's checkpoints")

@@ -13,6 +13,7 @@ from meddino.core.files import check_free_space
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
+from meddino.data.joined_corpus import open_corpora
 from meddino.distributed.collectives import barrier, is_main, world_size
 from meddino.distributed.process_group import start_distributed
 from meddino.models.registry import build_backbone
@@ -74,7 +75,7 @@ class Surroundings:
 
 def run_pretraining(
     config: PretrainConfig,
-    corpus_folder: Path | str,
+    corpora: Path | str | Sequence[Path | str],
     out: Path,
     stages: Sequence[str] = (),
     caught: StopRequest | None = None,
@@ -83,7 +84,7 @@ def run_pretraining(
 
     Args:
         config: The recipe.
-        corpus_folder: A corpus of `meddino-curate`, or its URL.
+        corpora: A corpus of `meddino-curate`, or its URL; or several that are learnt from together.
         out: The run's folder.
         stages: Only these; all if empty.
         caught: Where signals are noted already; None catches them from here on.
@@ -99,7 +100,7 @@ def run_pretraining(
         if not machine.is_accelerator:
             use_cpu_threads()
         plan_run(config, this_machine(config, world_size(), measured=False), stages)  # memory, before anything is begun
-        corpus = Corpus(corpus_folder)
+        corpus = open_corpora([corpora] if isinstance(corpora, Path | str) else corpora)
         check_audit(corpus, config.corpus)
         intensities = Intensities(config.contracts)
         intensities.check(corpus.modalities)

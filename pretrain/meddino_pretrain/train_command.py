@@ -17,7 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped one: smoke, demo, cpu_small, ct3m_vitb, ...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key of the recipe")
-    parser.add_argument("--corpus", type=corpus_location, required=True, help="folder written by meddino-curate, or its URL")
+    parser.add_argument(
+        "--corpus",
+        type=corpus_location,
+        action="append",
+        required=True,
+        help="folder written by meddino-curate, or its URL; several: one --corpus each (weights: corpus.sampling)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the run's folder, new or begun")
     parser.add_argument("--stage", action="append", default=[], help="only this stage (may be given several times)")
     parser.add_argument(

@@ -5,11 +5,21 @@ resumed anywhere, with any number of processes, goes on through the same slices 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
-from meddino.core.seeds import derive_seed, shuffled_index
+from meddino.core.seeds import derive_seed, numpy_rng, shuffled_index
+from meddino.data.corpus import Corpus
+from meddino_pretrain.run.config import SamplingConfig
+
+# Samples after which the shares of all groups are what their weights say.
+CYCLE = 10_000
 
 
 @dataclass(frozen=True)
@@ -88,3 +98,101 @@ class BatchShare:
         """
         start = (self.rank * self.accumulation + micro_step) * self.micro_batch
         return range(start, start + self.micro_batch)
+
+
+@dataclass(frozen=True)
+class WeightedOrder(SampleOrder):
+    """An endless walk that takes turns between groups of slices, each shuffled on its own.
+
+    Within every `CYCLE` samples each group comes as often as its share says; within a group every slice comes once before
+    any comes again. A function of the seed and the sample's number alone, as `SampleOrder`.
+
+    Attributes:
+        groups: Slices of each group.
+        turns: [CYCLE] the group of each sample of a cycle.
+        before: [CYCLE] how often that group came earlier in the cycle.
+        counts: How often each group comes in a cycle.
+    """
+
+    groups: tuple[NDArray[np.int64], ...]
+    turns: NDArray[np.int64]
+    before: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+    def slice_of(self, number: int) -> int:
+        """Return the slice at a global sample number."""
+        cycle, place = divmod(number, CYCLE)
+        group = int(self.turns[place])
+        turn = cycle * int(self.counts[group]) + int(self.before[place])
+        members = self.groups[group]
+        return int(members[shuffled_index(turn, len(members), derive_seed(self.seed, "order", group))])
+
+    def fallbacks(self, number: int) -> Iterator[int]:
+        """Yield what is taken should the slice be corrupt: every slice that has a weight once, shuffled."""
+        members = np.concatenate(self.groups)
+        walk = derive_seed(self.seed, "stand-in", number)
+        for attempt in range(len(members)):
+            yield int(members[shuffled_index(attempt, len(members), walk)])
+
+
+def sample_order(corpus: Corpus, sampling: SamplingConfig, seed: int, global_batch: int) -> SampleOrder:
+    """Return the order in which a stage sees a corpus; without weights every slice comes once before any comes again.
+
+    Args:
+        corpus: One, or several that are read as one.
+        sampling: The weights.
+        seed: The stage's seed.
+        global_batch: Slices in one optimizer step.
+
+    Raises:
+        ConfigError: A weight is given for a corpus, data set or modality that is not there, or nothing has a weight.
+    """
+    if not (sampling.corpus or sampling.dataset or sampling.modality):
+        return SampleOrder(seed, len(corpus), global_batch)
+    names = _names(corpus)
+    weight = np.ones(len(corpus))
+    for kind, weights in (("corpus", sampling.corpus), ("dataset", sampling.dataset), ("modality", sampling.modality)):
+        weight *= _weights_of(names[kind], weights, f"corpus.sampling.{kind}")
+    kinds = np.stack([np.unique(names[kind], return_inverse=True)[1].reshape(-1) for kind in names], axis=1)
+    _, group_of = np.unique(kinds, axis=0, return_inverse=True)
+    found = [np.flatnonzero(group_of.reshape(-1) == group) for group in range(int(group_of.max()) + 1)]
+    groups = [members for members in found if weight[members[0]] > 0]
+    if not groups:
+        raise ConfigError("corpus.sampling gives every slice the weight 0; give one a weight above 0")
+    shares = np.array([weight[members].sum() for members in groups])
+    counts = _turns(shares / shares.sum())
+    turns = numpy_rng(seed, "groups").permutation(np.repeat(np.arange(len(groups)), counts))
+    before = np.zeros(CYCLE, dtype=np.int64)
+    for group in range(len(groups)):
+        places = np.flatnonzero(turns == group)
+        before[places] = np.arange(len(places))
+    return WeightedOrder(seed, len(corpus), global_batch, tuple(groups), turns, before, counts)
+
+
+def _turns(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return how often each group comes in a cycle: rounded so that they add up, and none is forgotten."""
+    exact = shares * (CYCLE - len(shares))
+    turns = np.floor(exact).astype(np.int64)
+    missing = CYCLE - len(shares) - int(turns.sum())
+    turns[np.argsort(turns - exact, kind="stable")[:missing]] += 1
+    return turns + 1
+
+
+def _names(corpus: Corpus) -> dict[str, NDArray[Any]]:
+    """Return the corpus, the data set and the modality of every slice."""
+    parts, datasets = [], []
+    for part in corpus.parts:
+        rows = part.volumes.select(["volume_id", "dataset"]).to_pylist()
+        of_volume = {row["volume_id"]: row["dataset"] for row in rows}
+        datasets += [of_volume[volume] for volume in part.slices.column("volume_id").to_pylist()]
+        parts += [PurePosixPath(part.location).name] * len(part)
+    modalities = corpus.slices.column("modality").to_pylist()
+    return {"corpus": np.array(parts), "dataset": np.array(datasets), "modality": np.array(modalities)}
+
+
+def _weights_of(names: NDArray[Any], weights: Mapping[str, float], key: str) -> NDArray[np.float64]:
+    there = sorted(set(names.tolist()))
+    unknown = [name for name in weights if name not in there]
+    if unknown:
+        raise ConfigError(f"{key}.{unknown[0]}: there is no '{unknown[0]}'; there: {', '.join(there)}")
+    return np.array([weights.get(name, 1.0) for name in there])[np.searchsorted(there, names)]

@@ -1,16 +1,30 @@
 """What a recipe says about a run's beginning and what it leaves on disk."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.core.config import StrictConfig
 
+Weight = Annotated[float, Field(ge=0)]
+
+
+class SamplingConfig(StrictConfig):
+    """How often slices come, relative to what their number gives them. Weights multiply; none named is 1, and 0 leaves out."""
+
+    corpus: dict[str, Weight] = {}
+    """Weight of the slices of a corpus, by the name of its folder; ours: none."""
+    dataset: dict[str, Weight] = {}
+    """Weight of the slices of a data set, by its name in volumes.parquet; ours: none."""
+    modality: dict[str, Weight] = {}
+    """Weight of the slices of a modality: ct, mr, image; ours: none."""
+
 
 class CorpusConfig(StrictConfig):
     """What may be learnt from."""
 
+    sampling: SamplingConfig = SamplingConfig()
     allow_known_overlap: bool = False
     """Train although an audit found held-out data in the corpus; ours: false."""
 

@@ -12,7 +12,7 @@ _logger = get_logger(__name__)
 
 
 def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
-    """Say what a corpus was audited against, and refuse one that holds held-out data.
+    """Say what a corpus, or each of several, was audited against, and refuse one that holds held-out data.
 
     Args:
         corpus: Its corpus.json carries the audits.
@@ -21,6 +21,11 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
     Raises:
         ConfigError: An audit found an overlap, and the config does not accept it.
     """
+    for part in corpus.parts:
+        _check_one(part, config)
+
+
+def _check_one(corpus: Corpus, config: CorpusConfig) -> None:
     audits = [entry for entry in corpus.info.get("audit", []) if says_something(entry)]
     if corpus.info.get("exclusion_lists"):
         _logger.info("corpus built without what lists name: %s", lists_text(corpus.info["exclusion_lists"]))

@@ -29,6 +29,8 @@ def may_change(line: str, begun: Sequence[str]) -> bool:
         begun: Stages in which a step was taken.
     """
     parts = line.split(": ", 1)[0].split(".")
+    if parts[:2] == ["corpus", "sampling"]:
+        return False
     if parts[0] != "stages":
         return parts[0] in SECTIONS
     # Micro-batches change memory only. A stage's length is in its schedules, so it is settled once the stage has begun.
