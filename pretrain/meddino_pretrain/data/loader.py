@@ -5,6 +5,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -281,6 +282,9 @@ class Loader:
                 worker_init_fn=partial(_begin_worker, trainer=os.getpid()),
             )
         )
+        # torch's handler raises of a dead worker wherever the trainer is, in the midst of a step; `_received` is told in time.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in set(multiprocessing.active_children()) - before:
             atexit.register(_end_worker, worker)
         return iterator
