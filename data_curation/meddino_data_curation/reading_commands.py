@@ -1,4 +1,4 @@
-"""The commands of `meddino-curate` that only read a corpus: verify, show, sample."""
+"""The commands of `meddino-curate` that only read: explain, and of a corpus verify, show, sample."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,11 @@ from meddino.data.remote import corpus_location
 
 
 def add_reading_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `verify`, `show` and `sample`."""
+    """Add `explain`, `verify`, `show` and `sample`."""
+    parser = commands.add_parser("explain", help="what a file or folder is taken for, which facts decided, what becomes of it")
+    parser.add_argument("inputs", nargs="+", help="a file or folder, and key=value as for build")
+    parser.add_argument("--config", action="append", default=[], help="as for build")
+    parser.set_defaults(handle=_explain)
     for name, about, handle in (
         ("verify", "recompute every checksum of a corpus", _verify),
         ("show", "print what a corpus holds", _show),
@@ -22,6 +26,15 @@ def add_reading_commands(commands: "argparse._SubParsersAction[argparse.Argument
             parser.add_argument("--out", type=Path, required=True, help="PNG to write")
             parser.add_argument("--count", type=int, default=40, help="slices")
             parser.add_argument("--seed", type=int, default=0, help="which slices")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from meddino_data_curation.arguments import curation_config
+    from meddino_data_curation.corpus.explain import explain
+
+    explain(curation_config(arguments.inputs, arguments.config, []), Console(width=160))
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
@@ -27,6 +29,7 @@ _UNIT_MM = {
     "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0, "millimetres": 1.0, "cm": 10.0, "centimeter": 10.0,
     "m": 1000.0, "meter": 1000.0, "um": 0.001, "µm": 0.001, "μm": 0.001, "micron": 0.001, "microns": 0.001, "micrometer": 0.001,
 }  # fmt: skip
+_Opened = tuple[sitk.ImageFileReader, Geometry, tuple[str, ...], dict[str, str]]
 
 
 def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
@@ -48,14 +51,15 @@ def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
         VoxelFiles((), "unknown").check_promise(path, promised)
         voxels = read_nifti_voxels(path, header)
         return Volume(voxels, header.geometry, notes=header.notes, irregular=header.irregular)
-    with _opened(path, format, limits) as (reader, geometry, notes):
+    with _opened(path, format, limits) as (reader, geometry, notes, fields):
         try:
             with quiet_native():
                 image = reader.Execute()
         except RuntimeError as error:
             raise_if_memory_ran_out(error)
             raise VolumeError("voxels cannot be read: file is truncated or damaged") from error
-    return Volume(sitk.GetArrayViewFromImage(image).reshape(geometry.shape), geometry, notes=notes, owner=image)
+    voxels = sitk.GetArrayViewFromImage(image).reshape(geometry.shape)
+    return Volume(_rescaled(voxels, fields), geometry, notes=notes, owner=image)
 
 
 def read_geometry_of_file(path: Path, format: str, limits: ReadLimits) -> Geometry:
@@ -63,13 +67,13 @@ def read_geometry_of_file(path: Path, format: str, limits: ReadLimits) -> Geomet
     _check_format(path, format)
     if format == "nifti":
         return read_nifti_header(path, limits).geometry
-    with _opened(path, format, limits) as (_, geometry, _):
+    with _opened(path, format, limits) as (_, geometry, _, _):
         return geometry
 
 
 @contextmanager
-def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[tuple[sitk.ImageFileReader, Geometry, tuple[str, ...]]]:
-    """Give a reader that is ready, the grid, and what was assumed of it."""
+def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
+    """Give a reader that is ready, the grid, what was assumed of it, and the header's own words."""
     voxel_files = find_voxel_files(path, format)  # before ITK, which opens whatever file a header names
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_IMAGE_IO[format])
@@ -92,7 +96,7 @@ def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[tuple[sitk.
         geometry, notes = _assumed(_geometry(reader), format, voxel_files.fields, limits)
         if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
             raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
-        yield reader, geometry, notes
+        yield reader, geometry, notes, voxel_files.fields
 
 
 @contextmanager
@@ -153,6 +157,20 @@ def _assumed(geometry: Geometry, format: str, fields: dict[str, str], limits: Re
     z, y, x = (value * scale for value in geometry.spacing_mm)
     a, b, c = (value * scale for value in geometry.origin_mm)
     return replace(geometry, spacing_mm=(z, y, x), origin_mm=(a, b, c)), tuple(notes)
+
+
+def _rescaled(voxels: NDArray[Any], fields: dict[str, str]) -> NDArray[Any]:
+    """Return the values that MetaImage's own rescale makes, which ITK leaves out."""
+    names = ("elementtointensityfunctionslope", "elementtointensityfunctionoffset")
+    try:
+        slope, offset = (float(fields.get(name, default)) for name, default in zip(names, ("1", "0"), strict=True))
+    except ValueError as error:
+        raise VolumeError("MetaImage header's rescale is no number") from error
+    if (slope, offset) == (1.0, 0.0) or not np.isfinite([slope, offset]).all() or slope == 0:
+        return voxels
+    if slope == 1.0 and offset == int(offset) and voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2:
+        return np.asarray(voxels.astype(np.int32) + int(offset))
+    return np.asarray(voxels.astype(np.float32) * np.float32(slope) + np.float32(offset))
 
 
 def _check_format(path: Path, format: str) -> None:

@@ -202,3 +202,12 @@ def test_names__in_bytes_that_are_no_utf8(tmp_path):
 )
 def test_case_names__digits_are_a_channel_only_where_the_set_of_names_says_so(names, channels, cases):
     assert list(dict.fromkeys(case_names(names, channels).values())) == cases
+
+
+def test_metaimage__its_own_rescale_is_applied(tmp_path):
+    scale = "ElementSpacing = 1 1 1\nElementToIntensityFunctionSlope = {}\nElementToIntensityFunctionOffset = -1024\n"
+    stored = (make_hu(0).astype(np.int32) + 1024).astype("<i2")
+    for slope in (1, 0.5):
+        header = META + scale.format(slope) + "ElementDataFile = LOCAL\n"
+        (tmp_path / "a.mha").write_bytes(header.encode() + stored.tobytes())
+        np.testing.assert_allclose(read_volume(tmp_path / "a.mha").voxels, stored.astype(np.float64) * slope - 1024)
