@@ -10,6 +10,7 @@ from meddino_data_curation.selection.modality import PICTURE, recognise
 from meddino_data_curation.selection.slice_choice import refusal, slice_statistics
 from PIL import Image, ImageDraw
 
+from meddino.checkpoints.export.check_slices import check_slices
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
@@ -151,3 +152,9 @@ def test_build__refusals_say_why(mixed):
     assert len(reasons) == 4
     for words in ("not in HU", "look like CT", "blank picture", "cannot be read"):
         assert sum(words in reason for reason in reasons) == 1, (words, reasons)
+
+
+@pytest.mark.parametrize(("modality", "low", "high"), [("mr", 0, 1), ("image", 0, 1), ("ct", -3000, 3000)])
+def test_check_slices__of_a_mixed_corpus_are_in_the_models_own_range(mixed, modality, low, high):
+    for slices in check_slices(8, mixed, modality):
+        assert slices.ndim == 3 and slices.min() >= low and slices.max() <= high and slices.std() > 0.01 * (high - low)

@@ -39,11 +39,21 @@ def check_slices(patch_size: int, corpus: Path | str | None = None, modality: Mo
     slices = Corpus(corpus)
     if not len(slices):
         raise CheckpointError(f"corpus {corpus} holds no slice to compare an export on")
+    # Of another modality than the model's the values are as good: what is compared is arithmetic.
     chosen = [len(slices) // 3, 2 * len(slices) // 3]
-    return [
-        torch.stack([_resized(torch.from_numpy(slices.read(index).astype(np.float32)), size) for index in chosen])
-        for size in sizes
-    ]
+    return [torch.stack([_resized(_grey(slices, index, modality), size) for index in chosen]) for size in sizes]
+
+
+def _grey(corpus: Corpus, index: int, modality: Modality) -> Tensor:
+    """Return a slice as a model of a modality takes it, colour as grey."""
+    values = torch.from_numpy(corpus.read(index).astype(np.float32))
+    grey = values if values.ndim == 2 else values.mean(-1)
+    ends = torch.tensor(corpus.value_range(index) or _THORAX_RANGE.tolist())
+    if corpus.modality(index) == modality == "ct":
+        return grey
+    unit = to_unit(grey[None], ends)[0]
+    low, high = _THORAX_RANGE.tolist()
+    return unit * (high - low) + low if modality == "ct" else unit
 
 
 def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
