@@ -28,14 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bench(arguments: Sequence[str]) -> int:
+    from meddino_pretrain.bench.commands import loader, step
+
     if arguments[:1] == ["loader"]:
-        from meddino_pretrain.bench.loader import main as bench_loader
-
-        return bench_loader(arguments[1:])
+        return loader(arguments[1:])
     if arguments[:1] == ["step"]:
-        from meddino_pretrain.bench.step import main as bench_step
-
-        return bench_step(arguments[1:])
+        return step(arguments[1:])
     parser = command_parser("meddino-pretrain bench", "Measure speed; one JSON line.", "meddino-pretrain bench step --help")
     parser.add_argument("what", choices=("step", "loader"), help="whole training steps, or reading and cropping slices")
     return run_command(parser, arguments[:1], lambda _: None)  # says what is allowed

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from meddino_pretrain.bench.step import StepSize, add_size_arguments, random_batch, step_size
+from meddino_pretrain.bench.commands import add_size_arguments
+from meddino_pretrain.bench.step import StepSize, random_batch, step_size
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rates
 from meddino_pretrain.schedules import StepValues

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, random_batch, step_size
+from meddino_pretrain.bench.commands import add_size_arguments
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, random_batch, step_size
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 

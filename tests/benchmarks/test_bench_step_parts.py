@@ -2,7 +2,8 @@
 
 import argparse
 
-from meddino_pretrain.bench.step import StepSize, add_size_arguments, step_size
+from meddino_pretrain.bench.commands import add_size_arguments
+from meddino_pretrain.bench.step import StepSize, step_size
 
 from tests.benchmarks.bench_step_parts import as_table, backbone_parts, loss_parts, update_parts
 

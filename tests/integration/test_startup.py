@@ -17,6 +17,8 @@ def _imported_by(module: str) -> set[str]:
     [
         ("meddino.core.config", {"timm", "torchvision", "torch", "SimpleITK", "matplotlib"}),
         ("meddino_pretrain.config", {"timm", "torch", "numpy", "jaxtyping", "matplotlib", "transformers"}),
+        ("meddino_pretrain.bench.commands", {"timm", "torch", "matplotlib", "transformers"}),
+        ("meddino_pretrain.show", {"timm", "torch", "numpy", "matplotlib", "transformers"}),
         ("meddino.demo", {"timm", "torchvision", "torch", "SimpleITK", "matplotlib"}),
         ("meddino.models.vision_transformer", {"timm", "torchvision", "SimpleITK", "matplotlib", "transformers", "sklearn"}),
         ("meddino.losses", {"timm", "torchvision", "SimpleITK", "matplotlib", "transformers", "sklearn"}),

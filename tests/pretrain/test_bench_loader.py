@@ -2,7 +2,8 @@
 
 import json
 
-from meddino_pretrain.bench.loader import SyntheticSlices, bench_loader, main
+from meddino_pretrain.bench.commands import loader as main
+from meddino_pretrain.bench.loader import SyntheticSlices, bench_loader
 from meddino_pretrain.methods.dinov3.config import (
     CropsConfig,
     CropSizes,

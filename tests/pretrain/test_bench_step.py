@@ -6,7 +6,9 @@ import json
 import jaxtyping
 import pytest
 import torch
-from meddino_pretrain.bench.step import MeasuredStep, StepSize, add_size_arguments, bench_step, build_method, main, step_size
+from meddino_pretrain.bench.commands import add_size_arguments
+from meddino_pretrain.bench.commands import step as main
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, bench_step, build_method, step_size
 from meddino_pretrain.methods.base import shapes_of
 from meddino_pretrain.monitoring.speed import parameter_counts
 from torch import nn

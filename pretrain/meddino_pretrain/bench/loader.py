@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,14 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from meddino.core.command import command_parser, run_command
 from meddino.core.device import Machine, find_machine
 from meddino.core.errors import ConfigError
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import CTIntensity, Modality
-from meddino.data.remote import corpus_location
 from meddino.data.sample import decode_slice, encode_slice
-from meddino_pretrain.bench import add_method_arguments, method_config
+from meddino_pretrain.bench import method_config
 from meddino_pretrain.data.batches import to_model_input
 from meddino_pretrain.data.config import LoaderConfig
 from meddino_pretrain.data.intensities import Intensities
@@ -127,24 +125,8 @@ def bench_loader(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `meddino-pretrain bench loader`: print one JSON line and return the exit code."""
-    parser = command_parser(
-        "meddino-pretrain bench loader",
-        "Measure how many slices a second one core decodes, crops and normalises. Prints one JSON line.",
-        "meddino-pretrain bench loader --corpus corpus --global-size 224 --local-size 96 --locals 8",
-    )
-    parser.add_argument("--corpus", type=corpus_location, help="a corpus, or its URL; without it, slices made up in memory")
-    parser.add_argument("--slice-size", type=int, default=512, help="side of the slices made up [px]")
-    add_method_arguments(parser)
-    parser.add_argument("--patch-size", type=int, default=16, help="side of a patch [px]")
-    parser.add_argument("--batch", type=int, default=16, help="slices in a batch")
-    parser.add_argument("--steps", type=int, default=4, help="batches measured; the fastest counts")
-    parser.add_argument("--workers", type=int, default=0, help="processes of the loader")
-    return run_command(parser, argv, _bench)
-
-
-def _bench(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Measure the loader and print the figures; see `bench.commands.loader`."""
     if min(arguments.batch, arguments.steps, arguments.slice_size, arguments.patch_size) < 1 or arguments.workers < 0:
         raise ConfigError(
             "bench loader needs --batch, --steps, --slice-size and --patch-size of 1 or more, --workers of 0 or more"

@@ -5,17 +5,15 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from meddino.core.command import command_parser, run_command
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.machine_config import MachineConfig
-from meddino_pretrain.bench import add_method_arguments, method_config
+from meddino_pretrain.bench import method_config
 from meddino_pretrain.data.batches import Batch, RawBatch
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.methods import method_class
@@ -44,32 +42,8 @@ class StepSize:
     compiled: bool = False
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run `bench step` and return its exit code."""
-    parser = command_parser(
-        "meddino-pretrain bench step",
-        "Measure whole training steps (forward, backward, clipping, optimizer, EMA) on random images; prints one JSON line.",
-        "meddino-pretrain bench step --backbone vits16 --batch 4 --global-size 224 --local-size 96 --locals 8",
-    )
-    add_size_arguments(parser)
-    parser.add_argument("--drop-path", type=float, default=0.0, help="share of samples each residual branch leaves out")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
-    parser.add_argument("--compile", action="store_true", help="run the layers through torch.compile")
-    parser.add_argument("--steps", type=int, default=5, help="steps measured, after one that is not")
-    parser.add_argument("--threads", type=int, default=None, help="threads of the CPU; all cores if left out")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    return run_command(parser, argv, _bench_step)
-
-
-def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command say what a step holds; `step_size` reads it."""
-    parser.add_argument("--backbone", default="vits16", help="name of a backbone")
-    parser.add_argument("--batch", type=int, default=4, help="images in a step")
-    add_method_arguments(parser)
-
-
 def step_size(arguments: argparse.Namespace) -> StepSize:
-    """Return what a step holds, from the arguments of `add_size_arguments` and those of `main`."""
+    """Return what a step holds, from the arguments of `bench.commands.step`."""
     return StepSize(
         arguments.backbone,
         arguments.batch,
@@ -80,7 +54,8 @@ def step_size(arguments: argparse.Namespace) -> StepSize:
     )
 
 
-def _bench_step(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
+    """Measure steps and print the figures; see `bench.commands.step`."""
     use_cpu_threads(arguments.threads)
     figures = bench_step(step_size(arguments), arguments.steps, find_machine(arguments.device))
     given = {name: value for name, value in vars(arguments).items() if name not in ("steps", "device", "threads")}
