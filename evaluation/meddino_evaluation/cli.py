@@ -59,10 +59,17 @@ def _handle(arguments: argparse.Namespace) -> None:
     logging.getLogger("highdicom").setLevel(logging.WARNING)
     run = importlib.import_module(COMMANDS[arguments.command][0]).run
     out = getattr(arguments, "out", None)
-    # Parts of a study work in one folder on purpose, each on jobs of its own.
-    alone = arguments.command in LOCKED and not getattr(arguments, "part", None)
-    with locked_folder(out) if out is not None and alone else nullcontext():
+    with locked_folder(out) if out is not None and _works_alone(arguments) else nullcontext():
         run(arguments)
+
+
+def _works_alone(arguments: argparse.Namespace) -> bool:
+    """False where others may write into the same folder: parts of a comparison do on purpose, each on jobs of its own."""
+    if not hasattr(arguments, "part"):
+        return arguments.command in LOCKED
+    from meddino_evaluation.study.jobs import parse_part
+
+    return arguments.command in LOCKED and parse_part(arguments.part) is None and not arguments.list
 
 
 if __name__ == "__main__":

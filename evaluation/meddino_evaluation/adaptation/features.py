@@ -19,6 +19,7 @@ from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import PARTIAL_SUFFIX, canonical_json
 from meddino.core.logging import get_logger
 from meddino.data.content import slice_hash
+from meddino.data.intensity import Modality
 from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import DatasetConfig
@@ -36,7 +37,7 @@ class Transform:
 
     Attributes:
         size_px: Side of the square input.
-        modality: "ct" or "image".
+        modality: Of the data set.
         window_hu: HU window, or None for the model's own.
         max_slices: Evenly spaced slices of a volume, or None for all.
         last_blocks: CLS vectors kept.
@@ -44,7 +45,7 @@ class Transform:
     """
 
     size_px: int
-    modality: str
+    modality: Modality
     window_hu: tuple[float, float] | None
     max_slices: int | None
     last_blocks: int
@@ -81,7 +82,7 @@ def read_case(case: ClassCase, transform: Transform) -> SliceStack:
     Raises:
         VolumeError: As `read_slices`; or several slices in a data set of single images.
     """
-    stack = read_slices(case.source, "ct" if transform.modality == "ct" else "image")
+    stack = read_slices(case.source, transform.modality)
     if len(stack.values) > 1 and not transform.volume:
         raise VolumeError(
             f"image {case.source} holds {len(stack.values)} slices, and its data set says one image a case; "

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.errors import VolumeError
+from meddino.data.intensity import Modality
 from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
@@ -42,13 +43,13 @@ class SliceStack:
         return ((values - self.low) / max(self.high - self.low, 1e-12)).clamp(0, 1)
 
 
-def read_slices(source: str, modality: Literal["ct", "image"]) -> SliceStack:
+def read_slices(source: str, modality: Modality) -> SliceStack:
     """Read a case.
 
     Args:
         source: A file; `file.npz#name` for one array of an npz, `file.npz#name#i` for item i of that array,
             `file.mat#path` for one of a MATLAB file; a folder that holds one DICOM volume.
-        modality: "ct": values are Hounsfield units. "image": brightness; 8 and 16 bit pictures by their full range,
+        modality: "ct": values are Hounsfield units. "mr" and "image": 8 and 16 bit pictures by their full range,
             everything else (MRI, DICOM radiographs without a window) by its 0.5th and 99.5th percentile.
 
     Raises:
@@ -70,7 +71,7 @@ def read_slices(source: str, modality: Literal["ct", "image"]) -> SliceStack:
     return stack
 
 
-def _read(path: Path, key: str, modality: Literal["ct", "image"]) -> SliceStack:
+def _read(path: Path, key: str, modality: Modality) -> SliceStack:
     if not path.exists():
         raise VolumeError(f"image {path} does not exist")
     if path.is_dir() or volume_suffix(path.name) or any(series.stack is not None for series in _series(path)):
@@ -84,7 +85,7 @@ def _series(path: Path) -> list[FoundSeries]:
     return [] if path.name.lower().endswith((*PICTURE_SUFFIXES, *ARRAY_SUFFIXES)) else find_series(path)
 
 
-def _stack(picture: Picture, modality: Literal["ct", "image"]) -> SliceStack:
+def _stack(picture: Picture, modality: Modality) -> SliceStack:
     values = picture.values
     # A photograph of a CT slice is brightness, whatever it shows: its Hounsfield units are gone. 16 bits may hold them.
     if picture.modality == "CT" or (modality == "ct" and picture.value_range != (0.0, 255.0)):

@@ -7,7 +7,7 @@ from typing import Any
 from meddino.core.config import check_config, to_yaml
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
-from meddino.core.tables import Row, read_table
+from meddino.core.tables import read_table
 from meddino.volumes.pictures import PICTURE_SUFFIXES
 from meddino.volumes.read import read_volume
 from meddino_evaluation.classification.dataset_config import DatasetConfig
@@ -95,7 +95,7 @@ def _class_folders(root: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    rows: list[Row] = read_table(path, ("image", "label"), filled=("image", "label")).rows
+    rows = read_table(path, ("image", "label"), filled=("image", "label")).rows
     if not rows:
         raise ConfigError(f"{path} holds no row")
     layout: dict[str, Any] = {"kind": "table", "tables": [path.name], "image": "{image}", "label_columns": ["label"]}

@@ -10,6 +10,7 @@ from meddino_evaluation.study.jobs import parse_part, run_jobs
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
+from meddino.core.files import locked_folder
 
 STUDY = """
 models: ["random:vitnano8", "random:timm:resnet10t"]
@@ -159,6 +160,22 @@ def test_parse_part__text_and_slurm_array(monkeypatch):
     for name, value in (("COUNT", "4"), ("ID", "12"), ("MIN", "10")):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     assert parse_part(None) == (3, 4)
+
+
+def test_compare__parts_share_the_folder_that_one_process_has_to_itself(tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr("meddino_evaluation.study.compare_command.run", ran.append)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT", raising=False)
+    words = ["compare", "--out", str(tmp_path)]
+    with locked_folder(tmp_path):
+        assert main(words) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+        assert main([*words, "--list"]) == 0
+        assert main([*words, "--part", "1/2"]) == 0
+        for name, value in (("COUNT", "2"), ("ID", "1"), ("MIN", "0")):
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        assert main(words) == 0
+    assert len(ran) == 3
 
 
 def test_run_jobs__parts_cover_every_job_once(config, data_root, tmp_path, monkeypatch):
