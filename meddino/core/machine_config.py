@@ -8,6 +8,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 # fp64: for finding out whether two runs differ by more than rounding.
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp64"]
 Parallel = Literal["auto", "none", "ddp", "fsdp2"]
+PackedKernel = Literal["sdpa", "xformers"]
 
 
 class MachineConfig(StrictConfig):
@@ -23,3 +24,5 @@ class MachineConfig(StrictConfig):
     """Recompute blocks in the backward pass: a third slower, far less memory."""
     compile: bool = False
     """Compile the blocks with torch.compile: faster after a minute of compiling."""
+    packed_attention: PackedKernel = "sdpa"
+    """What attends within crops of several sizes: torch's own attention, or xformers' on an NVIDIA GPU; measure before."""

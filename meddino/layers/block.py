@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from meddino.layers.attention import SelfAttention
 from meddino.layers.packing import CropGroup, KeptSamples
@@ -23,8 +24,25 @@ class LayerScale(nn.Module):
         nn.init.constant_(self.gamma, self.initial)
 
 
+class StreamNorm(nn.LayerNorm):
+    """LayerNorm in its input's data type: mean and variance are float32 inside, input and output stay as narrow as they are.
+
+    Autocast would make the input float32, keep that copy for the backward pass, and hand on what is made bfloat16 again.
+    """
+
+    def forward(self, input: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        """Normalise the last dimension."""
+        if input.dtype == self.weight.dtype:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+            return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 class TransformerBlock(nn.Module):
     """x + ls1 * attention(norm1 x), then x + ls2 * mlp(norm2 x).
+
+    The tokens keep their data type from block to block, with drop path and without: bfloat16 under autocast, as in DINOv3.
 
     Args:
         dim: Width of the tokens.
@@ -38,10 +56,10 @@ class TransformerBlock(nn.Module):
         self, dim: int, attention: SelfAttention, feed_forward: nn.Module, layerscale_init: float | None, norm_eps: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = StreamNorm(dim, eps=norm_eps)
         self.attn = attention
         self.ls1 = LayerScale(dim, layerscale_init) if layerscale_init is not None else None
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = StreamNorm(dim, eps=norm_eps)
         self.mlp = feed_forward
         self.ls2 = LayerScale(dim, layerscale_init) if layerscale_init is not None else None
 
@@ -64,12 +82,12 @@ class TransformerBlock(nn.Module):
     def attention_branch(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
         """Return ls1 * attention(norm1 tokens), within each crop."""
         residual: Tensor = self.attn(self.norm1(tokens), groups)
-        return residual if self.ls1 is None else residual * self.ls1.gamma
+        return residual if self.ls1 is None else residual * self.ls1.gamma.to(residual.dtype)
 
     def mlp_branch(self, tokens: Tensor, _groups: Sequence[CropGroup]) -> Tensor:
         """Return ls2 * mlp(norm2 tokens)."""
         residual: Tensor = self.mlp(self.norm2(tokens))
-        return residual if self.ls2 is None else residual * self.ls2.gamma
+        return residual if self.ls2 is None else residual * self.ls2.gamma.to(residual.dtype)
 
 
 def _add_residual(

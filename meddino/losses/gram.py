@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from meddino.core.precision import at_least_float32
 
+# Similarities computed at once on an accelerator: 25 images of 48 x 48 patches.
+ELEMENTS_ACCELERATOR = 2**27
 Negatives = Literal["keep", "remove", "remove_teacher"]
 
 
@@ -35,7 +37,8 @@ def gram_loss(
     Raises:
         ValueError: If the tokens differ in shape.
 
-    Source: Siméoni et al. 2025 (DINOv3), section 4. Memory holds the matrices of one image at a time.
+    Source: Siméoni et al. 2025 (DINOv3), section 4. Memory holds the matrices of one image at a time, of some on an
+    accelerator.
     """
     if student_tokens.shape != teacher_tokens.shape:
         raise ValueError(
@@ -64,6 +67,14 @@ def resize_patch_map(
     return functional.interpolate(patches, size=size, mode="bicubic", align_corners=False, antialias=False)
 
 
+def _stretches(batch: int, patches: int, device: torch.device) -> list[int] | list[slice]:
+    """Return the images to take at once: one on a CPU, as many as keep an accelerator busy there."""
+    if device.type == "cpu":
+        return list(range(batch))
+    step = max(1, ELEMENTS_ACCELERATOR // patches**2)
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
 class _GramDifference(torch.autograd.Function):
     """Mean squared difference of s s^T and t t^T; the gradient is computed on the way, one image at a time."""
 
@@ -74,9 +85,9 @@ class _GramDifference(torch.autograd.Function):
         gradient = torch.empty_like(student) if wants_gradient else None
         total = student.new_zeros(())
         count = batch * patches * patches
-        for image in range(batch):
-            similarity = student[image] @ student[image].t()
-            aim = teacher[image] @ teacher[image].t()
+        for images in _stretches(batch, patches, student.device):
+            own, aim = student[images], teacher[images] @ teacher[images].mT
+            similarity = own @ own.mT
             positive = None
             if negatives != "keep":
                 aim.clamp_(min=0.0)
@@ -89,7 +100,7 @@ class _GramDifference(torch.autograd.Function):
                 if positive is not None:
                     difference.mul_(positive)
                 # d/ds of sum (s s^T - a)^2 is 4 (s s^T - a) s: the difference is symmetric.
-                torch.mm(difference, student[image], out=gradient[image])
+                torch.matmul(difference, own, out=gradient[images])
         if gradient is not None:
             ctx.save_for_backward(gradient.mul_(4 / count))
         return total / count

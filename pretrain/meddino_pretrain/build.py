@@ -14,6 +14,7 @@ from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
+from meddino.layers.attention import use_packed_kernel
 from meddino.models.registry import build_backbone
 from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, to_model_input
@@ -56,6 +57,7 @@ def spread_method(method: Method, config: MachineConfig, machine: Machine) -> No
     if config.activation_checkpointing:
         for backbone in backbones_in({"": method.model}).values():
             backbone.recompute_activations()
+    use_packed_kernel(method.model, config.packed_attention, machine.device)
     if config.compile:
         for part in (part for backbone in backbones_in(networks).values() for part in backbone.parts()):
             # For any number of tokens at once: drop path changes it from step to step. A kernel for one number would be

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from meddino.core.errors import ConfigError
 from meddino.layers import attention
 from meddino.layers.attention import SelfAttention
 from meddino.layers.linear import KeyMaskedLinear
@@ -96,21 +97,36 @@ def xformers_without_its_kernels(monkeypatch):
 @pytest.mark.parametrize("install", [stand_in_for_xformers, xformers_without_its_kernels])
 def test_forward__block_diagonal_path(monkeypatch, install):
     install(monkeypatch)
-    monkeypatch.setattr(attention, "uses_xformers", lambda _device: True)
+    attention._block_diagonal_mask.cache_clear()
     built, x = layer(), torch.randn(29, 24)
+    built.packed_kernel = "xformers"
     found, expected = built(x, GROUPS), slow(built, x, GROUPS)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     emptied = (CropGroup(0, 7, GROUPS[0].table), CropGroup(0, 5, GROUPS[1].table))
     assert built(x[:0], emptied).shape == (0, 24)
     # And the gradient of all weights is that of attention within each group.
-    monkeypatch.setattr(attention, "uses_xformers", lambda _device: False)
+    built.packed_kernel = "sdpa"
     weights, aim = list(built.parameters()), torch.randn_like(found)
     ours, each = (torch.autograd.grad(out, weights, aim) for out in (found, built(x, GROUPS)))
     torch.testing.assert_close(ours, each, atol=1e-4, rtol=1e-4)
 
 
-def test_uses_xformers__never_on_the_cpu():
-    assert not attention.uses_xformers(torch.device("cpu"))
+def test_block_diagonal_mask__one_serves_every_block(monkeypatch):
+    stand_in_for_xformers(monkeypatch)
+    attention._block_diagonal_mask.cache_clear()
+    built, x = layer(), torch.randn(29, 24)
+    built.packed_kernel = "xformers"
+    for _ in range(3):
+        built(x, GROUPS)
+    assert attention._block_diagonal_mask.cache_info().misses == 1
+    attention._block_diagonal_mask.cache_clear()
+
+
+def test_use_packed_kernel__never_on_the_cpu():
+    built = layer()
+    attention.use_packed_kernel(built, "sdpa", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="packed_attention is xformers"):
+        attention.use_packed_kernel(built, "xformers", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("mask_k_bias", [True, False])

@@ -142,6 +142,29 @@ def test_activation_checkpointing__same_gradients():
         assert one is other is None or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+@pytest.mark.parametrize("training", [True, False])
+def test_residual_stream__is_bfloat16_under_autocast_and_the_last_norm_float32(drop_path, training):
+    model, seen = tiny(drop_path=drop_path).train(training), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _module, _arguments, output: seen.append(output.dtype))
+        block.norm1.register_forward_hook(lambda _module, _arguments, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.randn(3, 3, 8, 8), rng=torch.Generator().manual_seed(0))
+    assert seen == [torch.bfloat16] * 2 * model.depth
+    assert output.cls_token.dtype == output.patch_tokens.dtype == torch.float32
+    output.patch_tokens.square().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_residual_stream__in_bfloat16_is_near_that_in_float32():
+    model, images = tiny().eval(), torch.randn(2, 3, 8, 8)
+    exact = model(images).patch_tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images).patch_tokens
+    assert float((found - exact).norm() / exact.norm()) < 0.02
+
+
 def test_state_dict__official_names():
     names = set(tiny(untie_cls_and_patch_norms=True).state_dict())
     block = {"norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.qkv.bias_mask", "attn.proj.weight"}

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meddino.layers.attention import SelfAttention
-from meddino.layers.block import TransformerBlock
+from meddino.layers.block import StreamNorm, TransformerBlock
 from meddino.layers.cpu.matmul import product, takes
 from meddino.layers.feed_forward import Mlp
 from meddino.layers.linear import KeyMaskedLinear, Linear
@@ -46,7 +46,7 @@ def is_lean(x: Tensor, norm: nn.Module, branch: nn.Module) -> bool:
     False wherever somebody put another layer into the branch (LoRA, for example) or hangs on it with a hook: both expect
     the modules to be called.
     """
-    layers: list[tuple[nn.Module, type[nn.Module]]] = [(norm, nn.LayerNorm)]
+    layers: list[tuple[nn.Module, type[nn.Module]]] = [(norm, StreamNorm)]
     if isinstance(branch, SelfAttention):
         layers += [(branch, SelfAttention), (branch.proj, Linear)]
         layers.append((branch.qkv, KeyMaskedLinear if isinstance(branch.qkv, KeyMaskedLinear) else Linear))
