@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from meddino.core.precision import at_least_float32
 
-# Similarities computed at once on an accelerator: 25 images of 48 x 48 patches.
+# Similarities computed at once: those of one image on a CPU, of 25 images of 48 x 48 patches on an accelerator.
+ELEMENTS = {"cpu": 1}
 ELEMENTS_ACCELERATOR = 2**27
 Negatives = Literal["keep", "remove", "remove_teacher"]
 
@@ -69,10 +70,9 @@ def resize_patch_map(
 
 def _stretches(batch: int, patches: int, device: torch.device) -> list[int] | list[slice]:
     """Return the images to take at once: one on a CPU, as many as keep an accelerator busy there."""
-    if device.type == "cpu":
-        return list(range(batch))
-    step = max(1, ELEMENTS_ACCELERATOR // patches**2)
-    return [slice(start, start + step) for start in range(0, batch, step)]
+    elements = ELEMENTS.get(device.type, ELEMENTS_ACCELERATOR)
+    step = max(1, elements // patches**2)
+    return list(range(batch)) if step == 1 else [slice(start, start + step) for start in range(0, batch, step)]
 
 
 class _GramDifference(torch.autograd.Function):

@@ -106,14 +106,6 @@ def make_heartbeats(tmp_path):
     return make
 
 
-def test_watch__signals_are_passed_on(fast):
-    step, signals = Pretended(ends_after=3), supervisor.Signals()
-    signals._note(signal.SIGUSR2, None)
-    supervisor.watch(step, None, None, signals)
-    assert step.signals == [signal.SIGUSR2]
-    assert not signals.stop  # a warning, no order
-
-
 def test_local__cancel_status_logs_and_the_lock(site, standin, tmp_path):
     out, profile = tmp_path / "run", site(**standin)
     line = ("--cluster", profile, "--executor", "local", "pretrain", "wait", "--out", out)
