@@ -1,9 +1,9 @@
 """What processes tell each other. In a single process every function is the identity, so callers never ask."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -110,6 +110,20 @@ def any_rank(flag: bool) -> bool:
         return flag
     # A CPU tensor: the group talks gloo there even where tensors on the device talk NCCL, so the device is not waited for.
     return bool(all_reduce_max(torch.tensor([int(flag)]))[0])
+
+
+def on_main(action: Callable[[], ObjectT]) -> ObjectT:
+    """Do something on the first process and give its result, or its error, to all."""
+    result: tuple[ObjectT | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            result = (action(), None)
+        except Exception as error:  # noqa: BLE001 - raised again on every process
+            result = (None, error)
+    value, problem = broadcast_object(result)
+    if problem is not None:
+        raise problem
+    return cast("ObjectT", value)
 
 
 def barrier() -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import meddino
 from meddino.checkpoints.export.write import export_model
-from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
+from meddino.checkpoints.state.names import checkpoint_name
+from meddino.checkpoints.state.training_state import save_training_state
 from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.checkpoints.weights.load import load_backbone_weights
 from meddino.core.errors import CheckpointError

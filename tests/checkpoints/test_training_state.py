@@ -15,16 +15,10 @@ import torch
 from torch import nn
 
 from meddino.checkpoints.state import safetensors_storage
-from meddino.checkpoints.state.training_state import (
-    OptimizerState,
-    checkpoint_name,
-    latest_checkpoint,
-    list_checkpoints,
-    load_training_state,
-    prune_checkpoints,
-    save_training_state,
-    verify_checkpoint,
-)
+from meddino.checkpoints.state.flat_state import OptimizerState
+from meddino.checkpoints.state.names import checkpoint_name, list_checkpoints, prune_checkpoints
+from meddino.checkpoints.state.training_state import load_training_state, save_training_state
+from meddino.checkpoints.state.verify import latest_checkpoint, verify_checkpoint
 from meddino.core.errors import CheckpointError, MedDINOError
 
 
@@ -144,9 +138,7 @@ def test_latest__a_damaged_one_is_passed_over_loudly(tmp_path, caplog, file, dam
         path.unlink()
     found = latest_checkpoint(tmp_path)
     assert found is not None and found.folder == good and found.step == 1
-    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == [
-        "meddino.checkpoints.state.training_state"
-    ]
+    assert [record.name for record in caplog.records if record.levelname == "ERROR"] == ["meddino.checkpoints.state.verify"]
     assert str(bad) in caplog.text
     with pytest.raises(CheckpointError):
         load_training_state(bad, {"student": small_model()})
@@ -241,8 +233,8 @@ def test_save__killed_while_writing_leaves_the_one_before(tmp_path):
     code = f"""
 import os, signal, torch
 from pathlib import Path
-from meddino.checkpoints.state import training_state
-training_state.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # tensors are there, meta.json is not
+from meddino.checkpoints.state import training_state, verify
+verify.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # tensors are there, meta.json is not
 training_state.save_training_state(Path({str(tmp_path)!r}) / "step-000000002", {{"w": torch.ones(3)}}, {{"step": 2}})
 """
     done = subprocess.run([sys.executable, "-c", code], check=False)

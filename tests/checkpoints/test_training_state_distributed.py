@@ -14,7 +14,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from meddino.checkpoints.state import safetensors_storage
-from meddino.checkpoints.state.training_state import OptimizerState, latest_checkpoint, load_training_state, save_training_state
+from meddino.checkpoints.state.flat_state import OptimizerState
+from meddino.checkpoints.state.training_state import load_training_state, save_training_state
+from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.errors import CheckpointError
 
 pytestmark = pytest.mark.distributed

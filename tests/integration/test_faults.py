@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from meddino_pretrain.monitoring.metrics import read_metrics
 
-from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint
 from tests.pretrain.conftest import make_corpus_once  # noqa: F401 - a fixture
 from tests.pretrain.test_launcher import STAGE, TINY, children, wait_until
 

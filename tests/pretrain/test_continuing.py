@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from meddino.checkpoints.state.safetensors_storage import read_tensors
-from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise

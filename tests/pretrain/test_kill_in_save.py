@@ -12,7 +12,7 @@ from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
-from meddino.checkpoints.state.training_state import latest_checkpoint, verify_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint, verify_checkpoint
 from meddino.core.config import load_config
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -22,7 +22,9 @@ FAST = ["saving.every_steps=2", "saving.keep_last=1"]
 CODE = """
     import os, signal
     from pathlib import Path
+    import shutil
     import meddino.checkpoints.state.training_state as module
+    import meddino.checkpoints.state.verify as verifying
     from meddino_pretrain.run import checkpoints as checkpointing
     from meddino_pretrain.config import PretrainConfig
     from meddino_pretrain.stages import run_pretraining
@@ -43,22 +45,22 @@ CODE = """
     if place == "before the tensors":
         module.save = lambda *a, **o: kill() if saving["step"] == 4 else plain_save(*a, **o)
     elif place == "between tensors and meta.json":
-        plain = module.write_json
-        module.write_json = lambda *a, **o: kill() if saving["step"] == 4 else plain(*a, **o)
+        plain = verifying.write_json
+        verifying.write_json = lambda *a, **o: kill() if saving["step"] == 4 else plain(*a, **o)
     elif place == "half of meta.json":
-        plain = module.write_json
+        plain = verifying.write_json
         def half(path, content):
             if saving["step"] == 4:
                 Path(path).write_text('{"format": "meddino-tr')
                 kill()
             plain(path, content)
-        module.write_json = half
+        verifying.write_json = half
     elif place == "after the rename, before old ones go":
         plain = checkpointing.prune_checkpoints
         checkpointing.prune_checkpoints = lambda *a, **o: kill() if saving["step"] == 4 else plain(*a, **o)
     else:  # while the old one is deleted: its meta.json is gone, its tensors are not
-        plain = module.shutil.rmtree
-        module.shutil.rmtree = lambda path, *a, **o: kill() if Path(path).name == "step-000000002" else plain(path, *a, **o)
+        plain = shutil.rmtree
+        shutil.rmtree = lambda path, *a, **o: kill() if Path(path).name == "step-000000002" else plain(path, *a, **o)
     run_pretraining(load_config(PretrainConfig, [RECIPE], OVERRIDES), Path(CORPUS), Path(RUN), [STAGE])
 """
 PLACES = {

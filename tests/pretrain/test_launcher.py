@@ -11,7 +11,7 @@ import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.monitoring.metrics import read_metrics
 
-from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"

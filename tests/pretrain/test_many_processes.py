@@ -16,7 +16,7 @@ from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.checkpoints.state.safetensors_storage import read_tensors
-from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.core.errors import StoppedEarly
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.state.safetensors_storage import read_tensors
-from meddino.checkpoints.state.training_state import latest_checkpoint
+from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.checkpoints.weights.key_formats import to_timm
 from meddino.core.config import load_config
 from meddino.core.errors import CheckpointError

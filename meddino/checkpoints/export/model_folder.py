@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
-from meddino.checkpoints.state.training_state import MAX_META_BYTES
+from meddino.checkpoints.state.verify import MAX_META_BYTES
 from meddino.core.config import StrictConfig, check_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import atomic_write, canonical_json, sha256_file, write_json

@@ -17,14 +17,9 @@ from meddino.checkpoints.export.model_folder import (
     read_weights,
 )
 from meddino.checkpoints.export.training_volumes import find_volume_list
+from meddino.checkpoints.state.names import META_FILE, list_checkpoints
 from meddino.checkpoints.state.safetensors_storage import read_tensors
-from meddino.checkpoints.state.training_state import (
-    META_FILE,
-    Checkpoint,
-    latest_checkpoint,
-    list_checkpoints,
-    verify_checkpoint,
-)
+from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint, verify_checkpoint
 from meddino.core.config import check_config
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import Intensity, read_intensity

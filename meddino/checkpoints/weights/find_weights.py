@@ -12,7 +12,7 @@ from torch import Tensor
 
 from meddino.checkpoints.export.model_folder import DINOV3_LICENCE, Architecture, ParentRecord, is_model_folder, read_record
 from meddino.checkpoints.export.source import HEADS, find_checkpoint, read_source
-from meddino.checkpoints.state.training_state import META_FILE, list_checkpoints
+from meddino.checkpoints.state.names import META_FILE, list_checkpoints
 from meddino.checkpoints.weights.distcp import is_distcp_folder
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, architecture_of
 from meddino.checkpoints.weights.key_formats import DERIVED, detect_layout, to_official

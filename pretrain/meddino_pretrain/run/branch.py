@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.state.training_state import Checkpoint, verify_checkpoint
+from meddino.checkpoints.state.verify import Checkpoint, verify_checkpoint
 from meddino.core.config import differences, load_config, to_yaml
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json, write_text

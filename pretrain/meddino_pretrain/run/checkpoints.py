@@ -6,14 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from meddino.checkpoints.state.training_state import (
-    Checkpoint,
-    checkpoint_name,
-    latest_checkpoint,
-    load_training_state,
-    prune_checkpoints,
-    save_training_state,
-)
+from meddino.checkpoints.state.names import checkpoint_name, prune_checkpoints
+from meddino.checkpoints.state.training_state import load_training_state, save_training_state
+from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint
 from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
 from meddino_pretrain.data.corrupt_samples import CorruptSamples

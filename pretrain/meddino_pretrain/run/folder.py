@@ -12,13 +12,12 @@ from typing import Any
 from meddino.checkpoints.export.corpus_lineage import corpus_lineage
 from meddino.checkpoints.export.model_folder import ParentRecord
 from meddino.checkpoints.export.training_volumes import write_volume_list
-from meddino.checkpoints.state.training_state import on_main
 from meddino.core.config import StrictConfig, differences, load_config, to_yaml
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import write_json, write_text
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
-from meddino.distributed.collectives import is_main
+from meddino.distributed.collectives import is_main, on_main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.config import Action

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.state.training_state import load_training_state, on_main
+from meddino.checkpoints.state.training_state import load_training_state
 from meddino.checkpoints.weights.load import BackboneWeights, load_backbone_weights
 from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
+from meddino.distributed.collectives import on_main
 from meddino.models.registry import backbone_config, build_backbone
 from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.data.intensities import Intensities

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from meddino.checkpoints.state.training_state import list_checkpoints
+from meddino.checkpoints.state.names import list_checkpoints
 from meddino_pretrain.run.checkpoints import CHECKPOINTS, SNAPSHOTS
 
 # None of it changes what is learnt, beyond rounding: where it runs, how it is read and saved, how it is watched.

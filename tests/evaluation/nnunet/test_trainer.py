@@ -16,7 +16,8 @@ import pytest
 from torch import nn
 
 from meddino.checkpoints.export.write import export_model
-from meddino.checkpoints.state.training_state import checkpoint_name, save_training_state
+from meddino.checkpoints.state.names import checkpoint_name
+from meddino.checkpoints.state.training_state import save_training_state
 from meddino.data.intensity import CTIntensity
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
