@@ -25,7 +25,7 @@ from meddino_pretrain.run.initialization import read_init
 
 # Bytes that the forward pass keeps for the backward pass, a token and a unit of width, in bf16: of each block, of each block
 # and of the one at work where blocks are recomputed; and what a pass without a backward pass takes while a block is at work.
-KEPT, KEPT_CHECKPOINTED, TEACHER = 45.0, 4.5, 26.0
+KEPT, KEPT_CHECKPOINTED, TEACHER = 40.5, 2.4, 26.0
 # Share of a card's peak in bf16 at which the paper's authors must have run (docs/scaling.md).
 REACHED = 0.4
 # Share of a core's fastest float32 product that training reaches (`meddino-pretrain bench step`: share_of_own_peak).
