@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meddino.core.precision import at_least_float32
 from meddino.layers.attention import SelfAttention
 from meddino.layers.packing import CropGroup, KeptSamples
 
@@ -37,6 +38,14 @@ class StreamNorm(nn.LayerNorm):
         with torch.autocast(input.device.type, enabled=False):
             weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
             return functional.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class OutputNorm(StreamNorm):
+    """The LayerNorm after the last block: what leaves the network is float32 at least, as losses want it."""
+
+    def forward(self, input: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
+        """Normalise the last dimension."""
+        return super().forward(at_least_float32(input))
 
 
 class TransformerBlock(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meddino.core.config import StrictConfig
 from meddino.layers.attention import SelfAttention
-from meddino.layers.block import LayerScale, TransformerBlock
+from meddino.layers.block import LayerScale, OutputNorm, TransformerBlock
 from meddino.layers.cpu.lean_branches import LeanBlock
 from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.feed_forward import build_feed_forward
@@ -108,9 +108,9 @@ class VisionTransformer(Backbone):
             ROPE_DTYPES[config.rope_dtype],
         )
         self.blocks = nn.ModuleList(_build_block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.cls_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.untie_cls_and_patch_norms else None
-        self.local_cls_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.untie_global_and_local_cls_norm else None
+        self.norm = OutputNorm(dim, eps=config.norm_eps)
+        self.cls_norm = OutputNorm(dim, eps=config.norm_eps) if config.untie_cls_and_patch_norms else None
+        self.local_cls_norm = OutputNorm(dim, eps=config.norm_eps) if config.untie_global_and_local_cls_norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
