@@ -74,15 +74,17 @@ class Silent:
 
 
 @pytest.mark.parametrize(
-    ("beats", "end_s", "because"),
+    ("beats", "end_in_s", "because"),
     [
         (None, None, None),
-        (None, time.time() + 3600, None),
-        (None, time.time(), "still running at its time limit"),
+        (None, 3600, None),
+        (None, 0, "still running at its time limit"),
         (Silent(), None, "n2 has gone silent"),
     ],
+    ids=["no limit", "time left", "time over", "silent"],
 )
-def test_reason_to_end__a_silent_machine_or_the_time_limit(beats, end_s, because):
+def test_reason_to_end__a_silent_machine_or_the_time_limit(beats, end_in_s, because):
+    end_s = None if end_in_s is None else time.time() + end_in_s
     assert supervisor._reason_to_end(beats, end_s) == because
 
 
