@@ -59,7 +59,7 @@ def test_toy__trains_is_watched_and_reported(alone):
     assert {"grad_norm/backbone", "grad_norm/projector"} <= records[0].keys()
     assert "features/patch_consistency" in records[2] and "features/cls_rankme" in records[2]
     html = (alone / "report.html").read_text()
-    assert "agreement" in html and "patch consistency" in html and "starts from networks" not in html
+    assert "agreement" in html and "patch_consistency" in html and "Starts from networks of first after step 6" in html
     assert "networks of first after step 6" in json.loads((alone / "run.json").read_text())["stages"]["second"]["message"]
     assert (alone / "second" / "pictures" / "pca-000000002.png").is_file()
 
