@@ -3,7 +3,7 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from meddino.volumes.nifti import opened
+from meddino.volumes.nifti import first_bytes
 
 HEAD_BYTES = 600
 VOLUME_SUFFIXES = {
@@ -73,8 +73,7 @@ def unpacked_head(path: Path, head: bytes) -> bytes | None:
     """
     if head[:2] != b"\x1f\x8b":
         return None
-    with opened(path) as packed:
-        return packed.read(HEAD_BYTES)
+    return first_bytes(path, HEAD_BYTES)
 
 
 def has_dicom_magic(head: bytes) -> bool:

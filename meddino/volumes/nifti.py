@@ -5,6 +5,7 @@ What is read is checked against the file's length and, in a .gz, against its CRC
 
 import gzip
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +30,7 @@ _BLOCK_BYTES = 8 << 20
 _INT16 = np.iinfo(np.int16)
 # What damaged gzip data raises. ISA-L's reader takes half the time of zlib's.
 _ISAL_ERROR: type[Exception] = IsalError  # type: ignore[assignment]  # its stub calls the class an instance
-GZIP_ERRORS = (EOFError, _ISAL_ERROR, gzip.BadGzipFile)
+GZIP_ERRORS = (EOFError, _ISAL_ERROR, zlib.error, gzip.BadGzipFile)
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def read_nifti_header(path: Path, limits: ReadLimits) -> NiftiHeader:
         VolumeError: It is damaged, of a data type that holds no numbers, or promises more than may be read.
     """
     try:
-        with opened(path) as stream:
-            head = stream.read(600)
-        fields = _fields(head)
+        fields = _fields(first_bytes(path, 600))
     except struct.error as error:
         raise VolumeError("NIfTI header is truncated") from error
     except GZIP_ERRORS as error:
@@ -206,7 +205,7 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
     """
     voxels = np.empty(int(np.prod(header.shape)), dtype=_read_as(header))
     try:
-        with opened(path) as stream:
+        with _opened(path) as stream:
             stream.seek(header.offset)
             _read_blocks(stream, header, voxels)
             # To the end, where gzip compares its checksum: but no further than any honest file goes.
@@ -219,12 +218,22 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
     return voxels.reshape(header.shape)
 
 
-def opened(path: Path) -> IO[bytes]:
+def first_bytes(path: Path, count: int) -> bytes:
+    """Return the first bytes of a file, unpacked if it is packed with gzip, whatever becomes of those behind them."""
+    # ISA-L's reader keeps back what comes before the end of a small file that is cut off.
+    with gzip.open(path, "rb") if _is_packed(path) else path.open("rb") as stream:
+        return stream.read(count)
+
+
+def _opened(path: Path) -> IO[bytes]:
     """Open a file, unpacked if it is packed with gzip."""
-    with path.open("rb") as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-    unpacked: IO[bytes] = igzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[no-untyped-call]
+    unpacked: IO[bytes] = igzip.open(path, "rb") if _is_packed(path) else path.open("rb")  # type: ignore[no-untyped-call]
     return unpacked
+
+
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 def _read_as(header: NiftiHeader) -> np.dtype[Any]:
