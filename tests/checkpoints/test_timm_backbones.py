@@ -110,6 +110,6 @@ def test_evaluation__takes_the_export_with_its_contract(trained, tmp_path):
     checkpoint, backbone = trained
     export_model(checkpoint, tmp_path / "model")
     adapter = load_backbone(str(tmp_path / "model"))
-    assert adapter.contract.hu is not None and adapter.embed_dim == 512
+    assert adapter.contract.own is not None and adapter.embed_dim == 512
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(adapter.tokens(images).cls, backbone.tokens(images).cls_token)
