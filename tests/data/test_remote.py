@@ -15,6 +15,7 @@ from meddino_data_curation.cli import main
 
 from meddino.core.errors import ConfigError, ShardError
 from meddino.data import remote as remote_module
+from meddino.data.content import slice_hash
 from meddino.data.corpus import Corpus
 from meddino.data.remote import corpus_location, is_url
 from meddino.data.slice_cache import SliceCache, cache_limit_bytes
@@ -189,16 +190,16 @@ def test_pretrain__trains_on_a_url(server, tmp_path):
 
 
 def test_evaluation_and_export__look_into_a_corpus_behind_a_url(corpus_folder, server):
-    from meddino_evaluation.classification.evaluate import _corpus
-    from meddino_evaluation.segmentation.leakage import LeakageCheck
+    from meddino_evaluation.data.leakage import LeakageCheck
 
     from meddino.checkpoints.export.check_slices import check_slices
 
     url, local = f"{server.url}/corpus", Corpus(corpus_folder)
-    assert _corpus(url) == _corpus(str(corpus_folder))
-    check = LeakageCheck({"corpus_hash": local.content_hash}, url)
-    check.look("seen", local.volumes.column("content_hash")[0].as_py())
-    assert list(check.overlap) == ["seen"]
+    check = LeakageCheck({"corpus_hash": local.content_hash}, url, slices=True)
+    assert check.look("its volume", local.volumes.column("content_hash")[0].as_py())
+    assert check.look("its slice", slice_hash(local.read(0)))
+    assert not check.look("another", "0" * 32)
+    assert check.overlap == ["its volume", "its slice"]
     assert all(map(torch.equal, check_slices(16, url), check_slices(16, corpus_folder)))
 
 
