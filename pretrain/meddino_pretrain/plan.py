@@ -17,7 +17,7 @@ from meddino.core.files import check_free_space
 from meddino.data.joined_corpus import open_corpora
 from meddino_pretrain.build import build_method
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.data.sampler import sample_order
+from meddino_pretrain.data.sampler import BatchShare, sample_order
 from meddino_pretrain.data.views import View
 from meddino_pretrain.methods.base import shapes_of
 from meddino_pretrain.run.corpus_audit import check_audit
@@ -248,12 +248,10 @@ def later_steps(config: PretrainConfig, name: str) -> float:
 
 def _plan_stage(config: PretrainConfig, name: str, machine: PlannedMachine) -> StagePlan:
     stage, size = config.stages[name], stage_size(config, name)
-    micro_batch, left = divmod(stage.global_batch, machine.processes * stage.accumulation)
-    if left or not micro_batch:
-        raise ConfigError(
-            f"stages.{name}: global_batch {stage.global_batch} does not divide over {machine.processes} processes x "
-            f"accumulation {stage.accumulation}"
-        )
+    try:
+        micro_batch = BatchShare(stage.global_batch, 0, machine.processes, stage.accumulation).micro_batch
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     shards = machine.processes if config.machine.parallel == "fsdp2" else 1
     checkpointing = config.machine.activation_checkpointing
     memory = size.memory_bytes(micro_batch, machine.half, checkpointing, shards)

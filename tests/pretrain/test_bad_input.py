@@ -100,7 +100,13 @@ def test_pretrain__the_length_of_a_stage_that_has_begun_may_not_change(capsys, b
     assert "stages.stage1_pretrain.steps: 1 -> 2" in line
 
 
-@pytest.mark.parametrize("wrong", ["init.weights=/nope", "stages.stage1_pretrain.accumulation=3", "corpus"])
+def test_pretrain__a_batch_that_does_not_divide_is_refused_before_anything_is_written(capsys, make_corpus_once, tmp_path):
+    wrong = "stages.stage1_pretrain.accumulation=3"
+    assert "does not divide" in refused(capsys, TINY, "--out", tmp_path / "run", "--corpus", make_corpus_once, wrong)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", ["init.weights=/nope", "corpus"])
 def test_pretrain__a_wrong_first_command_binds_nobody(capsys, make_corpus, make_corpus_once, tmp_path, wrong):
     run = [TINY, "--out", str(tmp_path / "run"), "--stage", "stage1_pretrain", *ONE_STEP]
     corpus, key = (

@@ -57,7 +57,7 @@ def test_plan__where_only_recomputing_helps_it_says_so():
 
 
 def test_plan__a_batch_that_does_not_divide():
-    with pytest.raises(ConfigError, match="global_batch 512 does not divide over 3 processes x accumulation 2"):
+    with pytest.raises(ConfigError, match="stage1_pretrain: global batch 512 does not divide over 3 processes x 2"):
         plan_run(recipe("ct3m_vitb"), named_machine("1x3"))
 
 
