@@ -41,7 +41,7 @@ class Geometry:
             order: Source axis of each new axis.
             flips: Whether each new axis runs against its source axis.
         """
-        shape, spacing = ([values[axis] for axis in order] for values in (self.shape, self.spacing_mm))
+        shape, spacing = [self.shape[axis] for axis in order], [self.spacing_mm[axis] for axis in order]
         axes = self.axes[list(order)].copy()
         origin = np.asarray(self.origin_mm, dtype=np.float64)
         for axis, flip in enumerate(flips):

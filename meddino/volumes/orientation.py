@@ -151,21 +151,21 @@ class Turn:
         """Turn the last three axes of an array."""
         lead = array.ndim - 3
         turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
-        return np.ascontiguousarray(turned[(..., *self._steps())])
+        return np.ascontiguousarray(turned[self._steps()])
 
     def undo(self, array: NDArray[Any]) -> NDArray[Any]:
         """Turn the last three axes of an array back."""
         lead = array.ndim - 3
         inverse = tuple(int(axis) for axis in np.argsort(self.order))
-        return np.ascontiguousarray(array[(..., *self._steps())].transpose(*range(lead), *(lead + axis for axis in inverse)))
+        return np.ascontiguousarray(array[self._steps()].transpose(*range(lead), *(lead + axis for axis in inverse)))
 
     def spacing_mm(self, geometry: Geometry) -> tuple[float, float, float]:
         """Return the spacing along the axes of the turned array."""
         z, y, x = (geometry.spacing_mm[axis] for axis in self.order)
         return z, y, x
 
-    def _steps(self) -> tuple[slice, ...]:
-        return tuple(slice(None, None, -1) if flip else slice(None) for flip in self.flips)
+    def _steps(self) -> tuple[Any, ...]:
+        return (..., *(slice(None, None, -1) if flip else slice(None) for flip in self.flips))
 
 
 def turn_to_lps(geometry: Geometry) -> Turn:

@@ -49,7 +49,7 @@ def _grey(corpus: Corpus, index: int, modality: Modality) -> Tensor:
     values = torch.from_numpy(corpus.read(index).astype(np.float32))
     grey = values if values.ndim == 2 else values.mean(-1)
     ends = torch.tensor(corpus.value_range(index) or _THORAX_RANGE.tolist())
-    if corpus.modality(index) == modality == "ct":
+    if modality == "ct" and corpus.modality(index) == modality:
         return grey
     unit = to_unit(grey[None], ends)[0]
     low, high = _THORAX_RANGE.tolist()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as dcp_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from meddino.core.errors import CheckpointError
@@ -35,7 +36,7 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads the metadata without running what it may hold; torch itself reads the tensors, weights only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -77,7 +78,7 @@ def read_distcp_folder(folder: Path, section: str) -> tuple[dict[str, Tensor], l
         tensors = {name: torch.empty(sizes[name].size, dtype=sizes[name].properties.dtype) for name in names}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process reads alone is what is meant
-            dcp.load(tensors, storage_reader=reader, no_dist=True)
+            dcp.state_dict_loader.load(tensors, storage_reader=reader, no_dist=True)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except (dcp.api.CheckpointException, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError,

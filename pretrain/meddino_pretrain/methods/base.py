@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -207,7 +208,8 @@ class Method(ABC):
         Asked of a method from `shapes_of`. As it stands: the backbone's forward pass on all views three times, for
         its backward pass has two products for each of the forward.
         """
-        return 3 * sum(count_flops(lambda images=images: self.export().tokens(images)) for images in on_meta(batch).values())
+        backbone = self.export()
+        return 3 * sum(count_flops(partial(backbone.tokens, images)) for images in on_meta(batch).values())
 
 
 def shapes_of(build: Callable[[], Method]) -> Method:

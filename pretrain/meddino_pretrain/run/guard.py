@@ -20,7 +20,7 @@ class Ending:
         will_go_on: Whether the same command goes on by itself.
     """
 
-    error: MedDINOError
+    error: MedDINOError | StoppedEarly
     save: bool
     will_go_on: bool
 

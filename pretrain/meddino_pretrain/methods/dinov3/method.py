@@ -164,7 +164,7 @@ class DINOv3(Method):
         koleo = self._koleo_gradients(batches, plans)
         losses = self.config.losses
         fixed = (self._weights(batches[0]), losses.student_temperature, losses.gram_negatives)
-        return [Targets(*parts, *fixed) for parts in zip(plans, cls, patches, gram, initial, koleo, strict=True)]
+        return [Targets(plans[i], cls[i], patches[i], gram[i], initial[i], koleo[i], *fixed) for i in range(len(batches))]
 
     def after_step(self, values: StepValues) -> None:
         """See `Method`."""
