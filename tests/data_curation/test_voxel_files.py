@@ -17,7 +17,7 @@ from tests.data_curation.test_build import run_build
 from tests.data_curation.test_held_out import rows_by_place
 
 LIMITS = CurationConfig().limits
-NRRD = "NRRD0004\nspacings: 1 1 1\ntype: short\ndimension: 3\nsizes: 72 64 6\nencoding: raw\nendian: little\n"
+NRRD = "NRRD0004\ntype: short\ndimension: 3\nspacings: 1 1 1\nsizes: 72 64 6\nencoding: raw\nendian: little\n"
 META = "ObjectType = Image\nNDims = 3\nElementSpacing = 1 1 1\nDimSize = 72 64 6\nElementType = MET_SHORT\n"
 PEAK = """
 import resource, sys
