@@ -61,10 +61,10 @@ def test_neighbouring_slices__come_in_as_channels(make_dataset, tiny_config, tmp
     assert float((case.image(0, 1)[0] - case.image(0)[0]).abs().max()) == 0.0  # the end repeats
 
 
-def _prediction_error(tmp_path, image, capsys):
+def _refusal(tmp_path, image, capsys):
     arguments = ["--results", str(tmp_path / "all"), "--input", str(image), "--out", str(tmp_path / "predicted")]
     assert main(["predict", *arguments]) == 2
-    return capsys.readouterr().err
+    return capsys.readouterr().out
 
 
 def test_several_channels__all_of_them_or_the_first(make_dataset, tiny_config, tmp_path, capsys):
@@ -80,9 +80,7 @@ def test_several_channels__all_of_them_or_the_first(make_dataset, tiny_config, t
     # Three equal channels are one channel repeated three times.
     first, all_of_them = (tmp_path / name / "cases.csv" for name in ("first", "all"))
     assert first.read_text() == all_of_them.read_text()
-    assert "case_00_0000: 1 channels, the network reads 3" in _prediction_error(
-        tmp_path, data / "imagesTr/case_00_0000.nii.gz", capsys
-    )
+    assert "case_00_0000: 1 channels, the network reads 3" in _refusal(tmp_path, data / "imagesTr/case_00_0000.nii.gz", capsys)
     for path in (data / "imagesTr").glob("*_0002.nii.gz"):
         path.unlink()
     content["channel_names"].pop("2")
