@@ -17,14 +17,23 @@ class ProjectionHead(nn.Module):
         hidden_dim: Width of the hidden layers.
         bottleneck_dim: Width of the bottleneck.
         layers: Number of linear layers up to the bottleneck, >= 1.
+        unit_prototypes: Prototypes start with length one, so that logits differ enough from the first step on for heads
+            trained from scratch to leave the uniform assignment within some hundred steps (ours).
 
     Source: DINO (Caron et al. 2021) without the weight norm of the last layer, as in DINOv3.
     """
 
     def __init__(
-        self, in_dim: int, prototypes: int, hidden_dim: int = 2048, bottleneck_dim: int = 256, layers: int = 3
+        self,
+        in_dim: int,
+        prototypes: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        layers: int = 3,
+        unit_prototypes: bool = False,
     ) -> None:
         super().__init__()
+        self.unit_prototypes = unit_prototypes
         widths = [in_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         modules: list[nn.Module] = []
         for index in range(layers):
@@ -43,6 +52,9 @@ class ProjectionHead(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.unit_prototypes:
+            with torch.no_grad():
+                self.last_layer.weight.copy_(functional.normalize(self.last_layer.weight, dim=-1))
 
     def forward(
         self, x: Float[Tensor, "... dim"], no_last_layer: bool = False, only_last_layer: bool = False

@@ -38,3 +38,14 @@ def test_forward__recorded(shared_reference):
     head = ProjectionHead(dim, prototypes, hidden, bottleneck, layers=sum(name.endswith("bias") for name in weights))
     head.load_state_dict(weights)
     torch.testing.assert_close(head(records["head.input"]), records["head.output"], atol=1e-5, rtol=0)
+
+
+def test_unit_prototypes__start_with_length_one_and_the_rest_as_ever():
+    torch.manual_seed(0)
+    plain = ProjectionHead(5, 7, 6, 4)
+    torch.manual_seed(0)
+    unit = ProjectionHead(5, 7, 6, 4, unit_prototypes=True)
+    assert torch.allclose(unit.last_layer.weight.norm(dim=1), torch.ones(7))
+    assert torch.equal(unit.mlp[0].weight, plain.mlp[0].weight)
+    expected = plain.last_layer.weight / plain.last_layer.weight.norm(dim=1, keepdim=True)
+    assert torch.allclose(unit.last_layer.weight, expected)

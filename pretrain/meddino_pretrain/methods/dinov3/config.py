@@ -45,6 +45,8 @@ class HeadConfig(StrictConfig):
     """Width before the prototypes; FlexiCT: 256."""
     layers: int = Field(3, ge=1)
     """Linear layers before the prototypes; DINOv3: 3."""
+    unit_prototypes: bool = False
+    """Prototypes start with length one; ours: true from scratch; DINOv3: false (standard deviation 0.02)."""
 
 
 class HeadsConfig(StrictConfig):

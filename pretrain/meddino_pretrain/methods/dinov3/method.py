@@ -257,7 +257,9 @@ class DINOv3(Method):
 
 
 def _head(in_dim: int, config: HeadConfig) -> ProjectionHead:
-    return ProjectionHead(in_dim, config.prototypes, config.hidden_dim, config.bottleneck_dim, config.layers)
+    return ProjectionHead(
+        in_dim, config.prototypes, config.hidden_dim, config.bottleneck_dim, config.layers, config.unit_prototypes
+    )
 
 
 def _joint_targets(head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype) -> list[SinkhornTargets]:
