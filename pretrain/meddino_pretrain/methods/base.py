@@ -223,7 +223,8 @@ def shapes_of(build: Callable[[], Method]) -> Method:
 
 def on_meta(batch: Batch) -> dict[str, Tensor]:
     """Return a batch's views as shapes alone."""
-    return {name: images.to("meta") for name, images in batch.views.items()}
+    # In the type of the weights of `shapes_of`, whatever is trained in.
+    return {name: images.to("meta", torch.float32) for name, images in batch.views.items()}
 
 
 def count_flops(work: Callable[[], object]) -> float:
