@@ -86,12 +86,12 @@ def test_cut_crop__gram_crop_shrunk_is_the_global_crop(flipped):
 @pytest.mark.parametrize("shape", [(400, 100), (100, 400)])
 def test_draw_boxes__elongated_slices_share_ratio_and_place_are_drawn(shape):
     # Of half the slice no allowed shape fits: the largest box of a log-uniform shape, anywhere along the slice.
-    config = CropsConfig(global_scale=(0.5, 1.0))
-    boxes = np.array([draw_boxes(config, 1, n, shape, (1.0, 1.0))[:2] for n in range(1000)], dtype=float).reshape(-1, 5)
+    spec = crop_views(CropsConfig(global_scale=(0.5, 1.0)))
+    boxes = np.array([all_boxes(spec, 1, n, shape, (1.0, 1.0))[:2] for n in range(1000)], dtype=float).reshape(-1, 5)
     top, left, height, width = boxes.T[:4]
     assert ((top + height <= shape[0]) & (left + width <= shape[1])).all()
     assert (np.maximum(width == shape[1], height == shape[0])).all()
-    low, high = np.log(config.aspect_ratio)
+    low, high = np.log(spec.aspect_ratio)
     assert stats.kstest((np.log(width / height) - low) / (high - low), "uniform").statistic < 0.05
     room = (shape[0] - height + 1) if shape[0] > shape[1] else (shape[1] - width + 1)
     assert stats.kstest((top + left + 0.5) / room, "uniform").statistic < 0.05

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
