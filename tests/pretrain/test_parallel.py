@@ -47,7 +47,7 @@ def run_alone(corpus: Path, run: Path, *overrides: str, stages=STAGES) -> Path:
     return run
 
 
-def compare(run: Path, reference: Path, stages=STAGES, within: float = 1e-5) -> None:
+def compare(run: Path, reference: Path, stages=STAGES, within: float = 1e-5, weights_within: float | None = None) -> None:
     """Losses and weights of two runs."""
     for stage in stages:
         found, wanted = (read_metrics(folder / stage / "metrics.jsonl") for folder in (run, reference))
@@ -60,7 +60,7 @@ def compare(run: Path, reference: Path, stages=STAGES, within: float = 1e-5) -> 
             read_tensors(latest_checkpoint(folder / stage / "checkpoints").folder, "teacher.") for folder in (run, reference)
         )
         for name, tensor in theirs.items():
-            torch.testing.assert_close(ours[name], tensor, atol=within, rtol=within, msg=f"{stage} {name}")
+            torch.testing.assert_close(ours[name], tensor, atol=weights_within or within, rtol=within, msg=f"{stage} {name}")
 
 
 @pytest.fixture
@@ -110,7 +110,8 @@ def continued(tmp_path_factory, make_corpus_once):
 def test_accumulation__continued_backbone_in_float32(continued, make_corpus_once, tmp_path):
     overrides, reference = continued
     run = run_alone(make_corpus_once, tmp_path / "run", *overrides, "stages.stage1_pretrain.accumulation=4", stages=STAGES[:1])
-    compare(run, reference, STAGES[:1])
+    # AdamW divides by second moments near zero: on some processors 4 of 16,384 weights of one layer differ by up to 1.3e-5.
+    compare(run, reference, STAGES[:1], weights_within=3e-5)
 
 
 def run_two(run_ranks, free_ports, corpus: Path, parallel: str, runs: dict[Path, tuple[list[str], list[str]]]) -> None:
