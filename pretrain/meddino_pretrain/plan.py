@@ -359,7 +359,11 @@ def show_plan(
     config.check_stages(stages)
     plans = plan_run(config, machine, stages)
     if any(config.stages[each.name].starts_from is None for each in plans):
-        yield f"weights: {config.init.weights} fits" if read_init(config) is not None else "weights: fresh ones, drawn from the seed"
+        yield (
+            f"weights: {config.init.weights} fits"
+            if read_init(config) is not None
+            else "weights: fresh ones, drawn from the seed"
+        )
     coming = [corpus for corpus in corpora if corpus_comes and isinstance(corpus, Path) and not corpus.exists()]
     if coming:
         yield f"corpus: {coming[0]} is not there yet; it is checked when the run begins"
