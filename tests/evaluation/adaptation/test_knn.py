@@ -71,3 +71,16 @@ def test_retrieval__average_precision_equals_scikit_learn_and_a_missing_class_is
         best = int(similarity[q].argmax())
         assert found["precision@1"][q] == (labels[best] == query_labels[q])
     assert np.isnan(found["average_precision"][4])
+
+
+@pytest.mark.parametrize(("references", "count"), [(60, 3), (60, 20), (12, 12)])
+def test_nearest__of_equal_similarities_the_lower_numbers(references, count):
+    rng = np.random.default_rng(0)
+    # Few different vectors: most of each query's nearest are tied.
+    kinds = torch.from_numpy(rng.normal(size=(5, 4)))
+    gallery, queries = kinds[rng.integers(0, 5, references)], torch.from_numpy(rng.normal(size=(9, 4)))
+    _, numbers = nearest(queries, gallery, count)
+    unit = torch.nn.functional.normalize(gallery, dim=1)
+    for query, found in zip(torch.nn.functional.normalize(queries, dim=1), numbers.tolist(), strict=True):
+        similarity = [round(float(query @ other), 9) for other in unit]
+        assert found == sorted(range(references), key=lambda place: (-similarity[place], place))[:count]

@@ -52,12 +52,16 @@ def test_probe__as_a_command_every_number_comes_from_cases_csv(make_dataset, tmp
     tiny_dataset = make_dataset()
     out = tmp_path / "probe"
     words = ["data.size_px=32", "train_slices=4", "case_slices=3", "strengths=[0.1]", "neighbours=[3]", "seeds=[0,1]"]
-    assert main(["probe", "--model", "random:vitnano8", "--data", str(tiny_dataset), "--out", str(out), *words]) == 0
+    models = ["--model", "random:vitnano8", "--model", "again=random:vitnano8"]
+    assert main(["probe", *models, "--data", str(tiny_dataset), "--out", str(out), *words]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
-    assert set(metrics["models"]) == {"random:vitnano8", "pixels"}
+    assert set(metrics["models"]) == {"random:vitnano8", "again", "pixels"}
+    assert metrics["models"]["again"] == metrics["models"]["random:vitnano8"]
     with (out / "cases.csv").open() as stream:
         rows = [row for row in csv.DictReader(stream) if row["model"] == "pixels" and row["readout"] == "chosen"]
     labels = sorted({row["label"] for row in rows})
+    # Pixels are the same for both models: each patient counts once.
+    assert len({(row["seed"], row["patient"], row["label"]) for row in rows}) == len(rows)
     for place, seed in enumerate(("0", "1")):
         scores = []
         for label in labels:

@@ -18,10 +18,11 @@ class ProbeConfig(StrictConfig):
     """Who is learnt from, who selects, who is tested."""
     train_slices: int = Field(16, gt=0)
     """Labelled slices that are learnt from, each adding the label seen least so far; ours: few labels show most."""
-    case_slices: int = Field(24, gt=0)
-    """Slices of a validation or test case that are looked at, evenly spaced over those that hold a label."""
-    patches_per_label: int = Field(800, gt=0)
-    """Patches of a label that are learnt from; more are thinned out at random."""
+    case_slices: int = Field(8, gt=0)
+    """Slices of a validation or test case that are looked at, evenly spaced over those that hold a label; ours: neighbours of a
+    slice say little more than it."""
+    patches_per_label: int = Field(300, gt=0)
+    """Patches of a label that are learnt from; more are thinned out at random; ours: seconds instead of minutes."""
     blocks: tuple[int, ...] = Field((1, 4), min_length=1)
     """Last block alone, and evenly spaced blocks side by side; validation chooses."""
     strengths: tuple[float, ...] = Field((0.001, 0.01, 0.1, 1.0), min_length=1)
@@ -32,6 +33,8 @@ class ProbeConfig(StrictConfig):
     """Resamples of the patients for 95 % intervals."""
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
     """Draws of the labelled slices."""
+    random_seed: int = Field(0, ge=0)
+    """Seed of the weights of random:<name>."""
     batch_size: int = Field(32, gt=0)
     """Slices encoded at once."""
     device: str = "auto"

@@ -1,6 +1,6 @@
 """Patches of labelled slices: what a backbone says of each, what its pixels are, and which label lies on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -92,9 +92,8 @@ def encode_slices(
         images = torch.stack([case.image(z) for z in slices[start : start + batch_size]])
         padded = F.pad(images, (0, cols - images.shape[-1], 0, rows - images.shape[-2]), value=low)
         with torch.no_grad(), machine.autocast():
-            entering = model_input(padded.to(machine.device), contract)
-            for count in blocks:
-                features[f"blocks{count}"].append(_rows(backbone.patch_maps(entering, count), rows // patch, cols // patch))
+            for count, maps in _maps(backbone, model_input(padded.to(machine.device), contract), blocks):
+                features[f"blocks{count}"].append(_rows(maps, rows // patch, cols // patch))
         features[PIXELS].append(_pixels(padded, contract, patch))
     labels = np.full((len(slices), rows, cols), IGNORED, dtype=np.int32)
     for place, z in enumerate(slices):
@@ -121,6 +120,14 @@ def thinned(patches: PatchSet, per_label: int, rng: np.random.Generator) -> Patc
     """Keep at most `per_label` patches of each label, drawn at random."""
     kept = [rng.permutation(np.flatnonzero(patches.labels == value))[:per_label] for value in np.unique(patches.labels)]
     return patches.rows(np.sort(np.concatenate(kept)))
+
+
+def _maps(backbone: Backbone, images: Tensor, blocks: Sequence[int]) -> Iterator[tuple[int, Sequence[Tensor]]]:
+    """Yield the maps of so many blocks each; the last block alone is the last map of several, and not computed again."""
+    maps: Sequence[Tensor] = ()
+    for count in sorted(blocks, reverse=True):
+        maps = maps[-1:] if count == 1 and maps else backbone.patch_maps(images, count)
+        yield count, maps
 
 
 def _rows(maps: Sequence[Tensor], rows: int, cols: int) -> Float[Tensor, "n dim"]:

@@ -1,9 +1,10 @@
 """Readouts of patch tokens: kNN and logistic regression, their settings chosen on validation patients."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
@@ -14,6 +15,9 @@ from meddino_evaluation.segmentation.dense_probe.patches import PatchSet
 
 Counts = NDArray[np.int64]
 """[patients, classes, 3]: true positives, false positives and false negatives of patches."""
+
+MAX_STEPS = 100
+"""L-BFGS iterations of a logistic regression; more change no prediction that matters (ours)."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,7 @@ def fit_all(
     """
     if len(np.unique(train.labels)) < 2:
         raise ConfigError("the labelled slices show one class only; give more (train_slices) or other cases")
-    return [
-        max(candidates, key=lambda one: (one.val_f1, -one.setting))
-        for name in names
-        for candidates in _candidates(train, val, test, name, config, classes)
-    ]
+    return [fit(train, val, test, name, config, classes) for name in names for fit in (_fit_knn, _fit_logistic)]
 
 
 def best_on_validation(fitted: Sequence[Fitted], names: Sequence[str]) -> Fitted:
@@ -93,23 +93,29 @@ def best_on_validation(fitted: Sequence[Fitted], names: Sequence[str]) -> Fitted
     return max((one for one in fitted if one.features in names), key=lambda one: one.val_f1)
 
 
-def _candidates(
-    train: PatchSet, val: PatchSet, test: PatchSet, name: str, config: ProbeConfig, classes: int
-) -> Iterator[list[Fitted]]:
-    """Yield the settings of one readout after the other, each with its score on validation."""
-
-    def measured(readout: Readout, setting: float, on_val: NDArray[np.float64], on_test: NDArray[np.float64]) -> Fitted:
-        score = macro_f1(count_patches(on_val.argmax(1), val, int(val.patients.max()) + 1, classes))
-        return Fitted(name, readout, setting, score, on_test.argmax(1))
-
-    x, y, z = (part.features[name] for part in (train, val, test))
+def _fit_knn(train: PatchSet, val: PatchSet, test: PatchSet, name: str, config: ProbeConfig, classes: int) -> Fitted:
+    x = train.features[name]
     ks = tuple(k for k in config.neighbours if k <= len(x)) or (len(x),)
-    near_val = knn_probabilities(x, train.labels, y, classes=classes, neighbours=ks)
-    near_test = knn_probabilities(x, train.labels, z, classes=classes, neighbours=ks)
-    yield [measured("knn", k, near_val[k], near_test[k]) for k in ks]
-    models = fit_logistic(x.double().numpy(), train.labels, config.strengths, kind="multiclass", classes=classes, max_steps=200)
-    on_val, on_test = y.double().numpy(), z.double().numpy()
-    yield [
-        measured("logistic", m.strength, m.probabilities(on_val, "multiclass"), m.probabilities(on_test, "multiclass"))
-        for m in models
-    ]
+
+    def votes(queries: PatchSet, neighbours: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+        of = queries.features[name]
+        return knn_probabilities(x, train.labels, of, classes=classes, neighbours=neighbours, dtype=torch.float32)
+
+    scores = {k: _score(found, val, classes) for k, found in votes(val, ks).items()}
+    best = max(ks, key=lambda k: (scores[k], -k))
+    return Fitted(name, "knn", best, scores[best], votes(test, (best,))[best].argmax(1))
+
+
+def _fit_logistic(train: PatchSet, val: PatchSet, test: PatchSet, name: str, config: ProbeConfig, classes: int) -> Fitted:
+    x, y, z = (part.features[name].numpy() for part in (train, val, test))
+    models = fit_logistic(
+        x.astype(np.float64), train.labels, config.strengths, kind="multiclass", classes=classes, max_steps=MAX_STEPS
+    )
+    scores = [_score(model.probabilities(y, "multiclass"), val, classes) for model in models]
+    best = max(range(len(models)), key=lambda place: (scores[place], -models[place].strength))
+    model = models[best]
+    return Fitted(name, "logistic", model.strength, scores[best], model.probabilities(z, "multiclass").argmax(1))
+
+
+def _score(probabilities: NDArray[np.float64], val: PatchSet, classes: int) -> float:
+    return macro_f1(count_patches(probabilities.argmax(1), val, int(val.patients.max()) + 1, classes))

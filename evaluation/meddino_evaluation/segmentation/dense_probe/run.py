@@ -96,12 +96,20 @@ def run_probe(
     splits = _splits(config, dataset)
     outcomes: dict[str, list[Outcome]] = {}
     leakage: dict[str, Any] = {}
+    cases = PreparedCases(config, dataset)
+    pixels: dict[tuple[Any, ...], str] = {}
     for name, model in models.items():
-        source = load_encoder(model)
+        source = load_encoder(model, config.random_seed)
         source.backbone.to(machine.device)
         check = LeakageCheck(source.lineage, corpus, source.name)
+        # Models of equal patches and windows share their pixels.
+        cut = (source.backbone.patch_size, source.contract.multiple_px, source.contract.ct_window)
+        kinds = {name: [f"blocks{count}" for count in config.blocks]}
+        if cut not in pixels:
+            pixels[cut] = PIXELS if not pixels else f"{PIXELS} as of {name}"
+            kinds[pixels[cut]] = [PIXELS]
         for split in splits:
-            for label, found in _probe_fold(config, dataset, split, name, source, machine, check).items():
+            for label, found in _probe_fold(config, cases, split, kinds, source, machine, check).items():
                 outcomes.setdefault(label, []).extend(found)
         leakage[name] = {**check.summary(), "model_hash": source.model_hash}
     metrics = {
@@ -140,22 +148,45 @@ def _splits(config: ProbeConfig, dataset: LabelledDataset) -> list[Split]:
     return splits
 
 
+class PreparedCases:
+    """Cases on the grid of a fold, each prepared once for all models and folds that want it so."""
+
+    def __init__(self, config: ProbeConfig, dataset: LabelledDataset) -> None:
+        self.config, self.dataset = config, dataset
+        self._prepared: dict[tuple[str, GridRule], PreparedCase] = {}
+
+    def of(self, names: Sequence[str], split: Split) -> list[PreparedCase]:
+        """Return cases by name."""
+        rule, cache = _grid_rule(self.config, self.dataset, split), self.config.data.cache
+        for name in names:
+            if (name, rule) not in self._prepared:
+                case = self.dataset.case(name)
+                self._prepared[name, rule] = prepare_cached(self.dataset, case, (0,), rule, Path(cache) if cache else None)
+        return [self._prepared[name, rule] for name in names]
+
+
 def _probe_fold(
     config: ProbeConfig,
-    dataset: LabelledDataset,
+    cases: PreparedCases,
     split: Split,
-    name: str,
+    kinds: Mapping[str, Sequence[str]],
     source: EncoderSource,
     machine: Machine,
     leakage: LeakageCheck,
 ) -> dict[str, list[Outcome]]:
-    rule, cache = _grid_rule(config, dataset, split), config.data.cache
-    folder = None if cache is None else Path(cache)
+    """Probe one model on one fold.
 
-    def prepared(names: Sequence[str]) -> list[PreparedCase]:
-        return [prepare_cached(dataset, dataset.case(one), (0,), rule, folder) for one in names]
-
-    train, val, test = prepared(split.train), prepared(split.val), prepared(split.test)
+    Args:
+        config: Settings.
+        cases: Of the data set.
+        split: The fold.
+        kinds: Name in the tables -> the kinds of features that stand for it.
+        source: The model.
+        machine: Device and arithmetic.
+        leakage: Is shown every test case.
+    """
+    dataset = cases.dataset
+    train, val, test = (cases.of(names, split) for names in (split.train, split.val, split.test))
     for case in test:
         leakage.look(case.name, case.content_hash)
     patients = tuple(dict.fromkeys(dataset.case(one).patient for one in split.test))
@@ -163,23 +194,23 @@ def _probe_fold(
     def encoded(case: PreparedCase, slices: Sequence[int], patient: int) -> PatchSet:
         return encode_slices(case, slices, patient, dataset.labels, source.backbone, config.blocks, machine, config.batch_size)
 
-    def looked_at(cases: Sequence[PreparedCase], order: Sequence[str]) -> PatchSet:
-        parts = [encoded(c, _spread(c, config.case_slices), order.index(dataset.case(c.name).patient)) for c in cases]
+    def looked_at(some: Sequence[PreparedCase], order: Sequence[str]) -> PatchSet:
+        parts = [encoded(c, _spread(c, config.case_slices), order.index(dataset.case(c.name).patient)) for c in some]
         return join(parts)
 
     val_order = tuple(dict.fromkeys(dataset.case(one).patient for one in split.val))
     on_val, on_test = looked_at(val, val_order), looked_at(test, patients)
     classes = dataset.labels.num_outputs
-    names = [f"blocks{count}" for count in config.blocks]
-    results: dict[str, list[Outcome]] = {name: [], PIXELS: []}
+    names = [name for features in kinds.values() for name in features]
+    results: dict[str, list[Outcome]] = {label: [] for label in kinds}
     for seed in config.seeds:
         refs = choose_slices(train, LabelsConfig(train_slices=config.train_slices), seed)
         chosen = join([encoded(train[ref.case], [ref.z], ref.case) for ref in refs])
         learnt = thinned(chosen, config.patches_per_label, numpy_rng(seed, "probe-patches"))
-        fitted = fit_all(learnt, on_val, on_test, [*names, PIXELS], config, classes)
-        for label, kinds in ((name, names), (PIXELS, [PIXELS])):
-            best = best_on_validation(fitted, kinds)
-            readouts = {CHOSEN: best} | {f"{one.readout}/{one.features}": one for one in fitted if one.features in kinds}
+        fitted = fit_all(learnt, on_val, on_test, names, config, classes)
+        for label, features in kinds.items():
+            best = best_on_validation(fitted, features)
+            readouts = {CHOSEN: best} | {f"{one.readout}/{one.features}": one for one in fitted if one.features in features}
             results[label] += [
                 Outcome(split.number, seed, readout, _words(one), patients, _counts(one, on_test, len(patients), classes))
                 for readout, one in readouts.items()
