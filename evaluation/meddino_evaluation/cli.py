@@ -25,6 +25,10 @@ COMMANDS = {
     "study": ("meddino_evaluation.study.study_command", "many backbones, protocols and data sets as one job list"),
     "datasets": ("meddino_evaluation.classification.datasets_command", "shipped definitions of labelled data sets"),
     "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "plans with which nnU-Net fine-tunes a model"),
+    "weights": (
+        "meddino_evaluation.backbones.weights_command",
+        "published weights: where from, which are here; check one",
+    ),
     "show": ("meddino_evaluation.show_command", "every setting of a command with its unit and source"),
     "visualize": ("meddino_evaluation.visualization.visualize_command", "PCA, similarity maps and t-SNE of features"),
 }

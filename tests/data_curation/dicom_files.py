@@ -4,7 +4,13 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    RTStructureSetStorage,
+    generate_uid,
+)  # fmt: skip
 
 
 def ct_slice(hu: np.ndarray, z_mm: float, series: str = "series", patient: str = "P1", **changes) -> FileDataset:
@@ -76,3 +82,31 @@ def enhanced_ct(hu: np.ndarray, order: list[int] | None = None, step_mm: float =
 def write_enhanced(path: Path, hu: np.ndarray, order: list[int] | None = None) -> None:
     """Write one multi-frame file."""
     enhanced_ct(hu, order).save_as(path, enforce_file_format=True)
+
+
+def rtstruct(path, contours, kind="CLOSED_PLANAR") -> None:
+    """Write an RTSTRUCT; contours: name -> list of points [n, 3] in mm (LPS)."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = RTStructureSetStorage, generate_uid()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    item = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    item.SOPClassUID, item.SOPInstanceUID, item.Modality = RTStructureSetStorage, meta.MediaStorageSOPInstanceUID, "RTSTRUCT"
+    item.StructureSetROISequence, item.ROIContourSequence = [], []
+    for number, (name, polygons) in enumerate(contours.items(), start=1):
+        roi, drawn = Dataset(), Dataset()
+        roi.ROINumber, roi.ROIName, drawn.ReferencedROINumber, drawn.ContourSequence = number, name, number, []
+        for points in polygons:
+            contour = Dataset()
+            contour.ContourGeometricType, contour.NumberOfContourPoints = kind, len(points)
+            contour.ContourData = [f"{value:.6f}" for value in np.asarray(points).ravel()]
+            drawn.ContourSequence.append(contour)
+        item.StructureSetROISequence.append(roi)
+        item.ROIContourSequence.append(drawn)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    item.save_as(path, enforce_file_format=True)
+
+
+def in_mm(grid, z, corners) -> np.ndarray:
+    """(row, col) corners of a slice as patient positions, by the definition of the grid."""
+    voxels = np.array([(z, row, col) for row, col in corners])
+    return np.asarray(grid.origin_mm) + (voxels * np.asarray(grid.spacing_mm)) @ grid.axes

@@ -23,6 +23,10 @@ SHORTER: dict[str, list[str]] = {
         *("stages.stage2_gram.method.gram_teacher.step=1", "stages.stage3_highres.method.gram_teacher.step=1"),
     ],
     "meddino-eval segment": ["training.steps=2", "seeds=[0]", "splits.folds=2"],
+    "meddino-eval compare": ["training.steps=2"],
+    "meddino-eval few-shot": ["few_shot.patients_per_class=[1]", "few_shot.draws=1", "split.repeats=1"],
+    "meddino-eval finetune": ["finetune.epochs=1", "split.repeats=1"],
+    "meddino-eval linear": ["split.repeats=1"],
 }
 # Set-up, other machines' programs, and what has a test of its own.
 NOT_RUN_HERE = ("make", "git", "cd", "python3", "pip", "torchrun", "srun", "sbatch", "meddino-demo", "source", "nnUNetv2_train")

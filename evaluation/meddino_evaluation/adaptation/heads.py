@@ -43,6 +43,11 @@ class HeadPlan:
         kind = "attention" if self.attention else f"mlp{self.hidden_dim}" if self.hidden_dim else "linear"
         return f"{kind} lr={self.learning_rate:g} blocks={self.last_blocks} pool={'yes' if self.average_pool else 'no'}"
 
+    @property
+    def source(self) -> tuple[int, bool, bool]:
+        """What of the features it reads: heads of one source share their input."""
+        return self.last_blocks, self.average_pool, self.attention
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -183,21 +188,13 @@ def train_heads(
         seed: Of first weights, order and dropout.
         pooling: For heads without attention: "mean" or "max" over slices.
     """
-    truth = torch.from_numpy(labels)
-    inputs = {}
+    truth, inputs = torch.from_numpy(labels), {}
     for plan in plans:
-        source = (plan.last_blocks, plan.average_pool, plan.attention)
-        if source not in inputs:
-            bags, real = padded_bags(table, plan, pooling)
-            flat = bags[real]
-            mean = flat.mean(0)
-            # One case, or a constant feature, has no spread: it is left as it is.
-            std = flat.std(0, unbiased=False) if len(flat) > 1 else torch.ones_like(mean)
-            std = torch.where(std > 1e-6, std, torch.ones_like(std))
-            inputs[source] = ((bags - mean) / std, real, mean, std)
+        if plan.source not in inputs:
+            inputs[plan.source] = _scaled(*padded_bags(table, plan, pooling))
     heads = []
     for plan in plans:
-        bags, _, mean, std = inputs[(plan.last_blocks, plan.average_pool, plan.attention)]
+        bags, _, mean, std = inputs[plan.source]
         head = Head(bags.shape[-1], outputs, plan, schedule, torch_rng(seed, "head", plan.name))
         heads.append(TrainedHead(plan, head.train(), mean, std))
     steps = schedule.steps(len(table.ids))
@@ -207,7 +204,7 @@ def train_heads(
         losses, batch = [], batches[step]
         for trained in heads:
             plan = trained.plan
-            bags, real, _, _ = inputs[(plan.last_blocks, plan.average_pool, plan.attention)]
+            bags, real, _, _ = inputs[plan.source]
             keep = None
             if trained.head.dropout:
                 rng = torch_rng(seed, "dropout", plan.name, step)
@@ -221,6 +218,16 @@ def train_heads(
     module = nn.ModuleList(one.head for one in heads)
     FitLoop(module, optimizer, cosine_decay(optimizer, steps), loss_of, steps, only_finite=False).fit()
     return heads
+
+
+def _scaled(bags: Tensor, real: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return bags scaled by mean and standard deviation over the real slices, where they are real, and both."""
+    flat = bags[real]
+    mean = flat.mean(0)
+    # One case, or a constant feature, has no spread: it is left as it is.
+    std = flat.std(0, unbiased=False) if len(flat) > 1 else torch.ones_like(mean)
+    std = torch.where(std > 1e-6, std, torch.ones_like(std))
+    return (bags - mean) / std, real, mean, std
 
 
 def _optimizer(heads: Sequence[TrainedHead], schedule: Schedule) -> torch.optim.Optimizer:

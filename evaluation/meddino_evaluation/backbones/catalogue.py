@@ -11,7 +11,7 @@ class Entry:
     """A backbone that is built elsewhere.
 
     Attributes:
-        architecture: Its name in timm, or its class in transformers.
+        architecture: Its name in timm, its class in transformers, or ours.
         source: Where its weights are published.
         licence: Of the weights.
         library: What builds it.
@@ -22,12 +22,13 @@ class Entry:
     architecture: str
     source: str
     licence: str
-    library: Literal["timm", "transformers"] = "timm"
+    library: Literal["timm", "transformers", "meddino"] = "timm"
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     prefixes: tuple[str, ...] = ()
 
 
-_DINOV2, _DINOV3 = "https://github.com/facebookresearch/dinov2", "https://github.com/facebookresearch/dinov3"
+_DINOV2 = "https://github.com/facebookresearch/dinov2"
+_DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/ (on request)"
 _TORCHVISION = "https://pytorch.org/vision/stable/models.html (ImageNet-1k)"
 _VISUAL = ("visual.trunk.", "visual.", "module.visual.")
 _SAM = ("image_encoder.", "module.image_encoder.")
@@ -40,9 +41,15 @@ CATALOGUE: dict[str, Entry] = {
     "dinov2_vitb14": Entry("vit_base_patch14_dinov2.lvd142m", _DINOV2, "Apache-2.0"),
     "dinov2_vitl14": Entry("vit_large_patch14_dinov2.lvd142m", _DINOV2, "Apache-2.0"),
     "dinov2_vitg14": Entry("vit_giant_patch14_dinov2.lvd142m", _DINOV2, "Apache-2.0"),
-    "dinov3_vits16": Entry("vit_small_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 licence"),
-    "dinov3_vitb16": Entry("vit_base_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 licence"),
-    "dinov3_vitl16": Entry("vit_large_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 licence"),
+    "dinov3_vits16": Entry("vit_small_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 License"),
+    "dinov3_vitb16": Entry("vit_base_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 License"),
+    "dinov3_vitl16": Entry("vit_large_patch16_dinov3.lvd1689m", _DINOV3, "DINOv3 License"),
+    "meddinov3_vitb16": Entry(
+        "vitb16",
+        "https://huggingface.co/ricklisz123/MedDINOv3-ViTB-16-CT-3M",
+        "Apache-2.0 on its card; made from Meta's weights, which are under the DINOv3 License",
+        library="meddino",
+    ),
     "vitl16_in21k": Entry("vit_large_patch16_224.augreg_in21k", "https://huggingface.co/timm", "Apache-2.0"),
     "resnet50": Entry("resnet50.tv_in1k", _TORCHVISION, "BSD-3-Clause"),
     "resnet152": Entry("resnet152.tv_in1k", _TORCHVISION, "BSD-3-Clause"),
@@ -73,10 +80,10 @@ CATALOGUE: dict[str, Entry] = {
         prefixes=("visual.trunk.",),
     ),
     "lvmmed_resnet50": Entry(
-        "resnet50", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 4.0", prefixes=("module.", "encoder.")
+        "resnet50", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 2.0", prefixes=("module.", "encoder.")
     ),
     "lvmmed_vitb16": Entry(
-        "samvit_base_patch16", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 4.0", prefixes=_SAM
+        "samvit_base_patch16", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 2.0", prefixes=_SAM
     ),
 }
 """The lists of DINOv2ForRadiology, the freezing study and LVM-Med; `timm:<name>` and `hf:<folder>` reach all others."""

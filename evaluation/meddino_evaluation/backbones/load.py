@@ -81,16 +81,18 @@ def _loaded(spec: str, seed: int) -> Backbone:
         hint = f"'{spec}' is an architecture: random:{spec} runs it with fresh weights, {spec}@FILE with a file's; "
     raise ConfigError(
         f"no model '{spec}': {hint}give a folder made by meddino-export, a run, a weights file, random:<name>, "
-        f"<name>@<weights file>, hf:<folder>, timm:<name>@<weights file>, or one of {', '.join(CATALOGUE)}"
+        f"<name>@<weights file>, hf:<folder>, timm:<name>@<weights file>, or a name of `meddino-eval weights`, which says "
+        "where each one is published (docs/weights.md)"
     )
 
 
 def _random(spec: str, name: str, seed: int) -> Backbone:
-    if name in CATALOGUE or name.startswith("timm:"):
+    if (name in CATALOGUE and CATALOGUE[name].library != "meddino") or name.startswith("timm:"):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return _built(spec, name)[0]
-    return _ours(spec, model_files.load(spec, seed=seed))
+    ours = CATALOGUE[name].architecture if name in CATALOGUE else name
+    return _ours(spec, model_files.load(f"{RANDOM}{ours}", seed=seed))
 
 
 def _ours(spec: str, model: model_files.Model) -> Backbone:
@@ -101,6 +103,8 @@ def _ours(spec: str, model: model_files.Model) -> Backbone:
 
 
 def _from_file(spec: str, name: str, file: Path, seed: int) -> Backbone:
+    if name in CATALOGUE and CATALOGUE[name].library == "meddino":
+        return _ours(spec, model_files.load(file))
     if name in BACKBONES:
         backbone: Backbone = MedDINOBackbone(spec, model_files.load(f"{RANDOM}{name}", seed=seed))
         load_weights(backbone.vit, read_weights(file), ("teacher.backbone.",), str(file))  # type: ignore[arg-type]

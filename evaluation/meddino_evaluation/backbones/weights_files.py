@@ -34,7 +34,7 @@ def find_weights(name: str, entry: Entry) -> Path:
     raise ConfigError(
         f"model '{name}' needs its pretrained weights, and nothing is downloaded: put the file as {folder / name}.safetensors "
         f"(or .pth; {what}, from {entry.source}, licence {entry.licence}), or name it: {name}@FILE; "
-        f"random:{name} runs it with random weights"
+        f"random:{name} runs it with random weights; `meddino-eval weights` lists them all (docs/weights.md)"
     )
 
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from meddino_evaluation.metrics.figures import add_figures_argument
+
 DEFAULT_PROTOCOLS = {
     "knn": "[knn]",
     "linear": "[logistic,linear,mlp]",
@@ -27,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=Path, help="folder of the data, for a shipped name or a YAML file that lies elsewhere")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results")
     parser.add_argument("--config", default="classification", help="YAML file or shipped name")
+    add_figures_argument(parser)
+    parser.add_argument("--columns", help="of results_compact, separated by commas, e.g. auroc,accuracy,brier")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. protocols=[lora,bitfit] split.repeats=5")
 
 
@@ -38,13 +42,14 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.classification.evaluate import evaluate
     from meddino_evaluation.classification.recognise import open_labelled
-    from meddino_evaluation.classification.report import write_report
+    from meddino_evaluation.classification.report import chosen_columns, write_report
     from meddino_evaluation.classification.retrieval import retrieve
     from meddino_evaluation.metrics.text_table import metric_text
 
     own = DEFAULT_PROTOCOLS.get(arguments.command)
     overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]
     config = load_config(ClassificationConfig, [arguments.config], overrides, kind="evaluation")
+    columns = chosen_columns(arguments.columns)
     dataset = open_labelled(arguments.data, arguments.root)
     backbone = load_backbone(arguments.model)
     write_text(arguments.out / "config.yaml", to_yaml(config))
@@ -54,5 +59,5 @@ def run(arguments: argparse.Namespace) -> None:
         sys.stdout.write("\n".join(lines) + "\n")
         return
     content = evaluate(backbone, dataset, config, arguments.out, few_shot=arguments.command == "few-shot")
-    table = write_report(content, arguments.out)
+    table = write_report(content, arguments.out, dataset, arguments.figures, columns)
     sys.stdout.write(table.markdown() + f"report: {arguments.out / 'report.html'}\n")

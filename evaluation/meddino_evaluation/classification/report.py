@@ -1,20 +1,50 @@
-"""The report of one evaluation: tables, reliability diagrams, notes."""
+"""The report of one evaluation: tables, ROC curves, confusion, calibration, the cases that were taken for another class."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meddino.core import html
+from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
+from meddino_evaluation.backbones.contract import DEFAULT_CT
+from meddino_evaluation.classification.datasets import LabelledSet
+from meddino_evaluation.classification.images import read_slices
 from meddino_evaluation.classification.results import Run, read_per_case
+from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
+from meddino_evaluation.metrics.figures import confusion_figure, new_figure, reliability_figure, roc_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table, metric_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BINS = 10
+COMPACT = ("kappa", "auroc", "auprc", "balanced_accuracy", "ece")
+"""What a paper's table shows unless other columns are chosen."""
+_SHOWN = 12
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A test case that was taken for another class.
+
+    Attributes:
+        case: Its name.
+        truth: Class number.
+        predicted: Class number.
+        probability: Of the predicted class.
+        protocol: Who was wrong.
+    """
+
+    case: str
+    truth: int
+    predicted: int
+    probability: float
+    protocol: str
 
 
 def metrics_table(content: dict[str, Any]) -> Table:
@@ -27,70 +57,156 @@ def metrics_table(content: dict[str, Any]) -> Table:
     return Table(("protocol", "training", "runs", *names), tuple(rows))
 
 
-def write_report(content: dict[str, Any], out: Path) -> Table:
-    """Write results.csv, .md, .tex and report.html beside metrics.json; returns the table."""
+def write_report(
+    content: dict[str, Any],
+    out: Path,
+    dataset: LabelledSet | None = None,
+    figures: str | None = None,
+    columns: Sequence[str] = COMPACT,
+) -> Table:
+    """Write results and results_compact as .csv, .md and .tex, and report.html, beside metrics.json.
+
+    Args:
+        content: Of metrics.json.
+        out: Folder of the results.
+        dataset: Where the pictures of misclassified cases come from; None shows none.
+        figures: Also write every figure under figures/, in this format.
+        columns: Of the compact table, whose best numbers are bold.
+
+    Returns:
+        The full table.
+    """
     table = metrics_table(content)
     table.write(out, "results")
+    kept = [name for name in columns if name in table.header]
+    compact = table.only(("protocol", "training", *kept))
+    compact = compact.best_in_bold(("training",), [*set(kept) - LOWER_IS_BETTER], [*LOWER_IS_BETTER])
+    compact.write(out, "results_compact")
+    runs = read_per_case(out / "per_case.csv", content["data"]["classes"], content["data"]["task"])
+    drawn = _figures(content, runs, dataset)
+    if figures is not None:
+        save_figures(drawn, out / "figures", figures)
+    write_text(out / "report.html", _page(content, table, drawn))
+    return table
+
+
+def chosen_columns(words: str | None) -> tuple[str, ...]:
+    """Return the columns of the compact table from `--columns a,b`; `COMPACT` where none are given.
+
+    Raises:
+        ConfigError: No kind of task has such a metric.
+    """
+    if words is None:
+        return COMPACT
+    columns = tuple(word.strip() for word in words.split(",") if word.strip())
+    known = dict.fromkeys(name for names in METRICS.values() for name in names)
+    unknown = [name for name in columns if name not in known]
+    if unknown or not columns:
+        raise ConfigError(f"--columns {words}: no metric {unknown[:1] or 'at all'}; known: {', '.join(known)}")
+    return columns
+
+
+def mistakes(runs: Sequence[Run], most: int) -> list[Mistake]:
+    """Return the test cases that were misclassified, the surest mistakes first, each case once; none for several labels."""
+    found: dict[str, Mistake] = {}
+    for run in [one for one in runs if one.truth.ndim == 1]:
+        predicted = run.probabilities.argmax(1)
+        for place in np.flatnonzero(predicted != run.truth).tolist():
+            number, case = int(predicted[place]), run.ids[place]
+            one = Mistake(case, int(run.truth[place]), number, float(run.probabilities[place, number]), run.protocol)
+            if case not in found or one.probability > found[case].probability:
+                found[case] = one
+    return sorted(found.values(), key=lambda one: (-one.probability, one.case))[:most]
+
+
+def _figures(content: dict[str, Any], runs: Sequence[Run], dataset: LabelledSet | None) -> dict[str, "Figure"]:
+    data, outcomes, settings = content["data"], {}, {}
+    for protocol in dict.fromkeys(run.protocol for run in runs):
+        own = [run for run in runs if run.protocol == protocol]
+        settings[protocol] = own[-1].setting  # in few-shot the most patients
+        outcomes[protocol] = [(run.truth, run.probabilities) for run in own if run.setting == own[-1].setting]
+    auroc = {
+        entry["protocol"]: entry["metrics"]["auroc"]["mean"]
+        for entry in content["results"]
+        if entry["setting"] == settings[entry["protocol"]]
+    }
+    drawn = {"roc": roc_figure(outcomes, auroc), "calibration": reliability_figure(outcomes)}
+    if data["task"] != "multilabel":
+        drawn |= {f"confusion-{name}": confusion_figure(own, data["classes"], name) for name, own in outcomes.items()}
+    wrong = mistakes(runs, _SHOWN) if dataset is not None else []
+    return drawn | ({"misclassified": _pictures(wrong, dataset)} if wrong and dataset is not None else {})
+
+
+def _pictures(wrong: Sequence[Mistake], dataset: LabelledSet) -> "Figure":
+    cases, classes = {case.name: case for case in dataset.cases}, dataset.config.classes
+    rows = -(-len(wrong) // _COLUMNS)
+    drawing, whole = new_figure(2.1 * _COLUMNS, 2.5 * rows)
+    whole.axis("off")
+    for place, one in enumerate(wrong):
+        axes: Any = drawing.add_subplot(rows, _COLUMNS, place + 1)
+        axes.imshow(_picture(cases[one.case].source, dataset), cmap="gray", vmin=0, vmax=1)
+        axes.axis("off")
+        name = one.case if len(one.case) <= 30 else "..." + one.case[-27:]
+        is_taken = f"{classes[one.truth]}, taken for {classes[one.predicted]}"
+        axes.set_title(f"{name}\n{is_taken}\n{one.protocol}: {one.probability:.2f}", fontsize=6)
+    return drawing
+
+
+def _picture(source: str, dataset: LabelledSet) -> NDArray[np.float32]:
+    """Return the middle slice of a case in [0, 1], grey [H, W] or colour [H, W, 3]."""
+    stack = read_slices(source, dataset.config.modality)
+    middle = len(stack.values) // 2
+    image = stack.tensor(middle, middle + 1)[0].numpy()
+    if stack.kind == "hu":
+        low, high = dataset.config.window_hu or DEFAULT_CT.shown_range
+        image = np.clip((image - low) / (high - low), 0, 1)
+    return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+
+
+_CAPTIONS = {
+    "roc": "Mean ROC curve over runs; of several classes each against the rest.",
+    "calibration": "How often the prediction is right, by its confidence.",
+    "misclassified": "The surest mistakes: case, its class and what it was taken for, protocol and the probability it gave.",
+}
+
+
+def _page(content: dict[str, Any], table: Table, drawn: dict[str, "Figure"]) -> str:
     data, model = content["data"], content["model"]
-    runs = read_per_case(out / "per_case.csv", data["classes"], data["task"])
     classes = [(entry["protocol"], entry["setting"], *entry["auroc_per_class"].values()) for entry in content["results"]]
     header = ("protocol", "training", *content["results"][0]["auroc_per_class"])
     notes = [*content["notes"], *dict.fromkeys(note for entry in content["results"] for note in entry["notes"])]
+
+    def shown(*names: str) -> Any:
+        confusion = "Cases by true and predicted class, over all runs."
+        return html.join(
+            *(html.figure(one, _CAPTIONS.get(name, confusion)) for name, one in drawn.items() if name.startswith(names))
+        )
+
     sections = [
         html.Section(
             "Results",
             html.join(html.text("Mean ± deviation over runs [interval over patients]."), html.table(table.header, table.rows)),
         ),
-        html.Section("AUROC of each class", html.table(header, classes)),
-        html.Section(
-            "Calibration", html.figure(reliability_diagram(runs), "how often the prediction is right, by its confidence")
-        ),
+        html.Section("AUROC of each class", html.join(html.table(header, classes), shown("roc"))),
+        html.Section("Calibration", shown("calibration")),
+        *([html.Section("Confusion", shown("confusion"))] if data["task"] != "multilabel" else []),
+        *([html.Section("Misclassified cases", shown("misclassified"))] if "misclassified" in drawn else []),
         html.Section("Notes", html.join(*(html.text(note, "note") for note in notes))),
-        html.Section(
-            "What was measured",
-            html.key_values(
-                {
-                    "model": model["name"],
-                    "model hash": model["hash"],
-                    "data": f"{data['name']}: {data['cases']} cases, {data['patients']} patients",
-                    "data hash": data["hash"],
-                    "licence of the data": data["licence"],
-                    "splits": "; ".join(content["splits"]),
-                    "version": content["meddino_version"],
-                }
-            ),
-        ),
+        html.Section("What was measured", html.key_values(_measured(content))),
     ]
-    write_text(out / "report.html", html.page(f"{model['name']} on {data['name']}", "Classification", sections))
-    return table
+    return html.page(f"{model['name']} on {data['name']}", "Classification", sections)
 
 
-def reliability_diagram(runs: Sequence[Run]) -> "Figure":
-    """Draw accuracy over confidence for each protocol (all runs of its first setting together)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(4.2, 3.6))
-    FigureCanvasAgg(drawing)
-    axes: Any = drawing.add_subplot()
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=0.8)
-    for protocol in dict.fromkeys(run.protocol for run in runs):
-        own = [run for run in runs if run.protocol == protocol]
-        own = [run for run in own if run.setting == own[-1].setting]
-        if own[0].truth.ndim == 2:
-            known = [run.truth != -1 for run in own]
-            confidence = np.concatenate([run.probabilities[mask] for run, mask in zip(own, known, strict=True)])
-            right = np.concatenate([run.truth[mask] == 1 for run, mask in zip(own, known, strict=True)])
-        else:
-            confidence = np.concatenate([run.probabilities.max(1) for run in own])
-            right = np.concatenate([run.probabilities.argmax(1) == run.truth for run in own])
-        number = np.clip((confidence * _BINS).astype(int), 0, _BINS - 1)
-        filled = [one for one in range(_BINS) if (number == one).any()]
-        x = [float(confidence[number == one].mean()) for one in filled]
-        axes.plot(
-            x, [float(right[number == one].mean()) for one in filled], marker="o", markersize=3, linewidth=1, label=protocol
-        )
-    axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, frameon=False)
-    return drawing
+def _measured(content: dict[str, Any]) -> dict[str, Any]:
+    data, model = content["data"], content["model"]
+    splits = {f"split {number}": origin for number, origin in enumerate(content["splits"])}
+    same = len(set(content["splits"])) == 1
+    return {
+        "model": model["name"],
+        "model hash": model["hash"],
+        "data": f"{data['name']}: {data['cases']} cases, {data['patients']} patients",
+        "data hash": data["hash"],
+        "licence of the data": data["licence"],
+        **({f"splits (all {len(splits)})": content["splits"][0]} if same and len(splits) > 1 else splits),
+        "version": content["meddino_version"],
+    }

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
+from meddino.core.logging import get_logger
 from meddino.core.tables import read_table
 from meddino.data.intensity import Modality
+from meddino.volumes.dicom.structures import read_structures, structure_names
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
@@ -21,7 +23,7 @@ from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.labels import LabelScheme
 
 PATIENTS_FILE = "patients.csv"
-
+_log = get_logger(__name__)
 
 _MR_NAME = re.compile(r"(mri?|t1|t2|pd|dwi|adc|swi|flair|cine|lge|gre|tse)(?![a-z]{3})", re.IGNORECASE)
 
@@ -53,6 +55,7 @@ class LabelledDataset:
     test_cases: tuple[LabelMapCase, ...] = ()
     modality: Modality = "ct"
     _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
+    _told: set[tuple[str, str]] = field(default_factory=set, compare=False, repr=False)
 
     @property
     def all_cases(self) -> tuple[LabelMapCase, ...]:
@@ -98,9 +101,20 @@ class LabelledDataset:
         """
         if case.label is None or not case.label.is_file():
             raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
+        if structure_names(case.label) is not None:
+            found = read_structures(case.label, grid, self.labels.names)
+            labels, notes = self.labels.from_structures(found.masks, grid.shape, str(case.label))
+            self._tell(case, (*found.notes, *notes))
+            return labels
         values, geometry = read_label_map(case.label)
         check_same_grid(grid, geometry, case.name, case.label)
         return self.labels.check(values, str(case.label))
+
+    def _tell(self, case: LabelMapCase, notes: Sequence[str]) -> None:
+        for note in notes:
+            if (case.name, note) not in self._told:
+                self._told.add((case.name, note))
+                _log.warning("case %s: %s", case.name, note)
 
     def file_hash(self, path: Path) -> str:
         """SHA-256 of a file of the data set, computed once."""
@@ -114,6 +128,8 @@ class LabelledDataset:
         for case in sorted(cases, key=lambda item: item.name):
             for path in (*case.images, *([case.label] if case.label else [])):
                 digest.update(f"{case.name}\0{path.name}\0{self.file_hash(path)}\n".encode())
+            if case.label is not None and structure_names(case.label) is not None:
+                digest.update(f"{self.labels.names}\n".encode())  # found by their names, where a label map has values
         return digest.hexdigest()
 
 
@@ -164,7 +180,7 @@ def _directions(geometry: Geometry) -> list[list[float]]:
 
 
 def check_grids(dataset: LabelledDataset) -> None:
-    """Compare the headers of every image and label map before anything long starts.
+    """Compare the headers of every image and label map, and read drawn structures, before anything long starts.
 
     Raises:
         VolumeError: A file is missing or unreadable, or grids differ.
@@ -173,7 +189,10 @@ def check_grids(dataset: LabelledDataset) -> None:
         grid = read_geometry(case.images[0])
         if case.label is None or not case.label.is_file():
             raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
-        check_same_grid(grid, read_geometry(case.label), case.name, case.label)
+        if structure_names(case.label) is not None:
+            dataset.read_label(case, grid)
+        else:
+            check_same_grid(grid, read_geometry(case.label), case.name, case.label)
 
 
 def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledDataset:

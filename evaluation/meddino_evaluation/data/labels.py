@@ -1,7 +1,7 @@
 """What the numbers in a label map mean: classes, regions that overlap, and voxels to ignore."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from meddino.core.errors import ConfigError, VolumeError
 
 IGNORED = -1
 """Value of voxels that no loss and no metric counts, in label maps that have been read and checked."""
+MAX_BORDER = 0.02
+"""Share of a structure that may overlap with another one without a word of the user about which lies on top: a border."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class LabelScheme:
         region_values: Value written for each target where regions overlap, later ones over earlier ones
             (`regions_class_order`); None for plain classes.
         as_background: Values of labels that are not learned; they count as background.
+        is_ordered: Whether the user gave the order of the labels, or structures were found and numbered by name.
     """
 
     names: tuple[str, ...]
@@ -31,6 +34,7 @@ class LabelScheme:
     ignore: int | None = None
     region_values: tuple[int, ...] | None = None
     as_background: tuple[int, ...] = ()
+    is_ordered: bool = True
 
     def only(self, names: Sequence[str]) -> "LabelScheme":
         """Return a scheme of some labels; what belongs to none of them counts as background.
@@ -45,7 +49,8 @@ class LabelScheme:
         values = tuple(self.values[place] for place in kept)
         order = None if self.region_values is None else tuple(self.region_values[place] for place in kept)
         lost = {value for group in self.values for value in group} - {value for group in values for value in group}
-        return LabelScheme(tuple(self.names[place] for place in kept), values, self.ignore, order, tuple(sorted(lost)))
+        names, background = tuple(self.names[place] for place in kept), tuple(sorted(lost))
+        return replace(self, names=names, values=values, region_values=order, as_background=background)
 
     @property
     def has_regions(self) -> bool:
@@ -80,6 +85,39 @@ class LabelScheme:
         if self.ignore is None:
             return labels
         return np.where(labels == self.ignore, np.int32(IGNORED), labels)
+
+    def from_structures(
+        self, masks: Mapping[str, NDArray[np.bool_]], shape: tuple[int, int, int], where: str
+    ) -> tuple[NDArray[np.int32], list[str]]:
+        """Turn masks by name into label values; where they overlap the label that is named later lies on top.
+
+        Args:
+            masks: [Z, Y, X] each.
+            shape: Of the label map.
+            where: For messages.
+
+        Returns:
+            The label values, and a line for each overlap, or where nothing is there.
+
+        Raises:
+            VolumeError: Labels without a given order overlap in more than their borders.
+        """
+        found = [(name, masks[name], group[0]) for name, group in zip(self.names, self.values, strict=True) if name in masks]
+        labels, notes = np.zeros(shape, dtype=np.int32), []
+        if not found:
+            notes.append(f"none of the labels {', '.join(self.names)} is drawn in it: it counts as background")
+        for place, (name, mask, value) in enumerate(found):
+            for below, other, _ in found[:place]:
+                shared = int((mask & other).sum())
+                smaller = min(int(mask.sum()), int(other.sum()))
+                if shared > MAX_BORDER * smaller and not self.is_ordered:
+                    raise VolumeError(
+                        f"{where}: '{below}' and '{name}' overlap in {shared} of {smaller} voxels; write labels.json, in which "
+                        "the later label lies on top, or choose with labels.use"
+                    )
+                notes += [f"'{name}' lies on top of '{below}' in {shared} voxels"] if shared else []
+            labels[mask] = value
+        return labels, notes
 
     def mask(self, labels: NDArray[Any], target: int) -> NDArray[np.bool_]:
         """Return where a target is, in label values."""

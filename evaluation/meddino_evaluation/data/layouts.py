@@ -12,6 +12,7 @@ import numpy as np
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
 from meddino.core.tables import read_table
+from meddino.volumes.dicom.structures import name_key, structure_names
 from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset, modality_of
@@ -146,7 +147,7 @@ def _table(root: Path) -> LabelledDataset:
     for row in rows:
         name = row["case"]
         images = [_of_table(root, text, path) for text in row["image"].split(";")]
-        label = _of_table(root, row["label"], path)
+        label = _label_file(_of_table(root, row["label"], path), str(path))
         cases[name] = LabelMapCase(name, tuple(images), label, row["patient"] or name, row["site"])
     channels = {len(case.images) for case in cases.values()}
     if len(channels) != 1:
@@ -156,14 +157,14 @@ def _table(root: Path) -> LabelledDataset:
 
 def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
     """Images and label maps of the same name; an image may be a folder with one DICOM series, and may end in _0000."""
-    found = {re.sub(r"_0000$", "", name): path for name, path in _entries(images)}
-    maps = {name: path for name, path in _entries(labels) if path.is_file()}
+    found = {re.sub(r"_0000$", "", name): path for name, path in _entries(images, ENDINGS)}
+    maps = {name: _label_file(path, str(root)) for name, path in _entries(labels, (*ENDINGS, ".dcm"))}
     alone = sorted(maps.keys() - found.keys())
     if alone or not maps:
         raise VolumeError(
             f"{root}: label maps {[maps[name].name for name in alone[:5]]} have no image of that name in {images.name}/"
             if maps
-            else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)})"
+            else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)}, .dcm: DICOM-SEG or RTSTRUCT)"
         )
     without = sorted(found.keys() - maps.keys())
     if without:
@@ -172,25 +173,43 @@ def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
     return _described(root, cases, 1)
 
 
-def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
+def _entries(folder: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(ENDINGS)):
-            yield stem(path), path
+        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(endings)):
+            yield path.name if path.is_dir() else stem(path), path
+
+
+def _label_file(path: Path, where: str) -> Path:
+    """Return a label map's file; of a folder, the only file in it, as archives keep a DICOM-SEG or RTSTRUCT."""
+    if not path.is_dir():
+        return path
+    inside = [file for file in sorted(path.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    if len(inside) != 1:
+        raise VolumeError(f"{where}: {path} holds {len(inside)} files; a case has one label map, DICOM-SEG or RTSTRUCT")
+    return inside[0]
 
 
 def _described(root: Path, cases: Sequence[LabelMapCase], channels: int) -> LabelledDataset:
-    """Name the labels by labels.json ({"background": 0, "tumour": 1, ...}), else by the values that occur."""
+    """Name the labels by labels.json ({"background": 0, "tumour": 1, ...}), else by the structures or values that occur."""
     path = root / LABELS_FILE
-    if path.is_file():
-        scheme = parse_labels(_read_json(path), None, str(path))
-    else:
-        values = {int(value) for case in cases if case.label for value in np.unique(read_label_map(case.label)[0])}
-        found = sorted(values - {0})
-        if not found or found[0] < 0:
-            raise ConfigError(f"the label maps of {root} hold the values {sorted(values)}; expected some above 0")
-        scheme = LabelScheme(tuple(str(value) for value in found), tuple((value,) for value in found))
-        _log.info("%s: labels are named by their values %s; %s can name them", root, found, LABELS_FILE)
+    scheme = parse_labels(_read_json(path), None, str(path)) if path.is_file() else _found_labels(root, cases)
     return LabelledDataset(root.name, root, tuple(cases), scheme, tuple(str(number) for number in range(channels)))
+
+
+def _found_labels(root: Path, cases: Sequence[LabelMapCase]) -> LabelScheme:
+    files = [case.label for case in cases if case.label is not None]
+    drawn = [structure_names(file) for file in files]
+    named = sorted({name_key(name): name for names in reversed(drawn) for name in names or ()}.values(), key=name_key)
+    if named and None in drawn:
+        raise ConfigError(f"{root} has DICOM structures and label maps; name the labels of both in {LABELS_FILE}")
+    if named:
+        _log.info("%s: labels are the structures %s; %s or labels.use can choose some", root, named, LABELS_FILE)
+        return LabelScheme(tuple(named), tuple((place + 1,) for place in range(len(named))), is_ordered=False)
+    found = sorted({int(value) for file in files for value in np.unique(read_label_map(file)[0])} - {0})
+    if not found or found[0] < 0:
+        raise ConfigError(f"the label maps of {root} hold the values {found or [0]}; expected some above 0")
+    _log.info("%s: labels are named by their values %s; %s can name them", root, found, LABELS_FILE)
+    return LabelScheme(tuple(str(value) for value in found), tuple((value,) for value in found))
 
 
 def _of_table(root: Path, text: str, table: Path) -> Path:

@@ -10,6 +10,7 @@ import blosc2
 
 from meddino.core.files import atomic_directory, canonical_json
 from meddino.data.intensity import Modality
+from meddino.volumes.dicom.structures import structure_names
 from meddino.volumes.orientation import Turn
 from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.case import LabelMapCase
@@ -81,4 +82,6 @@ def _key(dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], 
         "as_background": dataset.labels.as_background,
         "rule": asdict(rule),
     } | ({} if dataset.modality == "ct" else {"modality": dataset.modality})
+    if case.label is not None and structure_names(case.label) is not None:
+        parts["names"] = dataset.labels.names  # structures are found by their names, label maps by their values
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]

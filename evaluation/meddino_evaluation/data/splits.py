@@ -253,7 +253,7 @@ def load_split(path: Path, cases: Sequence[Case[Any]], where: str, number: int =
         parts = [tuple(_names(content[part])) for part in PARTS]
     except (KeyError, TypeError) as error:
         raise ConfigError(f"split file {path} must be JSON with lists train, val and test") from error
-    split = Split(number, parts[0], parts[1], parts[2], f"file {path.name}")
+    split = Split(number, parts[0], parts[1], parts[2], f"file {path}")
     check_split(cases, split, where)
     return split
 
@@ -322,7 +322,7 @@ def _draw(cases: Sequence[ClassCase], where: str, val_fraction: float, test_frac
         rest, test = _hold_out(groups, test_fraction, seed, repeat, attempt, "test")
         train, val = _hold_out(_patients(rest), val_fraction / (1 - test_fraction), seed, repeat, attempt, "val")
         parts = [tuple(sorted(case.name for case in part)) for part in (train, val, test)]
-        split = Split(repeat, parts[0], parts[1], parts[2], f"seed {seed}, by patient, draw {attempt}")
+        split = Split(repeat, parts[0], parts[1], parts[2], f"repeat {repeat}: drawn by patient, seed {seed}, draw {attempt}")
         if labels <= {label for case in train for label in _present(case)}:
             break
     return split  # whether train lacks a class is for the caller to judge, who knows their names
@@ -344,5 +344,7 @@ def _complete(
     if not given["val"]:
         given["train"], given["val"] = _hold_out(_patients(given["train"]), val_fraction, seed, repeat, "val")
         origin += f", validation held out from train by patient, seed {seed}"
+    if "seed" in origin:
+        origin = f"repeat {repeat}: {origin}"
     names = [tuple(case.name for case in given[part]) for part in PARTS]
     return Split(repeat, names[0], names[1], names[2], origin)

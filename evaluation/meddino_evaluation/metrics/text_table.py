@@ -46,7 +46,7 @@ class Table:
                 values = {
                     place: sign * float(row[column].split()[0])
                     for place, row in enumerate(self.rows)
-                    if key[place] == group and row[column] != "–"
+                    if key[place] == group and re.match(r"-?\d", row[column])  # a dash stands for no number
                 }
                 if len(values) > 1:
                     for place in [one for one, value in values.items() if value == max(values.values())]:
@@ -54,11 +54,11 @@ class Table:
         return Table(self.header, tuple(tuple(row) for row in rows))
 
     def csv(self) -> str:
-        """Return comma-separated values."""
+        """Return comma-separated values, which have no bold."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(self.header)
-        writer.writerows(self.rows)
+        writer.writerows([cell.removeprefix("**").removesuffix("**") for cell in row] for row in self.rows)
         return stream.getvalue()
 
     def markdown(self) -> str:

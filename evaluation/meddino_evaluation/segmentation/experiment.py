@@ -220,6 +220,9 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
         for fold in config.splits.run_folds
     )
     hashes = {case.name: [dataset.file_hash(path) for path in case.images] for case in dataset.all_cases}
+    source = f"the file {path}" if path else f"{count} folds drawn by patient, seed {config.splits.seed}"
+    part = "its own test part (imagesTs)" if dataset.test_cases else "the fold's held-out cases"
+    splits = tuple(replace(split, origin=f"{source}; the test is {part}") for split in splits)
     for split in splits:
         check_twins(split, hashes, f"fold {split.number}")
     if config.training.selection == "best_val":
@@ -238,6 +241,7 @@ def write_splits(experiment: Experiment, out: Path) -> None:
     parts: list[dict[str, Any]] = [
         {
             "fold": split.number,
+            "origin": split.origin,
             "train": list(split.train),
             "val": list(split.val),
             "test": list(split.test),

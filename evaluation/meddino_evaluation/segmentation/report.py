@@ -165,5 +165,6 @@ def _settings(metrics: dict[str, Any]) -> dict[str, Any]:
         "model hash": metrics["model"]["hash"],
         "data hash": metrics["data"]["hash"],
         "version": metrics["version"],
+        "splits": "; ".join(dict.fromkeys(metrics["splits"].values())),
         **{key: value if isinstance(value, int | float | str) or value is None else str(value) for key, value in flat.items()},
     }

@@ -52,6 +52,7 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
             "labels": list(dataset.labels.names),
         },
         "config": experiment.config.model_dump(mode="json"),
+        "splits": {str(split.number): split.origin for split in experiment.splits},
         "leakage": tested.leakage.summary(),
         "failed": tested.failed,
         "rule_for_empty_labels": "both empty: left out; one empty: Dice, IoU and NSD are 0, distances are left out",

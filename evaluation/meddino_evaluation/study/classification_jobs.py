@@ -12,7 +12,7 @@ from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
 from meddino_evaluation.adaptation.config import ProtocolName
-from meddino_evaluation.backbones.load import load_backbone, named_model
+from meddino_evaluation.backbones.load import load_backbone, model_name, named_model
 from meddino_evaluation.classification.config import ClassificationConfig
 from meddino_evaluation.classification.evaluate import evaluate
 from meddino_evaluation.classification.recognise import open_labelled
@@ -54,6 +54,12 @@ class ClassificationJob:
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         names = [re.sub(r"[^A-Za-z0-9]+", "_", Path(one).name).strip("_") for one in (named_model(self.model)[0], self.dataset)]
         return "-".join([*names, self.protocol, *(["few_shot"] if self.few_shot else []), digest])
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        few = " on few patients" if self.few_shot else ""
+        return f"{model_name(self.model)}, {self.protocol}{few}, on {Path(self.dataset).stem}"
 
     def run(self, folder: Path) -> None:
         """Learn and test."""

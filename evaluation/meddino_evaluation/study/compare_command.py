@@ -2,11 +2,12 @@
 
 import argparse
 import hashlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
@@ -15,6 +16,7 @@ from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json, write_text
 from meddino.core.html import Section, figure, join, page, table, text
 from meddino.data.remote import corpus_location
+from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
@@ -28,6 +30,9 @@ from meddino_evaluation.segmentation.segment_command import (
 )
 from meddino_evaluation.study.jobs import DONE, list_lines, parse_part, run_jobs, weights_hash
 from meddino_evaluation.study.segmentation_runs import Variant, compare, read_variant
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
 NOTE = (
@@ -54,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help=CONFIG_HELP)
     parser.add_argument("--part", help="i/n: only every n-th job, for job arrays (a SLURM array's own numbers by default)")
     parser.add_argument("--list", action="store_true", help="print the jobs and which are done, and run nothing")
+    add_figures_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, for all variants")
 
 
@@ -138,22 +144,35 @@ def run(arguments: argparse.Namespace) -> None:
         test: compare([read_variant(name, folder / "external" / test) for name, folder in folders.items()])
         for test in dict(named(arguments.test, "--test"))
     }
-    write_comparison(found, variants, arguments.out, external)
+    write_comparison(found, variants, arguments.out, external, arguments.figures)
     for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
         sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown())
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
 
 
 def write_comparison(
-    found: dict[str, Any], variants: Sequence[Variant], out: Path, external: Mapping[str, dict[str, Any]]
+    found: dict[str, Any],
+    variants: Sequence[Variant],
+    out: Path,
+    external: Mapping[str, dict[str, Any]],
+    figures: str | None = None,
 ) -> None:
-    """Write comparison.json, .csv, .md, .tex and report.html; tables of test sets from elsewhere have the set in their name."""
+    """Write comparison.json, .csv, .md, .tex and report.html; tables of test sets from elsewhere have the set in their name.
+
+    comparison_compact has what a paper's table shows, the best number in bold; `figures` asks for figures/ in a format.
+    """
     write_json(out / "comparison.json", {**found, "external": dict(external)})
     tables = [("comparison", main_table(found)), ("pairs", pair_table(found))]
     for test, one in external.items():
         tables += [(f"comparison-{test}", main_table(one)), (f"pairs-{test}", pair_table(one))]
     for name, content in tables:
         content.write(out, name)
+        if name.startswith("comparison"):
+            compact = content.only(("model", "Dice", "95 % over patients")).best_in_bold((), ("Dice",))
+            compact.write(out, name.replace("comparison", "comparison_compact", 1))
+    if figures is not None:
+        drawn = {"forest": found, **{f"forest-{test}": one for test, one in external.items()}}
+        save_figures({name: forest_plot(one) for name, one in drawn.items() if one["pairs"]}, out / "figures", figures)
     write_text(out / "report.html", comparison_html(found, variants, external))
 
 
@@ -172,6 +191,16 @@ def main_table(found: dict[str, Any]) -> Table:
         for entry in found["variants"]
     ]
     return Table(("model", "Dice", "95 % over patients", "mean rank", "first", "cases", "seeds"), tuple(rows))
+
+
+def forest_plot(found: dict[str, Any]) -> "Figure":
+    """Draw the difference of every pair with its interval; without one (few patients) the difference alone."""
+    rows = []
+    for pair in found["pairs"]:
+        ends = [math.nan if end is None else end for end in pair["interval_95"]]
+        difference = math.nan if pair["difference"] is None else pair["difference"]
+        rows.append((f"{pair['first']} - {pair['second']}", difference, ends[0], ends[1]))
+    return forest_figure(rows, "difference in Dice, 95 % over patients")
 
 
 def pair_table(found: dict[str, Any]) -> Table:
@@ -202,7 +231,7 @@ def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external
     )
     sections = [
         Section("Models", join(tables[0], stable, text(NOTE, "note"))),
-        Section("Pairs", tables[1]),
+        Section("Pairs", join(*([figure(forest_plot(found))] if found["pairs"] else []), tables[1])),
         *(
             Section(
                 f"Test set {test}",

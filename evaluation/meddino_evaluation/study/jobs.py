@@ -22,6 +22,10 @@ class Job(Protocol):
     def folder(self) -> str:
         """Name of its folder: readable, and another one whenever anything about the job is different."""
 
+    @property
+    def title(self) -> str:
+        """For people: which model is trained how."""
+
     def run(self, folder: Path) -> None:
         """Do it; metrics.json is written last."""
 
@@ -52,12 +56,12 @@ def run_jobs(jobs: Sequence[Job], root: Path, part: tuple[int, int] | None = Non
         folder = root / job.folder
         if (folder / DONE).is_file():
             continue
-        _log.info("job %d of %d: %s", number + 1, len(chosen), job.folder)
+        _log.info("job %d of %d: %s (%s)", number + 1, len(chosen), job.title, folder)
         try:
             job.run(folder)
         except MedDINOError as error:
             write_text(folder / "error.txt", f"{error}\n")
-            _log.error("job %s cannot run", job.folder)
+            _log.error("job %s cannot run: %s", job.title, error)
             problems.setdefault(str(error), []).append(job.folder)
         else:
             (folder / "error.txt").unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from meddino_evaluation.metrics.figures import add_figures_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval study`."""
@@ -19,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-root", type=Path, help="folder that the study's data folders are below")
     parser.add_argument("--part", help="i/n: only every n-th job, for job arrays (a SLURM array's own numbers by default)")
     parser.add_argument("--list", action="store_true", help="print the jobs and which are done, and run nothing")
+    add_figures_argument(parser)
+    parser.add_argument("--columns", help="of results_compact, separated by commas, e.g. auroc,accuracy,brier")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.split.repeats=5")
 
 
@@ -28,11 +32,13 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino.core.errors import MedDINOError
     from meddino.core.files import write_text
     from meddino_evaluation.classification.recognise import open_labelled
+    from meddino_evaluation.classification.report import chosen_columns
     from meddino_evaluation.study.classification_jobs import list_jobs, load_results
     from meddino_evaluation.study.config import StudyConfig
     from meddino_evaluation.study.jobs import list_lines, parse_part, run_jobs
     from meddino_evaluation.study.tables import write_study
 
+    columns = chosen_columns(arguments.columns)
     config = load_config(StudyConfig, [arguments.config], arguments.overrides, kind="evaluation")
     jobs, root = list_jobs(arguments.kind, config, arguments.out, arguments.model, arguments.data_root), arguments.out / "jobs"
     if arguments.list:
@@ -47,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     found = load_results(jobs, arguments.out)
     if part is None or len(found) == len(jobs):
         # In an array every task tries; the one that finds all jobs done writes the tables.
-        write_study(arguments.kind, config, found, arguments.out, problems)
+        write_study(arguments.kind, config, found, arguments.out, problems, arguments.figures, columns)
         sys.stdout.write((arguments.out / "results.md").read_text(encoding="utf-8"))
         sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
     else:

@@ -90,7 +90,10 @@ def find_checkpoint(path: Path, stage: str | None = None) -> Checkpoint:
         CheckpointError: If there is none.
     """
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no folder; give a run, a training checkpoint or an exported model")
+        raise CheckpointError(
+            f"{path} is {'a file' if path.is_file() else 'no folder'}; give a run, a training checkpoint or an exported model. "
+            "Weights files of others are read where they are used (docs/weights.md)"
+        )
     if (path / META_FILE).is_file():
         return verify_checkpoint(path)
     if list_checkpoints(path):

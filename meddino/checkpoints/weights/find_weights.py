@@ -65,7 +65,7 @@ def find_weights(source: str | Path, section: str | None = None, num_heads: int 
     else:
         path = Path(source)
     if not path.exists():
-        raise CheckpointError(f"no weights at {path}; nothing is downloaded: give a file or folder on this machine")
+        raise CheckpointError(f"no weights at {path}; nothing is downloaded: docs/weights.md says where files are published")
     if path.is_dir():
         return _from_folder(path, section, num_heads)
     file = read_weights_file(path, section)
@@ -218,5 +218,6 @@ def _what_else(tensors: Mapping[str, Tensor], source: str) -> str:
             f"lvmmed_resnet50@{source} for LVM-Med"
         )
     return (
-        f"{source} holds no DINOv3 backbone under official, timm or transformers names; its first names: {', '.join(names[:4])}"
+        f"{source} holds no DINOv3 backbone under official, timm or transformers names (docs/weights.md says which are read); "
+        f"its first names: {', '.join(names[:4])}"
     )

@@ -8,8 +8,10 @@ from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.backbones.timm_adapter import TimmBackbone
 from meddino_evaluation.backbones.transformers_adapter import TransformersBackbone, build_transformers
 from meddino_evaluation.backbones.weights_files import load_weights
+from meddino_evaluation.cli import main
 from safetensors.torch import save_file
 
+from meddino.checkpoints.export.model import random_model
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
@@ -31,9 +33,12 @@ TINY = {
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
 def test_catalogue__every_entry_is_built_and_described(name):
     entry = CATALOGUE[name]
-    with torch.device("meta"):  # architecture without memory: the giant has 1.1 billion parameters
+    # Architecture without memory: the giant has 1.1 billion parameters.
+    with torch.device("cpu" if entry.library == "meddino" else "meta"):
         if entry.library == "timm":
             backbone = TimmBackbone(name, build_timm(entry.architecture, entry.arguments))
+        elif entry.library == "meddino":
+            backbone = MedDINOBackbone(name, random_model(entry.architecture))
         else:
             pytest.importorskip("transformers")
             backbone = TransformersBackbone(name, build_transformers(entry.architecture, entry.arguments))
@@ -100,6 +105,25 @@ def test_load_backbone__missing_weights_say_which_file_to_put_where(monkeypatch,
     assert str(tmp_path / "dinov2_vits14.safetensors") in message
     assert "nothing is downloaded" in message
     assert "Apache-2.0" in message
+
+
+def test_weights_command__lists_and_checks(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("MEDDINO_WEIGHTS", str(tmp_path))
+    model = build_timm("resnet50", TINY["resnet50"][0])
+    save_file(model.state_dict(), tmp_path / "resnet50.safetensors")
+    assert main(["weights"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name} " in listed and entry.source in listed and entry.licence in listed for name, entry in CATALOGUE.items())
+    assert "here: resnet50.safetensors" in listed
+    assert main(["weights", "random:vitnano8"]) == 0
+    assert "0.8 million parameters, width 128" in capsys.readouterr().out
+    assert main(["weights", "resnet50"]) == 2  # a network of another size
+    assert "does not fit" in capsys.readouterr().err
+    assert main(["weights", "vitb16"]) == 2
+    error = capsys.readouterr().err
+    assert "'vitb16' is an architecture: random:vitb16" in error
+    assert "did you mean" not in error
+    assert "docs/weights.md" in error
 
 
 def test_load_backbone__unknown_name():

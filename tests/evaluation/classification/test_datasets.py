@@ -1,8 +1,8 @@
 import pytest
 from meddino_evaluation.classification.datasets import load_dataset_config, natural_key, open_dataset
+from meddino_evaluation.classification.datasets_command import prepare_segmentation
 from meddino_evaluation.classification.fake_data import FAKES, make_fake
 from meddino_evaluation.classification.images import read_slices
-from meddino_evaluation.classification.segmentation_sets import prepare_segmentation
 
 from meddino.core.errors import ConfigError
 from meddino.core.packaged import shipped_configs

@@ -13,7 +13,7 @@ from meddino_evaluation.classification import evaluate as evaluate_module
 from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import SealedTest, evaluate
-from meddino_evaluation.classification.report import write_report
+from meddino_evaluation.classification.report import mistakes, write_report
 from meddino_evaluation.classification.results import read_per_case
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
@@ -114,9 +114,24 @@ def test_evaluate__every_kind_of_task_and_every_number_from_the_csv(fake_set, ba
             np.testing.assert_allclose(values, recorded, atol=1e-12)
     assert content["model"]["hash"] == backbone.hash()
     assert {"hash", "patients", "licence"} <= set(content["data"])
-    table = write_report(content, tmp_path)
+    table = write_report(content, tmp_path, dataset, "svg", ("accuracy",))
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert len(table.rows) == 2
+    assert (tmp_path / "results_compact.csv").read_text().startswith("protocol,training,accuracy\n")
+    wrong = mistakes(runs, 12)
+    drawn = {"roc.svg", "calibration.svg"} | ({"misclassified.svg"} if wrong else set())
+    several = dataset.kind == "multilabel"
+    drawn |= set() if several else {"confusion-knn.svg", "confusion-linear.svg"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn
+    slow = [
+        (-run.probabilities[n].max(), case)
+        for run in runs
+        for n, case in enumerate(run.ids)
+        if not several and run.probabilities[n].argmax() != run.truth[n]
+    ]
+    assert {one.case for one in wrong} == {case for _, case in slow} or len(wrong) == 12
+    assert not wrong or (-wrong[0].probability, wrong[0].case) == min(slow)
+    assert len(set(content["splits"])) == (1 if any(case.split == "test" for case in dataset.cases) and several else 2)
 
 
 def test_evaluate__equal_seeds_give_equal_files(fake_set, backbone, quick, tmp_path):

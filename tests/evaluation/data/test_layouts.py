@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from meddino_evaluation.data.prepared_cache import prepare_cached
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.volumes.read import read_volume
-from tests.data_curation.dicom_files import write_series
+from tests.data_curation.conftest import make_hu
+from tests.data_curation.dicom_files import in_mm, rtstruct, write_series
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -244,3 +246,53 @@ def test_prepared_cache__same_slices_from_disk_and_again_after_a_changed_file(tm
     save(tmp_path / "labelsTr/a.nii.gz", np.full((3, 8, 9), 2, dtype=np.uint8))
     changed = open_dataset(tmp_path)
     assert (prepare_cached(changed, changed.cases[0], (0,), rule, cache).label(0) == 2).all()
+
+
+def drawn_set(root: Path, names: dict[str, dict[str, tuple[int, int]]]) -> None:
+    """images/<case>/ as DICOM series and labels/<case>.dcm as RTSTRUCT: structures are squares of rows and columns."""
+    for case, structures in names.items():
+        write_series(root / "images" / case, make_hu((3, 24, 20), seed=0), series=case, patient=case)
+        grid = read_volume(root / "images" / case).geometry
+        squares = {
+            name: [in_mm(grid, 1, [(low - 0.5, low - 0.5), (low - 0.5, high), (high, high), (high, low - 0.5)])]
+            for name, (low, high) in structures.items()
+        }
+        rtstruct(root / "labels" / f"{case}.dcm", squares)
+
+
+def test_pairs__rtstruct_beside_dicom_series(tmp_path, caplog):
+    drawn_set(tmp_path, {"p1": {"Spleen": (10, 14), "liver": (2, 8)}, "p2": {"LIVER": (3, 6)}})
+    data = open_dataset(tmp_path)
+    assert data.labels.names == ("liver", "Spleen")
+    check_grids(data)
+    labels = {case.name: data.read_label(case, read_volume(case.images[0]).geometry) for case in data.cases}
+    assert np.array_equal(np.unique(labels["p1"], return_counts=True)[1], [3 * 24 * 20 - 36 - 16, 36, 16])
+    assert (labels["p2"] == 1).sum() == 9
+    only = replace(data, labels=data.labels.only(["Spleen"]))
+    grid = read_volume(only.cases[1].images[0]).geometry
+    assert not only.read_label(only.cases[1], grid).any()
+    assert "none of the labels Spleen is drawn" in caplog.text
+    assert only.data_hash(only.cases) != data.data_hash(data.cases)
+
+
+def test_pairs__structures_within_others_need_an_order(tmp_path, caplog):
+    drawn_set(tmp_path, {"p1": {"body": (1, 18), "tumour": (5, 8)}})
+    with pytest.raises(VolumeError, match=r"'body' and 'tumour' overlap in 9 of 9 voxels; write labels\.json"):
+        check_grids(open_dataset(tmp_path))
+    (tmp_path / "labels.json").write_text(json.dumps({"background": 0, "body": 1, "tumour": 7}))
+    data = open_dataset(tmp_path)
+    check_grids(data)
+    assert caplog.text.count("'tumour' lies on top of 'body' in 9 voxels") == 1
+    labels = data.read_label(data.cases[0], read_volume(data.cases[0].images[0]).geometry)
+    assert (labels == 7).sum() == 9
+    assert (labels == 1).sum() == 17 * 17 - 9
+
+
+def test_pairs__a_label_folder_holds_one_file(tmp_path):
+    drawn_set(tmp_path, {"p1": {"a": (1, 4)}})
+    (tmp_path / "labels/p1").mkdir()
+    (tmp_path / "labels/p1.dcm").rename(tmp_path / "labels/p1/RS.1.2.dcm")
+    assert open_dataset(tmp_path).cases[0].label.name == "RS.1.2.dcm"
+    (tmp_path / "labels/p1/second.dcm").touch()
+    with pytest.raises(VolumeError, match="p1 holds 2 files"):
+        open_dataset(tmp_path)

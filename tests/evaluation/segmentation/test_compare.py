@@ -88,9 +88,12 @@ def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_
         ["to", "do"],
         ["to", "do"],
     ]
-    assert main(arguments) == 0
-    assert "first, finetune" in capsys.readouterr().out
-    for name in ("comparison.csv", "comparison.md", "comparison.tex", "pairs.csv", "comparison.json", "report.html"):
+    assert main([*arguments, "--figures", "pdf"]) == 0
+    said = capsys.readouterr()
+    assert "first, finetune" in said.out
+    assert "job 3 of 3: second, frozen (" in said.err
+    assert (out / "figures" / "forest.pdf").stat().st_size > 0
+    for name in ("comparison.csv", "comparison.md", "comparison_compact.tex", "pairs.csv", "comparison.json", "report.html"):
         assert (out / name).stat().st_size > 0
     found = json.loads((out / "comparison.json").read_text())
     assert [entry["name"] for entry in found["variants"]] == ["first, frozen", "first, finetune", "second, frozen"]

@@ -146,7 +146,7 @@ def test_list_jobs__wrong_override_is_named(config, tmp_path):
         list_jobs("compare", changed, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["study_freeze", "study_few_shot"])
+@pytest.mark.parametrize("name", ["study_demo", "study_freeze", "study_few_shot"])
 def test_shipped_studies__load(name, tmp_path):
     assert list_jobs("freeze" if "freeze" in name else "few-shot", load_study(name, []), tmp_path)
 
