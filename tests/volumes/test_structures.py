@@ -1,5 +1,6 @@
 """Structures of DICOM-SEG and RTSTRUCT on an image's grid, against slow loops and what highdicom wrote."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_fill_polygon__neighbours_share_no_centre_on_their_common_edge():
 
 
 def test_rtstruct__contours_are_filled_and_inner_ones_are_holes(tmp_path):
-    write_series(tmp_path / "scan", make_hu((4, 24, 20), seed=0))
+    write_series(tmp_path / "scan", make_hu(0, (4, 24, 20)))
     grid = read_volume(tmp_path / "scan").geometry
     outer, hole = [(2.5, 3.5), (2.5, 15.5), (18.5, 15.5), (18.5, 3.5)], [(6.5, 6.5), (6.5, 9.5), (10.5, 9.5), (10.5, 6.5)]
     slanted = [(1.2, 1.4), (20.7, 5.1), (9.3, 17.8)]
@@ -60,7 +61,7 @@ def test_rtstruct__contours_are_filled_and_inner_ones_are_holes(tmp_path):
 
 
 def test_rtstruct__marked_points_are_no_structure_and_contours_between_slices_are_refused(tmp_path):
-    write_series(tmp_path / "scan", make_hu((4, 24, 20), seed=0))
+    write_series(tmp_path / "scan", make_hu(0, (4, 24, 20)))
     grid = read_volume(tmp_path / "scan").geometry
     square = [(2, 2), (2, 9), (9, 9), (9, 2)]
     rtstruct(tmp_path / "point.dcm", {"isocentre": [in_mm(grid, 1, [(3, 3)])]}, kind="POINT")
@@ -79,15 +80,24 @@ def test_dicom_seg__is_what_highdicom_was_given(tmp_path, turned):
     pytest.importorskip("highdicom")
     from meddino.volumes.dicom.segmentation import write_dicom_seg
 
-    clinical = {"PatientBirthDate": "", "PatientSex": "", "AccessionNumber": "", "StudyDate": "", "StudyTime": ""}
+    clinical = {
+        "PatientName": "Doe",
+        "PatientBirthDate": "",
+        "PatientSex": "",
+        "AccessionNumber": "",
+        "StudyDate": "",
+        "StudyTime": "",
+    }
     clinical |= {"ReferringPhysicianName": "", "StudyID": "", "FrameOfReferenceUID": generate_uid()}
-    files = write_series(tmp_path / "scan", make_hu((4, 24, 20), seed=0), **clinical)
+    files = write_series(tmp_path / "scan", make_hu(0, (4, 24, 20)), **clinical)
     grid = read_volume(tmp_path / "scan").geometry
     rng = np.random.default_rng(0)
     masks = {"liver": rng.random((4, 24, 20)) < 0.3, "nothing": np.zeros((4, 24, 20), dtype=bool)}
     masks["spleen"] = (rng.random((4, 24, 20)) < 0.1) & ~masks["liver"]
     masks["spleen"][0] = False  # a slice without a frame
-    write_dicom_seg(tmp_path / "seg.dcm", masks, files, "0")
+    with warnings.catch_warnings():  # highdicom's quote the patient's name
+        warnings.simplefilter("error")
+        write_dicom_seg(tmp_path / "seg.dcm", masks, files, "0")
     assert structure_names(tmp_path / "seg.dcm") == ("liver", "nothing", "spleen")
     order, flips = (1, 0, 2), (False, True, True)
     found = read_structures(tmp_path / "seg.dcm", grid.turned(order, flips) if turned else grid, list(masks)).masks

@@ -1,5 +1,6 @@
 """What all phases of a segmentation run share: data, encoder, machine, splits, and how cases are prepared."""
 
+import functools
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -212,7 +213,7 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
     patients = len({case.patient for case in dataset.cases})
     count = min(config.splits.folds, max(2, patients))
     if not path and count < config.splits.folds:
-        logger.warning("splits.folds is %d, and there are %d patients: %d folds", config.splits.folds, patients, count)
+        _tell_folds(config.splits.folds, patients, count)
     folds = read_folds(path) if path else make_folds(dataset.cases, count, config.splits.seed)
     fraction = config.splits.val_fraction if config.training.selection == "best_val" else 0.0
     splits = tuple(
@@ -232,6 +233,12 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
                 f"training.selection=best_val needs validation cases, and fold {empty[0]} has none; see splits.val_fraction"
             )
     return splits
+
+
+@functools.cache
+def _tell_folds(asked: int, patients: int, count: int) -> None:
+    """Said once a process, however many models are compared."""
+    logger.warning("splits.folds is %d, and there are %d patients: %d folds", asked, patients, count)
 
 
 def write_splits(experiment: Experiment, out: Path) -> None:

@@ -181,8 +181,8 @@ def main_table(found: dict[str, Any]) -> Table:
     rows = [
         (
             entry["name"] + entry["mark"],
-            f"{_text(entry['mean'])} ± {_text(entry['std_over_seeds'])}",
-            "{} to {}".format(*(_text(end) for end in entry["interval_95"])),
+            _text(entry["mean"]) + (f" ± {_text(entry['std_over_seeds'])}" if entry["std_over_seeds"] is not None else ""),
+            _interval(entry["interval_95"]),
             f"{entry['mean_rank']:.2f}",
             f"{100 * entry['share_first']:.0f} %",
             str(entry["cases"]),
@@ -209,7 +209,7 @@ def pair_table(found: dict[str, Any]) -> Table:
         (
             f"{pair['first']} - {pair['second']}",
             _text(pair["difference"], "+.3f"),
-            "{} to {}".format(*(_text(end, "+.3f") for end in pair["interval_95"])),
+            _interval(pair["interval_95"], "+.3f"),
             _text(pair["p_wilcoxon"]),
             _text(pair["p_wilcoxon_holm"]),
             _text(pair["p_permutation_holm"]),
@@ -257,6 +257,10 @@ def _pictures(variants: Sequence[Variant]) -> list[Markup]:
                 caption = f"{kind}: {case}, {variant.name}, Dice {own[case]:.3f} (reference left, prediction right)"
                 shown.append(figure(path.read_bytes(), caption))
     return shown
+
+
+def _interval(ends: Sequence[float | None], form: str = ".3f") -> str:
+    return "-" if None in ends else "{} to {}".format(*(_text(end, form) for end in ends))
 
 
 def _text(value: float | None, form: str = ".3f") -> str:

@@ -58,8 +58,9 @@ def compare_with_first(config: StudyConfig, found: Found, out: Path) -> list[Com
         for other in others:
             tests = _paired(config, reference, other, protocol, setting, out)
             if tests is not None:
+                metric, result, rank, p_delong = tests
                 names = (model_name(other[0].model), model_name(reference[0].model))
-                compared.append(Comparison(data, protocol, setting, *names, *tests))
+                compared.append(Comparison(data, protocol, setting, *names, metric, result, rank, p_delong))
     return compared
 
 

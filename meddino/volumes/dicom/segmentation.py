@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_write
+from meddino.volumes.dicom.elements import silent_pydicom
 
 
 def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: Sequence[Path], version: str) -> None:
@@ -32,6 +33,13 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: S
         raise ConfigError(
             "--format dicomseg needs highdicom, which is not installed: pip install 'meddino[dicomseg]'"
         ) from error
+    with silent_pydicom():  # highdicom, too, quotes a patient's name that is not written as it should be
+        _write(path, masks, files, version, hd, codes)
+
+
+def _write(
+    path: Path, masks: Mapping[str, NDArray[np.bool_]], files: Sequence[Path], version: str, hd: Any, codes: Any
+) -> None:
     sources = [pydicom.dcmread(file) for file in files]
     algorithm = hd.AlgorithmIdentificationSequence(name="MedDINO", version=version, family=codes.cid7162.ArtificialIntelligence)
     descriptions: list[Any] = [

@@ -251,7 +251,7 @@ def test_prepared_cache__same_slices_from_disk_and_again_after_a_changed_file(tm
 def drawn_set(root: Path, names: dict[str, dict[str, tuple[int, int]]]) -> None:
     """images/<case>/ as DICOM series and labels/<case>.dcm as RTSTRUCT: structures are squares of rows and columns."""
     for case, structures in names.items():
-        write_series(root / "images" / case, make_hu((3, 24, 20), seed=0), series=case, patient=case)
+        write_series(root / "images" / case, make_hu(0, (3, 24, 20)), series=case, patient=case)
         grid = read_volume(root / "images" / case).geometry
         squares = {
             name: [in_mm(grid, 1, [(low - 0.5, low - 0.5), (low - 0.5, high), (high, high), (high, low - 0.5)])]

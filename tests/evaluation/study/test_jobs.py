@@ -148,7 +148,7 @@ def test_list_jobs__wrong_override_is_named(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["study_demo", "study_freeze", "study_few_shot"])
 def test_shipped_studies__load(name, tmp_path):
-    assert list_jobs("freeze" if "freeze" in name else "few-shot", load_study(name, []), tmp_path)
+    assert list_jobs("freeze" if "freeze" in name else "few-shot", load_study(name, []), tmp_path, "random:vitnano8")
 
 
 def test_parse_part__text_and_slurm_array(monkeypatch):
