@@ -3,7 +3,9 @@
 import re
 from pathlib import Path, PurePosixPath
 
-from meddino.volumes.nifti import first_bytes
+from meddino.core.errors import VolumeError
+from meddino.volumes.archives import open_file
+from meddino.volumes.formats.nifti import first_bytes
 
 HEAD_BYTES = 600
 VOLUME_SUFFIXES = {
@@ -55,9 +57,13 @@ def read_head(path: Path) -> bytes:
 
     Raises:
         OSError: It cannot be read.
+        VolumeError: It lies in an archive that is damaged.
     """
-    with path.open("rb") as stream:
-        return stream.read(HEAD_BYTES)
+    with open_file(path) as stream:
+        try:
+            return stream.read(HEAD_BYTES)
+        except EOFError as error:
+            raise VolumeError(str(error)) from error
 
 
 def unpacked_head(path: Path, head: bytes) -> bytes | None:

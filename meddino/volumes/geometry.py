@@ -23,11 +23,6 @@ class Geometry:
     origin_mm: tuple[float, float, float]
     axes: NDArray[np.float64]
 
-    @property
-    def is_axial_lps(self) -> bool:
-        """True if array axes run to Superior, Posterior and Left, to within rounding: the corpus's orientation."""
-        return bool(np.allclose(self.axes, [[0, 0, 1], [0, 1, 0], [1, 0, 0]], atol=1e-4))
-
     def matches(self, other: "Geometry", tolerance_mm: float = 1e-2) -> bool:
         """True if both grids have the same voxels at the same places, to within a tolerance at every corner."""
         if self.shape != other.shape:

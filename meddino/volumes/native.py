@@ -3,9 +3,12 @@
 import os
 import re
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
 
 import SimpleITK as sitk
 
@@ -26,6 +29,21 @@ def quiet_native() -> Iterator[None]:
             os.dup2(kept, 2)
             os.close(kept)
             os.close(nowhere)
+
+
+@contextmanager
+def file_in_memory(write: Callable[[IO[bytes]], object]) -> Iterator[str]:
+    """Give what is written a path that a C library can open: no folder for temporary files can be full, or slow."""
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory(prefix="volume-") as folder:
+            with Path(folder, "file").open("wb") as stream:
+                write(stream)
+            yield str(Path(folder, "file"))
+        return
+    with open(os.memfd_create("file"), "w+b") as stream:  # noqa: PTH123 - a descriptor has no path
+        write(stream)
+        stream.flush()
+        yield f"/proc/self/fd/{stream.fileno()}"
 
 
 def use_one_thread() -> None:

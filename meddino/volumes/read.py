@@ -1,6 +1,5 @@
 """A volume from a path: one file, or a folder of DICOM files that hold one."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +10,14 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
+from meddino.volumes.archives import archive_of, files_below, is_archive, problem_of
 from meddino.volumes.dicom.grouping import group_series
 from meddino.volumes.dicom.headers import DicomHeader, read_header
 from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.dicom.stacking import DicomStack, split_series
 from meddino.volumes.file_kinds import is_companion, looks_like_dicom, read_head, volume_suffix
+from meddino.volumes.formats.itk import read_geometry_of_file, read_volume_file, sniff_format
 from meddino.volumes.geometry import Geometry
-from meddino.volumes.itk_files import read_geometry_of_file, read_volume_file, sniff_format
 from meddino.volumes.limits import ReadLimits
 from meddino.volumes.volume import Volume
 
@@ -53,7 +53,8 @@ def read_volume(path: Path, limits: ReadLimits = _LIMITS) -> Volume:
     """Read a 3D volume.
 
     Args:
-        path: A file in any format that is read, or a folder of DICOM files that hold one volume.
+        path: A file in any format that is read, a folder of DICOM files that hold one volume, or an archive of one volume;
+            the path of a file in an archive goes on behind it as behind a folder.
         limits: What it may ask of the machine.
 
     Raises:
@@ -62,8 +63,8 @@ def read_volume(path: Path, limits: ReadLimits = _LIMITS) -> Volume:
         OSError: The system is in trouble (a full disk, a network that is gone), not the file.
     """
     try:
-        format = _format(path)
-        return _only_series(path).read(limits) if format == "dicom" else read_volume_file(path, format, limits)
+        file, format = _only_volume(path)
+        return _only_series(file).read(limits) if format == "dicom" else read_volume_file(file, format, limits)
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
     except MemoryError as error:
@@ -73,10 +74,10 @@ def read_volume(path: Path, limits: ReadLimits = _LIMITS) -> Volume:
 def read_geometry(path: Path, limits: ReadLimits = _LIMITS) -> Geometry:
     """Read only the grid of a volume; raises as `read_volume`."""
     try:
-        format = _format(path)
+        file, format = _only_volume(path)
         if format == "dicom":
-            return _only_series(path).read(limits).geometry
-        return read_geometry_of_file(path, format, limits)
+            return _only_series(file).read(limits).geometry
+        return read_geometry_of_file(file, format, limits)
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
 
@@ -141,10 +142,28 @@ def _only_series(path: Path) -> FoundSeries:
     raise VolumeError("holds no volume: no DICOM, NIfTI, NRRD or MetaImage file")
 
 
+def _only_volume(path: Path) -> tuple[Path, str]:
+    """Return the path and format of the only volume: the path's own, or, of an archive, of a file in it.
+
+    Raises:
+        VolumeError: There is none, or there are several.
+    """
+    if is_archive(path.name) and path.is_file():
+        if problem := problem_of(path):
+            raise VolumeError(problem)
+        named = [file for file in files_below(path) if volume_suffix(file.name) and not is_companion(file.name)]
+        if not named:
+            return path, "dicom"
+        if len(named) > 1 or any(series.stack is not None for series in find_series(path)):
+            raise VolumeError(f"holds {len(named)} volume files and maybe DICOM; name one, as if the archive were a folder")
+        path = named[0]
+    return path, _format(path)
+
+
 def _format(path: Path) -> str:
     if path.is_dir():
         return "dicom"
-    if not path.is_file():
+    if archive_of(path) is None and not path.is_file():
         raise VolumeError("does not exist")
     format = sniff_format(path)
     if format is not None:
@@ -160,19 +179,18 @@ def _format(path: Path) -> str:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        yield path
-        return
-    for folder, subfolders, names in os.walk(path):
-        subfolders.sort()
-        yield from (Path(folder, name) for name in sorted(names) if not is_companion(name) and not volume_suffix(name))
+    for file in files_below(path):
+        if file == path or not (is_companion(file.name) or volume_suffix(file.name)):
+            yield file
 
 
 def _header(file: Path, root: Path) -> DicomHeader | None:
     try:
-        if not file.is_file() or not looks_like_dicom(read_head(file)):
+        if problem_of(file) or (archive_of(file) is None and not file.is_file()) or not looks_like_dicom(read_head(file)):
             return None
         inside = file.name if file == root else file.relative_to(root).as_posix()
         return read_header(file, inside, "")
+    except VolumeError:
+        return None  # a file whose archive is damaged is no DICOM file any more
     except OSError as error:
         raise VolumeError(f"{file.name} cannot be read: {cause_without_path(error)}") from error

@@ -11,7 +11,7 @@ from meddino_data_curation.sources.discovery import discover
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
 from meddino.volumes.dicom.pixels import read_dicom_volume
-from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.formats.itk import read_volume_file
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_build import run_build
 

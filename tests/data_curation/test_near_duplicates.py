@@ -20,7 +20,7 @@ from meddino_data_curation.sources.discovery import discover
 from scipy import ndimage
 
 from meddino.volumes.dicom.pixels import read_dicom_volume
-from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.formats.itk import read_volume_file
 from meddino.volumes.orientation import to_axial_lps
 from tests.data_curation.conftest import make_hu
 
@@ -177,7 +177,7 @@ def test_content_hash__does_not_depend_on_format_type_and_orientation(shared_dat
 def _one_slice(number: int, hu: np.ndarray, z_mm: float, **changes) -> tuple[dict, Fingerprint]:
     row = {"volume_id": f"v{number:02d}", "status": "accepted", "dataset": "set", "num_slices_kept": 1, "shape": [1, *hu.shape]}
     row |= {"spacing_mm": [2.0, 4.5, 4.5], "content_hash": f"h{number:02d}", "patient_key": "P", "study_key": None}
-    row |= {"position_mm": z_mm, "duplicate_of": None, "duplicate_kind": None, **changes}
+    row |= {"position_mm": z_mm, "duplicate_of": None, "duplicate_kind": None, "format": "nifti", "series_key": None, **changes}
     return row, Fingerprint(np.zeros(1), np.stack([slice_vector(hu, (4.5, 4.5))]))
 
 
@@ -193,6 +193,17 @@ def test_mark_near__slices_of_one_patient_at_other_places_are_no_copies(step_mm,
     )
     mark_near(rows, {row["volume_id"]: one for row, one in zip(rows, prints, strict=True)}, {})
     assert sum(row["status"] == "accepted" for row in rows) == kept
+
+
+def test_mark_near__parts_of_one_series_are_no_copies_of_each_other():
+    """Two energies of one scan look alike; of what another set holds of it one is a copy."""
+    told = [{"format": "dicom", "series_key": "S", "num_slices_kept": kept} for kept in (9, 8, 7)]
+    rows, prints = zip(
+        *(_one_slice(number, make_hu(0)[3], 50.0, **changes) for number, changes in enumerate([*told, {}])), strict=True
+    )
+    rows[2]["dataset"] = "another"
+    mark_near(rows, {row["volume_id"]: one for row, one in zip(rows, prints, strict=True)}, {})
+    assert [row["status"] for row in rows] == ["accepted", "accepted", "duplicate", "duplicate"]
 
 
 def test_mark_near__few_slices_of_one_patient_make_no_chain(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from meddino_data_curation.cli import main
 
-from meddino.volumes import itk_files
+from meddino.volumes.formats import itk
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_bad_files import nifti_header
 from tests.data_curation.test_build import run_build
@@ -53,7 +53,7 @@ def test_build__itk_without_memory_is_no_damaged_file(tmp_path, salt_file, monke
         def Execute(self, *_):  # noqa: N802
             raise RuntimeError("itkImportImageContainer.hxx:179:\nFailed to allocate memory for image.")
 
-    monkeypatch.setattr(itk_files.sitk, "ImageFileReader", Full)
+    monkeypatch.setattr(itk.sitk, "ImageFileReader", Full)
     assert run_build(tmp_path / "in", tmp_path / "out", salt_file, "workers=1") == 0
     rows = rows_by_place(tmp_path / "out")
     assert "not enough memory" in rows["a.nrrd"]["reason"]

@@ -11,8 +11,8 @@ import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig, LimitsConfig
 
 from meddino.core.errors import VolumeError
-from meddino.volumes.itk_files import read_volume_file
-from meddino.volumes.orientation import to_axial_lps
+from meddino.volumes.formats.itk import read_volume_file
+from meddino.volumes.orientation import AXIAL_LPS, to_axial_lps
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_bad_files import nifti_header
 
@@ -59,7 +59,7 @@ def test_nifti__slope_of_zero_scales_nothing_and_two_bytes_stay_two_bytes(tmp_pa
 
 
 def test_nifti__blocks_larger_than_one_and_bytes_before_the_voxels(tmp_path, monkeypatch):
-    from meddino.volumes import nifti
+    from meddino.volumes.formats import nifti
 
     monkeypatch.setattr(nifti, "_BLOCK_BYTES", 1000)
     hu = make_hu(0, (3, 20, 31))
@@ -102,7 +102,7 @@ def test_nifti__oblique_axes_are_resampled_upright_and_values_lie_where_they_wer
     upright, tilt = to_axial_lps(volume, 35.0)
     assert tilt == pytest.approx(40, abs=0.01)
     assert "oblique: resampled upright" in upright.notes
-    assert upright.geometry.is_axial_lps
+    np.testing.assert_allclose(upright.geometry.axes, AXIAL_LPS, atol=1e-6)
     image = sitk.ReadImage(str(path), sitk.sitkFloat64)
     z, y, x = (int(size) for size in upright.planes.shape)
     checked = 0

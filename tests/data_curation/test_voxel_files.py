@@ -10,8 +10,8 @@ import SimpleITK as sitk
 from meddino_data_curation.config import CurationConfig
 
 from meddino.core.errors import VolumeError
-from meddino.volumes.itk_files import read_volume_file
-from meddino.volumes.voxel_files import find_voxel_files
+from meddino.volumes.formats.itk import read_volume_file
+from meddino.volumes.formats.voxel_files import find_voxel_files
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_build import run_build
 from tests.data_curation.test_held_out import rows_by_place
@@ -23,7 +23,7 @@ PEAK = """
 import resource, sys
 from pathlib import Path
 from meddino_data_curation.config import CurationConfig
-from meddino.volumes.itk_files import read_volume_file
+from meddino.volumes.formats.itk import read_volume_file
 from meddino.core.errors import VolumeError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

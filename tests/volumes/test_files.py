@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from meddino.core.errors import VolumeError
 from meddino.volumes.channels import case_names
 from meddino.volumes.limits import ReadLimits
-from meddino.volumes.orientation import turn_to_lps
+from meddino.volumes.orientation import AXIAL_LPS, turn_to_lps
 from meddino.volumes.read import read_volume
 from tests.data_curation.conftest import make_hu
 
@@ -116,7 +116,7 @@ def test_nifti__what_is_assumed_is_told(tmp_path):
     path = tmp_path / "a.nii"
     path.write_bytes(nifti(hu, None, unit=0, pixdim=(3.4, 3.5, 3.0)))
     volume = read_volume(path)
-    assert volume.geometry.is_axial_lps
+    np.testing.assert_array_equal(volume.geometry.axes, AXIAL_LPS)
     assert len(volume.notes) == 2
     assert "orientation is not in the file" in volume.notes[0]
     assert "units are not in the file" in volume.notes[1]

@@ -13,6 +13,7 @@ import meddino
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
+from meddino.volumes.archives import file_size
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.finish import finish, scan_held_out
 from meddino_data_curation.corpus.work_folder import WorkFolder, job_hash
@@ -267,7 +268,13 @@ def _watch(config: CurationConfig, status: Counter[str], advance: Callable[[], N
 
 
 def _size(job: VolumeJob) -> int:
-    return sum(path.stat().st_size for path in job.candidate.files if path.exists())
+    return sum(_bytes(path) for path in job.candidate.files)
+
+
+def _bytes(path: Path) -> int:
+    with suppress(OSError, VolumeError):
+        return file_size(path)
+    return 0
 
 
 def _write_source_map(found: Discovery, config: CurationConfig, corpus: Path, part: Part | None) -> None:

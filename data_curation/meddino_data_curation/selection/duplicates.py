@@ -56,7 +56,7 @@ def mark_near(rows: Sequence[Row], prints: Mapping[str, Fingerprint], preference
     """
     accepted = [row for row in rows if row["status"] == "accepted" and row["volume_id"] in prints]
     alike = find_alike([prints[row["volume_id"]] for row in accepted])
-    links = [(pair.first, pair.second) for pair in alike if not _lie_apart(accepted[pair.first], accepted[pair.second])]
+    links = [(pair.first, pair.second) for pair in alike if not _are_told_apart(accepted[pair.first], accepted[pair.second])]
     # Few slices look like their neighbours: of one patient a link means these two only, not what they are linked to.
     single = [(first, second) for first, second in links if _are_few_of_one_patient(accepted[first], accepted[second])]
     for group in groups(len(accepted), [link for link in links if link not in set(single)]):
@@ -74,6 +74,11 @@ def _of_one_patient(first: Row, second: Row) -> bool:
 
 def _are_few_of_one_patient(first: Row, second: Row) -> bool:
     return max(first["shape"][0], second["shape"][0]) <= _FEW_SLICES and _of_one_patient(first, second)
+
+
+def _are_told_apart(first: Row, second: Row) -> bool:
+    """Tell whether what looks alike is known to be no copy: of a series that was parted its headers say so."""
+    return _series(first) == _series(second) or _lie_apart(first, second)
 
 
 def _lie_apart(first: Row, second: Row) -> bool:
@@ -101,8 +106,18 @@ def preference_key(row: Row, preference: Mapping[str, int]) -> tuple[int, int, i
 
 def _keep_one(group: Sequence[Row], preference: Mapping[str, int], kind: str) -> None:
     kept, *others = sorted(group, key=lambda row: preference_key(row, preference))
+    parted = {_series(kept)}
     for row in others:
+        # Of the parts of one series at most one is a copy of what is kept: their headers tell them apart.
+        if kind == "near" and _series(row) in parted:
+            continue
+        parted.add(_series(row))
         row.update(status="duplicate", duplicate_of=kept["volume_id"], duplicate_kind=kind, num_slices_kept=0)
+
+
+def _series(row: Row) -> tuple[str, str]:
+    """Return what the parts of a DICOM series share and nothing else has; a copy of it in another data set is none."""
+    return row["dataset"], str(row["series_key"] if row["format"] == "dicom" else row["volume_id"])
 
 
 def _follow_links(rows: Sequence[Row]) -> None:

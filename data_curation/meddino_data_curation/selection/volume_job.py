@@ -15,8 +15,8 @@ from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash, slice_hash
 from meddino.data.sample import encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
+from meddino.volumes.formats.itk import read_volume_file
 from meddino.volumes.geometry import Geometry
-from meddino.volumes.itk_files import read_volume_file
 from meddino.volumes.orientation import AXIAL_LPS, OUTSIDE_HU, to_axial_lps
 from meddino.volumes.pictures import PICTURE_ERRORS, read_picture
 from meddino.volumes.volume import AxialVolume

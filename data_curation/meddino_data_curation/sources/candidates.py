@@ -1,15 +1,17 @@
 """What lies under the sources: files and DICOM series that may be volumes, before any pixel is read."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import cause_without_path
-from meddino.volumes.voxel_files import VoxelFiles, find_voxel_files
+from meddino.volumes.archives import archive_members, is_archive
+from meddino.volumes.formats.voxel_files import VoxelFiles, find_voxel_files
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.sources.path_globs import glob_pattern
@@ -76,8 +78,12 @@ class FoundFile:
         return f"{self.inside}:{self.size}:{self.mtime_ns}"
 
 
-def find_files(source: SourceConfig) -> Iterator[FoundFile]:
+def find_files(source: SourceConfig, in_archives: bool = True) -> Iterator[FoundFile]:
     """Walk a source in a fixed order; links are followed, loops of links are not.
+
+    Args:
+        source: A folder or a file.
+        in_archives: Yield the files in an archive instead of the archive.
 
     Raises:
         ConfigError: The source does not exist or cannot be listed.
@@ -86,7 +92,7 @@ def find_files(source: SourceConfig) -> Iterator[FoundFile]:
     if not root.exists():
         raise ConfigError(f"source '{source.name}': no such file or folder: {root}")
     if root.is_file():
-        yield _found(root, root.name)
+        yield from _in_archive(_found(root, root.name), None) if in_archives else [_found(root, root.name)]
         return
     if not os.access(root, os.R_OK | os.X_OK):
         raise ConfigError(f"source '{source.name}': no permission to list {root}")
@@ -103,7 +109,9 @@ def find_files(source: SourceConfig) -> Iterator[FoundFile]:
         for name in sorted(names):
             path = Path(folder, name)
             inside = path.relative_to(root).as_posix()
-            if pattern is None or pattern.fullmatch(inside):
+            if in_archives and is_archive(name):
+                yield from _in_archive(_found(path, inside), pattern)
+            elif pattern is None or pattern.fullmatch(inside):
                 yield _found(path, inside)
     for error in unlisted:
         inside = Path(os.fsdecode(error.filename)).relative_to(root).as_posix()
@@ -149,6 +157,25 @@ def _voxel_files(found: FoundFile, format: str) -> VoxelFiles:
         with suppress(VolumeError, OSError):
             return find_voxel_files(found.path, format)
     return VoxelFiles((), "unknown")
+
+
+def _in_archive(found: FoundFile, pattern: re.Pattern[str] | None) -> Iterator[FoundFile]:
+    """Yield the files in an archive that a pattern takes, all if it takes the archive; itself where it has a problem."""
+    if found.problem or not is_archive(found.path.name):
+        yield found
+        return
+    try:
+        members, problem = archive_members(found.path)
+    except OSError as error:
+        members, problem = [], f"file cannot be read: {cause_without_path(error)}"
+    whole = pattern is None or pattern.fullmatch(found.inside)
+    for member in members:
+        inside = f"{found.inside}/{member.name}"
+        if whole or (pattern is not None and pattern.fullmatch(inside)):
+            empty = "file is empty" if member.size == 0 else ""
+            yield FoundFile(found.path / member.name, inside, member.size, found.mtime_ns, member.problem or empty)
+    if problem:
+        yield replace(found, problem=problem)
 
 
 def _found(path: Path, inside: str) -> FoundFile:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 
+from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
 from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import DicomHeader, read_header
@@ -19,7 +20,7 @@ from meddino.volumes.file_kinds import (
     volume_suffix,
     why_not_read,
 )
-from meddino.volumes.nifti import GZIP_ERRORS
+from meddino.volumes.formats.nifti import GZIP_ERRORS
 from meddino.volumes.pictures import is_picture
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
@@ -190,9 +191,10 @@ def _look(file: FoundFile) -> _Look:
             return _Look(not_read=reason)
         unpacked = unpacked_head(file.path, head)
     except GZIP_ERRORS:
-        unpacked = None  # whatever it was, it is not known by its name either
-    except OSError as error:
-        return _Look(problem=f"file cannot be read: {cause_without_path(error)}")
+        return _Look()  # whatever it was, it is not known by its name either
+    except (VolumeError, OSError) as error:
+        why = cause_without_path(error) if isinstance(error, OSError) else str(error)
+        return _Look(problem=f"file cannot be read: {why}")
     format = volume_format(unpacked or head)
     if unpacked is not None and (format in ("nrrd", "metaimage") or has_dicom_magic(unpacked)):
         return _Look(not_read="an archive, or packed")

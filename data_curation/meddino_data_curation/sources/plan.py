@@ -100,7 +100,7 @@ def _sort_in(base: Path, sets: Sequence[FoundSet], named: bool) -> None:
     """Walk a folder once and give every file to the parts it belongs to."""
     walked = SourceConfig(name="plan", path=base)
     homes: dict[tuple[str, ...], list[list[str]]] = {}
-    for file in find_files(walked):
+    for file in find_files(walked, in_archives=False):
         folders = PurePosixPath(file.inside).parts[:-1]
         if folders not in homes:
             homes[folders] = [_homes(item.entry, base.name, folders) if named else [""] for item in sets]

@@ -17,6 +17,8 @@ from pydicom.filereader import read_dataset
 from pydicom.multival import MultiValue
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from meddino.volumes.archives import open_file
+
 # pydicom raises each of these for bytes that only look like DICOM at first; a wrong length may ask for all the memory.
 NO_DICOM = (
     InvalidDicomError, BytesLengthException, ValueError, LookupError, TypeError, AttributeError, NotImplementedError, EOFError,
@@ -38,7 +40,7 @@ def read_elements(path: Path, tags: Sequence[str], use: Callable[[Any], T | None
         OSError: It cannot be read.
     """
     try:
-        with silent_pydicom(), path.open("rb") as stream:
+        with silent_pydicom(), open_file(path) as stream:
             return use(_before_pixels(stream, list(tags)))
     except NO_DICOM:
         return None

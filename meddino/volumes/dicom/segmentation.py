@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_write
+from meddino.volumes.archives import open_file
 from meddino.volumes.dicom.elements import silent_pydicom
 
 
@@ -40,7 +41,10 @@ def write_dicom_seg(path: Path, masks: Mapping[str, NDArray[np.bool_]], files: S
 def _write(
     path: Path, masks: Mapping[str, NDArray[np.bool_]], files: Sequence[Path], version: str, hd: Any, codes: Any
 ) -> None:
-    sources = [pydicom.dcmread(file) for file in files]
+    sources = []
+    for file in files:
+        with open_file(file) as stream:
+            sources.append(pydicom.dcmread(stream))
     algorithm = hd.AlgorithmIdentificationSequence(name="MedDINO", version=version, family=codes.cid7162.ArtificialIntelligence)
     descriptions: list[Any] = [
         hd.seg.SegmentDescription(

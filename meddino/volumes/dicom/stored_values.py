@@ -4,12 +4,11 @@ Uncompressed frames are read here, from the file as mapped into memory: GDCM hol
 rescale for all frames, and turns MONOCHROME1 over. Compressed frames go to GDCM one by one, as a file in memory.
 """
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import io
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -25,8 +24,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from meddino.volumes.archives import archive_of, file_size, open_file
 from meddino.volumes.dicom.elements import NO_DICOM, integer, open_dataset, silent_pydicom
-from meddino.volumes.native import quiet_native, raise_if_memory_ran_out
+from meddino.volumes.native import file_in_memory, quiet_native, raise_if_memory_ran_out
 
 _GE_PRIVATE = "1.2.840.113619.5.2"  # implicit little-endian elements, big-endian pixels
 _PLAIN_SYNTAXES = (
@@ -84,7 +84,7 @@ def open_frames(path: Path) -> StoredFrames | None:
         OSError: It cannot be read.
     """
     try:
-        with path.open("rb") as stream, silent_pydicom():
+        with open_file(path) as stream, silent_pydicom():
             dataset, content = open_dataset(stream)
             offset = content.tell()
             syntax = str(getattr(dataset.file_meta, "TransferSyntaxUID", ImplicitVRLittleEndian))
@@ -94,17 +94,27 @@ def open_frames(path: Path) -> StoredFrames | None:
                 return None
             # Not by the syntax: private ones, and files that mix both, say otherwise than they are.
             offset += 12 if head[4:] in (b"OW", b"OB") else 8
+            if content is stream and archive_of(path) is not None:
+                stream.seek(offset)
+                offset, content = 0, io.BytesIO(stream.read(min(file_size(path), _most_bytes(dataset, count))))
+            held = content if isinstance(content, io.BytesIO) else None
             if syntax in _PLAIN_SYNTAXES:
-                return _native(path, content if content is not stream else None, offset, dataset, syntax, count)
+                return _native(path, held, offset, dataset, syntax, count)
             bits = integer(dataset, "BitsStored")
-            return StoredFrames(_compressed(path, offset, dataset, count), count, bits)
+            return StoredFrames(_compressed(path, held, offset, dataset, count), count, bits)
     except MemoryError:
         raise
     except NO_DICOM:
         return None
 
 
-def _native(path: Path, content: IO[bytes] | None, offset: int, dataset: Any, syntax: str, count: int) -> StoredFrames | None:
+def _most_bytes(dataset: Any, count: int) -> int:
+    """Return how long the pixels of an honest file are at most, packed frames and their table included."""
+    allocated, rows, cols = (integer(dataset, name) for name in ("BitsAllocated", "Rows", "Columns"))
+    return count * (rows * cols * allocated // 4 + 1024) + 65536
+
+
+def _native(path: Path, content: io.BytesIO | None, offset: int, dataset: Any, syntax: str, count: int) -> StoredFrames | None:
     allocated, bits, high = (integer(dataset, name) for name in ("BitsAllocated", "BitsStored", "HighBit"))
     if allocated not in (8, 16, 32) or not 1 <= bits <= high + 1 <= allocated:
         return None
@@ -112,7 +122,7 @@ def _native(path: Path, content: IO[bytes] | None, offset: int, dataset: Any, sy
     dtype = np.dtype((">" if syntax in _BIG_ENDIAN_PIXELS else "<") + kind)
     shape = (integer(dataset, "Rows"), integer(dataset, "Columns"))
     size = shape[0] * shape[1]
-    held = (len(content.getbuffer()) if content is not None else path.stat().st_size) - offset  # type: ignore[attr-defined]
+    held = (len(content.getbuffer()) if content is not None else path.stat().st_size) - offset
     whole = min(count, max(held, 0) // (size * dtype.itemsize)) if size else 0
 
     def read(frame: int) -> NDArray[Any]:
@@ -120,7 +130,7 @@ def _native(path: Path, content: IO[bytes] | None, offset: int, dataset: Any, sy
             raise EOFError
         start = offset + frame * size * dtype.itemsize
         if content is not None:
-            raw = np.frombuffer(content.getbuffer(), dtype, size, start)  # type: ignore[attr-defined]
+            raw = np.frombuffer(content.getbuffer(), dtype, size, start)
         else:
             raw = np.fromfile(path, dtype, size, offset=start)
         stored: NDArray[Any] = raw.astype(dtype.newbyteorder("="))
@@ -132,14 +142,15 @@ def _native(path: Path, content: IO[bytes] | None, offset: int, dataset: Any, sy
     return StoredFrames(read, count, bits)
 
 
-def _compressed(path: Path, offset: int, dataset: Any, count: int) -> Callable[[int], NDArray[Any]]:
+def _compressed(path: Path, content: io.BytesIO | None, offset: int, dataset: Any, count: int) -> Callable[[int], NDArray[Any]]:
     """Return what has GDCM decode one frame, as a file of that frame alone and without a rescale."""
 
     def read(frame: int) -> NDArray[Any]:
-        with path.open("rb") as stream:
+        with path.open("rb") if content is None else nullcontext(content) as stream:
             stream.seek(offset)
             data = get_frame(stream, frame, number_of_frames=count)
-        with _file_in_memory(_frame_file(dataset, data)) as name, quiet_native():
+        item = _frame_file(dataset, data)
+        with file_in_memory(lambda stream: item.save_as(stream, enforce_file_format=True)) as name, quiet_native():
             reader = sitk.ImageFileReader()
             reader.SetImageIO("GDCMImageIO")
             reader.SetFileName(name)
@@ -147,20 +158,6 @@ def _compressed(path: Path, offset: int, dataset: Any, count: int) -> Callable[[
         return stored.reshape(stored.shape[-2:])
 
     return read
-
-
-@contextmanager
-def _file_in_memory(dataset: pydicom.Dataset) -> Iterator[str]:
-    """Give a dataset a path that GDCM can open: no folder for temporary files can be full, or slow."""
-    if not hasattr(os, "memfd_create"):
-        with tempfile.TemporaryDirectory(prefix="frame-") as folder:
-            dataset.save_as(Path(folder, "frame"), enforce_file_format=True)
-            yield str(Path(folder, "frame"))
-        return
-    with open(os.memfd_create("frame"), "w+b") as stream:  # noqa: PTH123 - a descriptor has no path
-        dataset.save_as(stream, enforce_file_format=True)
-        stream.flush()
-        yield f"/proc/self/fd/{stream.fileno()}"
 
 
 def _frame_file(dataset: Any, data: bytes) -> pydicom.Dataset:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
+from meddino.volumes.archives import archive_of, file_size, open_file
 
 _HEADER_BYTES = 1 << 20  # no honest header is longer; a list of 10,000 files fits
 _MAX_FILES = 100_000
@@ -42,7 +43,7 @@ class VoxelFiles:
         Raises:
             VolumeError: They cannot, or a file is missing.
         """
-        size = sum(_size(path) for path in self.files) if self.files else header.stat().st_size
+        size = sum(_size(path) for path in self.files) if self.files else file_size(header)
         packed = self.fields.get("compresseddatasize", "")
         if packed and (not packed.isdecimal() or int(packed) > size):  # MetaImage's: ITK takes memory for it unasked
             raise VolumeError(f"header says that voxels are packed into {packed[:20]} bytes, in files of {size}")
@@ -67,10 +68,12 @@ def find_voxel_files(path: Path, format: str) -> VoxelFiles:
         VolumeError: It names files outside its own folder, or in a way that is not understood. The message names none.
         OSError: It cannot be read.
     """
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         lines = re.split(r"\r\n|\n|\r", stream.read(_HEADER_BYTES).decode("utf-8", "surrogateescape"))
     fields: dict[str, str] = {}
     named, encoding = (_metaimage if format == "metaimage" else _nrrd)(lines, fields)
+    if named and archive_of(path) is not None:
+        raise VolumeError("its voxels lie in files of their own, which are not looked for in an archive; unpack it")
     return VoxelFiles(tuple(_inside(path.parent, name) for name in named), encoding, fields)
 
 

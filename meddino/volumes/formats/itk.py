@@ -1,6 +1,7 @@
 """NIfTI, NRRD and MetaImage files, checked before memory is taken; the latter two through SimpleITK."""
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
+from meddino.volumes.archives import archive_of, open_file
 from meddino.volumes.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format
+from meddino.volumes.formats.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
+from meddino.volumes.formats.voxel_files import VoxelFiles, find_voxel_files
 from meddino.volumes.geometry import Geometry, geometry_from_xyz
 from meddino.volumes.limits import ReadLimits
-from meddino.volumes.native import quiet_native, raise_if_memory_ran_out
-from meddino.volumes.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
+from meddino.volumes.native import file_in_memory, quiet_native, raise_if_memory_ran_out
 from meddino.volumes.volume import Volume
-from meddino.volumes.voxel_files import VoxelFiles, find_voxel_files
 
 _IMAGE_IO = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
 _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "dicom": "DICOM"}
@@ -77,7 +79,7 @@ def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
     voxel_files = find_voxel_files(path, format)  # before ITK, which opens whatever file a header names
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_IMAGE_IO[format])
-    with _named_in_utf8(path, voxel_files) as readable:
+    with _readable(path, voxel_files) as readable:
         reader.SetFileName(str(readable))
         try:
             with quiet_native():
@@ -100,8 +102,12 @@ def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
 
 
 @contextmanager
-def _named_in_utf8(path: Path, voxel_files: VoxelFiles) -> Iterator[Path]:
-    """Give a file a path that SimpleITK takes: old shares have names that are no UTF-8."""
+def _readable(path: Path, voxel_files: VoxelFiles) -> Iterator[Path]:
+    """Give a file a path that SimpleITK takes: it may lie in an archive, and old shares have names that are no UTF-8."""
+    if archive_of(path) is not None:
+        with open_file(path) as stream, file_in_memory(lambda target: shutil.copyfileobj(stream, target)) as name:
+            yield Path(name)
+        return
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -190,7 +196,7 @@ def sniff_format(path: Path) -> str | None:
         head = read_head(path)
         unpacked = unpacked_head(path, head)
     except GZIP_ERRORS as error:
-        raise VolumeError("gzip data is truncated or damaged") from error
+        raise VolumeError("gzip data, or the archive it lies in, is truncated or damaged") from error
     except OSError as error:
         raise VolumeError(f"file cannot be read: {cause_without_path(error)}") from error
     shown = head if unpacked is None else unpacked

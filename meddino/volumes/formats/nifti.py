@@ -6,6 +6,8 @@ What is read is checked against the file's length and, in a .gz, against its CRC
 import gzip
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
+from meddino.volumes.archives import open_file
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.limits import ReadLimits
 
@@ -221,18 +224,19 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
 def first_bytes(path: Path, count: int) -> bytes:
     """Return the first bytes of a file, unpacked if it is packed with gzip, whatever becomes of those behind them."""
     # ISA-L's reader keeps back what comes before the end of a small file that is cut off.
-    with gzip.open(path, "rb") if _is_packed(path) else path.open("rb") as stream:
-        return stream.read(count)
+    with open_file(path) as stream, gzip.open(stream) if _is_packed(path) else stream as unpacked:
+        return unpacked.read(count)
 
 
-def _opened(path: Path) -> IO[bytes]:
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, unpacked if it is packed with gzip."""
-    unpacked: IO[bytes] = igzip.open(path, "rb") if _is_packed(path) else path.open("rb")  # type: ignore[no-untyped-call]
-    return unpacked
+    with open_file(path) as stream:
+        yield igzip.open(stream, "rb") if _is_packed(path) else stream  # type: ignore[no-untyped-call]
 
 
 def _is_packed(path: Path) -> bool:
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         return stream.read(2) == b"\x1f\x8b"
 
 

@@ -1,0 +1,1 @@
+"""Files of one volume: NIfTI, NRRD and MetaImage."""
