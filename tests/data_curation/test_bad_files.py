@@ -180,8 +180,9 @@ def test_build__volumes_without_ending_are_read_and_formats_that_are_not_are_cou
         "DICOM file": 1,
         "not read: Analyze or NIfTI in two files (.hdr, .img)": 2,
         "not read: NRRD or MetaImage packed as a whole": 1,
-        "not read: an archive, or packed": 2,
+        "not read: an archive, or packed": 1,
         "other": 1,
+        "unreadable: archive is truncated or damaged": 1,
         "volume file": 4,
     }
     assert "5 files could not be used" in capsys.readouterr().err

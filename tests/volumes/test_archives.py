@@ -80,7 +80,8 @@ def test_read_volume__several_in_an_archive_are_told(tmp_path):
         read_volume(archive / "2.nii.gz")
 
 
-def test_build_and_explain__archives_beside_files_are_curated_as_folders_are(tmp_path, salt_file, capsys):
+def test_build_and_explain__archives_beside_files_are_curated_as_folders_are(tmp_path, capsys):
+    (tmp_path / "salt").write_text("a salt for tests only")
     for number, ending in enumerate(("zip", "tar", "tgz")):
         write_series(tmp_path / f"{number}", make_hu(number), series=f"s{number}", patient=f"P{number}")
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -88,7 +89,7 @@ def test_build_and_explain__archives_beside_files_are_curated_as_folders_are(tmp
     write_volume(tmp_path / "4" / "b.nii.gz", make_hu(4))
     pack(tmp_path / "4", tmp_path / "in" / "more.zip")
     (tmp_path / "in" / "broken.zip").write_bytes(b"PK\3\4")
-    assert run_build(tmp_path / "in", tmp_path / "out", salt_file, "workers=1") == 0
+    assert run_build(tmp_path / "in", tmp_path / "out", tmp_path / "salt", "workers=1") == 0
     corpus = Corpus(tmp_path / "out")
     assert {corpus.read(index).tobytes() for index in range(len(corpus))} == {
         plane.tobytes() for seed in (0, 1, 2, 4) for plane in make_hu(seed)

@@ -211,3 +211,11 @@ def test_metaimage__its_own_rescale_is_applied(tmp_path):
         header = META + scale.format(slope) + "ElementDataFile = LOCAL\n"
         (tmp_path / "a.mha").write_bytes(header.encode() + stored.tobytes())
         np.testing.assert_allclose(read_volume(tmp_path / "a.mha").voxels, stored.astype(np.float64) * slope - 1024)
+
+
+@pytest.mark.parametrize(("kind", "stored", "intercept"), [("i2", 5, 1e12), ("i4", 2**31 - 2, 10.0), ("u4", 2**32 - 1, -24.0)])
+def test_nifti__an_intercept_never_wraps_a_value_round(tmp_path, kind, stored, intercept):
+    """Found by damaged files: 1e12 ended the reading; 2^31 wrapped round without a word."""
+    (tmp_path / "a.nii").write_bytes(nifti(np.full((2, 2, 2), stored, kind), np.eye(4), slope=1.0, intercept=intercept))
+    value = float(read_volume(tmp_path / "a.nii").voxels[0, 0, 0])
+    assert value == pytest.approx(min(stored + intercept, 2**31 - 1 if kind != "i2" else np.inf), rel=1e-6)

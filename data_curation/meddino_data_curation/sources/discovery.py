@@ -113,7 +113,7 @@ class _Sorting:
         if self.source.modality in ("image", "auto") and is_picture(file.path.name):
             self._volume(file, "picture")
         elif is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
-            self.found.files["other"] += 1
+            self.found.files["DICOMDIR (not needed)" if file.path.name == "DICOMDIR" else "other"] += 1
         elif suffix:
             self._volume(file, VOLUME_SUFFIXES[suffix])
         elif file.problem:

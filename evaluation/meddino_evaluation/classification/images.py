@@ -11,6 +11,7 @@ from torch import Tensor
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import Modality
+from meddino.volumes.archives import archive_of, is_archive
 from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
@@ -48,7 +49,7 @@ def read_slices(source: str, modality: Modality) -> SliceStack:
 
     Args:
         source: A file; `file.npz#name` for one array of an npz, `file.npz#name#i` for item i of that array,
-            `file.mat#path` for one of a MATLAB file; a folder that holds one DICOM volume.
+            `file.mat#path` for one of a MATLAB file; a folder or an archive that holds one volume.
         modality: "ct": values are Hounsfield units. "mr" and "image": 8 and 16 bit pictures by their full range,
             everything else (MRI, DICOM radiographs without a window) by its 0.5th and 99.5th percentile.
 
@@ -72,9 +73,10 @@ def read_slices(source: str, modality: Modality) -> SliceStack:
 
 
 def _read(path: Path, key: str, modality: Modality) -> SliceStack:
-    if not path.exists():
+    if not path.exists() and archive_of(path) is None:
         raise VolumeError(f"image {path} does not exist")
-    if path.is_dir() or volume_suffix(path.name) or any(series.stack is not None for series in _series(path)):
+    is_volume = path.is_dir() or is_archive(path.name) or volume_suffix(path.name)
+    if is_volume or any(series.stack is not None for series in _series(path)):
         volume = read_volume(path)
         turned = turn_to_lps(volume.geometry).apply(volume.voxels)[:, None]
         return SliceStack(turned, "hu") if volume.modality == "CT" else _stack(Picture(turned), modality)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import atomic_write
+from meddino.volumes.archives import files_below, is_archive, problem_of
 from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import read_header
 from meddino.volumes.file_kinds import is_companion
@@ -60,7 +61,7 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
     """Find every volume and say of every other file that it is none; nothing is left out without a word.
 
     Args:
-        paths: Files and folders.
+        paths: Files, folders and archives.
         out: Folder of the results, which is not searched.
         channels: How many the network reads: says whether four digits at the end of a name number channels.
 
@@ -71,7 +72,8 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
     for path in paths:
         if not path.exists():
             raise ConfigError(f"--input {path}: no such file or folder")
-        found += _in_folder(path, out, channels) if path.is_dir() else [Input(stem(path), (path,))]
+        is_many = path.is_dir() or is_archive(path.name)
+        found += _in_folder(path, out, channels) if is_many else [Input(stem(path), (path,))]
     taken: dict[str, int] = {}
     for item in [one for one in found if one.status != "skipped"]:
         taken[item.name] = taken.get(item.name, 0) + 1
@@ -95,7 +97,7 @@ def write_table(path: Path, inputs: Sequence[Input]) -> None:
 
 
 def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_relative_to(out)]
+    files = [path for path in sorted(files_below(folder)) if not path.is_relative_to(out)]
     volumes = [path for path in files if path.name.endswith(ENDINGS) and not is_companion(path.name)]
     for place in dict.fromkeys(path.parent for path in volumes):
         own = [path for path in volumes if path.parent == place]
@@ -117,7 +119,8 @@ def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
     known = {*volumes, *(file for one in series for file in one.files)}
     for path in files:
         if path not in known:
-            yield Input(path.relative_to(folder).as_posix(), (path,), None, "skipped", "no volume and no slice of a series")
+            name = path.relative_to(folder).as_posix() if path != folder else path.name
+            yield Input(name, (path,), None, "skipped", problem_of(path) or "no volume and no slice of a series")
 
 
 def _who(file: Path) -> dict[str, str]:

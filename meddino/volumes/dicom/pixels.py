@@ -162,6 +162,8 @@ def _opened(path: Path) -> StoredFrames | None:
     except OSError as error:
         cause_without_path(error)  # raises where it is the system's; a file that has gone is a slice that cannot be read
         return None
+    except VolumeError:
+        return None  # so is one whose archive is damaged
 
 
 def _stored(stack: DicomStack) -> Iterator[tuple[StackedSlice, NDArray[Any] | None, int]]:

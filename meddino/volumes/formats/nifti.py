@@ -30,7 +30,7 @@ _SAME_SPACING = 1e-3  # of it: pixdim then has the value without the matrix's ro
 _MAX_TAIL_BYTES = 1 << 16  # behind the last voxel; some writers pad
 _MAX_OFFSET_BYTES = 64 << 20  # of the first voxel; between it and the header lie extensions
 _BLOCK_BYTES = 8 << 20
-_INT16 = np.iinfo(np.int16)
+_MOST_WHOLE_INTERCEPT = 1 << 20
 # What damaged gzip data raises. ISA-L's reader takes half the time of zlib's.
 _ISAL_ERROR: type[Exception] = IsalError  # type: ignore[assignment]  # its stub calls the class an instance
 GZIP_ERRORS = (EOFError, _ISAL_ERROR, zlib.error, gzip.BadGzipFile)
@@ -244,7 +244,8 @@ def _read_as(header: NiftiHeader) -> np.dtype[Any]:
     if header.slope == 1.0:
         if header.intercept == 0.0:
             return header.dtype.newbyteorder("=")
-        if header.intercept == int(header.intercept) and header.dtype.kind in "iu":
+        is_small = header.intercept == int(header.intercept) and abs(header.intercept) <= _MOST_WHOLE_INTERCEPT
+        if is_small and header.dtype.kind in "iu" and header.dtype.itemsize <= 4:
             # Two bytes stay two bytes: what leaves the range of int16 is no HU and is clipped at the end anyhow.
             return np.dtype(np.int16 if header.dtype.itemsize <= 2 else np.int32)
     return np.dtype(np.float32)
@@ -265,8 +266,9 @@ def _read_blocks(stream: IO[bytes], header: NiftiHeader, voxels: NDArray[Any]) -
             raise VolumeError(f"voxels cannot be read: the file is truncated ({done} of {total} bytes)")
         if as_stored:
             continue
-        if voxels.dtype == np.int16:
-            target[:] = np.clip(block.astype(np.int32) + int(header.intercept), _INT16.min, _INT16.max)
+        if voxels.dtype.kind == "i":
+            wide = block.astype(np.int32 if voxels.dtype == np.int16 else np.int64) + int(header.intercept)
+            target[:] = np.clip(wide, np.iinfo(voxels.dtype).min, np.iinfo(voxels.dtype).max)
             continue
         target[:] = block
         if header.slope != 1.0:
