@@ -1,0 +1,30 @@
+"""What a user gives to be predicted is found in archives as in folders, and whatever is none is told."""
+
+import numpy as np
+from meddino_evaluation.data.inputs import find_inputs
+
+from tests.data_curation.conftest import make_hu, write_volume
+from tests.data_curation.dicom_files import write_series
+from tests.volumes.test_archives import pack
+
+
+def test_find_inputs__volumes_and_series_in_archives(tmp_path):
+    write_series(tmp_path / "a" / "series", make_hu(0))
+    write_volume(tmp_path / "b" / "scan_0000.nii.gz", make_hu(1))
+    (tmp_path / "b" / "notes.txt").write_text("no volume")
+    given = tmp_path / "given"
+    given.mkdir()
+    pack(tmp_path / "a", given / "one.zip")
+    pack(tmp_path / "b", given / "two.tgz")
+    (given / "broken.zip").write_bytes(b"PK")
+    found = {item.name: item for item in find_inputs([given], tmp_path / "out", 1)}
+    assert {name: item.reason for name, item in found.items()} == {
+        "two.tgz/scan": "",
+        "one.zip/series": "",
+        "broken.zip": "archive is truncated or damaged",
+        "two.tgz/notes.txt": "no volume and no slice of a series",
+    }
+    assert np.array_equal(found["one.zip/series"].read()[0].voxels, make_hu(0))
+    assert np.array_equal(found["two.tgz/scan"].read()[0].voxels, make_hu(1))
+    (alone,) = find_inputs([given / "one.zip"], tmp_path / "out", 1)
+    assert np.array_equal(alone.read()[0].voxels, make_hu(0))
