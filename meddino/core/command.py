@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import os
 import select
 import sys
@@ -100,6 +101,8 @@ def _open_closed_streams() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be bytes that no text holds, as on stderr
 
 
 def _reader_has_gone() -> bool:
@@ -119,7 +122,7 @@ def _say_once(line: str) -> None:
     if folder is not None:
         with suppress(FileNotFoundError):  # the launcher has gone; then better twice than never
             try:
-                (Path(folder) / hashlib.sha256(line.encode()).hexdigest()).touch(exist_ok=False)
+                (Path(folder) / hashlib.sha256(line.encode("utf-8", "surrogateescape")).hexdigest()).touch(exist_ok=False)
             except FileExistsError:
                 return
     print(line, file=sys.stderr)

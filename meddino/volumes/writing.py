@@ -1,5 +1,9 @@
 """Volumes and label maps written through SimpleITK, in the format that the file's ending names."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +42,27 @@ def write_volume(path: Path, voxels: NDArray[Any], geometry: Geometry, orientati
     # ITK chooses the format by the suffix, so the partial file keeps it.
     partial = path.with_name(f"{PARTIAL_SUFFIX[1:]}-{path.name}")
     try:
-        sitk.WriteImage(image, str(partial), useCompression=True, compressionLevel=level)
+        with _named_in_utf8(partial) as target:
+            sitk.WriteImage(image, str(target), useCompression=True, compressionLevel=level)
     except RuntimeError as error:
         partial.unlink(missing_ok=True)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise VolumeError(f"{path} cannot be written: {lines[-1][:200] if lines else 'unknown reason'}") from error
     partial.replace(path)
+
+
+@contextmanager
+def _named_in_utf8(path: Path) -> Iterator[Path]:
+    """Give a path that SimpleITK takes, which ends the process over one that is no UTF-8; what is written there is moved."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory(prefix="volume-") as folder:
+            target = Path(folder, "file" + "".join(path.suffixes[-2:]).encode("ascii", "ignore").decode())
+            yield target
+            shutil.copyfile(target, path)
+    else:
+        yield path
 
 
 def write_label_map(path: Path, labels: NDArray[Any], geometry: Geometry) -> None:

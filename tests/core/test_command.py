@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from meddino.core.command import command_parser, run_command
+from meddino.core.command import command_parser, run_command, write_line
 from meddino.core.errors import StoppedEarly, VolumeError
 
 
@@ -124,3 +124,9 @@ def test_run_command__a_name_that_is_no_utf8_is_one_line(capsys):
     assert ended.value.code == 2
     assert r"caf\udce9" in capsys.readouterr().err
     assert run_command(parser, ["--out", "café"], lambda _: None) == 0
+
+
+def test_run_command__a_result_may_name_a_file_whose_name_is_no_text(capsys):
+    parser = command_parser("meddino-curate", "Curates.", "meddino-curate build")
+    assert run_command(parser, [], lambda _: write_line(os.fsdecode(b"M\xfcller"))) == 0
+    assert capsys.readouterr().out == "M\\udcfcller\n"

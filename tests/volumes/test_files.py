@@ -15,6 +15,7 @@ from meddino.volumes.channels import case_names
 from meddino.volumes.limits import ReadLimits
 from meddino.volumes.orientation import AXIAL_LPS, turn_to_lps
 from meddino.volumes.read import read_volume
+from meddino.volumes.writing import write_volume
 from tests.data_curation.conftest import make_hu
 
 CODES = {"u1": 2, "i2": 4, "i4": 8, "f4": 16, "f8": 64, "i1": 256, "u2": 512, "u4": 768}
@@ -185,7 +186,11 @@ def test_names__in_bytes_that_are_no_utf8(tmp_path):
         sitk.WriteImage(image, str(tmp_path / f"a.{ending}"))
         for file in tmp_path.glob("a.*"):
             file.rename(folder / file.name)
-        assert np.array_equal(read_volume(folder / f"a.{ending}").voxels, make_hu(0)), ending
+        volume = read_volume(folder / f"a.{ending}")
+        assert np.array_equal(volume.voxels, make_hu(0)), ending
+        if ending not in ("mhd", "nhdr"):
+            write_volume(folder / f"b.1.{ending}", volume.voxels, volume.geometry)
+            assert np.array_equal(read_volume(folder / f"b.1.{ending}").voxels, make_hu(0)), ending
 
 
 @pytest.mark.parametrize(

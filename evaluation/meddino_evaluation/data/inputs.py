@@ -92,7 +92,9 @@ def write_table(path: Path, inputs: Sequence[Input]) -> None:
         for item in inputs:
             where = ";".join(map(str, item.files)) if item.series is None else str(item.files[0].parent)
             row = {"name": item.name, "status": item.status, "reason": item.reason, "notes": item.notes, "input": where}
-            writer.writerow({"series_uid": "", "patient": "", **item.who, **row, "output": item.output})
+            row = {"series_uid": "", "patient": "", **item.who, **row, "output": item.output}
+            # A file's name may be bytes that no text holds.
+            writer.writerow({key: value.encode("utf-8", "backslashreplace").decode() for key, value in row.items()})
     path.chmod(0o600)
 
 

@@ -1,7 +1,9 @@
 """What a user gives to be predicted is found in archives as in folders, and whatever is none is told."""
 
+import os
+
 import numpy as np
-from meddino_evaluation.data.inputs import find_inputs
+from meddino_evaluation.data.inputs import find_inputs, write_table
 
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.dicom_files import write_series
@@ -28,3 +30,10 @@ def test_find_inputs__volumes_and_series_in_archives(tmp_path):
     assert np.array_equal(found["two.tgz/scan"].read()[0].voxels, make_hu(1))
     (alone,) = find_inputs([given / "one.zip"], tmp_path / "out", 1)
     assert np.array_equal(alone.read()[0].voxels, make_hu(0))
+
+
+def test_write_table__names_in_bytes_that_are_no_utf8(tmp_path):
+    name = os.fsdecode(b"M\xfcller.nii.gz")
+    write_volume(tmp_path / "a.nii.gz", make_hu(0)).rename(tmp_path / name)
+    write_table(tmp_path / "table.csv", find_inputs([tmp_path], tmp_path / "out", 1))
+    assert "M\\udcfcller," in (tmp_path / "table.csv").read_text()
