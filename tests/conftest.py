@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -9,8 +10,6 @@ from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
-
-from tests.processes import Started
 
 # Two torch processes with full thread pools slow each other many times over; tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -51,9 +50,12 @@ def run_ranks() -> Callable[..., list[str]]:
             port = free.getsockname()[1]
         shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         processes = [
-            Started(
+            subprocess.Popen(
                 [sys.executable, "-c", textwrap.dedent(code)],
                 env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
             for rank in range(count)
         ]

@@ -9,6 +9,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp64"]
 Parallel = Literal["auto", "none", "ddp", "fsdp2"]
 PackedKernel = Literal["sdpa", "xformers"]
+Compile = bool | Literal["auto"]
+Checkpointing = bool | Literal["selective"]
 
 
 class MachineConfig(StrictConfig):
@@ -20,9 +22,9 @@ class MachineConfig(StrictConfig):
     """auto: bf16 on an accelerator that has it, fp32 on the CPU; or fp32, bf16, fp64 (to compare runs)."""
     parallel: Parallel = "auto"
     """auto: DDP where there are several processes; fsdp2 cuts weights over them."""
-    activation_checkpointing: bool = False
-    """Recompute blocks in the backward pass: a third slower, far less memory."""
-    compile: bool = False
-    """Compile the blocks with torch.compile: faster after a minute of compiling."""
+    activation_checkpointing: Checkpointing = False
+    """Recompute blocks in the backward pass: a third slower, far less memory; selective: all but products and attention."""
+    compile: Compile = "auto"
+    """torch.compile for blocks, heads and losses: faster after a minute of compiling; auto: on a CUDA device."""
     packed_attention: PackedKernel = "sdpa"
     """What attends within crops of several sizes: torch's own attention, or xformers' on an NVIDIA GPU; measure before."""

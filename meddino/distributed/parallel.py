@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,7 +20,13 @@ def choose_parallel(asked: Parallel) -> Parallel:
     return "ddp" if asked in ("auto", "none") else asked
 
 
-def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = (), trained: bool = False) -> None:
+def shard(
+    root: nn.Module,
+    parts: Sequence[nn.Module],
+    methods: Sequence[str] = (),
+    trained: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Cut a module's parameters over all processes, in place (FSDP2).
 
     Args:
@@ -28,10 +34,14 @@ def shard(root: nn.Module, parts: Sequence[nn.Module], methods: Sequence[str] = 
         parts: Modules inside that are gathered one at a time, e.g. the blocks of a transformer.
         methods: Names of methods of `root` that are called like `forward`.
         trained: The root's own parameters stay gathered until the backward pass; else they are given up after forward.
+        dtype: What they are gathered in, for the products: half the bytes on the way and in memory where it is bfloat16. Each
+            process keeps its part, and gradients are summed, in float32 at least.
     """
+    # Inputs keep their type: what is float32 among them, such as rotary tables, is so on purpose.
+    policy = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)
     for part in parts:
-        fully_shard(part)
-    fully_shard(root, reshard_after_forward=not trained)
+        fully_shard(part, mp_policy=policy)
+    fully_shard(root, reshard_after_forward=not trained, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(root, method)
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from meddino.core.precision import at_least_float32
 from meddino.layers.attention import SelfAttention
-from meddino.layers.packing import CropGroup, KeptSamples
+from meddino.layers.packing import CropGroup, KeptTokens
 
 
 class LayerScale(nn.Module):
@@ -76,14 +76,14 @@ class TransformerBlock(nn.Module):
         self,
         x: Float[Tensor, "tokens dim"],
         groups: Sequence[CropGroup],
-        kept: tuple[KeptSamples, KeptSamples] | None = None,
+        kept: tuple[KeptTokens, KeptTokens] | None = None,
     ) -> Float[Tensor, "tokens dim"]:
         """Transform packed tokens.
 
         Args:
             x: Tokens of all crops.
             groups: How they are packed.
-            kept: Samples that attention and perceptron are computed for; None computes all.
+            kept: Tokens that attention and perceptron are computed for; None computes all.
         """
         x = _add_residual(x, self.attention_branch, groups, kept[0] if kept else None)
         return _add_residual(x, self.mlp_branch, groups, kept[1] if kept else None)
@@ -103,10 +103,9 @@ def _add_residual(
     x: Float[Tensor, "tokens dim"],
     branch: Callable[[Tensor, Sequence[CropGroup]], Tensor],
     groups: Sequence[CropGroup],
-    kept: KeptSamples | None,
+    kept: KeptTokens | None,
 ) -> Float[Tensor, "tokens dim"]:
     if kept is None:
         return branch(x, groups).add_(x)  # in place: one tensor of all tokens less
-    rows = kept.rows(groups)
-    residual = branch(x.index_select(0, rows), kept.subset(groups)) * kept.row_scales(groups, x)
-    return x.index_add(0, rows, residual.to(x.dtype))
+    residual = branch(x.index_select(0, kept.rows), kept.groups) * kept.scales
+    return x.index_add(0, kept.rows, residual.to(x.dtype))

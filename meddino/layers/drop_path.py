@@ -68,8 +68,8 @@ class DropPathPlan:
         """Return the generator of a group's coordinate augmentation; the same on every process."""
         return torch_rng(self.seed, "rope", self.step, group)
 
-    def kept_samples(self, depth: int, rate: float, device: torch.device) -> list[tuple[KeptSamples, KeptSamples]]:
-        """Draw the kept samples of every block.
+    def kept_samples(self, depth: int, rate: float, device: torch.device) -> list[KeptSamples]:
+        """Draw the kept samples of every branch of every block.
 
         Args:
             depth: Number of blocks.
@@ -77,7 +77,7 @@ class DropPathPlan:
             device: Where the indices are wanted.
 
         Returns:
-            For each block, the kept samples of attention and of the perceptron. At least one crop of the whole batch is
+            For each block, the kept samples of attention, then those of the perceptron. At least one crop of the whole batch is
             kept; this process's share of a group may be empty.
         """
         kept: list[list[torch.Tensor]] = []
@@ -92,11 +92,10 @@ class DropPathPlan:
         # All indices travel to the device in one copy.
         sizes = [len(index) for indices in kept for index in indices]
         flat = torch.split(torch.cat([index for indices in kept for index in indices]).to(device, non_blocking=True), sizes)
-        branches = [
+        return [
             KeptSamples(tuple(flat[group * 2 * depth + branch] for group in range(len(kept))), tuple(scales))
             for branch in range(2 * depth)
         ]
-        return [(branches[2 * block], branches[2 * block + 1]) for block in range(depth)]
 
 
 def _positions(kept: torch.Tensor, present: torch.Tensor, total: int) -> torch.Tensor:

@@ -36,28 +36,49 @@ class KeptSamples:
     indices: tuple[Tensor, ...]
     scales: tuple[float, ...]
 
-    def rows(self, groups: Sequence[CropGroup]) -> Tensor:
-        """Return the packed rows of the kept crops' tokens, [kept tokens] int64."""
-        rows, offset = [], 0
-        for group, index in zip(groups, self.indices, strict=True):
-            within = torch.arange(group.tokens, device=index.device)
-            rows.append((offset + index[:, None] * group.tokens + within).flatten())
-            offset += group.batch * group.tokens
-        return torch.cat(rows)
 
-    def row_scales(self, groups: Sequence[CropGroup], like: Tensor) -> Tensor:
-        """Return what the kept rows' residuals are multiplied by, [kept tokens, 1]."""
-        scales = [
-            like.new_full((len(index) * group.tokens, 1), scale)
-            for group, index, scale in zip(groups, self.indices, self.scales, strict=True)
-        ]
-        return torch.cat(scales)
+@dataclass(frozen=True)
+class KeptTokens:
+    """`KeptSamples` as one branch of one block needs it, ready before the first block runs.
 
-    def subset(self, groups: Sequence[CropGroup]) -> tuple[CropGroup, ...]:
-        """Return the groups with only the kept crops."""
-        return tuple(
-            CropGroup(len(index), group.tokens, group.table) for group, index in zip(groups, self.indices, strict=True)
-        )
+    Attributes:
+        rows: The packed rows of the kept crops' tokens, [kept tokens] int64.
+        scales: What their residuals are multiplied by, [kept tokens, 1].
+        groups: The groups with only the kept crops.
+    """
+
+    rows: Tensor
+    scales: Tensor
+    groups: tuple[CropGroup, ...]
+
+
+def kept_tokens(kept: Sequence[KeptSamples], groups: Sequence[CropGroup], like: Tensor) -> list[KeptTokens]:
+    """Return the rows of every branch, computed for all of them at once.
+
+    Args:
+        kept: Of every branch of every block.
+        groups: How tokens are packed.
+        like: Packed tokens.
+    """
+    by_group, offset = [], 0
+    for number, group in enumerate(groups):
+        counts = [len(samples.indices[number]) for samples in kept]
+        index = torch.cat([samples.indices[number] for samples in kept])
+        rows = offset + index[:, None] * group.tokens + torch.arange(group.tokens, device=index.device)
+        by_group.append(torch.split(rows.flatten(), [count * group.tokens for count in counts]))
+        offset += group.batch * group.tokens
+    scales: dict[tuple[int, ...], Tensor] = {}  # most branches keep equally many
+
+    def tokens(samples: KeptSamples, parts: tuple[Tensor, ...]) -> KeptTokens:
+        sizes = tuple(len(part) for part in parts)
+        if sizes not in scales:
+            filled = [like.new_full((size, 1), scale) for size, scale in zip(sizes, samples.scales, strict=True)]
+            scales[sizes] = torch.cat(filled)
+        own = [CropGroup(len(index), group.tokens, group.table) for group, index in zip(groups, samples.indices, strict=True)]
+        # Memory of its own even of a single group: a compiled block would take each view's offset for a new kind of input.
+        return KeptTokens(torch.cat(parts), scales[sizes], tuple(own))
+
+    return [tokens(samples, parts) for samples, parts in zip(kept, zip(*by_group, strict=True), strict=True)]
 
 
 def split_groups(packed: Tensor, groups: Sequence[CropGroup]) -> list[Tensor]:

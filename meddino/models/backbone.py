@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from meddino.core.config import StrictConfig
 from meddino.layers.drop_path import DropPathPlan
@@ -103,20 +103,23 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def layer_groups(self) -> list[LayerGroup]:
-        """Return the trained parameters from input to output, each in one group."""
+        """Return the parameters that the tokens depend on from input to output, each in one group; frozen or not."""
 
     def parts(self) -> list[nn.Module]:
         """Return the modules that are sharded, compiled and recomputed one at a time, from input to output."""
         return [group.module for group in self.layer_groups() if group.module is not None]
 
-    def recompute_activations(self) -> None:
+    def recompute_activations(self, selective: bool = False) -> None:
         """Compute each part again in the backward pass instead of keeping its activations.
 
         About a third more time for a fraction of the memory. To be said once, before compiling and sharding.
+
+        Args:
+            selective: Keep what products and attention gave: little is computed again, for less memory saved.
         """
         for part in self.parts():
             # Bound to the part, not closed over it: a deep copy then recomputes the copy.
-            part.forward = partial(_recomputed, part.forward, part)
+            part.forward = partial(_recomputed, part.forward, part, selective)
 
     def check_blocks(self, blocks: Sequence[int]) -> list[int]:
         """Return block numbers from 0.
@@ -147,12 +150,31 @@ class _FrozenStatistics:
             norm.momentum, norm.num_batches_tracked = momentum, count
 
 
-def _recomputed(forward: Any, part: nn.Module, *arguments: Any, **named: Any) -> Any:
+# What takes longest to compute again. The reference leaves out addmm, which is every linear layer with a bias.
+_aten = torch.ops.aten
+KEPT_OPERATIONS = (
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _kept_or_recomputed(_context: Any, operation: Any, *_arguments: Any, **_named: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATIONS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _recomputed(forward: Any, part: nn.Module, selective: bool, *arguments: Any, **named: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments, **named)
     again: dict[str, Any] = {}
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in part.modules()):
         again["context_fn"] = lambda: (_Nothing(), _FrozenStatistics(part))
+    elif selective:
+        again["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_recomputed)
     # Nothing random may happen inside a part that is not decided before: drop path's plan is an argument.
     return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=_is_random(part), **again, **named)
 

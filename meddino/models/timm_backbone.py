@@ -114,7 +114,8 @@ class TimmBackbone(Backbone):
         blocks, info = getattr(self.model, "blocks", None), getattr(self.model, "feature_info", None)
         self.is_sequence = self.has_prefix or (blocks is not None and getattr(self.model, "pos_embed", None) is not None)
         self.depth = len(blocks) if self.is_sequence and blocks is not None else len(info) if info is not None else 1
-        for name in _unused(config):
+        self._unused = frozenset(_unused(config))
+        for name in self._unused:
             self.model.get_parameter(name).requires_grad_(False)
 
     def forward(
@@ -151,11 +152,10 @@ class TimmBackbone(Backbone):
         """See `Backbone.layer_groups`: timm's own grouping of the model's parameters."""
         from timm.models import group_parameters
 
-        trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         matcher: Any = self.model.group_matcher
         layers: dict[str, int] = group_parameters(self.model, matcher(coarse=False), reverse=True)
         names: dict[int, list[str]] = {}
-        for name, _ in trained:
+        for name in (name for name, _ in self.model.named_parameters() if name not in self._unused):
             names.setdefault(int(layers[name]), []).append(name)
         groups: list[LayerGroup] = []
         for place, number in enumerate(sorted(names)):
@@ -178,7 +178,7 @@ class TimmBackbone(Backbone):
         sizes: dict[str, int] = {}
         for owner in sorted(owners):
             module = self.model.get_submodule(owner)
-            inside = {f"{owner}.{name}" for name, parameter in module.named_parameters() if parameter.requires_grad}
+            inside = {f"{owner}.{name}" for name, _ in module.named_parameters()} - self._unused
             # A list of modules is not called as a whole.
             if not isinstance(module, nn.ModuleList) and any(True for _ in module.children()) and inside <= set(names):
                 sizes[owner] = len(inside)

@@ -15,7 +15,7 @@ from meddino.layers.cpu.lean_branches import LeanBlock
 from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.feed_forward import build_feed_forward
 from meddino.layers.linear import KeyMaskedLinear
-from meddino.layers.packing import CropGroup, join_groups, split_groups
+from meddino.layers.packing import CropGroup, KeptTokens, join_groups, kept_tokens, split_groups
 from meddino.layers.patch_embedding import PatchEmbedding
 from meddino.layers.rotary_embedding import RotaryEmbedding
 from meddino.models.backbone import Backbone, BackboneOutput, LayerGroup
@@ -180,11 +180,8 @@ class VisionTransformer(Backbone):
         if self.training and plan is None and (self.config.drop_path > 0 or self.rope_embed.augments):
             plan = DropPathPlan.from_generator(rng, [len(images) for images in crops])
         x, groups = self._embed(crops, masks, plan if self.training else None)
-        kept = None
-        if self.training and plan is not None and self.config.drop_path > 0:
-            kept = plan.kept_samples(self.depth, self.config.drop_path, x.device)
-        for index, block in enumerate(self.blocks):
-            x = block(x, groups, None if kept is None else kept[index])
+        for block, kept in zip(self.blocks, self._kept(plan, groups, x), strict=True):
+            x = block(x, groups, kept)
         grids = [self._grid(images) for images in crops]
         return self._normalised(x, groups, grids)
 
@@ -197,11 +194,11 @@ class VisionTransformer(Backbone):
         if self.training and (self.config.drop_path > 0 or self.rope_embed.augments):
             plan = DropPathPlan.from_generator(None, [len(images)])
         x, groups = self._embed([images], [None], plan)
-        kept = plan.kept_samples(self.depth, self.config.drop_path, x.device) if plan and self.config.drop_path > 0 else None
+        kept = self._kept(plan, groups, x)
         rows, columns = self._grid(images)
         taken: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
-            x = self.blocks[index](x, groups, None if kept is None else kept[index])
+            x = self.blocks[index](x, groups, kept[index])
             if index in wanted:
                 patches = split_groups(x, groups)[0][:, self.prefix_tokens :]
                 patches = self.norm(patches) if norm else patches
@@ -211,11 +208,10 @@ class VisionTransformer(Backbone):
     def layer_groups(self) -> list[LayerGroup]:
         """See `Backbone.layer_groups`: tokens and patch embedding, the blocks, the last norms."""
         names: dict[str, list[str]] = {}
-        for name, parameter in self.named_parameters():
+        for name, _ in self.named_parameters():
             first, _, rest = name.partition(".")
             owner = f"blocks.{rest.partition('.')[0]}" if first == "blocks" else "tokens" if not rest else first
-            if parameter.requires_grad:
-                names.setdefault(owner, []).append(name)
+            names.setdefault(owner, []).append(name)
         distances = {"tokens": self.depth + 1, "patch_embed": self.depth + 1}
         distances |= {f"blocks.{number}": self.depth - number for number in range(self.depth)}
         modules = {f"blocks.{number}": block for number, block in enumerate(self.blocks)}
@@ -246,6 +242,15 @@ class VisionTransformer(Backbone):
             parts.append(tokens)
             groups.append(CropGroup(batch, tokens.shape[1], table))
         return join_groups(parts), tuple(groups)
+
+    def _kept(
+        self, plan: DropPathPlan | None, groups: Sequence[CropGroup], x: Tensor
+    ) -> Sequence[tuple[KeptTokens, KeptTokens] | None]:
+        """Return what drop path keeps in each block's two branches; None where it keeps all."""
+        if not self.training or plan is None or self.config.drop_path == 0:
+            return [None] * self.depth
+        kept = kept_tokens(plan.kept_samples(self.depth, self.config.drop_path, x.device), groups, x)
+        return list(zip(kept[::2], kept[1::2], strict=True))
 
     def _normalised(self, x: Tensor, groups: Sequence[CropGroup], grids: Sequence[tuple[int, int]]) -> list[BackboneOutput]:
         prefix = self.prefix_tokens

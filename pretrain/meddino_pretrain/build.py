@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
+from meddino.core.compilation import compile_functions, compile_modules, wants_compiling
 from meddino.core.device import Machine
-from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.core.machine_config import MachineConfig
 from meddino.core.seeds import derive_seed
@@ -46,34 +46,24 @@ def build_method(config: PretrainConfig, stage: StageConfig, seed: int, machine:
 
 
 def spread_method(method: Method, config: MachineConfig, machine: Machine) -> None:
-    """Place a method's networks on the device and spread them over the processes, in place.
-
-    Raises:
-        ConfigError: These ways of running do not work together.
-    """
+    """Place a method's networks on the device and spread them over the processes, in place."""
     networks = method.networks()
     for network in networks.values():
         network.to(machine.device, machine.weight_dtype)
     if config.activation_checkpointing:
         for backbone in backbones_in({"": method.model}).values():
-            backbone.recompute_activations()
+            backbone.recompute_activations(selective=config.activation_checkpointing == "selective")
     use_packed_kernel(method.model, config.packed_attention, machine.device)
-    if config.compile:
-        for part in (part for backbone in backbones_in(networks).values() for part in backbone.parts()):
-            # For any number of tokens at once: drop path changes it from step to step. A kernel for one number would be
-            # followed by one for any, and activation checkpointing then recomputes with another than it began with.
-            part.compile(dynamic=True)
+    compiles = wants_compiling(config.compile, machine.device)
+    compile_functions(compiles)
+    if compiles:
+        compile_modules(method.parts())
     parallel = choose_parallel(config.parallel)
-    if parallel == "fsdp2" and config.compile and config.activation_checkpointing:
-        # A compiled block keeps its tensors in another order when it is recomputed between FSDP2's hooks (torch 2.14).
-        raise ConfigError(
-            "machine.compile, machine.activation_checkpointing and machine.parallel=fsdp2 do not work together: give up one "
-            "of the three (any two of them do)"
-        )
     if parallel == "fsdp2":
         for name, network in networks.items():
             parts = [part for backbone in backbones_in({name: network}).values() for part in backbone.parts()]
-            shard(network, parts, getattr(network, "forward_methods", ()), trained=network is method.model)
+            methods = getattr(network, "forward_methods", ())
+            shard(network, parts, methods, trained=network is method.model, dtype=machine.compute_dtype)
     elif parallel == "ddp":
         method.called = replicate(method.model, machine.device)
 
@@ -110,10 +100,10 @@ def build_loader(
 
 
 def steps_of(loader: Loader, machine: Machine) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of one optimizer step after the other, on the device."""
+    """Yield the micro-batches of one optimizer step after the other; of several, one at a time is on the device."""
     waiting, maker = iter(loader), loader.maker
     while raw := list(itertools.islice(waiting, maker.share.accumulation)):
-        yield [to_model_input(batch, maker.spec, machine, maker.intensities) for batch in raw]
+        yield [to_model_input(batch, maker.spec, machine, maker.intensities, keep=len(raw) == 1) for batch in raw]
 
 
 def build_speed_meter(config: PretrainConfig, stage: StageConfig, machine: Machine, peak: float) -> SpeedMeter:

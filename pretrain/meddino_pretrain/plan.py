@@ -253,7 +253,7 @@ def _plan_stage(config: PretrainConfig, name: str, machine: PlannedMachine) -> S
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     shards = machine.processes if config.machine.parallel == "fsdp2" else 1
-    checkpointing = config.machine.activation_checkpointing
+    checkpointing = config.machine.activation_checkpointing is True
     memory = size.memory_bytes(micro_batch, machine.half, checkpointing, shards)
     if machine.memory_bytes is not None and memory > BEYOND_DOUBT * machine.memory_bytes:
         raise ConfigError(
@@ -272,7 +272,7 @@ def _plan_stage(config: PretrainConfig, name: str, machine: PlannedMachine) -> S
 def _what_fits(config: PretrainConfig, name: str, size: StageSize, machine: PlannedMachine, shards: int) -> str:
     """Return the change of the recipe with which a stage fits, in words."""
     each = config.stages[name].global_batch // machine.processes
-    for checkpointing in dict.fromkeys((config.machine.activation_checkpointing, True)):
+    for checkpointing in dict.fromkeys((config.machine.activation_checkpointing is True, True)):
         for slices in (slices for slices in range(each, 0, -1) if each % slices == 0):
             if size.memory_bytes(slices, machine.half, checkpointing, shards) <= (machine.memory_bytes or 0):
                 change = f"stages.{name}.accumulation={each // slices}"

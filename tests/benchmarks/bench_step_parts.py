@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from meddino_pretrain.bench.commands import add_size_arguments
-from meddino_pretrain.bench.step import StepSize, random_batch, step_size
+from meddino_pretrain.bench.step import StepSize, random_batches, step_size
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules, set_rates
 from meddino_pretrain.schedules import StepValues
@@ -70,7 +70,7 @@ def backbone_parts(size: StepSize, compiled: bool) -> list[Part]:
     backbone, dropping = build_backbone(size.backbone), build_backbone(size.backbone, drop_path=0.3)
     checkpointing = copy.deepcopy(backbone)
     checkpointing.recompute_activations()
-    batch = random_batch(size, find_machine("cpu"))
+    batch = random_batches(size, find_machine("cpu"))[0]
     crops = [batch.views["global_crops"], batch.views["local_crops"]]
     numbers = tuple(CropIndices(tuple(range(len(images))), len(images)) for images in crops)
     draws = DropPathPlan(0, 0, numbers)

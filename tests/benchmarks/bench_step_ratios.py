@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 from meddino_pretrain.bench.commands import add_size_arguments
-from meddino_pretrain.bench.step import MeasuredStep, StepSize, random_batch, step_size
+from meddino_pretrain.bench.step import MeasuredStep, StepSize, random_batches, step_size
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -114,7 +114,7 @@ class StraightforwardStep:
     """The same step as `bench step`'s, by the plain formulas, torch's default AdamW and two-pass averaging."""
 
     def __init__(self, step: MeasuredStep) -> None:
-        method, views, extras = step.method, step.batch.views, step.batch.extras
+        method, views, extras = step.method, step.batches[0].views, step.batches[0].extras
         self.student = {name: value.detach().clone() for name, value in method.student.state_dict().items()}
         self.teacher = {name: value.detach().clone() for name, value in method.teacher.state_dict().items()}
         self.trained = [name for name, _ in method.student.named_parameters()]
@@ -126,7 +126,7 @@ class StraightforwardStep:
         config = method.student.backbone.config
         temperature = step.values.own["teacher_temperature"]
         self.settings = plain.StepSettings(
-            config.num_heads, len(step.batch.keys), temperature, STUDENT_TEMPERATURE, 1.0, 1.0, 0.1, 2.0, config.norm_eps
+            config.num_heads, len(step.batches[0].keys), temperature, STUDENT_TEMPERATURE, 1.0, 1.0, 0.1, 2.0, config.norm_eps
         )
         self.optimizer = torch.optim.AdamW([self.student[name] for name in self.trained], lr=step.values.lr, weight_decay=0.04)
         self.momentum = step.values.own["ema_momentum"]
@@ -156,7 +156,7 @@ def measure(
 def measure_all(size: StepSize, repeats: int, whole: bool) -> list[dict[str, float | str]]:
     """Return one row for each of: the loss part, the loss part with Gram, and, if asked for, the whole step."""
     crops = size.method.crops
-    patches = random_batch(replace(size, batch=2), find_machine("cpu")).extras["masks"].shape[1]
+    patches = random_batches(replace(size, batch=2), find_machine("cpu"))[0].extras["masks"].shape[1]
     masked = round(2 * size.batch * patches * 0.5 * 0.3)  # half of the images, 10 to 50 % of their patches
     rows = []
     for name, gram in (("loss part", False), ("loss part with Gram", True)):

@@ -15,33 +15,32 @@ def test_of_samples__crop_major():
 
 def test_kept_samples__global_count_and_scale():
     draws = DropPathPlan(5, 7, (CropIndices.of_samples(2, range(5), 5), CropIndices.of_samples(3, range(5), 5)))
-    blocks = draws.kept_samples(3, 0.3, CPU)
-    assert len(blocks) == 3
-    for attention, perceptron in blocks:
-        for kept in (attention, perceptron):
-            assert [len(index) for index in kept.indices] == [7, 10]
-            assert kept.scales == (10 / 7, 15 / 10)
-            assert all(len(index.unique()) == len(index) for index in kept.indices)
-    assert not torch.equal(blocks[0][0].indices[1], blocks[1][0].indices[1])
-    assert not torch.equal(blocks[0][0].indices[1], blocks[0][1].indices[1])
+    branches = draws.kept_samples(3, 0.3, CPU)
+    assert len(branches) == 6
+    for kept in branches:
+        assert [len(index) for index in kept.indices] == [7, 10]
+        assert kept.scales == (10 / 7, 15 / 10)
+        assert all(len(index.unique()) == len(index) for index in kept.indices)
+    assert not torch.equal(branches[0].indices[1], branches[2].indices[1])
+    assert not torch.equal(branches[0].indices[1], branches[1].indices[1])
 
 
 def test_kept_samples__parts_of_a_batch_keep_what_the_whole_keeps():
     whole = DropPathPlan(1, 2, (CropIndices.of_samples(2, range(6), 6),)).kept_samples(2, 0.4, CPU)
     for branch in (0, 1):
-        expected = {int(index) for index in whole[1][branch].indices[0]}
+        expected = {int(index) for index in whole[2 + branch].indices[0]}
         found = set()
         for samples in ([0, 1, 2], [3, 4], [5]):
             numbers = CropIndices.of_samples(2, samples, 6)
-            part = DropPathPlan(1, 2, (numbers,)).kept_samples(2, 0.4, CPU)[1][branch]
+            part = DropPathPlan(1, 2, (numbers,)).kept_samples(2, 0.4, CPU)[2 + branch]
             found |= {numbers.indices[int(index)] for index in part.indices[0]}
-            assert part.scales == whole[1][branch].scales
+            assert part.scales == whole[2 + branch].scales
         assert found == expected
 
 
 def test_kept_samples__step_and_seed_matter_and_repeat():
     def kept(seed, step):
-        return DropPathPlan(seed, step, (CropIndices.of_samples(1, range(64), 64),)).kept_samples(1, 0.5, CPU)[0][0].indices[0]
+        return DropPathPlan(seed, step, (CropIndices.of_samples(1, range(64), 64),)).kept_samples(1, 0.5, CPU)[0].indices[0]
 
     assert torch.equal(kept(1, 2), kept(1, 2))
     assert not torch.equal(kept(1, 2), kept(1, 3))
@@ -49,7 +48,7 @@ def test_kept_samples__step_and_seed_matter_and_repeat():
 
 
 def test_kept_samples__at_least_one():
-    kept = DropPathPlan(0, 0, (CropIndices.of_samples(1, range(2), 2),)).kept_samples(1, 0.9, CPU)[0][0]
+    kept = DropPathPlan(0, 0, (CropIndices.of_samples(1, range(2), 2),)).kept_samples(1, 0.9, CPU)[0]
     assert len(kept.indices[0]) == 1
     assert kept.scales == (2.0,)
 

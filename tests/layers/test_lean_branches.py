@@ -7,7 +7,7 @@ from meddino.layers.attention import SelfAttention
 from meddino.layers.cpu import lean_branches as module
 from meddino.layers.cpu.lean_branches import LeanBlock, is_lean
 from meddino.layers.feed_forward import Mlp, SwiGLU
-from meddino.layers.packing import CropGroup, KeptSamples
+from meddino.layers.packing import CropGroup, KeptSamples, kept_tokens
 from meddino.layers.rotary_embedding import RotaryEmbedding
 
 
@@ -37,7 +37,7 @@ def test_branches__equal_the_modules_and_so_do_gradients(monkeypatch, layerscale
         kept = (KeptSamples((torch.tensor([0, 2]), empty), (1.5, 2.0)), KeptSamples((empty, torch.tensor([1])), (3.0, 2.0)))
 
     def results():
-        output = built(x, groups(rope_dtype), kept)
+        output = built(x, groups(rope_dtype), kept and tuple(kept_tokens(kept, groups(rope_dtype), x)))
         variables = [x, *built.parameters()]
         return [output, *torch.autograd.grad((output * aim).sum(), variables, allow_unused=True)]
 

@@ -51,7 +51,7 @@ def size_of(*options: str) -> StepSize:
 def test_flops__counted_by_hand():
     size = size_of("--locals", "3")
     step = MeasuredStep(size, MACHINE)
-    masked = len(step.batch.extras["mask_indices"])
+    masked = len(step.batches[0].extras["mask_indices"])
 
     def backbone(images, tokens):
         patches = tokens - 5
@@ -64,7 +64,7 @@ def test_flops__counted_by_hand():
 
     of_global = backbone(4, 9) + head(4) + head(masked)
     of_local = backbone(6, 6) + head(6)
-    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batch) == 4 * of_global + 3 * of_local
+    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batches[0]) == 4 * of_global + 3 * of_local
 
 
 def test_bench_step__loss_falls():
@@ -103,9 +103,9 @@ def test_flops__agree_with_fvcore(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # while a graph is traced, sizes are no integers
     size = size_of("--global-size", "32", "--local-size", "16")
     step = MeasuredStep(size, MACHINE)
-    views, masked = step.batch.views, len(step.batch.extras["mask_indices"])
+    views, masked = step.batches[0].views, len(step.batches[0].extras["mask_indices"])
     expected = 4 * counted(views["global_crops"], masked) + 3 * counted(views["local_crops"], 0)
-    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batch) == pytest.approx(expected, rel=1e-6)
+    assert shapes_of(lambda: build_method(size, MACHINE)).flops(step.batches[0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_parameter_counts__of_each_part():

@@ -16,7 +16,6 @@ from meddino_slurm.steps import Heartbeats
 from meddino_slurm.work import make_work
 
 from meddino.core.config import load_config
-from tests.processes import run as run_process
 from tests.slurm.conftest import SUBMIT, UNCHECKED, submit, wait_until
 
 
@@ -26,7 +25,7 @@ def record(out: Path, key: str = "pretrain") -> list[dict]:
 
 def run_here(site: Path, *words: object) -> subprocess.CompletedProcess[str]:
     command = [*UNCHECKED, "--cluster", str(site), "--executor", "debug", "pretrain", *map(str, words)]
-    return run_process(command, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_debug__runs_in_the_foreground_and_ends_with_the_commands_code(site, standin, tmp_path):

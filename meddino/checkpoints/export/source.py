@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from meddino.checkpoints.export.lineage import find_volume_list
 from meddino.checkpoints.export.model_folder import (
     DINOV3_LICENCE,
     Architecture,
@@ -17,6 +16,7 @@ from meddino.checkpoints.export.model_folder import (
     read_config,
     read_weights,
 )
+from meddino.checkpoints.export.training_volumes import find_volume_list
 from meddino.checkpoints.state.names import META_FILE, list_checkpoints
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint, verify_checkpoint

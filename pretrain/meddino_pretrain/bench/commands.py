@@ -19,7 +19,14 @@ def step(argv: Sequence[str]) -> int:
     add_size_arguments(parser)
     parser.add_argument("--drop-path", type=float, default=0.0, help="share of samples each residual branch leaves out")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
-    parser.add_argument("--compile", action="store_true", help="run the layers through torch.compile")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        choices=("auto", "on", "off"),
+        const="on",
+        default="auto",
+        help="run blocks, heads and losses through torch.compile; auto, as in training: on a CUDA device",
+    )
     parser.add_argument("--steps", type=int, default=5, help="steps measured, after one that is not")
     parser.add_argument("--threads", type=int, default=None, help="threads of the CPU; all cores if left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

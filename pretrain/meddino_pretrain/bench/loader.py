@@ -154,7 +154,7 @@ def _seconds_on_one_core(maker: SampleMaker, steps: int, machine: Machine) -> tu
         raw = maker.make(0, 0)
 
         def on_device(step: int) -> None:
-            to_model_input(raw, maker.spec, machine, maker.intensities)
+            list(to_model_input(raw, maker.spec, machine, maker.intensities).views.values())
             machine.synchronize()
 
         return decode_s, crop_s, _fastest(on_device, steps)

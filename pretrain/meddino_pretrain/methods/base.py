@@ -139,6 +139,10 @@ class Method(ABC):
     def networks(self) -> Mapping[str, nn.Module]:
         """Return what a checkpoint holds, by name."""
 
+    def parts(self) -> list[nn.Module]:
+        """Return the modules that are compiled one at a time, of frozen networks too."""
+        return [part for backbone in backbones_in(self.networks()).values() for part in backbone.parts()]
+
     def trainable(self) -> Mapping[str, nn.Module]:
         """Return the trained modules by name: each is clipped on its own, and a `Backbone` gets the layer-wise decay."""
         return dict(self.model.named_children())
@@ -164,9 +168,12 @@ class Method(ABC):
         """Return factors on the learning rate of parameters by a part of their dotted name; see `lr_schedules`."""
         return {}
 
-    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> list[Any]:
-        """Return what the model shall match in each micro-batch. What belongs to the whole batch spans all of them here."""
-        return [None] * len(batches)
+    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Any]:
+        """Return what the model shall match in each micro-batch, one after the other.
+
+        What belongs to the whole batch is computed at once; what one micro-batch alone needs when it is asked for.
+        """
+        return iter([None] * len(batches))
 
     def losses(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Losses]:
         """Yield the terms (detached) and their weighted sum "total" of each micro-batch of one optimizer step.
@@ -183,8 +190,8 @@ class Method(ABC):
         for number, batch in enumerate(batches):
             # Held open while the caller goes backward, which is when gradients are exchanged.
             with gradient_sync(self.called, number == len(batches) - 1), self.machine.autocast():
-                # Popped: the graph alone holds a target now, and lets go as soon as it has used it.
-                losses: Losses = self.called(batch, targets.pop(0))
+                # The graph alone holds a target now, and lets go as soon as it has used it.
+                losses: Losses = self.called(batch, next(targets))
                 yield losses
 
     def after_step(self, values: StepValues) -> None:  # noqa: B027
@@ -224,7 +231,7 @@ def shapes_of(build: Callable[[], Method]) -> Method:
 def on_meta(batch: Batch) -> dict[str, Tensor]:
     """Return a batch's views as shapes alone."""
     # In the type of the weights of `shapes_of`, whatever is trained in.
-    return {name: images.to("meta", torch.float32) for name, images in batch.views.items()}
+    return {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in batch.shapes.items()}
 
 
 def count_flops(work: Callable[[], object]) -> float:

@@ -1,6 +1,5 @@
 """Watching a run while it trains: feature metrics, pictures, findings in the log, and the report that shows them."""
 
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,7 +49,7 @@ class Monitor:
         self._report, self._metrics = report, metrics
         self._logged: set[str] = set()
         self._spent_s = 0.0
-        self._next_report = time.monotonic() + FIRST_REPORT_S if config.saving.report else math.inf
+        self._next_report = time.monotonic() + FIRST_REPORT_S
 
     def begin(self) -> None:
         """Probe before the first step: what later probes are compared with, and the first pictures."""
@@ -99,8 +98,7 @@ class Monitor:
         """
         if is_main():
             self.log_findings()
-            if self.config.saving.report:
-                self._write_report(finished)
+            self._write_report(finished)
 
     def _write_report(self, finished: bool) -> None:
         start = time.monotonic()

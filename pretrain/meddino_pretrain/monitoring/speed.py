@@ -33,7 +33,7 @@ class SpeedMeter:
 
     def _flops(self, batch: Batch) -> float:
         # Without what else a batch holds: the number of masked patches differs from batch to batch by a little.
-        key = tuple(side for images in batch.views.values() for side in images.shape)
+        key = tuple(side for shape in batch.shapes.values() for side in shape)
         if key not in self._counted:
             self._counted[key] = self.count(batch)
         return self._counted[key]

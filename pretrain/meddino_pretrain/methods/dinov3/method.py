@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -121,6 +121,11 @@ class DINOv3(Method):
         }
         return {name: network for name, network in networks.items() if network is not None}
 
+    def parts(self) -> list[nn.Module]:
+        """See `Method`: the heads too."""
+        heads = [head for network in (self.student, self.teacher) for head in (network.dino_head, network.ibot_head)]
+        return [*super().parts(), *heads]
+
     def export(self) -> VisionTransformer:
         """See `Method`."""
         return self.teacher.backbone
@@ -148,23 +153,26 @@ class DINOv3(Method):
         return {LAST_LAYER: float(step >= self.config.freeze_last_layer_steps)}
 
     @torch.no_grad()
-    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> list[Targets]:
+    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Targets]:
         """See `Method`."""
         self._temperature = values.own["teacher_temperature"]
         plans = [self._plan(batch, step) for batch in batches]
         with self.machine.autocast():
             bottlenecks = [self.teacher.target_bottlenecks(batch) for batch in batches]
-            gram = [self._gram_tokens(batch) for batch in batches]
-            initial = [self._initial_tokens(batch) for batch in batches]
         # Sinkhorn's equal shares hold over the whole batch: all micro-batches here, all processes inside.
         dtype = self.machine.compute_dtype
         cls = _joint_targets(self.teacher.dino_head, [part for part, _ in bottlenecks], self._temperature, dtype)
         patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], self._temperature, dtype)
         self._observed = _observe(cls)
         koleo = self._koleo_gradients(batches, plans)
-        losses = self.config.losses
-        fixed = (self._weights(batches[0]), losses.student_temperature, losses.gram_negatives)
-        return [Targets(plans[i], cls[i], patches[i], gram[i], initial[i], koleo[i], *fixed) for i in range(len(batches))]
+        shared = [[*each] for each in (plans, cls, patches, koleo)]
+
+        def each() -> Iterator[Targets]:
+            for batch in batches:  # popped: whoever asks is the only one to hold them
+                yield self._target(batch, *(parts.pop(0) for parts in shared))
+
+        del cls, patches, koleo
+        return each()
 
     def after_step(self, values: StepValues) -> None:
         """See `Method`."""
@@ -199,9 +207,20 @@ class DINOv3(Method):
         of_gram = count(views[GRAM], -1) if self.gram_teacher is not None and GRAM in views else 0.0
         return 3 * (of_global + of_local) + of_global + of_gram
 
+    @torch.no_grad()
+    def _target(
+        self, batch: Batch, plan: DropPathPlan, cls: SinkhornTargets, patches: SinkhornTargets, koleo: KoLeoGradient | None
+    ) -> Targets:
+        """Complete what one micro-batch shall match by what the frozen teachers see in it."""
+        losses = self.config.losses
+        with self.machine.autocast():
+            gram, initial = self._gram_tokens(batch), self._initial_tokens(batch)
+        fixed = (self._weights(batch), losses.student_temperature, losses.gram_negatives)
+        return Targets(plan, cls, patches, gram, initial, koleo, *fixed)
+
     def _weights(self, batch: Batch) -> TermWeights:
         losses = self.config.losses
-        num_local = len(batch.views[LOCAL]) // len(batch.keys) if LOCAL in batch.views else 0
+        num_local = batch.shapes[LOCAL][0] // len(batch.keys) if LOCAL in batch.views else 0
         # Every pair of a teacher crop and another student crop weighs the same.
         global_pairs, local_pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1), GLOBAL_CROPS * num_local
         pairs = global_pairs + local_pairs
@@ -219,7 +238,7 @@ class DINOv3(Method):
         samples = share.samples(batch.micro_step)
         groups = [CropIndices.of_samples(GLOBAL_CROPS, samples, share.global_batch)]
         if LOCAL in batch.views:
-            num_local = len(batch.views[LOCAL]) // len(batch.keys)
+            num_local = batch.shapes[LOCAL][0] // len(batch.keys)
             groups.append(CropIndices.of_samples(num_local, samples, share.global_batch))
         return DropPathPlan(self.setting.seed, step, tuple(groups))
 
@@ -235,7 +254,7 @@ class DINOv3(Method):
             return None
         seen = self.gram_teacher(batch.views[GRAM])
         side = self.student.backbone.patch_size
-        height, width = batch.views[GLOBAL].shape[-2:]
+        height, width = batch.shapes[GLOBAL][-2:]
         tokens = at_least_float32(seen.patch_tokens)
         maps = tokens.transpose(1, 2).reshape(len(tokens), -1, *seen.grid)
         return resize_patch_map(maps, (height // side, width // side)).flatten(2).transpose(1, 2)

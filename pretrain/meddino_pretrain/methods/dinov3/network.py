@@ -117,7 +117,8 @@ class DINOv3Network(nn.Module):
         outputs = self.backbone.forward_crops(groups, masks[: len(groups)], plan=targets.plan)
         seen, weights, temperature = outputs[0], targets.weights, targets.student_temperature
         # The heads stop at the bottleneck: the losses go from there to the prototypes a chunk of rows at a time.
-        bottlenecks = [self.dino_head(output.cls_token, no_last_layer=True) for output in outputs]
+        # Rows without gaps: compiled heads would take other strides for another kind of input.
+        bottlenecks = [self.dino_head(output.cls_token.contiguous(), no_last_layer=True) for output in outputs]
         dim = bottlenecks[0].shape[-1]
         local_bottleneck = bottlenecks[1] if len(bottlenecks) > 1 else bottlenecks[0][:0]
         dino = dino_terms(
@@ -135,7 +136,7 @@ class DINOv3Network(nn.Module):
             self.ibot_head.last_layer.weight,
             targets.patches,
             batch.extras[MASK_WEIGHTS],
-            len(batch.views[GLOBAL]),
+            len(seen.cls_token),
             temperature,
         )
         koleo = self._koleo(seen.cls_token, targets.koleo)
@@ -157,7 +158,7 @@ class DINOv3Network(nn.Module):
         """
         seen = self.backbone(batch.views[GLOBAL])
         masked = seen.patch_tokens.flatten(0, 1)[batch.extras[MASK_INDICES]]
-        return self.dino_head(seen.cls_token, no_last_layer=True), self.ibot_head(masked, no_last_layer=True)
+        return self.dino_head(seen.cls_token.contiguous(), no_last_layer=True), self.ibot_head(masked, no_last_layer=True)
 
     @torch.no_grad()
     def probe(
@@ -166,7 +167,7 @@ class DINOv3Network(nn.Module):
         """Return what the backbone sees, the logits of the CLS tokens, and those of every so many-th patch of each image."""
         seen: BackboneOutput = self.backbone(images)
         patches = seen.patch_tokens[:, ::every].flatten(0, 1)
-        return seen, at_least_float32(self.dino_head(seen.cls_token)), at_least_float32(self.ibot_head(patches))
+        return seen, at_least_float32(self.dino_head(seen.cls_token.contiguous())), at_least_float32(self.ibot_head(patches))
 
     @torch.no_grad()
     def global_cls(self, batch: Batch, plan: DropPathPlan) -> Float[Tensor, "gb d"]:
