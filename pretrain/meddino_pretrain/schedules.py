@@ -18,8 +18,8 @@ class ScheduleConfig(StrictConfig):
     would turn a config value 2e-4 at batch 512 into 5.66e-4."""
     warmup_steps: int = Field(ge=0)
     """Steps over which lr rises linearly from 0; FlexiCT: 30,000 of 100,000."""
-    lr_shape: Literal["constant", "cosine", "linear"] = "constant"
-    """Shape of lr after the warm-up; FlexiCT: constant, DINOv2: cosine."""
+    lr_shape: Literal["constant", "cosine", "linear", "halving"] = "constant"
+    """Shape of lr after the warm-up; FlexiCT: constant, DINOv2: cosine; LVM-Med: halving, in equal parts down to lr_end."""
     lr_end: float | None = Field(None, ge=0)
     """Learning rate at the stage's end; null where lr_shape is constant."""
     weight_decay: float = Field(0.04, ge=0)
@@ -35,6 +35,8 @@ class ScheduleConfig(StrictConfig):
     def _end_fits(self) -> "ScheduleConfig":
         if (self.lr_shape == "constant") != (self.lr_end is None):
             raise ValueError(f"lr_end must be null where lr_shape is constant and a number elsewhere, not {self.lr_end}")
+        if self.lr_shape == "halving" and not 0 < (self.lr_end or 0) <= self.lr:
+            raise ValueError(f"lr_end must be above 0 and at most lr {self.lr} where lr_shape is halving, not {self.lr_end}")
         return self
 
 
@@ -96,6 +98,9 @@ class Schedules:
         progress = (step - config.warmup_steps) / max(1, self.steps - config.warmup_steps)
         if config.lr_shape == "cosine":
             return cosine(config.lr, config.lr_end, progress)
+        if config.lr_shape == "halving":
+            times = round(math.log2(config.lr / config.lr_end))
+            return config.lr * 0.5 ** min(times, int(progress * (times + 1)))
         return config.lr + (config.lr_end - config.lr) * progress
 
 

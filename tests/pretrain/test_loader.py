@@ -221,7 +221,8 @@ def test_loader__carries_boxes_in_pixels_of_the_slice_where_they_are_wanted(make
     loader.maker = replace(loader.maker, collate=lambda raw, order: raw)
     batch = next(iter(loader))
     assert batch.boxes.keys() == {"one", "again"} and torch.equal(batch.boxes["one"], batch.boxes["again"])
-    top, left, height, width, flipped = batch.boxes["one"].T
+    top, left, height, width, flipped, rows, columns = batch.boxes["one"].T
+    assert set(rows.tolist()) == {96} and set(columns.tolist()) == {80}
     assert (top + height).max() <= 96 and (left + width).max() <= 80 and set(flipped.tolist()) == {0, 1}
     area = (height * width).double() / (96 * 80)
     assert area.min() > 0.28 and area.max() < 0.52

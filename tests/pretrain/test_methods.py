@@ -21,7 +21,8 @@ SOURCE = Path(meddino_pretrain.__file__).parent
 
 
 def test_methods__nothing_outside_dinov3_names_its_parts():
-    files = [file for file in SOURCE.rglob("*.py") if "dinov3" not in file.relative_to(SOURCE).parts]
+    rooms = [SOURCE / "methods" / row.config.split(".")[2] for row in METHODS.values()]  # other methods have parts of their own
+    files = [file for file in SOURCE.rglob("*.py") if not any(file.is_relative_to(room) for room in rooms)]
     named = [
         f"{file.relative_to(SOURCE)}:{number}: {line.strip()}"
         for file in files

@@ -27,6 +27,10 @@ def test_schedules__warmup_then_constant():
 def test_schedules__linear_and_cosine_end():
     falling = Schedules(config(lr_shape="linear", lr_end=0.0, warmup_steps=0), 10)
     assert [falling.at(step).lr for step in (0, 5, 9)] == pytest.approx([1e-3, 5e-4, 1e-4])
+    halved = Schedules(config(lr_shape="halving", lr_end=1.25e-4, warmup_steps=0), 8)
+    assert [halved.at(step).lr for step in range(8)] == pytest.approx(
+        [value for value in (1e-3, 5e-4, 2.5e-4, 1.25e-4) for _ in "ab"]
+    )
     curved = Schedules(config(lr_shape="cosine", lr_end=2e-4, warmup_steps=0), 10)
     assert [curved.at(step).lr for step in (0, 5)] == pytest.approx([1e-3, 6e-4])
 
@@ -43,7 +47,7 @@ def test_schedules__what_is_held_still_and_what_the_method_says():
     assert values.own == {"momentum": 0.7} and values.lr_multipliers == {"backbone": 0.5, "head": 0.25}
 
 
-@pytest.mark.parametrize("changes", [{"lr_end": 1e-4}, {"lr_shape": "linear"}])
+@pytest.mark.parametrize("changes", [{"lr_end": 1e-4}, {"lr_shape": "linear"}, {"lr_shape": "halving", "lr_end": 0.0}])
 def test_schedules__end_belongs_to_a_falling_shape(changes):
     with pytest.raises(ValidationError, match="lr_end"):
         config(**changes)

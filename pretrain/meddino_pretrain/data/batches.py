@@ -26,7 +26,8 @@ class RawBatch:
         samples: The samples' numbers within the step.
         views: Kind of view -> [V B, H, W] stored values; [V B, 3, H, W] where pictures may have colour.
         intensity: Kind of view -> [V B, columns]; see `Intensities.draw`.
-        boxes: Kind of view -> [V B, 5] top, left, height, width [px of the slice], 1 if flipped; where the method wants them.
+        boxes: Kind of view -> [V B, 7] top, left, height, width [px of the slice], 1 if flipped, rows and columns of the
+            slice; where the method wants them.
         extras: What the method's `collate` added.
         keys: The B slices' keys.
         corrupt: (key, what is wrong) of each corrupt sample that another was taken for.
@@ -39,7 +40,7 @@ class RawBatch:
     views: dict[str, Shaped[Tensor, "_rows *_c _h _w"]]
     intensity: dict[str, Float[Tensor, "_rows _columns"]]
     keys: list[str]
-    boxes: dict[str, Int32[Tensor, "_rows 5"]] = field(default_factory=dict)
+    boxes: dict[str, Int32[Tensor, "_rows 7"]] = field(default_factory=dict)
     extras: dict[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     data_wait_s: float = 0.0
@@ -115,7 +116,7 @@ class Batch:
     micro_step: int
     views: Mapping[str, Float[Tensor, "_rows _c _h _w"]]
     keys: list[str]
-    boxes: dict[str, Int32[Tensor, "_rows 5"]] = field(default_factory=dict)
+    boxes: dict[str, Int32[Tensor, "_rows 7"]] = field(default_factory=dict)
     extras: dict[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     data_wait_s: float = 0.0

@@ -99,7 +99,7 @@ class SampleMaker:
         seed, sides = self.order.seed, self.spec.sizes_for_step(self.order.seed, step)
         samples = self.share.samples(micro_step)
         views = {name: self.intensities.empty(view.count, len(samples), sides[name]) for name, view in self.spec.views.items()}
-        boxes = {name: np.empty((*cut.shape[:2], 5), dtype=np.int32) for name, cut in views.items()}
+        boxes = {name: np.empty((*cut.shape[:2], 7), dtype=np.int32) for name, cut in views.items()}
         drawn: list[NDArray[np.float32]] = []
         keys: list[str] = []
         corrupt: list[tuple[str, str]] = []
@@ -115,7 +115,7 @@ class SampleMaker:
                 source = distorted if view.augmented else values
                 for row, box in enumerate(found[name]):
                     views[name][row, i] = self.intensities.on_host(cut_crop(source, box, sides[name]))
-                    boxes[name][row, i] = box
+                    boxes[name][row, i] = (*box, *values.shape[:2])
             count = sum(view.count for view in self.spec.drawn.values())
             drawn.append(self.intensities.draw(stored, seed, number, count))
         rows = torch.from_numpy(np.stack(drawn, axis=1))

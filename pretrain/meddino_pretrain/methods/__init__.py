@@ -35,6 +35,10 @@ METHODS: dict[str, MethodRow] = {
         "meddino_pretrain.methods.dinov3.method:DINOv3",
         "meddino_pretrain.methods.dinov3.bench",
     ),
+    "graph_matching": MethodRow(
+        "meddino_pretrain.methods.graph_matching.config:GraphMatchingConfig",
+        "meddino_pretrain.methods.graph_matching.method:GraphMatching",
+    ),
 }
 
 

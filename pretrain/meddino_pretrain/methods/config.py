@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, GetCoreSchemaHandler
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from meddino.core.config import StrictConfig
 from meddino_pretrain.methods import METHODS
 
 Action = Literal["run", "light", "skip"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -96,3 +97,32 @@ class MethodConfig(StrictConfig):
     def after_choice(self, action: Action) -> Self | None:
         """Return the config that a stage runs with after `Method.choose_kept` has decided; None leaves the stage out."""
         return None if action == "skip" else self
+
+
+class MultiCropConfig(StrictConfig):
+    """Large and small crops of a slice."""
+
+    large_px: int = Field(224, gt=0)
+    """Side of the large crops [px]; VICRegL, LVM-Med: 224."""
+    small_px: int = Field(96, gt=0)
+    """Side of the small crops [px]; VICRegL, LVM-Med: 96."""
+    num_large: int = Field(2, ge=2)
+    """Large crops of each slice; VICRegL: 2."""
+    num_small: int = Field(2, ge=0)
+    """Small crops of each slice; LVM-Med: 2, VICRegL: 6."""
+    large_scale: tuple[Fraction, Fraction] = (0.4, 1.0)
+    """Share of the slice's area in a large crop [0-1]; VICRegL: 0.4-1."""
+    small_scale: tuple[Fraction, Fraction] = (0.08, 0.4)
+    """Share of the slice's area in a small crop [0-1]; VICRegL: 0.08-0.4."""
+    aspect_ratio: tuple[float, float] = (0.75, 1.333333333)
+    """Width / height of a crop's box, in millimetres; torchvision: 3/4-4/3."""
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    """Chance of a horizontal flip of each crop [0-1]; all: 0.5."""
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "MultiCropConfig":
+        for name in ("large_scale", "small_scale", "aspect_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
+        return self
