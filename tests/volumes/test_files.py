@@ -95,21 +95,52 @@ def test_nifti__lies_where_its_affine_says_and_holds_what_was_written(
 
 
 @QUICK
-@given(seed=st.integers(0, 2**31), ending=st.sampled_from(["nrrd", "mha", "nhdr", "mhd"]))
-def test_nrrd_and_metaimage__lie_where_they_were_written(tmp_path, seed, ending):
+@given(
+    seed=st.integers(0, 2**31), ending=st.sampled_from(["nrrd", "mha", "nhdr", "mhd"]), packed=st.booleans(),
+    kind=st.sampled_from(["u1", "i2", "u2", "i4", "u4", "f4", "f8"]),
+)  # fmt: skip
+def test_nrrd_and_metaimage__lie_where_they_were_written(tmp_path, seed, ending, packed, kind):
     rng = np.random.default_rng(seed)
-    voxels = rng.integers(-1000, 1000, rng.integers(2, 6, 3)).astype(np.int16)
+    voxels = rng.integers(0, 200, rng.integers(2, 6, 3)).astype(kind)
     affine = grid(seed)
     size = np.linalg.norm(affine[:3, :3], axis=0)
     image = sitk.GetImageFromArray(voxels)
     image.SetSpacing(size.tolist())
     image.SetOrigin(affine[:3, 3].tolist())
     image.SetDirection((affine[:3, :3] / size).ravel().tolist())
-    sitk.WriteImage(image, str(tmp_path / f"a.{ending}"))
+    sitk.WriteImage(image, str(tmp_path / f"a.{ending}"), useCompression=packed)
     volume = read_volume(tmp_path / f"a.{ending}")
     assert np.array_equal(volume.voxels, voxels)
+    assert volume.voxels.dtype == voxels.dtype
     ends = [int(end) - 1 for end in voxels.shape[::-1]]
     np.testing.assert_allclose(volume.geometry.corners_mm()[-1], image.TransformIndexToPhysicalPoint(ends), atol=1e-3)
+
+
+SPACES = {"right-anterior-superior": (-1, -1, 1), "LAS": (1, -1, 1), "left-posterior-superior": (1, 1, 1)}
+NRRD_TYPES = {"i2": "short", "u2": "unsigned short", "f4": "float", "i4": "int"}
+
+
+@QUICK
+@given(
+    seed=st.integers(0, 2**31), space=st.sampled_from(sorted(SPACES)), kind=st.sampled_from(sorted(NRRD_TYPES)),
+    order=st.sampled_from("<>"), packed=st.booleans(), unit=st.sampled_from([("mm", 1.0), ("cm", 10.0), ("um", 0.001)]),
+)  # fmt: skip
+def test_nrrd__written_by_hand_in_any_space_unit_type_and_byte_order(tmp_path, seed, space, kind, order, packed, unit):
+    rng = np.random.default_rng(seed)
+    voxels = rng.integers(0, 1000, rng.integers(2, 6, 3)).astype(kind)
+    affine = grid(seed)  # LPS, mm
+    written = affine[:3] * np.array(SPACES[space])[:, None] / unit[1]
+    vectors = ["(" + ",".join(f"{value:.12g}" for value in written[:, axis]) + ")" for axis in range(4)]
+    head = f"""NRRD0004\ntype: {NRRD_TYPES[kind]}\ndimension: 3\nspace: {space}\nsizes: {" ".join(map(str, voxels.shape[::-1]))}
+space directions: {" ".join(vectors[:3])}\nspace origin: {vectors[3]}\nspace units: {" ".join([f'"{unit[0]}"'] * 3)}
+encoding: {"gzip" if packed else "raw"}\nendian: {"little" if order == "<" else "big"}\n\n"""
+    data = voxels.astype(order + kind).tobytes()
+    (tmp_path / "a.nrrd").write_bytes(head.encode() + (gzip.compress(data, 1) if packed else data))
+    volume = read_volume(tmp_path / "a.nrrd")
+    assert np.array_equal(volume.voxels, voxels)
+    last = affine[:3, :3] @ (np.array(voxels.shape[::-1]) - 1) + affine[:3, 3]
+    np.testing.assert_allclose(volume.geometry.corners_mm()[0], affine[:3, 3], atol=1e-3)
+    np.testing.assert_allclose(volume.geometry.corners_mm()[-1], last, atol=1e-3)
 
 
 def test_nifti__what_is_assumed_is_told(tmp_path):
