@@ -93,7 +93,7 @@ def archive_members(path: Path) -> tuple[list[Member], str]:
 
 
 def files_below(path: Path) -> Iterator[Path]:
-    """Yield a file, or every file of a folder or an archive and those in them; in a fixed order.
+    """Yield a file, or every file of a folder, an archive or a folder in one, and those in them; in a fixed order.
 
     An archive that cannot be read stands for itself.
     """
@@ -102,13 +102,30 @@ def files_below(path: Path) -> Iterator[Path]:
             subfolders.sort()
             for name in sorted(names):
                 yield from files_below(Path(folder, name))
-    elif is_archive(path.name) and path.is_file():
-        members, problem = archive_members(path)
-        yield from (path / member.name for member in members)
+    elif (listed := _listed(path)) is not None:
+        files, problem = listed
+        yield from files
         if problem:
             yield path
     else:
         yield path
+
+
+def is_packed_folder(path: Path) -> bool:
+    """Tell whether a path is an archive, or a folder in one."""
+    return _listed(path) is not None
+
+
+def _listed(path: Path) -> tuple[list[Path], str] | None:
+    """Return the files of an archive or of a folder in one, and why there may be more; None of another path."""
+    if is_archive(path.name) and path.is_file():
+        members, problem = archive_members(path)
+        return [path / member.name for member in members], problem
+    archive = archive_of(path)
+    if archive is None:
+        return None
+    files = [archive / member.name for member in archive_members(archive)[0]]
+    return ([file for file in files if path in file.parents], "") if any(path in file.parents for file in files) else None
 
 
 def problem_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
-from meddino.volumes.archives import archive_of, files_below, is_archive, problem_of
+from meddino.volumes.archives import archive_of, files_below, is_archive, is_packed_folder, problem_of
 from meddino.volumes.dicom.grouping import group_series
 from meddino.volumes.dicom.headers import DicomHeader, read_header
 from meddino.volumes.dicom.pixels import read_dicom_volume
@@ -148,8 +148,8 @@ def _only_volume(path: Path) -> tuple[Path, str]:
     Raises:
         VolumeError: There is none, or there are several.
     """
-    if is_archive(path.name) and path.is_file():
-        if problem := problem_of(path):
+    if is_packed_folder(path):
+        if is_archive(path.name) and (problem := problem_of(path)):
             raise VolumeError(problem)
         named = [file for file in files_below(path) if volume_suffix(file.name) and not is_companion(file.name)]
         if not named:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,14 @@ def test_match_lists__the_hash_of_a_list_needs_the_salt(hospital):
     lists, sources = [read_list(hospital.parent / "list.txt", "list-1")], [SourceConfig(name="x", path=hospital)]
     hashes = [match_lists(lists, [], sources, Salt(salt))[1][0].entry["hash"] for salt in (b"one", b"one", b"two")]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_match_lists__numbered_names_are_as_many_people_and_files_in_archives_are_named_too(hospital):
+    for number in range(1, 7):
+        (hospital / f"word_{number:04d}.nii.gz").write_bytes(b"-")
+    with zipfile.ZipFile(hospital / "more.zip", "w") as packed:
+        packed.writestr("deep/case_8.nii.gz", b"-")
+        packed.writestr("deep/case_9.nii.gz", b"-")
+    assert named_by(hospital, "word_0003\n")[0] == {"word_0003.nii.gz"}
+    assert named_by(hospital, "more.zip/deep/case_8.nii.gz\n")[0] == {"more.zip/deep/case_8.nii.gz"}
+    assert named_by(hospital, "case_9\n")[0] == {"more.zip/deep/case_9.nii.gz"}

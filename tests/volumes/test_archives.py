@@ -45,6 +45,7 @@ def test_read_volume__a_dicom_series_in_an_archive(tmp_path, ending):
     assert np.array_equal(volume.voxels, HU)
     assert volume.geometry.matches(read_volume(tmp_path / "in").geometry)
     assert read_geometry(archive).matches(volume.geometry)
+    assert np.array_equal(read_volume(archive / "deeper").voxels, HU)
     assert np.array_equal(read_volume(archive / "deeper" / "IM000").voxels[0], HU[0])
 
 
@@ -102,6 +103,10 @@ def test_build_and_explain__archives_beside_files_are_curated_as_folders_are(tmp
     said = capsys.readouterr().out
     assert "6 x DICOM file" in said
     assert "accepted: 6 slices of ct" in said
+    assert main(["explain", str(tmp_path / "in" / "more.zip" / "b.nii.gz")]) == 0
+    assert "nifti: b.nii.gz" in capsys.readouterr().out
+    assert main(["explain", str(tmp_path / "in" / "more.zip" / "c.nii.gz")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
 
 
 def tar_of(*members: tuple[tarfile.TarInfo, bytes]) -> bytes:

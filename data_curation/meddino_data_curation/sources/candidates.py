@@ -10,7 +10,7 @@ from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import cause_without_path
-from meddino.volumes.archives import archive_members, is_archive
+from meddino.volumes.archives import archive_members, archive_of, is_archive
 from meddino.volumes.formats.voxel_files import VoxelFiles, find_voxel_files
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
@@ -89,6 +89,9 @@ def find_files(source: SourceConfig, in_archives: bool = True) -> Iterator[Found
         ConfigError: The source does not exist or cannot be listed.
     """
     root = source.path
+    if (archive := archive_of(root)) is not None and (inside := list(_below(root, archive))):
+        yield from inside
+        return
     if not root.exists():
         raise ConfigError(f"source '{source.name}': no such file or folder: {root}")
     if root.is_file():
@@ -157,6 +160,11 @@ def _voxel_files(found: FoundFile, format: str) -> VoxelFiles:
         with suppress(VolumeError, OSError):
             return find_voxel_files(found.path, format)
     return VoxelFiles((), "unknown")
+
+
+def _below(root: Path, archive: Path) -> Iterator[FoundFile]:
+    """Yield a file in an archive, or those of a folder in it."""
+    return (found for found in _in_archive(_found(archive, archive.name), None) if root in (found.path, *found.path.parents))
 
 
 def _in_archive(found: FoundFile, pattern: re.Pattern[str] | None) -> Iterator[FoundFile]:

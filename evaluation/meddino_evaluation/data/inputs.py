@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import atomic_write
-from meddino.volumes.archives import files_below, is_archive, problem_of
+from meddino.volumes.archives import archive_of, files_below, is_packed_folder, problem_of
 from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import read_header
 from meddino.volumes.file_kinds import is_companion
@@ -70,9 +70,9 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
     """
     found: list[Input] = []
     for path in paths:
-        if not path.exists():
+        if not path.exists() and archive_of(path) is None:
             raise ConfigError(f"--input {path}: no such file or folder")
-        is_many = path.is_dir() or is_archive(path.name)
+        is_many = path.is_dir() or is_packed_folder(path)
         found += _in_folder(path, out, channels) if is_many else [Input(stem(path), (path,))]
     taken: dict[str, int] = {}
     for item in [one for one in found if one.status != "skipped"]:
