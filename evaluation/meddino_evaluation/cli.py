@@ -4,7 +4,6 @@ import argparse
 import importlib
 import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -58,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _handle(arguments: argparse.Namespace) -> None:
-    # What libraries say to their own developers is nothing that a user could act on.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai|torch|timm|transformers")
     logging.getLogger("highdicom").setLevel(logging.WARNING)
     run = importlib.import_module(COMMANDS[arguments.command][0]).run
     out = getattr(arguments, "out", None)

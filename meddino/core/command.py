@@ -6,6 +6,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -59,6 +60,8 @@ def run_command(
     """
     _open_closed_streams()
     arguments = _parse(parser, argv)
+    # What libraries say to their own developers is nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai|torch|timm|transformers")
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
         code = handle(arguments) or EXIT_DONE
