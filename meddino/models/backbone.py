@@ -36,6 +36,11 @@ class BackboneOutput:
         """The patch tokens as a map."""
         return self.patch_tokens.transpose(1, 2).reshape(len(self.patch_tokens), -1, *self.grid)
 
+    def __repr__(self) -> str:
+        tokens = ("cls_token", "register_tokens", "patch_tokens")
+        shapes = ", ".join(f"{name} {list(getattr(self, name).shape)}" for name in tokens)
+        return f"BackboneOutput({shapes}, grid {self.grid[0]} x {self.grid[1]})"
+
 
 @dataclass(frozen=True)
 class LayerGroup:
@@ -100,6 +105,12 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: If a block does not exist.
         """
+
+    @abstractmethod
+    def intermediate_outputs(
+        self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[BackboneOutput]:
+        """Return all tokens after some blocks; see `get_intermediate_layers`, which gives the patch tokens as maps."""
 
     @abstractmethod
     def layer_groups(self) -> list[LayerGroup]:

@@ -24,7 +24,7 @@ class TimmConfig(StrictConfig):
 
     timm: str
     """timm's name of it, such as resnet50."""
-    arguments: dict[str, int | float | bool | str | None] = Field(default_factory=dict)
+    arguments: dict[str, int | float | bool | str | tuple[int, ...] | None] = Field(default_factory=dict)
     """For timm.create_model, where they differ from the name's own; in_chans among them."""
     in_chans: int = Field(3, gt=0)
     """Channels of an image."""
@@ -148,6 +148,31 @@ class TimmBackbone(Backbone):
         found = dict(zip(sorted(set(wanted)), maps, strict=True))
         return [found[block] for block in wanted]
 
+    def intermediate_outputs(
+        self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[BackboneOutput]:
+        """See `Backbone.intermediate_outputs`; without a CLS token the vector is the mean over the map."""
+        if not self.has_prefix:
+            wanted = self.check_blocks(blocks)
+            final, maps = self.model.forward_intermediates(images, indices=sorted(set(wanted)), output_fmt="NCHW")  # type: ignore[operator]
+            by_block = dict(zip(sorted(set(wanted)), maps, strict=True))
+            if norm and self.depth - 1 in by_block:
+                # What stands behind the last map (a norm, a neck) is what `tokens` gives.
+                by_block[self.depth - 1] = final.permute(0, 3, 1, 2) if self._is_nhwc else final
+            return [self._from_map(by_block[block], None) for block in wanted]
+        self._check_size(images)
+        wanted = self.check_blocks(blocks)
+        pairs: list[tuple[Tensor, Tensor]] = self.model.forward_intermediates(  # type: ignore[operator]
+            images,
+            indices=sorted(set(wanted)),
+            output_fmt="NCHW",
+            intermediates_only=True,
+            norm=norm,
+            return_prefix_tokens=True,
+        )
+        found = dict(zip(sorted(set(wanted)), pairs, strict=True))
+        return [self._from_map(*found[block]) for block in wanted]
+
     def layer_groups(self) -> list[LayerGroup]:
         """See `Backbone.layer_groups`: timm's own grouping of the model's parameters."""
         from timm.models import group_parameters
@@ -188,6 +213,10 @@ class TimmBackbone(Backbone):
     def _is_random(self) -> bool:
         return any(float(getattr(module, name, 0.0) or 0.0) > 0 for module in self.modules() for name in ("p", "drop_prob"))
 
+    @property
+    def _is_nhwc(self) -> bool:
+        return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+
     def _check_size(self, images: Tensor) -> None:
         size = (images.shape[-2], images.shape[-1])
         channels = self.config.in_chans
@@ -209,10 +238,12 @@ class TimmBackbone(Backbone):
             )
         else:
             patches, prefix = self.model.forward_features(images), None  # type: ignore[operator]
-            if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-                patches = patches.permute(0, 3, 1, 2)
+            patches = patches.permute(0, 3, 1, 2) if self._is_nhwc else patches
+        return self._from_map(patches, prefix)
+
+    def _from_map(self, patches: Tensor, prefix: Tensor | None) -> BackboneOutput:
         tokens = patches.flatten(2).transpose(1, 2)
-        cls_token = prefix[:, 0] if self.has_cls else patches.mean((2, 3))
+        cls_token = prefix[:, 0] if self.has_cls and prefix is not None else patches.mean((2, 3))
         registers = prefix[:, 1 if self.has_cls else 0 :] if prefix is not None else tokens[:, :0]
         return BackboneOutput(cls_token, registers, tokens, (patches.shape[-2], patches.shape[-1]))
 

@@ -189,20 +189,39 @@ class VisionTransformer(Backbone):
         self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
     ) -> list[Float[Tensor, "batch dim rows columns"]]:
         """See `Backbone.get_intermediate_layers`."""
+        rows, columns = self._grid(images)
+        maps = []
+        for tokens in self._after_blocks(images, blocks):
+            patches = tokens[:, self.prefix_tokens :]
+            patches = self.norm(patches) if norm else patches
+            maps.append(patches.transpose(1, 2).unflatten(2, (rows, columns)))
+        return maps
+
+    def intermediate_outputs(
+        self, images: Float[Tensor, "batch channels height width"], blocks: Sequence[int], *, norm: bool = True
+    ) -> list[BackboneOutput]:
+        """See `Backbone.intermediate_outputs`."""
+        outputs = []
+        for tokens in self._after_blocks(images, blocks):
+            first, patches = tokens[:, : self.prefix_tokens], tokens[:, self.prefix_tokens :]
+            if norm:
+                first, patches = (self.cls_norm or self.norm)(first), self.norm(patches)
+            outputs.append(BackboneOutput(first[:, 0], first[:, 1:], patches, self._grid(images)))
+        return outputs
+
+    def _after_blocks(self, images: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Return the tokens [B, prefix + N, D] after each of some blocks, not normalised."""
         wanted = self.check_blocks(blocks)
         plan = None
         if self.training and (self.config.drop_path > 0 or self.rope_embed.augments):
             plan = DropPathPlan.from_generator(None, [len(images)])
         x, groups = self._embed([images], [None], plan)
         kept = self._kept(plan, groups, x)
-        rows, columns = self._grid(images)
         taken: dict[int, Tensor] = {}
         for index in range(max(wanted) + 1):
             x = self.blocks[index](x, groups, kept[index])
             if index in wanted:
-                patches = split_groups(x, groups)[0][:, self.prefix_tokens :]
-                patches = self.norm(patches) if norm else patches
-                taken[index] = patches.transpose(1, 2).unflatten(2, (rows, columns))
+                taken[index] = split_groups(x, groups)[0]
         return [taken[block] for block in wanted]
 
     def layer_groups(self) -> list[LayerGroup]:

@@ -47,7 +47,7 @@ def test_dinov2__evaluated_through_timm_and_pointed_there_by_load(tmp_path, name
         official["pos_embed"] = torch.cat([torch.zeros(1, 1, 384), official["pos_embed"]], dim=1)
     torch.save(official, tmp_path / "dinov2.pth")
     backbone = load_backbone(f"timm:{name}@{tmp_path / 'dinov2.pth'}")
-    assert same(backbone.model.forward_features, model.forward_features, 14)
+    assert same(backbone.network.model.forward_features, model.forward_features, 14)
     with pytest.raises(CheckpointError, match=r"is a DINOv2 model.*evaluated but not trained further.*dinov2_vits14@"):
         meddino.load(tmp_path / "dinov2.pth")
 
@@ -65,7 +65,7 @@ def test_lvm_med_resnet50__evaluated_through_timm(tmp_path):
     model = lively(timm.create_model("resnet50", num_classes=0))
     torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, tmp_path / "lvmmed_resnet50.torch")
     backbone = load_backbone(f"lvmmed_resnet50@{tmp_path / 'lvmmed_resnet50.torch'}")
-    assert same(backbone.model.forward_features, model.forward_features, 16)
+    assert same(backbone.network.model.forward_features, model.forward_features, 16)
     with pytest.raises(CheckpointError, match=r"is a ResNet; evaluate it with .*lvmmed_resnet50@"):
         meddino.load(tmp_path / "lvmmed_resnet50.torch")
 
@@ -85,7 +85,7 @@ def test_lvm_med_vitb__sams_names_through_a_users_door(tmp_path, monkeypatch):
     backbone = load_backbone(f"lvmmed_vitb16@{tmp_path / 'lvmmed_vit.pth'}")
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert (backbone.model.forward_features(images) - model.forward_features(images)).abs().max() <= TOLERANCE
+        assert (backbone.network.model.forward_features(images) - model.forward_features(images)).abs().max() <= TOLERANCE
     plain = {names[name]: value for name, value in model.state_dict().items()}
     torch.save(plain, tmp_path / "plain.pth")
     with pytest.raises(CheckpointError, match=r"position embeddings, no DINOv3.*lvmmed_vitb16@"):

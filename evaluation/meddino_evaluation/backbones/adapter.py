@@ -1,7 +1,6 @@
-"""What every backbone looks like to the protocols, and our own vision transformer in that shape."""
+"""What every backbone looks like to the protocols: a network of `meddino.models`, its name, its input contract, its origin."""
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,9 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.checkpoints.export.model import Model
+from meddino.models.backbone import Backbone as Network
 from meddino.models.registry import tapped_blocks
+from meddino.models.timm_backbone import TimmBackbone
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_evaluation.backbones.contract import ImageContract
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -36,26 +39,26 @@ class Tokens:
         return self.blocks[-1]
 
 
-class Backbone(nn.Module, ABC):
-    """A backbone behind one face.
+class Backbone(nn.Module):
+    """A network and what an evaluation must know of it.
+
+    Args:
+        name: For tables: as the user asked for it, or the NAME of NAME=MODEL.
+        network: Ours, timm's or transformers'.
+        contract: How images become input.
+        lineage: What an export says of its training data; empty for weights that say nothing.
 
     Attributes:
-        name: For tables: as the user asked for it, or the NAME of NAME=MODEL.
         spec: Where it came from, as the user asked for it.
         embed_dim: Width of the last CLS-like vector and of the patch tokens.
         patch_size: Pixels between patch tokens.
-        contract: How images become input.
-        lineage: What an export says of its training data; empty for weights that say nothing.
     """
 
-    name: str
-    spec: str = ""
-    embed_dim: int
-    patch_size: int
-    contract: ImageContract
-    lineage: Mapping[str, Any] = MappingProxyType({})
+    def __init__(self, name: str, network: Network, contract: ImageContract, lineage: Mapping[str, Any] = NOTHING) -> None:
+        super().__init__()
+        self.name, self.spec, self.network, self.contract, self.lineage = name, "", network, contract, lineage
+        self.embed_dim, self.patch_size = network.embed_dim, network.patch_size
 
-    @abstractmethod
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
         """Return the tokens of a batch.
 
@@ -63,14 +66,35 @@ class Backbone(nn.Module, ABC):
             images: From the contract.
             count: CLS-like vectors of so many last blocks; a model with fewer stages gives fewer.
         """
+        depth = self.network.depth
+        last = range(depth - min(count, depth), depth)
+        outputs = [self.network.tokens(images)] if count == 1 else self.network.intermediate_outputs(images, last)
+        return Tokens(tuple(output.cls_token for output in outputs), outputs[-1].patch_map)
 
-    @abstractmethod
     def patch_maps(self, images: Float[Tensor, "batch channels h w"], count: int = 4) -> list[Tensor]:
-        """Return `count` maps [B, D_i, h_i, w_i] from evenly spread blocks, the last one last (fewer if there are fewer)."""
+        """Return `count` maps [B, D_i, h_i, w_i], the last one last (fewer if there are fewer).
 
-    @abstractmethod
+        Of evenly spread blocks; a convolutional network gives its last stages, at their own strides.
+        """
+        depth = self.network.depth
+        count = min(count, depth)
+        is_sequence = getattr(self.network, "is_sequence", True)
+        maps: list[Tensor] = self.network.get_intermediate_layers(
+            images, tapped_blocks(depth, count) if is_sequence else range(depth - count, depth)
+        )
+        return maps
+
     def stages(self) -> Sequence[nn.Module]:
         """Return the blocks or stages from input to output: what partial freezing counts."""
+        for owner in (self.network, getattr(self.network, "model", None)):
+            for name in ("blocks", "layers", "stages"):
+                blocks = getattr(owner, name, None)
+                if isinstance(blocks, nn.Sequential | nn.ModuleList):
+                    return list(blocks)
+        model = self.network.model
+        body = getattr(model, "features", None)
+        children = list(body.children()) if isinstance(body, nn.Module) else list(model.children())  # type: ignore[operator, union-attr]
+        return [child for child in children if any(True for _ in child.parameters())]
 
     def forward(self, images: Float[Tensor, "batch channels h w"]) -> Tensor:
         """Return the CLS-like vectors [B, D]."""
@@ -78,63 +102,47 @@ class Backbone(nn.Module, ABC):
 
     def hash(self) -> str:
         """Return a SHA-256 over names, shapes and values of all parameters and buffers."""
-        return state_hash(self)
+        return state_hash(self.network, "vit." if isinstance(self.network, VisionTransformer) else "")
 
 
-def state_hash(module: nn.Module) -> str:
-    """Return a SHA-256 over names, shapes and values of all parameters and buffers of a module."""
+def state_hash(module: nn.Module, prefix: str = "") -> str:
+    """Return a SHA-256 over names, shapes and values of all parameters and buffers of a module.
+
+    Args:
+        module: Whose.
+        prefix: Before each name: hashes that stand in results of earlier versions have it.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{list(values.shape)}{values.dtype}".encode())
+        digest.update(f"{prefix}{name}{list(values.shape)}{values.dtype}".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     # Buffers that are not saved (statistics that somebody keeps aside) must not drift either.
     saved = set(module.state_dict())
     for name, buffer in sorted(module.named_buffers()):
         if name not in saved:
-            digest.update(name.encode())
+            digest.update(f"{prefix}{name}".encode())
             digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-class MedDINOBackbone(Backbone):
-    """Our vision transformer: an export, or random weights."""
+def of_model(name: str, model: Model) -> Backbone:
+    """Return a model of ours, whichever kind of network was trained, with the input contract it brings."""
+    network, lineage = model.backbone, model.lineage.model_dump(mode="json")
+    if isinstance(network, TimmBackbone):
+        return Backbone(name, network, timm_contract(network, model), lineage)
+    sizes = model.config.resolutions_px_seen
+    native = max(sizes) if sizes else 14 * model.patch_size
+    return Backbone(name, network, ImageContract((), (), model.patch_size, native, model.contract), lineage)
 
-    def __init__(self, name: str, model: Model) -> None:
-        super().__init__()
-        self.name = name
-        if not isinstance(model.backbone, VisionTransformer):
-            raise TypeError(f"{name} is no vision transformer of ours but {type(model.backbone).__name__}")
-        self.vit = model.backbone
-        self.lineage = model.lineage.model_dump(mode="json")
-        self.embed_dim, self.patch_size = model.embed_dim, model.patch_size
-        sizes = model.config.resolutions_px_seen
-        native = max(sizes) if sizes else 14 * model.patch_size
-        self.contract = ImageContract((), (), model.patch_size, native, model.contract)
 
-    def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
-        """See `Backbone.tokens`: the CLS token after each of the last blocks, through the last LayerNorm."""
-        taken: list[Tensor] = []
-
-        def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            taken.append(output.reshape(len(images), -1, self.embed_dim)[:, 0])
-
-        last = list(self.vit.blocks)[-count:]
-        hooks = [block.register_forward_hook(keep) for block in last[:-1]]
-        try:
-            output = self.vit(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        norm = self.vit.cls_norm if self.vit.cls_norm is not None else self.vit.norm
-        patches = output.patch_tokens.transpose(1, 2).unflatten(2, output.grid)
-        return Tokens((*(norm(cls) for cls in taken), output.cls_token), patches)
-
-    def patch_maps(self, images: Float[Tensor, "batch channels h w"], count: int = 4) -> list[Tensor]:
-        """See `Backbone.patch_maps`."""
-        maps: list[Tensor] = self.vit.get_intermediate_layers(images, tapped_blocks(self.vit.depth, min(count, self.vit.depth)))
-        return maps
-
-    def stages(self) -> Sequence[nn.Module]:
-        """See `Backbone.stages`."""
-        return list(self.vit.blocks)
+def timm_contract(network: TimmBackbone, model: Model | None = None) -> ImageContract:
+    """Return how images become input of a timm model: as timm describes it, or by the contract of the model it is part of."""
+    config: Mapping[str, Any] = getattr(network.model, "pretrained_cfg", {})
+    return ImageContract(
+        tuple(config.get("mean", ImageContract.mean)),
+        tuple(config.get("std", ImageContract.std)),
+        network.multiple_px,
+        int(config.get("input_size", (3, 224, 224))[-1]),
+        model.contract if model is not None else None,
+    )

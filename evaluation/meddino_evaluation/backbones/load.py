@@ -9,13 +9,11 @@ from torch import nn
 from meddino.checkpoints.export import model as model_files
 from meddino.core.errors import ConfigError
 from meddino.models.registry import BACKBONES
-from meddino.models.timm_backbone import TimmBackbone as TrainedTimmBackbone
-from meddino.models.timm_backbone import build_timm
-from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
+from meddino.models.timm_backbone import TimmBackbone, timm_config
+from meddino_evaluation.backbones.adapter import Backbone, of_model, timm_contract
 from meddino_evaluation.backbones.catalogue import CATALOGUE, Entry
-from meddino_evaluation.backbones.timm_adapter import TimmBackbone
-from meddino_evaluation.backbones.transformers_adapter import (
-    TransformersBackbone,
+from meddino_evaluation.backbones.transformers_network import (
+    TransformersNetwork,
     build_transformers,
     load_transformers_folder,
 )
@@ -66,14 +64,15 @@ def _loaded(spec: str, seed: int) -> Backbone:
     if spec.startswith(RANDOM):
         return _random(spec, spec.removeprefix(RANDOM), seed)
     if spec.startswith("hf:"):
-        return TransformersBackbone(spec, load_transformers_folder(Path(spec.removeprefix("hf:"))))
+        network = TransformersNetwork(spec, load_transformers_folder(Path(spec.removeprefix("hf:"))))
+        return Backbone(spec, network, network.contract)
     name, at, file = spec.partition("@")
     if at and (name in CATALOGUE or name in BACKBONES or name.startswith("timm:")):
         return _from_file(spec, name, Path(file), seed)
     if spec in CATALOGUE:
         return _from_file(spec, spec, find_weights(spec, CATALOGUE[spec]), seed)
     if Path(spec).exists():
-        return _ours(spec, model_files.load(spec))
+        return of_model(spec, model_files.load(spec))
     known = [*CATALOGUE, *BACKBONES]
     near = difflib.get_close_matches(spec, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -92,22 +91,15 @@ def _random(spec: str, name: str, seed: int) -> Backbone:
             torch.manual_seed(seed)
             return _built(spec, name)[0]
     ours = CATALOGUE[name].architecture if name in CATALOGUE else name
-    return _ours(spec, model_files.load(f"{RANDOM}{ours}", seed=seed))
-
-
-def _ours(spec: str, model: model_files.Model) -> Backbone:
-    """Return a model of ours, whichever kind of network was trained."""
-    if isinstance(model.backbone, TrainedTimmBackbone):
-        return TimmBackbone(spec, model.backbone.model, model.contract)
-    return MedDINOBackbone(spec, model)
+    return of_model(spec, model_files.load(f"{RANDOM}{ours}", seed=seed))
 
 
 def _from_file(spec: str, name: str, file: Path, seed: int) -> Backbone:
     if name in CATALOGUE and CATALOGUE[name].library == "meddino":
-        return _ours(spec, model_files.load(file))
+        return of_model(spec, model_files.load(file))
     if name in BACKBONES:
-        backbone: Backbone = MedDINOBackbone(spec, model_files.load(f"{RANDOM}{name}", seed=seed))
-        load_weights(backbone.vit, read_weights(file), ("teacher.backbone.",), str(file))  # type: ignore[arg-type]
+        backbone = of_model(spec, model_files.load(f"{RANDOM}{name}", seed=seed))
+        load_weights(backbone.network, read_weights(file), ("teacher.backbone.",), str(file))
         return backbone
     # Drawing random weights that are about to be replaced would take longer than reading the file.
     backbone, entry, model = _built(spec, name)
@@ -118,7 +110,7 @@ def _from_file(spec: str, name: str, file: Path, seed: int) -> Backbone:
 def _built(spec: str, name: str) -> tuple[Backbone, Entry, nn.Module]:
     entry = CATALOGUE.get(name) or Entry(name.removeprefix("timm:"), "timm", "see timm")
     if entry.library == "timm":
-        model = build_timm(entry.architecture, entry.arguments)
-        return TimmBackbone(spec, model), entry, model
-    model = build_transformers(entry.architecture, entry.arguments)
-    return TransformersBackbone(spec, model), entry, model
+        timms = TimmBackbone(timm_config(entry.architecture, **entry.arguments))
+        return Backbone(spec, timms, timm_contract(timms)), entry, timms.model
+    network = TransformersNetwork(spec, build_transformers(entry.architecture, entry.arguments))
+    return Backbone(spec, network, network.contract), entry, network.model

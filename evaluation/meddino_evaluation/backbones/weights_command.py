@@ -47,8 +47,8 @@ def _checked(spec: str) -> str:
     photographs = f"as for photographs, mean {contract.mean}, deviation {contract.std}"
     licence = backbone.lineage.get("licence")
     return (
-        f"{spec}: {type(backbone).__name__}, {parameters / 1e6:.1f} million parameters, width {backbone.embed_dim}, patch or "
-        f"stride {backbone.patch_size} px\ninput: {contract.own or photographs}\n"
+        f"{spec}: {type(backbone.network).__name__}, {parameters / 1e6:.1f} million parameters, width "
+        f"{backbone.embed_dim}, patch or stride {backbone.patch_size} px\ninput: {contract.own or photographs}\n"
         + (f"licence: {licence}\n" if licence else "")
         + f"one image of {side} px gave {list(tokens.patches.shape[1:])} patch tokens, all finite\nSHA-256 of its tensors: "
         f"{backbone.hash()}\nuse it: meddino-eval segment --model {spec} --data DATASET --out RESULTS\n"

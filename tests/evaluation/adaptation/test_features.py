@@ -32,7 +32,7 @@ def test_extractor__features_are_the_models_own(fake_set, backbone, tmp_path):
     from meddino_evaluation.classification.images import read_slices
 
     transform = Transform(32, "ct", None, None, 4)
-    output = backbone.vit(model_input(backbone, read_slices(case.source, "ct"), [0], transform))
+    output = backbone.network(model_input(backbone, read_slices(case.source, "ct"), [0], transform))
     torch.testing.assert_close(table.bags()[0], output.cls_token, rtol=0, atol=1e-5)
     torch.testing.assert_close(table.rows[0][:, -128:], output.patch_tokens.mean(1), rtol=0, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_cache__a_damaged_file_is_computed_anew(fake_set, backbone, tmp_path):
 
 
 def test_extractor__features_that_are_not_finite_are_named(fake_set, backbone, tmp_path):
-    backbone.vit.norm.weight.data[0] = float("nan")
+    backbone.network.norm.weight.data[0] = float("nan")
     case = fake_set("ct_contrast").cases[0]
     with pytest.raises(MedDINOError, match="not finite") as error:
         _extractor(backbone, tmp_path)([case])
@@ -86,7 +86,7 @@ def test_extractor__frozen_is_frozen_and_a_change_is_found(fake_set, backbone, t
     extractor = _extractor(backbone, tmp_path)
     extractor(fake_set("ct_contrast").cases[:3])
     extractor.check_frozen()
-    backbone.vit.norm.bias.data[0] += 1e-3
+    backbone.network.norm.bias.data[0] += 1e-3
     with pytest.raises(RuntimeError, match="frozen backbone"):
         extractor.check_frozen()
 

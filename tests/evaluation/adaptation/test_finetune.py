@@ -8,12 +8,10 @@ from meddino_evaluation.adaptation.finetune import ImageBank, finetune
 from meddino_evaluation.adaptation.trainable import adapt, held_tensors, lora_targets, set_training_mode
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.backbones.timm_adapter import TimmBackbone
 from torch import nn
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError
-from meddino.models.timm_backbone import build_timm
 
 CONFIG = FinetuneConfig(epochs=3, batch_size=8, partial_stages=1, lora_rank=3, backbone_lr=1e-3, head_lr=1e-2, adapter_lr=1e-2)
 MODES = ["finetune", "partial", "lora", "bitfit"]
@@ -84,8 +82,7 @@ def test_adapt__lora_starts_at_the_pretrained_function_and_has_gradients(backbon
 
 
 def _resnet():
-    torch.manual_seed(0)
-    return TimmBackbone("resnet", build_timm("resnet10t", {})).eval().requires_grad_(False)
+    return load_backbone("random:timm:resnet10t")
 
 
 @pytest.mark.parametrize("mode", ["finetune", "partial", "bitfit"])

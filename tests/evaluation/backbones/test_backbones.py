@@ -1,21 +1,20 @@
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.backbones.adapter import MedDINOBackbone, state_hash
+from meddino_evaluation.backbones.adapter import Backbone, state_hash, timm_contract
 from meddino_evaluation.backbones.catalogue import CATALOGUE
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.backbones.load import load_backbone
-from meddino_evaluation.backbones.timm_adapter import TimmBackbone
-from meddino_evaluation.backbones.transformers_adapter import TransformersBackbone, build_transformers
+from meddino_evaluation.backbones.transformers_network import TransformersNetwork, build_transformers
 from meddino_evaluation.backbones.weights_files import load_weights
 from meddino_evaluation.cli import main
 from safetensors.torch import save_file
 
-from meddino.checkpoints.export.model import random_model
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
 from meddino.data.model_input import normalise
-from meddino.models.timm_backbone import build_timm
+from meddino.models.timm_backbone import TimmBackbone, build_timm, timm_config
+from meddino.models.vision_transformer import VisionTransformer
 
 TINY_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
 TINY = {
@@ -30,18 +29,24 @@ TINY = {
 }
 
 
+def timms(name: str, arguments: dict) -> Backbone:
+    network = TimmBackbone(timm_config(CATALOGUE[name].architecture, **arguments))
+    return Backbone(name, network, timm_contract(network))
+
+
 @pytest.mark.parametrize("name", sorted(CATALOGUE))
 def test_catalogue__every_entry_is_built_and_described(name):
     entry = CATALOGUE[name]
     # Architecture without memory: the giant has 1.1 billion parameters.
     with torch.device("cpu" if entry.library == "meddino" else "meta"):
         if entry.library == "timm":
-            backbone = TimmBackbone(name, build_timm(entry.architecture, entry.arguments))
+            backbone = timms(name, entry.arguments)
         elif entry.library == "meddino":
-            backbone = MedDINOBackbone(name, random_model(entry.architecture))
+            backbone = load_backbone(f"random:{name}")
         else:
             pytest.importorskip("transformers")
-            backbone = TransformersBackbone(name, build_transformers(entry.architecture, entry.arguments))
+            network = TransformersNetwork(name, build_transformers(entry.architecture, entry.arguments))
+            backbone = Backbone(name, network, network.contract)
     assert backbone.embed_dim > 0
     assert backbone.contract.channels == 3
     assert len(backbone.stages()) >= 4
@@ -52,7 +57,7 @@ def test_catalogue__every_entry_is_built_and_described(name):
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_timm_backbone__tokens_and_maps(name):
     arguments, size = TINY[name]
-    backbone = TimmBackbone(name, build_timm(CATALOGUE[name].architecture, arguments)).eval()
+    backbone = timms(name, arguments).eval()
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         tokens = backbone.tokens(images, count=3)
@@ -61,7 +66,7 @@ def test_timm_backbone__tokens_and_maps(name):
         torch.testing.assert_close(tokens.cls, backbone(images))
         assert 1 <= len(tokens.blocks) <= 3
         maps = backbone.patch_maps(images, 3)
-        features = backbone.model.forward_features(images)
+        features = backbone.network.model.forward_features(images)
     assert len(maps) == 3
     if features.ndim == 4:
         torch.testing.assert_close(tokens.cls, features.mean((2, 3)))
@@ -72,11 +77,12 @@ def test_timm_backbone__tokens_and_maps(name):
 def test_transformers_backbone__tokens():
     pytest.importorskip("transformers")
     small = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
-    backbone = TransformersBackbone("msn", build_transformers("ViTMSNModel", {**small, "patch_size": 8})).eval()
+    network = TransformersNetwork("msn", build_transformers("ViTMSNModel", {**small, "patch_size": 8}))
+    backbone = Backbone("msn", network, network.contract).eval()
     images = torch.randn(2, 3, 48, 48)  # another size than the position embedding's
     with torch.no_grad():
         tokens = backbone.tokens(images, count=2)
-        reference = backbone.model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
+        reference = network.model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(tokens.cls, reference[:, 0])
     assert tokens.patches.shape == (2, 32, 6, 6)
     assert len(tokens.blocks) == 2
@@ -85,10 +91,10 @@ def test_transformers_backbone__tokens():
 
 def test_meddino_backbone__tokens_equal_the_model():
     backbone = load_backbone("random:vitnano8", seed=3)
-    assert isinstance(backbone, MedDINOBackbone)
+    assert isinstance(backbone.network, VisionTransformer)
     images = torch.randn(2, 3, 32, 32)
     tokens = backbone.tokens(images, count=4)
-    output = backbone.vit(images)
+    output = backbone.network(images)
     torch.testing.assert_close(tokens.cls, output.cls_token)
     assert [tuple(cls.shape) for cls in tokens.blocks] == [(2, 128)] * 4
     torch.testing.assert_close(tokens.patches.flatten(2).transpose(1, 2), output.patch_tokens)
@@ -135,15 +141,15 @@ def test_load_backbone__unknown_name():
 
 def test_load_backbone__weights_from_a_file(tmp_path):
     first = load_backbone("random:timm:resnet10t", seed=1)
-    save_file(first.model.state_dict() | {"fc.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
-    torch.save({"state_dict": first.model.state_dict()}, tmp_path / "w.pth")
+    save_file(first.network.model.state_dict() | {"fc.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
+    torch.save({"state_dict": first.network.model.state_dict()}, tmp_path / "w.pth")
     for file in ("w.safetensors", "w.pth"):
         again = load_backbone(f"timm:resnet10t@{tmp_path / file}", seed=2)
         assert state_hash(again) == state_hash(first)
 
 
 def test_load_backbone__a_file_that_does_not_fit_is_refused(tmp_path):
-    tensors = load_backbone("random:timm:resnet10t").model.state_dict()
+    tensors = load_backbone("random:timm:resnet10t").network.model.state_dict()
     few = {name: value for name, value in tensors.items() if not name.startswith("layer4")}
     save_file(few, tmp_path / "few.safetensors")
     with pytest.raises(CheckpointError, match=r"tensors are missing.*layer4"):

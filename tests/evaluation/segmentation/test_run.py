@@ -120,7 +120,7 @@ def test_finetune__the_encoder_moves_and_the_source_does_not(make_dataset, tiny_
 def test_frozen_that_moved__is_a_fault(make_dataset, tiny_config, tmp_path, monkeypatch):
     def drifts(self, on_step, start):
         with torch.no_grad():
-            self.module.backbone.vit.norm.weight += 1
+            self.module.backbone.network.norm.weight += 1
 
     monkeypatch.setattr(FitLoop, "fit", drifts)
     experiment = open_experiment(tiny_config(), MODEL, make_dataset())

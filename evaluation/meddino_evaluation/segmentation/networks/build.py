@@ -9,9 +9,10 @@ from torch import nn
 
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import derive_seed
+from meddino.models.vision_transformer import VisionTransformer
 from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.adaptation.trainable import adapt
-from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
+from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.segmentation.config import EncoderConfig, HeadName
 from meddino_evaluation.segmentation.networks.heads import LinearHead, PrimusHead, he_initialise
 from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork, map_shapes
@@ -77,8 +78,8 @@ def build_network(
             lora_dropout=config.lora_dropout,
         )
         adapt(backbone, config.mode, settings, derive_seed(seed, "lora"))
-        if config.mode == "finetune" and isinstance(backbone, MedDINOBackbone):
-            backbone.vit.config = backbone.vit.config.model_copy(update={"drop_path": config.drop_path})
+        if config.mode == "finetune" and isinstance(vit := backbone.network, VisionTransformer):
+            vit.config = vit.config.model_copy(update={"drop_path": config.drop_path})
     return SegmentationNetwork(backbone, config.taps, build_head(head, request, seed), source.contract, config.mode)
 
 

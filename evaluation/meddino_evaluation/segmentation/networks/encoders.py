@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
-from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone, Tokens
+from meddino.models.vision_transformer import VisionTransformer
+from meddino_evaluation.backbones.adapter import NOTHING, Backbone, Tokens, state_hash
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.segmentation.networks.network import EncoderSource
@@ -19,8 +20,8 @@ class NoBackbone(Backbone):
     """Stands where a network of its own (U-Net, SegFormer, ...) reads nothing but the image."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.name, self.embed_dim, self.patch_size = NONE, 0, 1
+        nn.Module.__init__(self)
+        self.name, self.spec, self.lineage, self.embed_dim, self.patch_size = NONE, "", NOTHING, 0, 1
         self.contract = ImageContract((), (), 1, 1, CTIntensity(channels=1))
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
@@ -34,6 +35,10 @@ class NoBackbone(Backbone):
     def stages(self) -> Sequence[nn.Module]:
         """Return no stage."""
         return []
+
+    def hash(self) -> str:
+        """Return that of no tensors."""
+        return state_hash(self)
 
 
 def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
@@ -49,9 +54,10 @@ def load_encoder(model: str, random_seed: int = 0) -> EncoderSource:
         CheckpointError: It exists and is damaged or of another kind.
     """
     backbone = NoBackbone() if model == NONE else load_backbone(model, random_seed)
-    if isinstance(backbone, MedDINOBackbone) and backbone.vit.config.in_chans != backbone.contract.channels:
+    vit = None if model == NONE else backbone.network
+    if isinstance(vit, VisionTransformer) and vit.config.in_chans != backbone.contract.channels:
         raise CheckpointError(
-            f"model {model}: its patch embedding takes {backbone.vit.config.in_chans} channels, its input contract says "
+            f"model {model}: its patch embedding takes {vit.config.in_chans} channels, its input contract says "
             f"{backbone.contract.channels}"
         )
     return EncoderSource(backbone.spec or model, backbone, backbone.contract, backbone.hash(), dict(backbone.lineage))

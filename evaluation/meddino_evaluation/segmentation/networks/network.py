@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from meddino.core.errors import ConfigError
 from meddino.data.model_input import normalise, normalise_channels
+from meddino.models.vision_transformer import VisionTransformer
 from meddino_evaluation.adaptation.fitting import learned_state
 from meddino_evaluation.adaptation.trainable import set_training_mode
-from meddino_evaluation.backbones.adapter import Backbone, MedDINOBackbone
+from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.segmentation.config import EncoderMode
 
@@ -65,8 +66,8 @@ class SegmentationNetwork(nn.Module):
         self.backbone.eval()
         if mode and self.trains_encoder:
             set_training_mode(self.backbone)
-            if self.mode == "finetune" and isinstance(self.backbone, MedDINOBackbone):
-                self.backbone.vit.train()  # drop path and coordinate augmentation
+            if self.mode == "finetune" and isinstance(self.backbone.network, VisionTransformer):
+                self.backbone.network.train()  # drop path and coordinate augmentation
         return self
 
     def maps(self, images: Float[Tensor, "batch channels height width"]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from meddino_evaluation.backbones.adapter import MedDINOBackbone
+from meddino_evaluation.backbones.adapter import of_model
 from meddino_evaluation.nnunet.network import MedDINONetwork
 from meddino_evaluation.segmentation.networks.heads import PrimusHead
 from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
@@ -16,7 +16,7 @@ SMALL = ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=8)
 
 @pytest.fixture
 def network() -> SegmentationNetwork:
-    backbone = MedDINOBackbone("small", random_model(SMALL))
+    backbone = of_model("small", random_model(SMALL))
     return SegmentationNetwork(backbone, 4, PrimusHead([(32, 8)] * 4, 3), backbone.contract, "frozen").eval()
 
 

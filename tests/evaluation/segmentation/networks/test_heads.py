@@ -1,6 +1,6 @@
 import pytest
 import torch
-from meddino_evaluation.backbones.adapter import MedDINOBackbone
+from meddino_evaluation.backbones.adapter import of_model
 from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
 from meddino_evaluation.segmentation.networks import build
 from meddino_evaluation.segmentation.networks.build import HEADS, HeadRequest, build_head
@@ -103,7 +103,7 @@ def test_head_on_no_model__is_refused():
 
 @pytest.mark.slow
 def test_network__inputs_of_2048_px():
-    backbone = MedDINOBackbone("small", random_model(ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=16)))
+    backbone = of_model("small", random_model(ViTConfig(embed_dim=32, depth=4, num_heads=2, patch_size=16)))
     network = SegmentationNetwork(backbone, 4, PrimusHead([(32, 16)] * 4, 3), backbone.contract, "frozen").eval()
     with torch.no_grad():
         logits = SlidingWindow(2048)(torch.randn(1, 3, 2048, 2048), network, 0.0)
