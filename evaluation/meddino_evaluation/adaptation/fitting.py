@@ -7,6 +7,7 @@ checked to have been held, and where validation selects, the best weights are ke
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -221,6 +222,8 @@ def load_state(module: nn.Module, path: Path, wanted: Mapping[str, Tensor]) -> d
     """
     try:
         tensors, notes = load_file(path), _read_notes(path)
+        # Until every encoder was a `network`, ours was called `vit` and the others had only their library's `model`.
+        tensors = {re.sub(r"^backbone\.(vit\.)?(?!network\.)", "backbone.network.", name): one for name, one in tensors.items()}
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}; delete it and run the same command again") from error
     lacking = sorted(wanted.keys() - tensors.keys())

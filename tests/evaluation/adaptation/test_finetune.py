@@ -1,13 +1,16 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from meddino_evaluation.adaptation.config import FinetuneConfig
 from meddino_evaluation.adaptation.features import Transform
 from meddino_evaluation.adaptation.finetune import ImageBank, finetune
+from meddino_evaluation.adaptation.fitting import load_state
 from meddino_evaluation.adaptation.trainable import adapt, held_tensors, lora_targets, set_training_mode
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
+from safetensors.torch import save_file
 from torch import nn
 
 from meddino.core.device import find_machine
@@ -47,8 +50,8 @@ def test_finetune__what_learns_has_moved_and_what_is_held_has_not(fake_set, back
         assert moved
         assert all(name.endswith("bias") for name in moved)
     elif mode == "partial":
-        assert any(name.startswith("vit.blocks.3") for name in moved)
-        assert all(name.startswith(("vit.blocks.3", "vit.norm")) for name in moved)
+        assert any(name.startswith("network.blocks.3") for name in moved)
+        assert all(name.startswith(("network.blocks.3", "network.norm")) for name in moved)
     else:
         assert len(moved) > len(held)
     assert min(look["loss"] for look in tuned.history[1:]) < tuned.history[0]["loss"]
@@ -95,9 +98,9 @@ def test_finetune__held_batch_norms_do_not_drift(fake_set, mode):
         assert not drifted
     elif mode == "partial":
         assert drifted
-        assert all(name.startswith("model.layer4") for name in drifted)
+        assert all(name.startswith("network.model.layer4") for name in drifted)
     else:
-        assert any(name.startswith("model.layer1") for name in drifted)
+        assert any(name.startswith("network.model.layer1") for name in drifted)
 
 
 def test_set_training_mode__only_what_may_change(backbone):
@@ -138,3 +141,18 @@ def test_finetune__volumes_are_averaged_over_their_real_slices(fake_set, backbon
     torch.testing.assert_close(
         torch.from_numpy(together), torch.stack([torch.from_numpy(one) for one in alone]), atol=1e-5, rtol=0
     )
+
+
+def test_load_state__an_encoder_that_an_earlier_version_trained(tmp_path):
+    wanted = {
+        "backbone.network.blocks.0.bias": torch.ones(2),
+        "backbone.network.model.fc.bias": torch.ones(2),
+        "head.bias": torch.ones(1),
+    }
+    earlier = ("backbone.vit.blocks.0.bias", "backbone.model.fc.bias", "head.bias")
+    taken = {}
+    for names in (earlier, wanted):
+        save_file(dict(zip(names, wanted.values(), strict=True)), tmp_path / "w.safetensors", metadata={"a": "b"})
+        module = SimpleNamespace(load_state_dict=lambda tensors, strict: taken.update(tensors))
+        assert load_state(module, tmp_path / "w.safetensors", wanted) == {"a": "b"}
+        assert taken.keys() == wanted.keys()
