@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, network: Network, contract: ImageContract, lineage: Mapping[str, Any] = NOTHING) -> None:
         super().__init__()
-        self.name, self.spec, self.network, self.contract, self.lineage = name, "", network, contract, lineage
+        self.name, self.spec, self.network, self.contract, self.lineage = name, "", network, contract, dict(lineage)
         self.embed_dim, self.patch_size = network.embed_dim, network.patch_size
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.data.intensity import CTIntensity
 from meddino.models.vision_transformer import VisionTransformer
-from meddino_evaluation.backbones.adapter import NOTHING, Backbone, Tokens, state_hash
+from meddino_evaluation.backbones.adapter import Backbone, Tokens, state_hash
 from meddino_evaluation.backbones.contract import ImageContract
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.segmentation.networks.network import EncoderSource
@@ -21,7 +21,7 @@ class NoBackbone(Backbone):
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
-        self.name, self.spec, self.lineage, self.embed_dim, self.patch_size = NONE, "", NOTHING, 0, 1
+        self.name, self.spec, self.lineage, self.embed_dim, self.patch_size = NONE, "", {}, 0, 1
         self.contract = ImageContract((), (), 1, 1, CTIntensity(channels=1))
 
     def tokens(self, images: Float[Tensor, "batch channels h w"], count: int = 1) -> Tokens:
