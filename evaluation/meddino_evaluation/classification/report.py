@@ -166,8 +166,8 @@ def _picture(source: str, dataset: LabelledSet) -> NDArray[np.float32]:
 _CAPTIONS = {
     "roc": "Mean ROC curve over runs; of several classes each against the rest.",
     "calibration": "How often the prediction is right, by its confidence.",
-    "misclassified": "The surest mistakes: case, its class and what it was taken for, protocol and its probability. These are images of "
-    "patients: share this page as you would share them.",
+    "misclassified": "The surest mistakes: case, its class, what it was taken for, protocol and its probability. "
+    "These are images of patients: share this page as you would share them.",
 }
 
 
