@@ -152,7 +152,7 @@ def test_load_state__an_encoder_that_an_earlier_version_trained(tmp_path):
     earlier = ("backbone.vit.blocks.0.bias", "backbone.model.fc.bias", "head.bias")
     taken = {}
     for names in (earlier, wanted):
-        save_file(dict(zip(names, wanted.values(), strict=True)), tmp_path / "w.safetensors", metadata={"a": "b"})
+        save_file(dict(zip(names, wanted.values(), strict=True)), tmp_path / "w.safetensors")
         module = SimpleNamespace(load_state_dict=lambda tensors, strict: taken.update(tensors))
-        assert load_state(module, tmp_path / "w.safetensors", wanted) == {"a": "b"}
+        load_state(module, tmp_path / "w.safetensors", wanted)
         assert taken.keys() == wanted.keys()
