@@ -273,7 +273,8 @@ def _unused_of(description: str) -> tuple[str, ...]:
     with torch.device("meta"):
         model = build_timm(config.timm, config.arguments)
         size: tuple[int, ...] = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-        side = int(config.arguments.get("img_size") or size[-1])
+        given = config.arguments.get("img_size") or size[-1]
+        side = given[-1] if isinstance(given, tuple) else int(given)
         images = torch.empty(2, config.in_chans, side, side)
     trained = dict(model.named_parameters())
     has_prefix = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]

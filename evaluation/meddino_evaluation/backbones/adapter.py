@@ -91,9 +91,9 @@ class Backbone(nn.Module):
                 blocks = getattr(owner, name, None)
                 if isinstance(blocks, nn.Sequential | nn.ModuleList):
                     return list(blocks)
-        model = self.network.model
+        model = self.network.get_submodule("model")
         body = getattr(model, "features", None)
-        children = list(body.children()) if isinstance(body, nn.Module) else list(model.children())  # type: ignore[operator, union-attr]
+        children = list(body.children()) if isinstance(body, nn.Module) else list(model.children())
         return [child for child in children if any(True for _ in child.parameters())]
 
     def forward(self, images: Float[Tensor, "batch channels h w"]) -> Tensor:

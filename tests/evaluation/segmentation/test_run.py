@@ -124,7 +124,7 @@ def test_frozen_that_moved__is_a_fault(make_dataset, tiny_config, tmp_path, monk
 
     monkeypatch.setattr(FitLoop, "fit", drifts)
     experiment = open_experiment(tiny_config(), MODEL, make_dataset())
-    with pytest.raises(RuntimeError, match=r"vit\.norm\.weight"):
+    with pytest.raises(RuntimeError, match=r"network\.norm\.weight"):
         run_module.train_all(experiment, tmp_path)
 
 
