@@ -89,8 +89,8 @@ def find_files(source: SourceConfig, in_archives: bool = True) -> Iterator[Found
         ConfigError: The source does not exist or cannot be listed.
     """
     root = source.path
-    if (archive := archive_of(root)) is not None and (inside := list(_below(root, archive))):
-        yield from inside
+    if (archive := archive_of(root)) is not None and (packed := list(_below(root, archive))):
+        yield from packed
         return
     if not root.exists():
         raise ConfigError(f"source '{source.name}': no such file or folder: {root}")
