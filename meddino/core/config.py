@@ -22,10 +22,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from yaml import YAMLError
 
 from meddino.core.errors import ConfigError
-from meddino.core.packaged import shipped_configs
 
 ConfigT = TypeVar("ConfigT", bound="StrictConfig")
 EXTENDS, LIKE = "extends", "like"
+
+
+def shipped_configs() -> Path:
+    """Return the folder of the shipped YAML files: inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 class StrictConfig(BaseModel):

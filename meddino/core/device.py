@@ -1,10 +1,11 @@
-"""What the machine can do, asked in one place. No other module names a kind of device."""
+"""What the machine can do and in which arithmetic, asked in one place. No other module names a kind of device."""
 
 import contextlib
 import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from meddino.core.errors import ConfigError
 from meddino.core.machine_config import TrainingPrecision
@@ -107,3 +108,13 @@ def use_cpu_threads(count: int | None = None) -> None:
     if count is None:
         count = int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """Return what a loss of this tensor is computed in: float32, or float64 where the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32, or as it is where it is float64 already: what a loss computes in."""
+    return tensor.to(loss_dtype(tensor))

@@ -3,6 +3,7 @@
 torchrun starts processes as well, but whatever they end with, it ends with 1, and it dies of signals that it does not know.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -25,6 +26,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sign
 # After one has died: time for the others to notice, to save what they are saving and to end by themselves.
 OTHERS_GRACE_S = 30.0
 POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 logger = get_logger(__name__)
 
 
@@ -237,3 +239,20 @@ def _environments(count: int) -> Iterator[dict[str, str]]:
 def _stopped_well(endings: Sequence[Ending]) -> bool:
     """Tell whether all that ended did so at a safe point; their peers then do too, and are not to be hurried."""
     return all(ending.exit_code == EXIT_RUN_AGAIN for ending in endings)
+
+
+def end_with(parent: int) -> None:
+    """Let the kernel end this process as soon as the one that started it is gone, whatever ended that one.
+
+    SIGKILL leaves a trainer no time to end its workers, and a worker that waits for a full queue or for a disk does not look
+    whether anybody still reads. Linux only; elsewhere this does nothing.
+
+    Args:
+        parent: The process id of the one that started this process. It may be gone already.
+    """
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is None:
+        return
+    prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 from meddino.layers.attention import SelfAttention
 from meddino.layers.packing import CropGroup, KeptTokens
 

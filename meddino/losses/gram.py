@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 
 # Similarities computed at once: those of one image on a CPU, of 25 images of 48 x 48 patches on an accelerator.
 ELEMENTS = {"cpu": 1}

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from meddino.core.precision import loss_dtype
+from meddino.core.device import loss_dtype
 
 
 def koleo_loss(

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meddino.core.precision import at_least_float32, loss_dtype
+from meddino.core.device import at_least_float32, loss_dtype
 from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from meddino.core.precision import at_least_float32, loss_dtype
+from meddino.core.device import at_least_float32, loss_dtype
 from meddino.distributed.collectives import all_reduce_max, all_reduce_sum
 from meddino.layers.linear import product
 

@@ -1,7 +1,7 @@
 """Makes finished objects out of a recipe. Nothing else walks into a config."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -77,9 +77,16 @@ def build_stage_optimizer(config: OptimizerConfig, method: Method) -> torch.opti
 
 
 def build_loader(
-    config: PretrainConfig, stage: StageConfig, seed: int, corpus: Corpus, patch_px: int, pin_memory: bool, first_step: int
+    config: PretrainConfig,
+    stage: StageConfig,
+    seed: int,
+    corpus: Corpus,
+    patch_px: int,
+    pin_memory: bool,
+    first_step: int,
+    stopped: Callable[[], bool],
 ) -> Loader:
-    """Return this process's loader from a step to the stage's end."""
+    """Return this process's loader from a step to the stage's end; see `Loader` for the rest."""
     if len(corpus) < stage.global_batch and rank() == 0:
         logger.warning(
             "corpus %s holds %d slices, a batch %d: each shows slices more than once",
@@ -96,7 +103,7 @@ def build_loader(
         order=sample_order(corpus, config.corpus.sampling, seed, stage.global_batch),
         share=BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation),
     )
-    return Loader(maker, config.loader, first_step, stage.steps, pin_memory)
+    return Loader(maker, config.loader, first_step, stage.steps, pin_memory, stopped)
 
 
 def steps_of(loader: Loader, machine: Machine) -> Iterator[list[Batch]]:

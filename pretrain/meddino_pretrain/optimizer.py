@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 from meddino.models.backbone import Backbone
 from meddino_pretrain.schedules import StepValues
 

@@ -164,7 +164,7 @@ def run_stage(name: str, of: Surroundings) -> None:
     _check_room(folder, method)
     probe = FeatureProbe(of.fixed, config.probe, of.machine, run.folder / PROBE_REFERENCE)
     patch_px, on_accelerator = method.export().patch_size, of.machine.is_accelerator
-    loader = build_loader(config, stage, seed, of.corpus, patch_px, on_accelerator, checkpoints.step)
+    loader = build_loader(config, stage, seed, of.corpus, patch_px, on_accelerator, checkpoints.step, of.stop.came)
     with open_metrics(folder, checkpoints.step, config.saving, run.run_id) as metrics:
         monitor = Monitor(run.folder, name, config, probe, method, of.report, metrics)
         if begun is None:

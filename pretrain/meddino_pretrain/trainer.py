@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meddino.core.device import Machine
+from meddino.core.device import Machine, at_least_float32
 from meddino.core.logging import get_logger
-from meddino.core.precision import at_least_float32
 from meddino.distributed.collectives import all_gather_strings, all_reduce_mean, world_size
 from meddino_pretrain.data.batches import Batch
+from meddino_pretrain.data.workers import WorkersLost
 from meddino_pretrain.methods.base import Method
 from meddino_pretrain.monitoring.metrics import MetricsWriter
 from meddino_pretrain.monitoring.monitor import Monitor
@@ -69,9 +69,20 @@ class Trainer:
         """Train to the stage's end.
 
         Raises:
-            StoppedEarly: A signal came; the state is saved.
+            StoppedEarly: A signal came, or no batch comes any more; the state is saved.
             MedDINOError: Too many skipped steps in a row, or too many corrupt samples; the latter with the state saved.
         """
+        try:
+            self._take_steps()
+        except WorkersLost:
+            # All steps so far are whole. Of several processes the others may be in the midst of one: nobody saves then.
+            if world_size() == 1:
+                self.checkpoints.after_step(self.step, self.metrics, now=True)
+                self.checkpoints.finish()
+            raise
+        self.checkpoints.finish()
+
+    def _take_steps(self) -> None:
         for batches in self.steps:
             start = time.perf_counter()
             record = self.train_step(batches)
@@ -84,7 +95,6 @@ class Trainer:
                 self.checkpoints.finish()
                 self.monitor.end(finished=not ending.will_go_on)
                 raise ending.error
-        self.checkpoints.finish()
 
     def train_step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """Take one optimizer step and return what is to be known of it.

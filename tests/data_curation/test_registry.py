@@ -8,8 +8,8 @@ from meddino_data_curation.sources.licences import needs_decision
 from meddino_data_curation.sources.path_globs import glob_pattern
 from meddino_data_curation.sources.registry import load_registry
 
+from meddino.core.config import shipped_configs
 from meddino.core.errors import ConfigError
-from meddino.core.packaged import shipped_configs
 
 REGISTRY = {entry.name: entry for entry in load_registry()}
 

@@ -79,7 +79,7 @@ def test_wheel__every_command_answers_help(environment, command, tmp_path):
 
 
 def test_wheel__reads_its_configs_from_inside_the_package(environment, tmp_path):
-    code = "from meddino.core.packaged import shipped_configs as s; print(s())"
+    code = "from meddino.core.config import shipped_configs as s; print(s())"
     python = environment / "bin" / "python"
     folder = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout.strip()
     assert Path(folder).is_relative_to(environment)

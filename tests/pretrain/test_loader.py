@@ -1,27 +1,32 @@
 """Batches are pure functions of seed, step and place."""
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from meddino_pretrain.data import workers as worker_processes
 from meddino_pretrain.data.batches import RawBatch, to_model_input
 from meddino_pretrain.data.config import LoaderConfig
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.data.loader import Loader, SampleMaker, _end_worker
+from meddino_pretrain.data.loader import Loader, SampleMaker
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
+from meddino_pretrain.data.workers import WorkersLost, choose_sharing, end_worker
 from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes, MaskingConfig
 from meddino_pretrain.methods.dinov3.views import add_masks, crop_views
 
 from meddino.core.device import find_machine
-from meddino.core.errors import ConfigError, ShardError, StoppedEarly
+from meddino.core.errors import ConfigError, ShardError
 from meddino.core.logging import setup_logging
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import CTIntensity
@@ -98,8 +103,83 @@ def test_loader__a_killed_worker_ends_the_wait(make_corpus):
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(StoppedEarly, match="worker of the loader was killed"):
+    begun = time.monotonic()
+    with pytest.raises(WorkersLost, match="worker of the loader was killed"):
         list(batches)
+    assert time.monotonic() - begun < 4  # torch looks every five seconds
+
+
+def test_loader__a_worker_that_hangs_is_told_of_and_left_after_a_signal(make_corpus, monkeypatch, caplog):
+    monkeypatch.setattr(worker_processes, "POLL_S", 0.02)
+    monkeypatch.setattr(worker_processes, "TOLD_AFTER_S", 0.1)
+    monkeypatch.setattr("meddino_pretrain.data.loader.ALONE_AFTER_SIGNAL_S", 0.3)
+    before, stopped = set(multiprocessing.active_children()), []
+    loader = loader_of(make_corpus(count=8), workers=2, last_step=50)
+    loader.stopped = lambda: bool(stopped)
+    batches = iter(loader)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGSTOP)  # as one that waits for a disk: it lives, and hears nothing
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            stopped.append(record)
+
+    logging.getLogger(worker_processes.__name__).addHandler(heard := Heard())
+    try:
+        with pytest.raises(WorkersLost, match="stopped by a signal while the loader"):
+            list(batches)  # first the batches that were ready, then silence, which is told, then the signal
+    finally:
+        logging.getLogger(worker_processes.__name__).removeHandler(heard)
+    assert "no batch for" in caplog.text
+    assert not any(worker.is_alive() for worker in workers)  # SIGTERM, as torch sends it, would wait for ever
+
+
+def test_loader__workers_that_hang_for_long_are_given_up(make_corpus, monkeypatch):
+    monkeypatch.setattr(worker_processes, "POLL_S", 0.02)
+    monkeypatch.setattr(worker_processes, "GIVEN_UP_AFTER_S", 0.3)
+    loader = loader_of(make_corpus(count=8), workers=1)
+    monkeypatch.setattr(Corpus, "read", lambda corpus, index: time.sleep(600))  # workers are forks: they inherit it
+    with pytest.raises(WorkersLost, match=r"live and gave no batch for 0 s"):
+        next(iter(loader))
+
+
+def test_loader__a_worker_killed_within_a_message_ends_the_wait(make_corpus, monkeypatch):
+    before = set(multiprocessing.active_children())
+    batches = iter(loader_of(make_corpus(count=8), workers=1, last_step=50))
+    next(batches)
+    # Larger than a pipe holds, as a batch by value is: the rest never comes, and reading it never ends.
+    monkeypatch.setattr(multiprocessing.connection.Connection, "recv_bytes", lambda *_: threading.Event().wait())
+    (worker,) = set(multiprocessing.active_children()) - before
+    worker.kill()
+    with pytest.raises(WorkersLost, match="was killed"):
+        list(batches)
+
+
+def test_choose_sharing__asks_for_room_and_names_the_remedy(monkeypatch, caplog):
+    monkeypatch.setattr(worker_processes, "_free_shared_memory", lambda: 64 << 20)
+    assert choose_sharing(1 << 20, 64, processes=1) == "descriptors"
+    assert choose_sharing(1 << 20, 33, processes=2) == "values"
+    assert "66.0 MiB of /dev/shm and 64.0 MiB are free" in caplog.text and "--shm-size" in caplog.text
+    monkeypatch.setattr(worker_processes.resource, "getrlimit", lambda _: (256, 256))
+    assert choose_sharing(1 << 10, 64, processes=1) == "names"
+    assert "only 256 open files" in caplog.text
+
+
+def test_loader__the_room_it_asks_for_holds_what_workers_hand_over(make_corpus):
+    loader = loader_of(make_corpus(), MIXED, last_step=6)
+    sizes = [sum(view.nbytes for view in batch.views.values()) for batch in loader]
+    assert loader.maker.batch_bytes() == max(sizes) > min(sizes)
+
+
+@pytest.mark.parametrize("sharing", ["values", "names"])
+def test_loader__each_way_of_sharing_gives_the_same_batches(make_corpus, monkeypatch, sharing):
+    corpus = make_corpus()
+    alone = list(loader_of(corpus))
+    monkeypatch.setattr("meddino_pretrain.data.loader.choose_sharing", lambda *_: sharing)
+    for one, other in zip(alone, loader_of(corpus, workers=2), strict=True):
+        assert_equal(one, other)
 
 
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):
@@ -180,11 +260,10 @@ def test_loader__workers_end_with_the_process_though_their_iterator_stands(make_
     batches = iter(loader_of(make_corpus(count=8), workers=1, last_step=50))
     next(batches)
     (worker,) = set(multiprocessing.active_children()) - before
-    _end_worker(worker)  # what is registered for the process's end
-    with contextlib.suppress(RuntimeError):
-        worker.join(timeout=20)
-    assert worker.exitcode == 0
-    _end_worker(worker)  # gone already: nothing to do
+    end_worker(worker)  # what is registered for the process's end
+    worker.join(timeout=20)
+    assert worker.exitcode == -signal.SIGKILL
+    end_worker(worker)  # gone already: nothing to do
 
 
 def test_loader__files_open_before_a_fork_are_read_at_places_of_ones_own(make_corpus):

@@ -8,6 +8,7 @@ import torch
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.corrupt_samples import CorruptSamples
+from meddino_pretrain.data.workers import WorkersLost
 from meddino_pretrain.methods.base import Method
 from meddino_pretrain.monitoring.progress import StepProgress
 from meddino_pretrain.monitoring.speed import SpeedMeter
@@ -199,6 +200,21 @@ def test_fit__a_signal_ends_it_saved_and_asks_to_be_run_again(trainer, tmp_path)
     with pytest.raises(StoppedEarly, match="after step 2"):
         one.fit()
     assert last_checkpoint(tmp_path).step == 2 and one.monitor.ended == [False]
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2])
+def test_fit__lost_workers_lose_no_step(trainer, tmp_path, taken):
+    one = trainer([1.0, 1.0, 1.0], every_steps=2)
+
+    def some():
+        yield from list(plain)[:taken]
+        raise WorkersLost("a worker was killed")
+
+    plain, one.steps = one.steps, some()
+    with pytest.raises(WorkersLost):
+        one.fit()
+    last = last_checkpoint(tmp_path)
+    assert (last.step if last else 0) == taken == len(one.metrics.records)
 
 
 def test_fit__a_signal_after_the_last_step_is_the_end_itself(trainer, tmp_path):

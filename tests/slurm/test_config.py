@@ -1,9 +1,8 @@
 import pytest
 from meddino_slurm.config import SiteConfig, time_limit_min
 
-from meddino.core.config import load_config
+from meddino.core.config import load_config, shipped_configs
 from meddino.core.errors import ConfigError
-from meddino.core.packaged import shipped_configs
 
 SHIPPED = sorted(path.stem for path in (shipped_configs() / "slurm").glob("*.yaml"))
 

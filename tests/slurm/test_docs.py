@@ -11,7 +11,7 @@ import pytest
 import torch
 from meddino_pretrain.cli import main as pretrain
 
-from meddino.core.packaged import shipped_configs
+from meddino.core.config import shipped_configs
 from meddino.models.registry import build_backbone
 from tests.slurm.conftest import PROJECT, submit
 

@@ -5,9 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from meddino.core.config import StrictConfig, load_config
+from meddino.core.config import StrictConfig, load_config, shipped_configs
 from meddino.core.errors import ConfigError
-from meddino.core.packaged import shipped_configs
 from meddino_data_curation.sources.licences import needs_decision
 
 SHIPPED_REGISTRY = "ct3m"

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval datasets`."""
-    from meddino.core.packaged import shipped_configs
+    from meddino.core.config import shipped_configs
     from meddino_evaluation.classification.datasets import load_dataset_config, open_dataset
     from meddino_evaluation.classification.fake_data import make_fake
     from meddino_evaluation.classification.images import read_slices

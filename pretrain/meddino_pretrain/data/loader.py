@@ -1,35 +1,37 @@
 """From a corpus to batches: one decode feeds all views, any step is reached at once, corrupt samples have fallbacks."""
 
-import atexit
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
-from meddino.core.errors import ShardError, StoppedEarly
-from meddino.core.process import end_with
+from meddino.core.errors import ShardError
 from meddino.data.intensity import Modality
+from meddino.distributed.collectives import world_size
+from meddino.distributed.process_group import processes_here
 from meddino_pretrain.data.batches import Collate, RawBatch
 from meddino_pretrain.data.config import LoaderConfig
 from meddino_pretrain.data.crops import cut_crop, draw_boxes
 from meddino_pretrain.data.intensities import Intensities, StoredSlice
-from meddino_pretrain.data.packed_batches import PackedBatch, packed
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.data.views import ViewSpec
+from meddino_pretrain.data.workers import (
+    ALONE_AFTER_SIGNAL_S,
+    TOGETHER_AFTER_SIGNAL_S,
+    PackedBatch,
+    Sharing,
+    WorkerBatches,
+    choose_sharing,
+    packed,
+)
 
 # Slices tried for one sample: where so many drawn at random are corrupt, the rest is too.
 MAX_TRIED = 100
@@ -131,6 +133,15 @@ class SampleMaker:
         )
         return self.collate(raw, self.order)
 
+    def batch_bytes(self) -> int:
+        """Return the size of the largest micro-batch, without the little that a method adds."""
+        count = len(self.share.samples(0))
+        choices = [
+            [self.intensities.empty(view.count, count, sizes.px[name]).nbytes for name, view in self.spec.views.items()]
+            for sizes in self.spec.sizes
+        ]
+        return max(sum(views) for views in choices)
+
     def _read(self, number: int) -> tuple[int, NDArray[Any], dict[int, str]]:
         complaints: dict[int, str] = {}
         for index in itertools.chain([self.order.slice_of(number)], self.order.fallbacks(number)):
@@ -151,8 +162,8 @@ class SampleMaker:
 class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
     """Micro-batches as items of a dataset, for DataLoader's workers."""
 
-    def __init__(self, maker: SampleMaker) -> None:
-        self.maker = maker
+    def __init__(self, maker: SampleMaker, sharing: Sharing) -> None:
+        self.maker, self.sharing = maker, sharing
 
     def __getitem__(self, number: tuple[int, int]) -> RawBatch | PackedBatch | ShardError:
         try:
@@ -160,7 +171,7 @@ class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
         except ShardError as error:
             # As a value: DataLoader would hide the one clear line behind the worker's traceback.
             return error
-        return batch if get_worker_info() is None else packed(batch)
+        return batch if get_worker_info() is None else packed(batch, self.sharing)
 
 
 @dataclass(frozen=True)
@@ -178,52 +189,6 @@ class _MicroBatches:
         return itertools.product(range(self.first_step, self.last_step), range(self.accumulation))
 
 
-def _begin_worker(worker: int, trainer: int) -> None:
-    end_with(trainer)
-    # A scheduler signals every process of a job. The trainer answers by finishing its step and saving, for which it needs its
-    # workers; they end when it ends. torch's worker loop would die of SIGTERM and take the trainer along.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _only_the_second_one_counts)
-    signal.signal(signal.SIGQUIT, _end_at_once)
-
-
-def _only_the_second_one_counts(number: int, frame: object) -> None:
-    # The scheduler's is the first; torch sends another to a worker that does not end.
-    signal.signal(signal.SIGTERM, _end_at_once)
-
-
-def _end_at_once(number: int, frame: object) -> None:
-    os._exit(0)
-
-
-def _end_worker(worker: BaseProcess) -> None:
-    # Python, as it ends, sends each worker one SIGTERM and waits; a worker whose iterator still stands would ignore it.
-    if worker.pid is not None:
-        with suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGQUIT)
-
-
-def _received(source: Iterator[Any]) -> Any:
-    """Return the next item of a source, None at its end.
-
-    Raises:
-        StoppedEarly: A worker was killed from outside, as by the kernel without memory.
-    """
-    try:
-        item = next(source, None)
-        return item.unpack() if isinstance(item, PackedBatch) else item
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch says so of dead workers; what a worker itself has raised begins otherwise and is a fault of ours.
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-            raise
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StoppedEarly(
-            f"a worker of the loader was killed ({first}): often the machine's memory is full, then lower loader.workers or "
-            "loader.prefetch; the same command again goes on from the last checkpoint"
-        ) from error
-
-
 @dataclass
 class Loader:
     """Iterates over the raw micro-batches of the steps `first_step` to `last_step` - 1, in order.
@@ -234,6 +199,7 @@ class Loader:
         first_step: Where to begin; reached without reading what comes before.
         last_step: Where to end (not included).
         pin_memory: Whether batches go to an accelerator.
+        stopped: Whether a signal asks the run to stop: a batch that does not come is not waited for then.
     """
 
     maker: SampleMaker
@@ -241,50 +207,42 @@ class Loader:
     first_step: int
     last_step: int
     pin_memory: bool = False
-
-    def __len__(self) -> int:
-        """Return the number of micro-batches."""
-        return len(_MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation))
+    stopped: Callable[[], bool] = lambda: False
 
     def __iter__(self) -> Iterator[RawBatch]:
         """Yield micro-batches; each says how long it was waited for.
 
         Raises:
             ShardError: A sample has no readable slice, nor a fallback.
-            StoppedEarly: A worker was killed.
+            WorkersLost: A worker was killed, or hangs.
         """
-        source = self._source()
-        while True:
-            start = time.perf_counter()
-            item = _received(source)
-            if item is None:
-                return
-            if isinstance(item, ShardError):
-                del source  # ends the workers now, not whenever the error's traceback is collected
-                raise item
-            yield replace(item, data_wait_s=time.perf_counter() - start)
-
-    def _source(self) -> Any:
         wanted = _MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation)
-        batches = _Batches(self.maker)
         workers = min(self.config.workers, len(wanted))
-        if not workers:
-            return (batches[number] for number in wanted)
-        before = set(multiprocessing.active_children())
-        iterator = iter(
-            DataLoader(
-                batches,
-                batch_size=None,
-                sampler=wanted,
-                num_workers=workers,
-                prefetch_factor=self.config.prefetch,
-                pin_memory=self.pin_memory,
-                worker_init_fn=partial(_begin_worker, trainer=os.getpid()),
-            )
+        batches = _Batches(self.maker, self._sharing(workers))
+        helped = self._helped(batches, wanted, workers) if workers else None
+        try:
+            for number in wanted:
+                start = time.perf_counter()
+                item = batches[number] if helped is None else helped.next()
+                if isinstance(item, ShardError):
+                    raise item
+                yield replace(item, data_wait_s=time.perf_counter() - start)
+        finally:
+            if helped is not None:
+                helped.close()
+
+    def _sharing(self, workers: int) -> Sharing:
+        # What workers hold ready, what the wait holds, and a step's micro-batches.
+        held = workers * self.config.prefetch + 1 + self.maker.share.accumulation
+        return choose_sharing(self.maker.batch_bytes(), held, processes_here(os.environ)) if workers else "values"
+
+    def _helped(self, batches: _Batches, wanted: _MicroBatches, workers: int) -> WorkerBatches:
+        return WorkerBatches(
+            batches,
+            wanted,
+            workers=workers,
+            prefetch=self.config.prefetch,
+            pin_memory=self.pin_memory,
+            stopped=self.stopped,
+            after_signal_s=ALONE_AFTER_SIGNAL_S if world_size() == 1 else TOGETHER_AFTER_SIGNAL_S,
         )
-        # torch's handler raises of a dead worker wherever the trainer is, in the midst of a step; `_received` is told in time.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in set(multiprocessing.active_children()) - before:
-            atexit.register(_end_worker, worker)
-        return iterator

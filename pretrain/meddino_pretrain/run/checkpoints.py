@@ -54,13 +54,14 @@ class StageCheckpoints:
         """
         self.folder, self.saving, self.steps, self.snapshot_steps = folder, saving, steps, snapshot_steps
         self.meta, self.corrupt, self.step = meta, corrupt, 0
+        self._saved = 0  # before the first step there is nothing to save
         self._state, self._backbone = state, backbone
         self._saver, self._frozen = BackgroundSaver(), FrozenState()
 
     def resume(self, found: Checkpoint) -> None:
         """Load a checkpoint that was found valid."""
         load_training_state(found.folder, self._state, verify=False)
-        self.step = found.step
+        self.step = self._saved = found.step
 
     def after_step(self, step: int, metrics: MetricsWriter | None, now: bool) -> None:
         """Save what is due after a step, in the background.
@@ -68,14 +69,15 @@ class StageCheckpoints:
         Args:
             step: Steps done.
             metrics: Made durable first, so that no checkpoint is ahead of its trace.
-            now: Save even if it is not due.
+            now: Save even if it is not due, unless this step is saved already.
         """
         self.step = step
         writes: list[tuple[Path, dict[str, Any]]] = []
         if step in self.snapshot_steps:
             writes.append((snapshot_folder(self.folder, step), self._frozen.copy({"backbone": self._backbone})))
-        due = now or step == self.steps or step % self.saving.every_steps == 0
+        due = step != self._saved and (now or step == self.steps or step % self.saving.every_steps == 0)
         if due:
+            self._saved = step
             if metrics is not None:
                 metrics.sync()
             writes.append((self.folder / CHECKPOINTS / checkpoint_name(step), self._frozen.copy(self._state)))

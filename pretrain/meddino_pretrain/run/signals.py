@@ -40,9 +40,10 @@ class StopRequest:
         # Later: this module is loaded before anything that takes seconds, so that signals are caught from then on.
         from meddino.distributed.collectives import any_rank
 
-        return any_rank(self._came())
+        return any_rank(self.came())
 
-    def _came(self) -> bool:
+    def came(self) -> bool:
+        """True if this process got a signal, whatever the others got."""
         if self.signal_name is None and self._launcher is not None and os.getppid() != self._launcher:
             logger.warning("the process that launched this one is gone; stopping as if a signal had come")
             self.signal_name = "launcher gone"

@@ -4,8 +4,8 @@ from meddino_evaluation.classification.datasets_command import prepare_segmentat
 from meddino_evaluation.classification.fake_data import FAKES, make_fake
 from meddino_evaluation.classification.images import read_slices
 
+from meddino.core.config import shipped_configs
 from meddino.core.errors import ConfigError
-from meddino.core.packaged import shipped_configs
 
 SHIPPED = sorted(path.stem for path in (shipped_configs() / "evaluation" / "datasets").glob("*.yaml"))
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from meddino.checkpoints.state.training_state import load_training_state
+from meddino.core.device import at_least_float32
 from meddino.core.errors import ConfigError
-from meddino.core.precision import at_least_float32
 from meddino.distributed.parallel import whole
 from meddino.layers.drop_path import CropIndices, DropPathPlan
 from meddino.layers.projection_head import ProjectionHead

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 from meddino.distributed.collectives import all_gather_with_grad, rank
 from meddino.layers.drop_path import DropPathPlan
 from meddino.layers.projection_head import ProjectionHead

@@ -5,7 +5,7 @@ from pathlib import Path
 
 CHILD = """
 import os, time
-from meddino.core.process import end_with
+from meddino.distributed.launcher import end_with
 end_with(os.getppid())
 print("on", flush=True)
 time.sleep(60)
@@ -39,6 +39,6 @@ def test_end_with__a_child_ends_with_its_parent_whatever_kills_it():
 
 
 def test_end_with__a_parent_that_is_gone_already():
-    code = "from meddino.core.process import end_with; end_with(1 << 22); print('went on')"
+    code = "from meddino.distributed.launcher import end_with; end_with(1 << 22); print('went on')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (1, "")
