@@ -72,8 +72,8 @@ def _delong(rng: np.random.Generator, n: int) -> float:
     return delong(labels, both[0, :, 1], both[1, :, 1]).p_value if n >= FEWEST else math.nan
 
 
-def _share(study: Study, patients: range, trials: int, below: float = 0.05) -> float:
-    rng = np.random.default_rng(0)
+def _share(study: Study, patients: range, trials: int, below: float = 0.05, seed: int = 0) -> float:
+    rng = np.random.default_rng(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # SciPy: normal approximation for ties
         return float(np.mean([study(rng, n) <= below for n in patients for _ in range(trials)]))
@@ -95,12 +95,17 @@ def test_p_values__false_positives_are_at_most_5_percent(study):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("study", P_VALUES)
-@pytest.mark.parametrize("patients", range(1, 21))
-def test_p_values__false_positives_at_each_number_of_patients(study, patients):
+def test_p_values__false_positives_at_each_number_of_patients(study):
     # DeLong's normal approximation is allowed one point more: it is printed beside the exact test.
-    share = _share(study, range(patients, patients + 1), 2000)
-    assert share <= (0.06 if study is _delong else 0.05) + 3 * math.sqrt(0.05 * 0.95 / 2000)
+    nominal, trials, numbers = 0.06 if study is _delong else 0.05, 2000, range(1, 21)
+    shares = {n: _share(study, range(n, n + 1), trials, seed=n) for n in numbers}
+    # So many shares are looked at that one in a hundred runs of this test may see one beyond its bound, if all are right.
+    bound = stats.binom.ppf(1 - 0.01 / (len(numbers) * len(P_VALUES)), trials, nominal) / trials
+    assert all(share <= bound for share in shares.values()), shares
+    some = [share for n, share in shares.items() if n >= FEWEST]
+    assert np.mean(some) <= nominal + 3 * math.sqrt(0.05 * 0.95 / (trials * len(some))), shares
 
 
 def _covered(study: Callable[[np.random.Generator, int], tuple[float, float, float]], patients: range, trials: int) -> float:
