@@ -226,6 +226,7 @@ class Loader:
                 item = batches[number] if helped is None else helped.next()
                 if isinstance(item, ShardError):
                     raise item
+                assert isinstance(item, RawBatch)
                 yield replace(item, data_wait_s=time.perf_counter() - start)
         finally:
             if helped is not None:

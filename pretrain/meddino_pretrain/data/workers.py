@@ -261,7 +261,8 @@ class PackedBatch:
 def packed(batch: RawBatch, sharing: Sharing) -> PackedBatch:
     """Pack a batch in a worker; by value too where sharing fails."""
     if sharing != "values":
-        torch.multiprocessing.set_sharing_strategy("file_system" if sharing == "names" else "file_descriptor")
+        strategy = "file_system" if sharing == "names" else "file_descriptor"
+        torch.multiprocessing.set_sharing_strategy(strategy)  # type: ignore[no-untyped-call]
         try:
             return PackedBatch(bytes(ForkingPickler.dumps(batch)))
         except (RuntimeError, OSError) as error:

@@ -67,10 +67,11 @@ def edge_affinity(
 def _directions(features: Tensor, heads: Tensor) -> Tensor:
     differences = features[:, :, None] - nodes_at(features, heads)
     shortest = _NO_DIRECTION * features.detach().norm(dim=-1).mean(dim=-1).view(-1, 1, 1, 1)
-    has_direction = differences.detach().norm(dim=-1, keepdim=True) > shortest
+    has_direction: Tensor = differences.detach().norm(dim=-1, keepdim=True) > shortest
     # Replaced before the division: its gradient, one over the length, would be rounding too.
     safe = torch.where(has_direction, differences, torch.ones_like(differences))
-    return functional.normalize(safe, dim=-1) * has_direction
+    unit: Tensor = functional.normalize(safe, dim=-1)
+    return unit * has_direction
 
 
 def cell_centres(boxes: Int[Tensor, "n 7"], grid: tuple[int, int]) -> Float[Tensor, "n p 2"]:

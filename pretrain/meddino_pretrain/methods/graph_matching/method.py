@@ -1,6 +1,6 @@
 """LVM-Med's method: the graphs of two views are matched, and each node shall be matched with itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -53,9 +53,9 @@ class GraphMatching(Method):
         """See `Method`."""
         return self.model.backbone
 
-    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> list[GraphTarget]:
+    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[GraphTarget]:
         """See `Method`: drop path and noise, functions of the seed, the step and the samples' numbers."""
-        return [GraphTarget(drop_path_plans(batch, self.setting, step), self._noise(batch, step)) for batch in batches]
+        return (GraphTarget(drop_path_plans(batch, self.setting, step), self._noise(batch, step)) for batch in batches)
 
     def _noise(self, batch: Batch, step: int) -> torch.Tensor | None:
         scale, nodes = self.config.matching.noise_scale, self.config.graph.nodes

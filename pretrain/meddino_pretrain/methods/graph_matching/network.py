@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 from meddino.losses.matching import EdgeAffinities, MatchingSetting, matching_loss
 from meddino.models.backbone import Backbone
 from meddino_pretrain.data.batches import Batch
