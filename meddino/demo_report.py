@@ -17,10 +17,13 @@ from meddino import load
 from meddino.checkpoints.export.model import Model
 from meddino.core import html
 from meddino.core.files import write_text
+from meddino.core.html_charts import chart, in_columns
+from meddino.core.html_pictures import apart, png
 from meddino.core.logging import console
 from meddino.data.corpus import Corpus
-from meddino.data.model_input import to_picture
-from meddino.models.patch_pca import patch_pca_images
+from meddino.data.intensity import window_text
+from meddino.data.model_input import is_foreground, to_picture
+from meddino.models.patch_maps import patch_pca_images, share_of_patch
 
 PCA_SLICES = 4
 PCA_SIDE_PX = 256
@@ -131,46 +134,53 @@ def _chosen_slices(corpus: Corpus, count: int) -> list[int]:
 
 
 def _slice_pictures(corpus: Corpus) -> Markup:
-    pictures = [_windowed(corpus.read(row)) for row in _chosen_slices(corpus, 10)]
-    drawing = _picture_row(pictures, [""] * len(pictures), columns=5)
-    return html.figure(drawing, "Slices of the corpus, soft-tissue window (level 40, width 400 HU).")
+    pictures = [(png(_windowed(corpus.read(row))), "") for row in _chosen_slices(corpus, 12)]
+    rows = [html.picture_row(pictures[start : start + 6], width_px=240) for start in range(0, len(pictures), 6)]
+    return html.join(html.text(f"Slices of the corpus in the {window_text()}."), *rows)
 
 
 def _loss_charts(run: Path) -> Markup:
     stages = read_losses(run)
+    names = [name for records in stages.values() for record in records[:1] for name in _loss_terms(record)]
     charts = []
-    for name in ("loss", "dino_local", "ibot", "koleo", "gram"):
+    for name in dict.fromkeys(names):
         series, marks, offset = {}, {}, 0
         for stage, records in stages.items():
             points = [(offset + record["step"], record[name]) for record in records if record.get(name) is not None]
             if points:
                 series[stage] = ([step for step, _ in points], [value for _, value in points])
-            marks[stage] = float(offset)
+            marks[f"start of {stage}"] = float(offset)
             offset += len(records)
-        if series:
-            charts.append(html.figure(html.line_chart(series, name, "step", name, marks=marks), f"{name} by stage"))
-    return html.join(*charts)
+        charts.append(chart(series, name, "step", name, marks=marks))
+    return in_columns(charts)
+
+
+def _loss_terms(record: Mapping[str, Any]) -> list[str]:
+    """Return the loss and its terms, which a record names first, whatever the method."""
+    names = list(record)[1:]
+    return names[: next((place for place, name in enumerate(names) if "/" in name), len(names))]
 
 
 def _pca_pictures(out: Path) -> Markup:
     corpus = Corpus(out / "corpus")
-    before, after = load(f"random:{out / 'model'}"), load(out / "model")
-    rows = _chosen_slices(corpus, PCA_SLICES)
-    images = [_square(corpus.read(row)) for row in rows]
-    pictures = [to_picture(image, "ct").numpy() for image in images]
-    for model in (before, after):
-        pictures += patch_pca_images([_patch_map(model, image) for image in images], upscale=model.patch_size)
-    titles = ["slice"] * len(rows) + ["random weights"] * len(rows) + ["exported"] * len(rows)
-    caption = (
-        "First three principal components of the patch tokens after the last block as red, green and blue, fitted over "
-        "the slices of a row together: the slice, the same architecture with random weights, the exported teacher."
+    models = {"random weights": load(f"random:{out / 'model'}"), "exported model": load(out / "model")}
+    images = [_square(corpus.read(row)) for row in _chosen_slices(corpus, PCA_SLICES)]
+    columns = [[(png(to_picture(image, "ct").numpy()), "slice")] for image in images]
+    for title, model in models.items():
+        maps = [_patch_map(model, image) for image in images]
+        body = [share_of_patch(is_foreground(image, "ct"), model.patch_size) >= 0.5 for image in images]
+        for column, picture in zip(columns, patch_pca_images(maps, model.patch_size, body), strict=True):
+            column.append((png(picture), title))
+    words = (
+        "First three principal components of the patch tokens after the last block as red, green and blue, over the body "
+        f"alone and fitted over all slices together; slices of {PCA_SIDE_PX} px in the {window_text()}."
     )
-    return html.figure(_picture_row(pictures, titles, columns=len(rows)), caption)
+    return html.join(html.text(words), html.columns(*(html.picture_row(column) for column in columns)))
 
 
 @torch.inference_mode()
 def _patch_map(model: Model, stored: torch.Tensor) -> torch.Tensor:
-    return model.get_intermediate_layers(model.preprocess(stored)[None], [model.depth - 1])[0][0]
+    return model.forward_features(model.preprocess(stored)[None]).patch_map[0]
 
 
 def _square(stored: NDArray[np.int16]) -> torch.Tensor:
@@ -185,22 +195,13 @@ def _windowed(stored: NDArray[np.int16]) -> NDArray[np.uint8]:
     return picture
 
 
-def _picture_row(pictures: Sequence[NDArray[np.uint8]], titles: Sequence[str], columns: int) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = -(-len(pictures) // columns)
-    drawing = Figure(figsize=(2.0 * columns, 2.1 * rows), layout="constrained")
-    FigureCanvasAgg(drawing)
-    for place, (picture, title) in enumerate(zip(pictures, titles, strict=True), start=1):
-        axes: Any = drawing.add_subplot(rows, columns, place)
-        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, fontsize=8)
-        axes.axis("off")
-    return drawing
-
-
 def _overlays(results: Path) -> Markup:
+    """A row a case: the reference, then what each model predicts."""
     titles = {"exported": "exported model", "random": "random weights"}
-    files = [(title, file) for name, title in titles.items() for file in sorted((results / name / "pictures").glob("*.png"))]
-    return html.join(*(html.figure(file.read_bytes(), f"{title}: {file.stem}", width_px=1000) for title, file in files))
+    rows = [html.text(f"Labels over CT in the {window_text()}: one slice a case, that with most of the reference.")]
+    for file in sorted((results / "exported" / "pictures").glob("*.png")):
+        found = {title: results / name / "pictures" / file.name for name, title in titles.items()}
+        panels = [(title, apart(path.read_bytes())) for title, path in found.items() if path.is_file()]
+        pictures = [(png(panels[0][1][0]), "reference"), *((png(pair[1]), title) for title, pair in panels)]
+        rows.append(html.picture_row(pictures, file.stem))
+    return html.join(*rows)

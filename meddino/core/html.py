@@ -1,10 +1,13 @@
-"""Reports as one self-contained HTML file: no scripts from elsewhere, every text escaped, pictures inside."""
+"""Reports as one self-contained HTML file: no scripts from elsewhere, every text escaped, pictures inside.
+
+Charts are drawn by `meddino.core.html_charts`.
+"""
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -27,20 +30,33 @@ _PAGE = """<!doctype html>
 :root { --ink: #1d2430; --soft: #5c6675; --line: #d9dee6; --back: #f6f7f9; --card: #fff; --accent: #2458a6; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; }
-header, main, footer { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
+header, main, footer { max-width: 1560px; margin: 0 auto; padding: 0 20px; }
 header { padding-top: 28px; }
 h1 { font-size: 26px; margin: 0 0 4px; }
 h2 { font-size: 19px; margin: 0 0 10px; }
 .lead, figcaption, footer { color: var(--soft); }
 nav a { margin-right: 14px; color: var(--accent); text-decoration: none; }
 section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px; margin: 18px 0; }
+p { max-width: 110ch; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td.number { text-align: right; }
+td.number, th.number { text-align: right; }
 td.number, td.short { white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 figure { margin: 12px 16px 12px 0; display: inline-block; max-width: 100%; vertical-align: top; }
+.columns, .row { display: grid; gap: 10px 26px; align-items: start; grid-template-columns: minmax(0, 1fr); margin: 10px 0; }
+.columns > *, .row > * { min-width: 0; }
+.columns figure, .row figure { margin: 0; }
+.columns figure img, .row figure img { width: 100%; }
+@media (min-width: 1100px) { .columns { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.row { gap: 10px; }
+.row h3 { grid-column: 1 / -1; }
+h3 { font-size: 15px; margin: 8px 0 0; }
+.legend span { display: inline-block; margin-right: 16px; }
+.legend i { display: inline-block; width: 13px; height: 13px; border-radius: 3px; margin-right: 6px; vertical-align: -1px; }
+.dash { color: var(--soft); font-size: 13px; margin: 2px 0 12px; }
+summary { cursor: pointer; color: var(--accent); }
 img { max-width: 100%; height: auto; border-radius: 4px; }
 .note { border-left: 4px solid var(--accent); padding: 6px 12px; background: #eef3fb; }
 .warning { border-left: 4px solid #b4540a; padding: 6px 12px; background: #fdf3e7; }
@@ -92,16 +108,61 @@ def text(words: str, style: str = "") -> Markup:
     return Markup('<p class="{}">{}</p>').format(style, words)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Markup:
-    """Return a table. Numbers stand to the right, floats with four significant digits, None as a dash."""
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in header)
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell]], dash: str = "") -> Markup:
+    """Return a table. Numbers stand to the right, floats with four significant digits, None as a dash.
+
+    Args:
+        header: One name a column.
+        rows: Cells.
+        dash: What a dash means, said below the table if there is one.
+    """
+    numeric = [_is_numeric([row[place] for row in rows]) for place in range(len(header))]
+    head = Markup("").join(
+        Markup("<th{}>{}</th>").format(Markup(' class="number"') if right else "", name)
+        for name, right in zip(header, numeric, strict=True)
+    )
     body = Markup("").join(Markup("<tr>{}</tr>").format(Markup("").join(_cell(cell) for cell in row)) for row in rows)
-    return Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(head, body)
+    made = Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(head, body)
+    has_dash = dash and any(cell is None for row in rows for cell in row)
+    return made + Markup('<p class="dash">– {}</p>').format(dash) if has_dash else made
 
 
 def key_values(values: Mapping[str, Cell]) -> Markup:
     """Return a table of two columns."""
     return table(("", ""), list(values.items()))
+
+
+def details(summary: str, body: Markup) -> Markup:
+    """Return what is folded away until its summary is clicked on."""
+    return Markup("<details><summary>{}</summary>{}</details>").format(summary, body)
+
+
+def columns(*parts: Markup) -> Markup:
+    """Return parts in two columns on wide screens, else below one another; empty parts take no place."""
+    return Markup('<div class="columns">{}</div>').format(join(*(part for part in parts if part)))
+
+
+def picture_row(pictures: Sequence[tuple[bytes, str]], title: str = "", width_px: int = 340) -> Markup:
+    """Return pictures beside one another, whatever the width of the screen.
+
+    Args:
+        pictures: PNG bytes and caption of each.
+        title: Above them.
+        width_px: Of each picture at most.
+    """
+    size = f"grid-template-columns: repeat({len(pictures)}, minmax(0, 1fr)); max-width: {len(pictures) * (width_px + 10)}px"
+    heading = Markup("<h3>{}</h3>").format(title) if title else Markup("")
+    body = join(*(figure(picture, caption) for picture, caption in pictures))
+    return Markup('<div class="row" style="{}">{}{}</div>').format(size, heading, body)
+
+
+def colour_legend(colours: Mapping[str, Sequence[float]]) -> Markup:
+    """Return names with their colours [0, 255], red, green, blue."""
+    parts = [
+        Markup('<span><i style="background: rgb({})"></i>{}</span>').format(", ".join(f"{value:.0f}" for value in rgb), name)
+        for name, rgb in colours.items()
+    ]
+    return Markup('<p class="legend">{}</p>').format(Markup("").join(parts))
 
 
 def figure(picture: "bytes | Figure", caption: str = "", width_px: int | None = None) -> Markup:
@@ -128,83 +189,6 @@ def figure_png(drawing: "Figure", dpi: int = 110) -> bytes:
     return stream.getvalue()
 
 
-def line_chart(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    title: str,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    marks: Mapping[str, float] | None = None,
-    levels: Mapping[str, float] | None = None,
-) -> "Figure":
-    """Return a small line chart.
-
-    Args:
-        series: Name to (x values, y values).
-        title: Above the chart.
-        x_label: With its unit.
-        y_label: With its unit.
-        log_y: Logarithmic y axis.
-        marks: Name to x position of a vertical line, e.g. where a stage begins.
-        levels: Name to y position of a horizontal line, e.g. what chance would give.
-    """
-    # The object interface: pyplot keeps every figure alive in a global registry.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(6.2, 3.2))
-    FigureCanvasAgg(drawing)
-    axes: Any = drawing.add_subplot()
-    for name, (x, y) in series.items():
-        axes.plot(x, y, label=name, linewidth=1.4)
-    lines = _name_marks(axes, marks or {})
-    for name, height in (levels or {}).items():
-        axes.axhline(height, color="0.6", linewidth=0.8, linestyle="--")
-        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 2), "textcoords": "offset points"}
-        axes.annotate(name, (1.0, height), **place, fontsize=7, color="0.4", ha="right")
-    if log_y:
-        axes.set_yscale("log")
-    else:
-        _name_plain_numbers(axes)
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set_title(title, fontsize=10, pad=6 + 8 * lines)
-    axes.grid(alpha=0.25)
-    if len(series) > 1:
-        axes.legend(fontsize=7, frameon=False)
-    return drawing
-
-
-def _name_plain_numbers(axes: Any) -> None:
-    """Write values at the y axis as they are, and give what hardly changes an axis on which that is seen."""
-    axes.ticklabel_format(axis="y", useOffset=False)
-    low, high = axes.get_ylim()
-    size = max(abs(low), abs(high))
-    if high - low < 1e-3 * size:
-        axes.set_ylim(low - 5e-3 * size, high + 5e-3 * size)
-
-
-def _name_marks(axes: Any, marks: Mapping[str, float]) -> int:
-    """Draw the vertical lines with their names above the axes, close ones on lines of their own; returns the lines of text."""
-    for position in marks.values():
-        axes.axvline(position, color="0.6", linewidth=0.8, linestyle="--")
-    left, right = axes.get_xlim()  # now that the lines have widened it
-    line, lines, previous = 0, 0, -float("inf")
-    for name, position in sorted(marks.items(), key=lambda item: item[1]):
-        line = line + 1 if (position - previous) < 0.3 * (right - left) else 0
-        lines, previous = max(lines, line + 1), position
-        axes.annotate(
-            name,
-            (position, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 1 + 8 * line),
-            textcoords="offset points",
-            fontsize=7,
-            color="0.4",
-            va="bottom",
-        )
-    return lines
-
-
 def _cell(value: Cell) -> Markup:
     if value is None:
         return Markup('<td class="number">–</td>')
@@ -212,3 +196,9 @@ def _cell(value: Cell) -> Markup:
         short = not isinstance(value, Markup) and len(str(value)) <= UNBROKEN_CHARACTERS
         return Markup("<td{}>{}</td>").format(Markup(' class="short"') if short else "", value)
     return Markup('<td class="number">{}</td>').format(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+
+
+def _is_numeric(cells: Sequence[Cell]) -> bool:
+    """Tell whether a column holds numbers, and dashes where one is missing."""
+    known = [cell for cell in cells if cell is not None]
+    return bool(known) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in known)

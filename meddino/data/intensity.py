@@ -26,8 +26,23 @@ GIVEN: dict[Modality, str] = {
 }
 """What a model of a modality is given, in the words of its card."""
 
+Window = Literal["soft_tissue", "lung", "bone", "brain"]
+CT_WINDOWS_HU: dict[Window, tuple[float, float]] = {
+    "soft_tissue": (40.0, 400.0),
+    "lung": (-600.0, 1500.0),
+    "bone": (400.0, 1800.0),
+    "brain": (40.0, 80.0),
+}
+"""Level and width [HU] of the usual windows for looking at CT."""
+
 RANGE_PERCENTILES = (0.5, 99.5)
 """Percentiles of a volume that become 0 and 1 where units are arbitrary, as in nnU-Net's clipping of foreground."""
+
+
+def window_text(window: Window = "soft_tissue") -> str:
+    """Return a window's name with its numbers, for captions."""
+    level, width = CT_WINDOWS_HU[window]
+    return f"{window.replace('_', '-')} window (level {level:g}, width {width:g} HU)"
 
 
 class CTIntensity(StrictConfig):

@@ -1,6 +1,6 @@
 """What each modality's stored values become: model input, pictures for people. Settings are in `meddino.data.intensity`."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,22 +10,15 @@ from torch import Tensor
 
 from meddino.core.errors import ConfigError
 from meddino.data.intensity import (
+    CT_WINDOWS_HU,
     RANGE_PERCENTILES,
     WHAT_VALUES_ARE,
     CTIntensity,
     ImageIntensity,
     Intensity,
     Modality,
+    Window,
 )
-
-Window = Literal["soft_tissue", "lung", "bone", "brain"]
-CT_WINDOWS_HU: dict[Window, tuple[float, float]] = {
-    "soft_tissue": (40.0, 400.0),
-    "lung": (-600.0, 1500.0),
-    "bone": (400.0, 1800.0),
-    "brain": (40.0, 80.0),
-}
-"""Level and width [HU] of the usual windows for looking at CT."""
 
 _AIR_HU = -950  # denser is body, or what lies beside it
 _DARK = 0.04  # share of an MR's or a picture's range; below it is background

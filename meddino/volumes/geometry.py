@@ -23,6 +23,14 @@ class Geometry:
     origin_mm: tuple[float, float, float]
     axes: NDArray[np.float64]
 
+    @property
+    def affine(self) -> NDArray[np.float64]:
+        """4 x 4: from array indices (z, y, x, 1) to the patient's position [mm] (LPS, x y z, 1)."""
+        matrix = np.eye(4)
+        matrix[:3, :3] = (self.axes * np.asarray(self.spacing_mm)[:, None]).T
+        matrix[:3, 3] = self.origin_mm
+        return matrix
+
     def matches(self, other: "Geometry", tolerance_mm: float = 1e-2) -> bool:
         """True if both grids have the same voxels at the same places, to within a tolerance at every corner."""
         if self.shape != other.shape:

@@ -106,7 +106,8 @@ def run_pretraining(
         intensities.check(corpus.modalities)
         with open_run(out, config, corpus) as run:
             # The same size in every stage, so that probes can be compared along the whole run.
-            fixed = fixed_slices(corpus, intensities, config.probe.slices, next(iter(specs.values())).main_px[0])
+            size_px = next(iter(specs.values())).main_px[0]
+            fixed = fixed_slices(corpus, intensities, config.probe.slices, size_px, pictured=config.probe.every_steps > 0)
             report = RunReport(run.folder, config)
             surroundings = Surroundings(run, corpus, fixed, machine, measure_peak(machine), stop, report)
             for name in stages or config.stages:

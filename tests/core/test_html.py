@@ -2,7 +2,7 @@ from html.parser import HTMLParser
 
 from markupsafe import Markup
 
-from meddino.core import html
+from meddino.core import html, html_charts
 
 
 class _Tags(HTMLParser):
@@ -30,26 +30,10 @@ def test_page__escapes_every_text():
 
 
 def test_page__is_self_contained():
-    drawing = html.line_chart({"loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, "Loss", "step", "loss", marks={"stage 2": 1})
-    page = _tags(html.page("T", "", [html.Section("S", html.figure(drawing, "loss"))]))
+    drawing = html_charts.chart({"loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, "Loss", "step", "loss", marks={"stage 2": 1})
+    page = _tags(html.page("T", "", [html.Section("S", drawing)]))
     assert "script" not in page.tags
     assert all(source.startswith(("#", "data:image/png;base64,")) for source in page.sources)
-
-
-def test_line_chart__names_of_marks_do_not_overlap_where_curves_begin_late():
-    marks = {"stage1": 0, "stage2": 220, "stage3": 235}
-    axes = html.line_chart({"gram": ([220, 235, 245], [0.2, 0.1, 0.1])}, "t", "x", "y", marks=marks).axes[0]
-    heights = {text.get_text(): text.xyann[1] for text in axes.texts}
-    assert heights["stage1"] == heights["stage2"] < heights["stage3"]
-
-
-def test_line_chart__says_values_as_they_are():
-    drawing = html.line_chart({"a": ([0, 1, 2], [6.23832, 6.238321, 6.238319])}, "t", "x", "y", levels={"ln K": 6.2383246})
-    drawing.canvas.draw()
-    axes = drawing.axes[0]
-    assert axes.yaxis.get_offset_text().get_text() == ""
-    assert {label.get_text()[:3] for label in axes.get_yticklabels()} <= {"6.2"}
-    assert [text.get_text() for text in axes.texts] == ["ln K"]
 
 
 def test_table__numbers_and_gaps():
@@ -61,9 +45,13 @@ def test_table__numbers_and_gaps():
     assert isinstance(made, Markup)
 
 
-def test_figure_png__same_drawing_same_bytes():
-    def draw():
-        return html.figure_png(html.line_chart({"a": ([0, 1], [0.0, 1.0])}, "t", "x", "y"))
+def test_table__a_dash_is_explained_where_there_is_one():
+    assert "– not measured" in html.table(["a"], [[1.0], [None]], dash="not measured")
+    assert "not measured" not in html.table(["a"], [[1.0], [2.0]], dash="not measured")
+    made = html.table(["name", "value"], [["x", 1.0], ["y", None]])
+    assert made.count('<th class="number">value</th>') == 1 and "<th>name</th>" in made
 
-    assert draw() == draw()
-    assert draw().startswith(b"\x89PNG")
+
+def test_colour_legend__names_and_colours():
+    made = html.colour_legend({"liver <b>": (230.0, 85.0, 60.0)})
+    assert "rgb(230, 85, 60)" in made and "liver &lt;b&gt;" in made

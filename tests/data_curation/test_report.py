@@ -14,14 +14,9 @@ from meddino_data_curation.corpus.report import with_audits
 
 from meddino.core.files import sha256_file
 from meddino.data.corpus import Corpus
+from tests.browser import CHROMIUM, QUIET, check_page, needs_chromium
 from tests.data_curation.conftest import make_hu, write_volume
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--disable-default-apps", "--disable-extensions"),
-    "--disable-features=NetworkTimeServiceQuerying",
-)
 BROWSERS_OWN = ("google.com", "googleapis.com", "gstatic.com")  # what Chromium asks by itself in spite of all flags
 SHAPE = (8, 64, 72)
 
@@ -155,7 +150,7 @@ def test_audit__a_report_without_a_place_for_it_is_left_alone(corpus_folder, sal
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not on this machine")
+@needs_chromium
 def test_report__opens_in_a_browser_without_network_or_errors(corpus_folder, tmp_path):
     more = (f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={tmp_path / 'net.json'}", "--enable-logging=stderr")
     # A picture that cannot be decoded has no natural width; the page itself carries no script.
@@ -177,3 +172,9 @@ def test_report__opens_in_a_browser_without_network_or_errors(corpus_folder, tmp
     requested = re.findall(r'"url":"(?:https?|wss?|ftp)://([^/"]*)', (tmp_path / "net.json").read_text())
     assert {host for host in requested if not host.endswith(BROWSERS_OWN)} == set()
     assert json.loads((tmp_path / "net.json").read_text())["events"]  # it was watched
+
+
+@pytest.mark.browser
+def test_report__fits_its_window_and_shows_nothing_empty(corpus_folder):
+    assert len(check_page(corpus_folder / "report.html")["pictures"]) == 9
+    assert "soft-tissue window (level 40, width 400 HU)" in section((corpus_folder / "report.html").read_text(), "Kept")

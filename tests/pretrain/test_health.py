@@ -18,7 +18,7 @@ from meddino_pretrain.monitoring.feature_metrics import (
     similarity_drift,
 )
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.monitoring.pictures import cosine_map, probe_pictures
+from meddino_pretrain.monitoring.pictures import probe_pictures
 from torch import nn
 
 from meddino.core.device import find_machine
@@ -168,21 +168,22 @@ def test_neighbours_kept__bounds():
     assert neighbours_kept(features[:1], other[:1]) == 1.0
 
 
-def test_cosine_map__equals_a_slow_loop():
-    tokens = np.random.default_rng(0).normal(size=(5, 3, 4))
-    result = cosine_map(torch.from_numpy(tokens), 2, 1)
-    mark = tokens[:, 2, 1]
-    for y in range(3):
-        for x in range(4):
-            a = tokens[:, y, x]
-            assert result[y, x].item() == pytest.approx(a @ mark / np.linalg.norm(a) / np.linalg.norm(mark))
+@pytest.mark.parametrize("one_size", [False, True])
+def test_probe_pictures__are_png_files_of_large_slices(make_corpus, one_size):
+    fixed = fixed_slices(make_corpus(count=8), Intensities((CTIntensity(),)), 8, 32, pictured=True)
+    sides = []
 
+    def see(images):
+        sides.append(images.shape[-1])
+        if one_size and images.shape[-1] != 32:
+            raise ValueError("built for 32 px")
+        return Seeing().probe(images).patch_map
 
-def test_probe_pictures__are_png_files_of_the_slices(probe):
-    pictures = probe_pictures(lambda images: Seeing().probe(images).patch_map, probe.fixed, MACHINE, count=3)
+    pictures = probe_pictures(see, fixed, MACHINE)
+    assert sides == ([256, 32] if one_size else [256])
     assert set(pictures) == {"pca", "similarity"}
     sizes = {}
     for name, data in pictures.items():
         assert data.startswith(b"\x89PNG")
         sizes[name] = tuple(int.from_bytes(data[start : start + 4], "big") for start in (16, 20))
-    assert sizes == {"pca": (3 * 160, 2 * 160), "similarity": (3 * 160, 4 * 160)}
+    assert sizes == {"pca": (6 * 224, 2 * 224), "similarity": (6 * 224, 4 * 224)}

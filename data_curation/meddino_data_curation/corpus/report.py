@@ -4,22 +4,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from meddino.core.html import Section, figure, join, line_chart, page, table, text
+from meddino.core.html import Section, columns, join, page, table, text
+from meddino.core.html_charts import chart
 from meddino.data.audits import kind_clauses, lists_text
+from meddino.data.intensity import window_text
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.manifests import patients_of, patients_text
 from meddino_data_curation.corpus.report_pictures import Records as Pictures
 from meddino_data_curation.corpus.report_pictures import pair_picture, refused_slice_picture, spacing_text, volume_picture
 from meddino_data_curation.selection.volume_job import HISTOGRAM_EDGES_HU
 from meddino_data_curation.sources.licences import needs_decision
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _PICTURES = 12
 _PER_REASON = 3
@@ -101,7 +100,9 @@ def _kept(rows: Rows, work: Pictures) -> Markup:
     kept = [row for row in rows if row["status"] == "accepted"]
     chosen = [kept[index] for index in np.unique(np.linspace(0, len(kept) - 1, min(_PICTURES, len(kept))).astype(int))]
     notes = Counter(note for row in kept for note in str(row["notes"] or "").split("; ") if note)
-    parts = [volume_picture(row, work, f"{row['num_slices_kept']} slices, {spacing_text(row)}") for row in chosen]
+    window = f"The middle slice of each, CT in the {window_text()}, others by their volume's range."
+    pictures = [volume_picture(row, work, f"{row['num_slices_kept']} slices, {spacing_text(row)}") for row in chosen]
+    parts = [text(window), *pictures] if any(pictures) else []
     if notes:
         parts.append(table(("what is unusual", "volumes"), notes.most_common()))
     return join(*(part for part in parts if part))
@@ -165,15 +166,17 @@ def _distributions(config: CurationConfig, rows: Rows, work: Pictures) -> Markup
         step = -(-len(own) // _SAMPLED_RECORDS)
         records = [work.read_record(row["volume_id"]) for row in own[::step]]
         counts = np.sum([record.histogram for record in records if record is not None], axis=0)
-        histograms[source.name] = (middles, (counts / max(int(counts.sum()), 1) + 1e-6).tolist())
+        if int(np.sum(counts)):  # only CT is counted
+            histograms[source.name] = (middles, (counts / int(counts.sum()) + 1e-6).tolist())
         values = np.array([row["spacing_mm"] for row in own])
         shapes = np.array([row["shape"] for row in own])
         ranges = [_range(values[:, axis]) for axis in range(3)] + [_range(shapes[:, axis]) for axis in range(3)]
         spacings.append((source.name, *ranges))
     header = ("set", "z [mm]", "y [mm]", "x [mm]", "slices", "rows [px]", "columns [px]")
-    drawing: Figure = line_chart(histograms, "Share of pixels by HU", "HU", "share", log_y=True)
+    drawn = chart(histograms, "Share of the kept pixels by HU, by set", "HU", "share", log_y=True)
     ranges_note = text("Least, median and most of the kept volumes, as they were read.")
-    return join(figure(drawing, "Histogram of the kept slices, by set"), ranges_note, table(header, spacings))
+    said = drawn or text("No CT was kept: there are no Hounsfield units to count.")
+    return columns(said, join(ranges_note, table(header, spacings)))
 
 
 def _licences(config: CurationConfig) -> Markup:

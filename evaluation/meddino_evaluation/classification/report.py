@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from meddino.core import html
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
+from meddino.core.html_charts import case_plot
 from meddino_evaluation.backbones.contract import DEFAULT_CT
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.images import read_slices
@@ -86,7 +88,7 @@ def write_report(
     drawn = _figures(content, runs, dataset)
     if figures is not None:
         save_figures(drawn, out / "figures", figures)
-    write_text(out / "report.html", _page(content, table, drawn))
+    write_text(out / "report.html", _page(content, table, drawn, runs))
     return table
 
 
@@ -171,7 +173,7 @@ _CAPTIONS = {
 }
 
 
-def _page(content: dict[str, Any], table: Table, drawn: dict[str, "Figure"]) -> str:
+def _page(content: dict[str, Any], table: Table, drawn: dict[str, "Figure"], runs: Sequence[Run]) -> str:
     data, model = content["data"], content["model"]
     classes = [(entry["protocol"], entry["setting"], *entry["auroc_per_class"].values()) for entry in content["results"]]
     header = ("protocol", "training", *content["results"][0]["auroc_per_class"])
@@ -188,8 +190,11 @@ def _page(content: dict[str, Any], table: Table, drawn: dict[str, "Figure"]) -> 
             "Results",
             html.join(html.text("Mean ± deviation over runs [interval over patients]."), html.table(table.header, table.rows)),
         ),
-        html.Section("AUROC of each class", html.join(html.table(header, classes), shown("roc"))),
-        html.Section("Calibration", shown("calibration")),
+        html.Section(
+            "AUROC of each class",
+            html.join(html.table(header, classes, "a test part held only one kind of the class"), shown("roc")),
+        ),
+        html.Section("Cases and calibration", html.columns(_every_case(runs), shown("calibration"))),
         *([html.Section("Confusion", shown("confusion"))] if data["task"] != "multilabel" else []),
         *([html.Section("Misclassified cases", shown("misclassified"))] if "misclassified" in drawn else []),
         html.Section("Notes", html.join(*(html.text(note, "note") for note in notes))),
@@ -211,3 +216,28 @@ def _measured(content: dict[str, Any]) -> dict[str, Any]:
         **({f"splits (all {len(splits)})": content["splits"][0]} if same and len(splits) > 1 else splits),
         "version": content["meddino_version"],
     }
+
+
+def _every_case(runs: Sequence[Run]) -> Markup:
+    """Draw the probability of each test case's truth, a dot a protocol."""
+    caption = "Probability that each test case's true label was given, mean over runs; the best on top"
+    protocols = dict.fromkeys(run.protocol for run in runs)
+    values = {protocol: truth_by_case([run for run in runs if run.protocol == protocol]) for protocol in protocols}
+    known = {protocol: own for protocol, own in values.items() if own}
+    return html.figure(case_plot(known, "every test case", "probability of the truth"), caption) if known else Markup("")
+
+
+def truth_by_case(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the probability that each case's true label was given, mean over labels that are known and over runs."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for place, case in enumerate(run.ids):
+            given = run.probabilities[place]
+            if run.truth.ndim == 2:
+                known = run.truth[place] != -1
+                right = np.where(run.truth[place] == 1, given, 1 - given)[known]
+            else:
+                right = given[[run.truth[place]]]
+            if len(right):
+                found.setdefault(case, []).append(float(right.mean()))
+    return {case: float(np.mean(values)) for case, values in found.items()}

@@ -1,12 +1,13 @@
 """Pictures of a slice: reference on the left, prediction on the right, labels in colour over the soft-tissue window."""
 
-import io
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from meddino.core.html_pictures import beside
 from meddino.data.model_input import to_picture
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase
@@ -50,11 +51,12 @@ def overlay_png(case: PreparedCase, prediction: NDArray[np.int32], reference: ND
     rows, cols = case.plane
     height = max(1, round(WIDTH_PX * rows * case.spacing_mm[1] / (cols * case.spacing_mm[2])))
     grey = _grey(case, z).resize((WIDTH_PX, height), Image.Resampling.BILINEAR)
-    panels = [_coloured(np.asarray(grey), values[z], labels) for values in (ref, pred)]
-    gap = np.full((height, 4, 3), 255, dtype=np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(np.concatenate([panels[0], gap, panels[1]], axis=1)).save(stream, "PNG")
-    return stream.getvalue()
+    return beside([_coloured(np.asarray(grey), values[z], labels) for values in (ref, pred)])
+
+
+def label_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Return the colour of each label in pictures, in the order of the labels."""
+    return {name: tuple(COLOURS[place % len(COLOURS)].tolist()) for place, name in enumerate(names)}
 
 
 def _grey(case: PreparedCase, z: int) -> Image.Image:

@@ -7,9 +7,26 @@ from typing import Any
 
 from markupsafe import Markup
 
-from meddino.core.html import Section, figure, join, key_values, line_chart, page, table, text
+from meddino.core.html import (
+    Cell,
+    Section,
+    colour_legend,
+    columns,
+    details,
+    figure,
+    join,
+    key_values,
+    page,
+    picture_row,
+    table,
+    text,
+)
+from meddino.core.html_charts import case_plot, chart, in_columns
+from meddino.core.html_pictures import apart, png
+from meddino.data.intensity import window_text
 from meddino_evaluation.metrics.label_metrics import case_means
 from meddino_evaluation.segmentation.experiment import Experiment
+from meddino_evaluation.segmentation.overlay import label_colours
 
 METRIC_TITLES = {
     "dice": "Dice",
@@ -45,12 +62,13 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
                 text(_note(config.metrics.tolerance_mm), "note"),
             ),
         ),
-        Section("By label", join(_by(test["by_label"], "label"), _pooled(test["by_label"]))),
+        Section("By label", _by_label(test["by_label"])),
         *([Section("By site", _by(test["by_site"], "site"))] if "by_site" in test else []),
         *([Section("Test sets from elsewhere", _external(metrics["external"]))] if metrics["external"] else []),
-        Section("Best, median and worst case", _pictures(rows, out, config.seeds[0])),
-        Section("Training", figure(_curves(out), "Loss of every fold and seed")),
-        Section("Settings", key_values(_settings(metrics))),
+        Section("Every case", _cases(rows)),
+        Section("Best, median and worst case", _pictures(rows, out, config.seeds[0], metrics["data"]["labels"], experiment)),
+        Section("Training", in_columns([_curves(out)])),
+        Section("Settings", details("every key of the recipe", key_values(_settings(metrics)))),
     ]
     return page(f"Segmentation: {experiment.dataset.name}", lead, sections)
 
@@ -79,17 +97,15 @@ def _failed(failed: dict[str, str]) -> Markup:
 
 def _external(sets: dict[str, Any]) -> Markup:
     """One row a test set, and below it one a site where sites are named; every network was tested on every case."""
-    rows: list[list[Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
     warnings = []
     for name, part in sets.items():
         mark = "†" if part["leakage"]["test_cases_in_pretraining"] else ""
-        sites = part["test"].get("by_site", {})
-        rows.append([name + mark, part["test"]["cases"], *(part["test"][metric]["mean"] for metric in METRIC_TITLES)])
-        for site, own in sites.items():
-            label = f"{name}, {site or '(no site given)'}"
-            rows.append([label, own["cases"], *(own[metric]["mean"] for metric in METRIC_TITLES)])
+        rows[name + mark] = part["test"]
+        rows |= {f"{name}, {site or '(no site given)'}": own for site, own in part["test"].get("by_site", {}).items()}
         warnings.append(_failed(part["failed"]))
-    return join(*warnings, table(("set", "cases", *METRIC_TITLES.values()), rows))
+    seen = "† the model has seen test volumes of this set in pretraining"
+    return join(*warnings, _by(rows, "set"), *([text(seen)] if any("†" in name for name in rows) else []))
 
 
 def _note(tolerance_mm: float) -> str:
@@ -102,12 +118,24 @@ def _note(tolerance_mm: float) -> str:
     )
 
 
+def _measured(parts: Sequence[dict[str, Any]]) -> list[str]:
+    return [metric for metric in METRIC_TITLES if any(part[metric]["mean"] is not None for part in parts)]
+
+
+def _missing(measured: Sequence[str]) -> Markup:
+    names = [title for metric, title in METRIC_TITLES.items() if metric not in measured]
+    if not names:
+        return Markup("")
+    return text(f"Not here: {', '.join(names)}. metrics.surface=false leaves surfaces out, or no case has a value.")
+
+
 def _summary(test: dict[str, Any]) -> Markup:
+    measured = _measured([test])
     rows = [
-        [title, test[name]["mean"], test[name]["std"], _interval(test[name]["interval_95"])]
-        for name, title in METRIC_TITLES.items()
+        [METRIC_TITLES[name], test[name]["mean"], test[name]["std"], _interval(test[name]["interval_95"])] for name in measured
     ]
-    return table(("metric", "mean", "std over seeds", "95 % over patients"), rows)
+    dash = "one seed has no deviation; fewer than six patients, or all alike, have no interval that could hold what it says"
+    return join(table(("metric", "mean", "std over seeds", "95 % over patients"), rows, dash), _missing(measured))
 
 
 def _interval(ends: Sequence[float | None]) -> str | None:
@@ -116,41 +144,79 @@ def _interval(ends: Sequence[float | None]) -> str | None:
 
 
 def _by(parts: dict[str, Any], what: str) -> Markup:
-    rows = [
-        [name or "(none given)", part["cases"], *(part[metric]["mean"] for metric in METRIC_TITLES)]
-        for name, part in parts.items()
+    measured = _measured(list(parts.values()))
+    rows: list[list[Cell]] = [
+        [name or "(none given)", part["cases"], *(part[metric]["mean"] for metric in measured)] for name, part in parts.items()
     ]
-    return table((what, "cases", *METRIC_TITLES.values()), rows)
+    return table((what, "cases", *(METRIC_TITLES[metric] for metric in measured)), rows, "no case has a value")
 
 
-def _pooled(parts: dict[str, Any]) -> Markup:
-    rows = [[name, part["pooled"]["dice"]["mean"], part["pooled"]["iou"]["mean"]] for name, part in parts.items()]
+def _by_label(parts: dict[str, Any]) -> Markup:
+    pooled = [[name, part["pooled"]["dice"]["mean"], part["pooled"]["iou"]["mean"]] for name, part in parts.items()]
     note = "Pooled: over the voxels of all cases together, so that large cases count more. Only beside the means over cases."
-    return join(table(("label", "pooled Dice", "pooled IoU"), rows), text(note, "note"))
+    return columns(
+        _by(parts, "label"), join(table(("label", "pooled Dice", "pooled IoU"), pooled, "nothing to measure"), text(note))
+    )
 
 
-def _pictures(rows: Sequence[dict[str, Any]], out: Path, seed: int) -> Markup:
+def _cases(rows: Sequence[dict[str, Any]]) -> Markup:
+    """Draw the Dice of every case: over its labels, and of each label where there are several."""
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    every = {"mean over labels": _means(rows)} if len(labels) > 1 else {labels[0]: _means(rows)} if labels else {}
+    drawn = [("Dice of every test case, mean over seeds", every)]
+    if len(labels) > 1:
+        drawn.append(("by label", {name: _means([row for row in rows if row["label"] == name]) for name in labels}))
+    return in_columns([figure(case_plot(kinds, title, "Dice"), title) for title, kinds in drawn if any(kinds.values())])
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return each case's Dice: over labels, then over seeds."""
+    found: dict[str, list[float]] = {}
+    for seed in {row["seed"] for row in rows}:
+        for case, value in case_means([row for row in rows if row["seed"] == seed], "dice").items():
+            found.setdefault(case, []).append(value)
+    return {case: sum(values) / len(values) for case, values in found.items()}
+
+
+def _pictures(rows: Sequence[dict[str, Any]], out: Path, seed: int, labels: Sequence[str], experiment: Experiment) -> Markup:
     dice = case_means([row for row in rows if row["seed"] == seed], "dice")
     fold = {row["case"]: row["fold"] for row in rows}
     order = sorted(dice, key=lambda case: (dice[case], case))
     if not order:
         return text("No test case has a defined Dice.", "note")
-    chosen = {"worst": order[0], "median": order[len(order) // 2], "best": order[-1]}
     shown = []
-    for kind in ("best", "median", "worst"):
-        case = chosen[kind]
-        path = picture_path(out, fold[case], case)
-        shown.append(figure(path.read_bytes(), f"{kind}: {case}, Dice {dice[case]:.3f} (reference left, prediction right)"))
-    return join(*shown)
+    for title, case in chosen_cases(order):
+        reference, prediction = (png(panel) for panel in apart(picture_path(out, fold[case], case).read_bytes()))
+        pictures = [(reference, "reference"), (prediction, f"prediction, Dice {dice[case]:.3f}")]
+        shown.append(picture_row(pictures, f"{title}: {case}"))
+    return join(text(shown_in(experiment.dataset.modality)), colour_legend(label_colours(labels)), columns(*shown))
 
 
-def _curves(out: Path) -> Any:
+def chosen_cases(order: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the best, the median and the worst of cases that go from the worst to the best; none comes twice."""
+    places = {"best": len(order) - 1, "median": len(order) // 2, "worst": 0}
+    by_case: dict[str, list[str]] = {}
+    for title, place in places.items():
+        by_case.setdefault(order[place], []).append(title)
+    return [(" and ".join(titles), case) for case, titles in by_case.items()]
+
+
+def shown_in(modality: str) -> str:
+    """Return how the grey values of pictures are shown, in words."""
+    one = "one slice a case, that with most of the reference"
+    if modality == "ct":
+        return f"CT in the {window_text()}; {one}."
+    return f"Grey values from the slice's 1st to its 99th percentile; {one}."
+
+
+def _curves(out: Path) -> Markup:
     series = {}
     for path in sorted((out / "logs").glob("*.jsonl")):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         points = [(record["step"], record["loss"]) for record in records if "loss" in record]
         series[path.stem] = ([step for step, _ in points], [loss for _, loss in points])
-    return line_chart(series, "", "step", "Dice + cross-entropy loss")
+    drawn = chart(series, "training loss of every fold and seed", "step", "Dice + cross-entropy loss")
+    return drawn or text("No step of the training was logged (training.log_every_steps).")
 
 
 def _settings(metrics: dict[str, Any]) -> dict[str, Any]:

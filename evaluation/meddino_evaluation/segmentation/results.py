@@ -50,6 +50,7 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
             "hash": dataset.data_hash(dataset.all_cases),
             "cases": len(dataset.cases),
             "labels": list(dataset.labels.names),
+            "modality": dataset.modality,
         },
         "config": experiment.config.model_dump(mode="json"),
         "splits": {str(split.number): split.origin for split in experiment.splits},

@@ -14,13 +14,16 @@ from markupsafe import Markup
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json, write_text
-from meddino.core.html import Section, figure, join, page, table, text
+from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, table, text
+from meddino.core.html_charts import case_plot, in_columns
+from meddino.core.html_pictures import apart, png
 from meddino.data.remote import corpus_location
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
-from meddino_evaluation.segmentation.report import picture_path
+from meddino_evaluation.segmentation.overlay import label_colours
+from meddino_evaluation.segmentation.report import chosen_cases, picture_path, shown_in
 from meddino_evaluation.segmentation.run import segment
 from meddino_evaluation.segmentation.segment_command import (
     CONFIG_HELP,
@@ -223,40 +226,66 @@ def pair_table(found: dict[str, Any]) -> Table:
 
 
 def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external: Mapping[str, dict[str, Any]]) -> str:
-    """Return the report with overlays of the best, the median and the worst case of all variants together."""
-    tables = [table(content.header, content.rows) for content in (main_table(found), pair_table(found))]
+    """Return the report: tables, intervals of differences, every case, and the best, the median and the worst in pictures."""
     tau = found["ranking_tau"]
-    stable = text(
-        f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
-    )
+    stable = text(f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {tau:.3f} on average.")
+    parts = [_html_table(main_table(found)), *([stable] if tau is not None else []), text(NOTE, "note")]
     sections = [
-        Section("Models", join(tables[0], stable, text(NOTE, "note"))),
-        Section("Pairs", join(*([figure(forest_plot(found))] if found["pairs"] else []), tables[1])),
+        Section("Models", join(*parts)),
+        *([Section("Pairs", join(_html_table(pair_table(found)), _forest(found)))] if found["pairs"] else []),
         *(
-            Section(
-                f"Test set {test}",
-                join(*(table(content.header, content.rows) for content in (main_table(one), pair_table(one)))),
-            )
+            Section(f"Test set {test}", join(_html_table(main_table(one)), _html_table(pair_table(one)), _forest(one)))
             for test, one in external.items()
         ),
-        Section("Best, median and worst case", join(*_pictures(variants))),
+        Section("Every case", _every_case(variants)),
+        Section("Best, median and worst case", _pictures(variants)),
     ]
     data = variants[0].metrics["data"]["name"]
     return page(f"Comparison on {data}", f"{len(variants)} runs of meddino-eval segment on the same test cases.", sections)
 
 
-def _pictures(variants: Sequence[Variant]) -> list[Markup]:
+def _html_table(content: Table) -> Markup:
+    rows = [[None if cell in ("-", "- to -") else cell for cell in row] for row in content.rows]
+    return table(content.header, rows, "fewer than six patients, or no difference in any case: no test could tell")
+
+
+def _forest(found: dict[str, Any]) -> Markup:
+    if not found["pairs"]:
+        return Markup("")
+    caption = "Difference of Dice, first minus second, with its 95 % interval over patients; the grey line is no difference"
+    return in_columns([figure(forest_plot(found), caption)])
+
+
+def _every_case(variants: Sequence[Variant]) -> Markup:
+    values = {variant.name: variant.by_case("dice") for variant in variants}
+    title = "Dice of every case, mean over labels and seeds; a line joins the models"
+    return in_columns([figure(case_plot(values, "Dice of every case", "Dice"), title)])
+
+
+def _pictures(variants: Sequence[Variant]) -> Markup:
+    """A row a case: the reference, then what each run predicts."""
     tables = [variant.by_case("dice") for variant in variants]
     cases = sorted(set.intersection(*(set(one) for one in tables)), key=lambda case: sum(one[case] for one in tables))
     fold = {row["case"]: int(row["fold"]) for row in variants[0].rows}
     shown: list[Markup] = []
-    for kind, case in (("best", cases[-1]), ("median", cases[len(cases) // 2]), ("worst", cases[0])):
+    for title, case in chosen_cases(cases):
+        pictures: list[tuple[bytes, str]] = []
+        references: list[bytes] = []
         for variant, own in zip(variants, tables, strict=True):
             path = picture_path(variant.folder, fold[case], case)
             if path.is_file():
-                caption = f"{kind}: {case}, {variant.name}, Dice {own[case]:.3f} (reference left, prediction right)"
-                shown.append(figure(path.read_bytes(), caption))
-    return shown
+                reference, prediction = (png(panel) for panel in apart(path.read_bytes()))
+                if reference not in references:  # another slice, where the reference is empty
+                    references.append(reference)
+                    pictures.append((reference, "reference"))
+                pictures.append((prediction, f"{variant.name}, Dice {own[case]:.3f}"))
+        if pictures:
+            shown.append(picture_row(pictures, f"{title}: {case}"))
+    if not shown:
+        return text("The runs kept no pictures of these cases.")
+    data = variants[0].metrics["data"]
+    words, legend = text(shown_in(data.get("modality", "ct"))), colour_legend(label_colours(data.get("labels", [])))
+    return join(words, legend, *shown)
 
 
 def _interval(ends: Sequence[float | None], form: str = ".3f") -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from meddino.core import html
 from meddino.core.files import write_text
+from meddino.core.html_charts import in_columns
 from meddino_evaluation.backbones.load import model_name
 from meddino_evaluation.classification.report import COMPACT
 from meddino_evaluation.classification.results import ALL_DATA
@@ -118,7 +119,7 @@ def _page(
     ]
     pictures = [html.figure(drawing, caption) for caption, drawing in figures.items()]
     if pictures:
-        sections.append(html.Section("Plots", html.join(*pictures)))
+        sections.append(html.Section("Plots", in_columns(pictures)))
     if comparison.rows:
         words = (
             "Differences to the first model on the same cases, over patients; p values as they are and by Holm over the table. "

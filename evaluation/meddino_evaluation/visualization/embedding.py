@@ -1,12 +1,13 @@
 """Features in two dimensions, coloured by label: t-SNE."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
+from meddino.core.html_charts import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,12 +37,7 @@ def tsne(features: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
 
 def embedding_figure(places: NDArray[np.float64], labels: Sequence[str], title: str) -> "Figure":
     """Draw cases as dots coloured by label."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(5.2, 4.6))
-    FigureCanvasAgg(drawing)
-    axes: Any = drawing.add_subplot()
+    drawing, axes = new_figure(7.0, 6.0)
     for label in dict.fromkeys(sorted(labels)):
         mask = np.array([one == label for one in labels])
         axes.scatter(places[mask, 0], places[mask, 1], s=14, alpha=0.8, label=f"{label} ({mask.sum()})")

@@ -1,13 +1,13 @@
 """Cosine similarity of one patch to all others: as pictures, and as a page in which a click on a patch shows its map."""
 
 import base64
-import io
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,7 +16,10 @@ from torch.nn import functional
 
 from meddino.core import html
 from meddino.core.errors import ConfigError
-from meddino.models.patch_pca import patch_pca_images
+from meddino.core.html_pictures import png
+from meddino.data.intensity import Window, window_text
+from meddino.data.model_input import is_foreground, to_picture
+from meddino.models.patch_maps import cosine_map, patch_pca_images, share_of_patch
 from meddino_evaluation.adaptation.features import Transform, model_input
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.images import SliceStack
@@ -24,6 +27,8 @@ from meddino_evaluation.classification.images import SliceStack
 MAX_SIZE_PX = 2048
 _PAGE_DIMS = 128
 _SHOWN_PX = 640
+_WINDOWS: tuple[Window, ...] = ("soft_tissue", "lung", "bone")
+_SHOWN_HU = (-1350.0, 1300.0)  # all that any of them tells apart; clipped before resizing, so that metal smears over nothing
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,17 @@ class PatchMap:
 
     Attributes:
         tokens: [D, h, w] of the last block.
-        picture: uint8 [size, size], what the model saw.
+        picture: uint8 [size, size] for people: CT in the soft-tissue window, else what the model saw.
         patch_px: Pixels of a patch.
+        windows: Of CT the picture in each window, by what the window is called.
+        body: [h, w], True where a patch shows more than air or darkness; None counts all.
     """
 
     tokens: Float[Tensor, "dim h w"]
     picture: NDArray[np.uint8]
     patch_px: int
+    windows: Mapping[str, NDArray[np.uint8]] = field(default_factory=dict)
+    body: Bool[Tensor, "h w"] | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -72,8 +81,19 @@ def patch_map(
         tokens = backbone.tokens(images).patches[0]
     grey = images[0].mean(0)
     low, high = torch.quantile(grey.flatten()[:: max(1, grey.numel() // 10**6)], torch.tensor([0.01, 0.99]))
-    picture = (((grey - low) / (high - low).clamp(min=1e-6)).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-    return PatchMap(tokens.float(), picture, backbone.patch_size)
+    unit = ((grey - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    if stack.kind != "hu":
+        body = share_of_patch(is_foreground(unit, "image"), backbone.patch_size) >= 0.5
+        return PatchMap(tokens.float(), (unit * 255).round().to(torch.uint8).numpy(), backbone.patch_size, {}, body)
+    hu = functional.interpolate(
+        stack.tensor(number, number + 1).mean(1, keepdim=True).clamp(*_SHOWN_HU),
+        size=(size_px, size_px),
+        mode="bilinear",
+        antialias=True,
+    )[0, 0]
+    windows = {window_text(name): to_picture(hu, "ct", window=name).numpy() for name in _WINDOWS}
+    body = share_of_patch(is_foreground(hu, "ct"), backbone.patch_size) >= 0.5
+    return PatchMap(tokens.float(), next(iter(windows.values())), backbone.patch_size, windows, body)
 
 
 def similarity_map(patches: PatchMap, row: int, column: int) -> Float[Tensor, "h w"]:
@@ -85,8 +105,7 @@ def similarity_map(patches: PatchMap, row: int, column: int) -> Float[Tensor, "h
     rows, columns = patches.grid
     if not (0 <= row < rows and 0 <= column < columns):
         raise ConfigError(f"patch {row},{column} asked for; rows go from 0 to {rows - 1}, columns from 0 to {columns - 1}")
-    unit = functional.normalize(patches.tokens, dim=0)
-    return torch.einsum("d,dhw->hw", unit[:, row, column], unit)
+    return cosine_map(patches.tokens, row, column)
 
 
 def similarity_picture(patches: PatchMap, row: int, column: int) -> NDArray[np.uint8]:
@@ -107,15 +126,9 @@ def similarity_picture(patches: PatchMap, row: int, column: int) -> NDArray[np.u
 
 
 def pca_picture(patches: PatchMap) -> NDArray[np.uint8]:
-    """Return the first three principal components of the patch tokens as colours, at the image's size."""
-    return patch_pca_images([patches.tokens], upscale=patches.patch_px)[0]
-
-
-def png(picture: NDArray[np.uint8]) -> bytes:
-    """Return a picture as PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, format="png")
-    return stream.getvalue()
+    """Return the first three principal components of the body's patch tokens as colours, at the image's size."""
+    body = None if patches.body is None else [patches.body]
+    return patch_pca_images([patches.tokens], upscale=patches.patch_px, masks=body)[0]
 
 
 def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str:
@@ -146,17 +159,25 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         "column": column,
         "tokens": base64.b64encode(quantised.tobytes()).decode(),
     }
+    shown = patches.windows or {"what the model saw, from its 1st to its 99th percentile": patches.picture}
+    pictures = {name: "data:image/png;base64," + base64.b64encode(png(_small(one))).decode() for name, one in shown.items()}
+    options = Markup("").join(
+        Markup('<option value="{}">{}</option>').format(source, name) for name, source in pictures.items()
+    )
     body = Markup(_VIEWER).format(
-        picture=base64.b64encode(png(_small(patches.picture))).decode(),
+        options=options,
+        picture=next(iter(pictures.values())),
         width=_SHOWN_PX,
         height=round(_SHOWN_PX * rows / columns),
         data=Markup(json.dumps(data)),  # numbers and base64 only: nothing of the user's text is in it
         script=Markup(_SCRIPT),
     )
-    colours = png(_small(pca_picture(patches)))
+    first = next(iter(shown))
+    pair = [(png(_small(patches.picture)), first), (png(_small(pca_picture(patches))), "first three components, body only")]
+    words = "The first three principal components of the patch tokens as red, green and blue, over the body's patches."
     sections = [
         html.Section("Similarity to the chosen patch", body),
-        html.Section("Principal components", html.figure(colours, "first three components of the patch tokens")),
+        html.Section("Principal components", html.join(html.text(words), html.picture_row(pair, width_px=_SHOWN_PX))),
     ]
     lead = f"{rows} x {columns} patches of {patches.patch_px} px; click on one. Off the exact map by at most {difference:.4f}"
     return html.page(title, lead, sections)
@@ -177,12 +198,14 @@ def _small(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).resize(side))
 
 
-_VIEWER = """<div style="display:flex;flex-wrap:wrap;gap:16px">
-<canvas id="image" width="{width}" height="{height}" style="cursor:crosshair;max-width:100%"></canvas>
-<canvas id="map" width="{width}" height="{height}" style="cursor:crosshair;max-width:100%"></canvas></div>
+_VIEWER = """<div class="row" style="grid-template-columns: repeat(2, minmax(0, 1fr)); max-width: 1300px">
+<canvas id="image" width="{width}" height="{height}" style="cursor:crosshair;width:100%"></canvas>
+<canvas id="map" width="{width}" height="{height}" style="cursor:crosshair;width:100%"></canvas></div>
 <p id="readout">waiting</p>
-<p><label>Overlay <input id="opacity" type="range" min="0" max="100" value="0"></label></p>
-<img id="source" alt="the image" hidden src="data:image/png;base64,{picture}">
+<p>Map: dark is least alike, yellow most, over this picture; the red frame is the chosen patch.</p>
+<p><label>Shown in <select id="window">{options}</select></label>
+<label>Map over the picture <input id="opacity" type="range" min="0" max="100" value="0"></label></p>
+<img id="source" alt="the image" hidden src="{picture}">
 <script type="application/json" id="tokens">{data}</script>
 <script>{script}</script>"""
 
@@ -241,6 +264,9 @@ _SCRIPT = """
     draw();
   }
   image.addEventListener("click", choose); map.addEventListener("click", choose); slider.addEventListener("input", draw);
-  if (source.complete) draw(); else source.addEventListener("load", draw);
+  const chosen = document.getElementById("window");
+  chosen.addEventListener("change", () => { source.src = chosen.value; });
+  source.addEventListener("load", draw);
+  if (source.complete) draw();
 })();
 """

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from meddino.checkpoints.export.model import Model
 from meddino.core.errors import CheckpointError
+from meddino.models.registry import tapped_blocks
 
 # Another library adds in another order; the same code does not. Relative to the largest output where that is above 1.
 TOLERANCE_OTHER_LIBRARY = 2e-5
@@ -40,7 +41,9 @@ def outputs(model: Model, stored: Tensor) -> list[Tensor]:
     images = model.preprocess(stored)
     with torch.no_grad():
         features = model.forward_features(images)
-        return [features.cls_token, features.register_tokens, features.patch_tokens, *model.get_intermediate_layers(images)]
+        taps = tapped_blocks(model.depth, min(4, model.depth))
+        maps = model.backbone.get_intermediate_layers(images, taps)
+        return [features.cls_token, features.register_tokens, features.patch_tokens, *maps]
 
 
 def check_other_library(expected: Sequence[Tensor], found: Sequence[Tensor], library: str, what: str) -> None:

@@ -1,7 +1,10 @@
 """A model as people use it: weights, architecture, input contract and lineage together."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,14 +36,17 @@ from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.checkpoints.weights.find_weights import find_weights, is_training_output
 from meddino.checkpoints.weights.infer_architecture import backbone_name
 from meddino.checkpoints.weights.load import fit
-from meddino.core.errors import CheckpointError
+from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.files import sha256_file
 from meddino.core.logging import get_logger
 from meddino.data.intensity import CTIntensity, Intensity
 from meddino.data.model_input import normalise
 from meddino.models.backbone import Backbone, BackboneOutput
-from meddino.models.registry import BackboneConfig, backbone_config, backbone_from_config, tapped_blocks
+from meddino.models.registry import BackboneConfig, backbone_config, backbone_from_config
 from meddino.models.vision_transformer import VisionTransformer
+from meddino.models.volume_tokens import VolumeTokens, as_stored, encode, padded
+from meddino.volumes.read import read_volume
+from meddino.volumes.volume import Volume
 
 RANDOM_PREFIX = "random:"
 _log = get_logger(__name__)
@@ -85,15 +91,50 @@ class Model(nn.Module):
         return self.backbone.depth
 
     def preprocess(
-        self, stored: Float[Tensor, "*batch h w"], value_range: Float[Tensor, "*batch 2"] | None = None
+        self, stored: Any, value_range: Float[Tensor, "*batch 2"] | Sequence[float] | None = None
     ) -> Float[Tensor, "*batch c h w"]:
         """Turn grey values into model input by the input contract; see `meddino.data.model_input.normalise`.
 
+        Sides that are no multiples of the patch are padded with the lowest value at the bottom and the right; a warning
+        says so.
+
         Args:
-            stored: Of a CT model Hounsfield units; of others values in [0, 1], or any with their range.
+            stored: A tensor or array [..., H, W], of a CT model Hounsfield units, of others values in [0, 1], or any with
+                their range; or a `Volume`: all its slices, turned to axial ones, by its own range.
             value_range: Values that become 0 and 1; see `meddino.data.model_input.value_range`.
+
+        Raises:
+            ConfigError: The values cannot be what the contract says.
         """
-        return normalise(stored, self.contract, value_range)
+        values, limits = as_stored(stored, self.contract, value_range)
+        images, note = padded(normalise(values, self.contract, limits), self.contract, self._side_multiple)
+        if note:
+            warnings.warn(f"images were {note}", stacklevel=2)
+        return images
+
+    @property
+    def _side_multiple(self) -> int:
+        return math.lcm(self.backbone.multiple_px, self.backbone.patch_size)
+
+    @torch.inference_mode()
+    def encode_volume(self, volume: Volume | str | Path, batch: int = 8, size_px: int | None = None) -> VolumeTokens:
+        """Return the patch tokens of every axial slice of a volume, and where each lies in the patient.
+
+        Args:
+            volume: From `meddino.read_volume`, or its path.
+            batch: Slices at a time.
+            size_px: Longer side that slices are resized to; None keeps their own pixels.
+
+        Returns:
+            Tokens [Z, h, w, D] on the CPU with the affine of their grid, CLS tokens [Z, D], which patches are body, and notes
+            on what was decided.
+
+        Raises:
+            ConfigError: The file says that it is of another modality than the model's.
+            VolumeError: It cannot be read, or holds values that are no numbers.
+        """
+        read = volume if isinstance(volume, Volume) else read_volume(Path(volume))
+        return encode(self.backbone, self.contract, read, batch, size_px)
 
     def forward_features(self, images: Float[Tensor, "batch c h w"]) -> BackboneOutput:
         """Return the normalised CLS, register and patch tokens.
@@ -108,17 +149,51 @@ class Model(nn.Module):
         return self.forward_features(images)
 
     def get_intermediate_layers(
-        self, images: Float[Tensor, "batch c h w"], blocks: Sequence[int] | None = None, *, norm: bool = True
-    ) -> list[Float[Tensor, "batch _dim _rows _columns"]]:
-        """Return patch tokens after some blocks as maps.
+        self,
+        x: Float[Tensor, "batch c h w"],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        return_extra_tokens: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], ...]:
+        """Return the tokens after some blocks, as DINOv2's and DINOv3's method of that name does.
 
         Args:
-            images: From `preprocess`.
-            blocks: From 0; None takes the four that segmentation reads (2, 5, 8, 11 of 12).
+            x: From `preprocess`.
+            n: The last so many blocks, or the numbers of blocks, from 0.
+            reshape: Patch tokens as maps [B, D, h, w] instead of [B, N, D].
+            return_class_token: Each item is a pair: patch tokens, CLS token [B, D].
+            return_extra_tokens: Also the register tokens [B, R, D].
             norm: Apply the last LayerNorm to each.
+
+        Returns:
+            One item a block, in the order of the blocks.
+
+        Raises:
+            ConfigError: A block does not exist.
         """
-        chosen = tapped_blocks(self.depth, min(4, self.depth)) if blocks is None else blocks
-        return self.backbone.get_intermediate_layers(images, chosen, norm=norm)
+        blocks = list(range(self.depth - n, self.depth)) if isinstance(n, int) else sorted(n)
+        if not blocks or any(not 0 <= block < self.depth for block in blocks):
+            raise ConfigError(f"n={n}: this model has {self.depth} blocks, numbered from 0 to {self.depth - 1}")
+        outputs = self.backbone.intermediate_outputs(x, blocks, norm=norm)
+        patches = tuple(output.patch_map if reshape else output.patch_tokens for output in outputs)
+        extra = [tuple(output.cls_token for output in outputs)] if return_class_token else []
+        extra += [tuple(output.register_tokens for output in outputs)] if return_extra_tokens else []
+        return tuple(zip(patches, *extra, strict=True)) if extra else patches
+
+    def __repr__(self) -> str:
+        channels, multiple, dim = self.contract.channels, self._side_multiple, self.embed_dim
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return "\n".join(
+            [
+                f"Model {self.config.architecture.name}: {count / 1e6:.1f} M parameters, {self.depth} blocks, patch "
+                f"{self.patch_size} px, {self.config.weights.role}, licence {self.lineage.licence}",
+                f"  input   [B, {channels}, H, W], H and W multiples of {multiple}: {self.contract.in_words}",
+                f"  output  cls_token [B, {dim}], register_tokens [B, {getattr(self.backbone.config, 'num_registers', 'R')}, "
+                f"{dim}], patch_tokens [B, H/{self.patch_size} * W/{self.patch_size}, {dim}]",
+            ]
+        )
 
 
 def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None) -> Model:

@@ -125,6 +125,6 @@ def _usage(contract: Intensity) -> str:
         f"stored = torch.zeros(1, 256, 256)                        # {GIVEN[contract.modality]}",
         f"images = model.preprocess(stored)                        # [1, {contract.channels}, 256, 256] by the input contract",
         "features = model.forward_features(images)                # .cls_token, .patch_tokens",
-        "maps = model.get_intermediate_layers(images)             # four patch maps for dense tasks",
+        "maps = model.get_intermediate_layers(images, n=4, reshape=True)  # patch maps of the last four blocks",
     ]
     return "\n".join(["## Use", "", "```python", *code, "```"])

@@ -19,6 +19,7 @@ from meddino_pretrain.data.loader import SliceSource
 # The second view: mirrored, another contrast (of CT also a narrower window), noisier as of a thinner dose, half the resolution.
 _CT_WINDOW_HU, _CT_NOISE_HU = (-360.0, 440.0), 20.0
 _CONTRAST, _NOISE, _ZOOM = 1.25, 0.02, 0.5
+PICTURED, _PICTURED_PX = 6, 256  # slices that are drawn, and the side at which patches become worth looking at
 logger = get_logger(__name__)
 
 
@@ -33,6 +34,7 @@ class FixedSlices:
         grey: [n, H, W] the first view for people.
         body: [n, H, W] True where the first view shows more than air or darkness: elsewhere one patch is as good as another.
         keys: The slices' keys.
+        pictured: A few of them, as large as pictures need; None where nobody draws.
     """
 
     first_view: Float[Tensor, "n c h w"]
@@ -40,13 +42,16 @@ class FixedSlices:
     grey: UInt8[Tensor, "n h w"]
     body: Bool[Tensor, "n h w"]
     keys: tuple[str, ...]
+    pictured: "FixedSlices | None" = None
 
     def __len__(self) -> int:
         """Return the number of slices."""
         return len(self.keys)
 
 
-def fixed_slices(corpus: SliceSource, intensities: Intensities, count: int, size_px: int) -> FixedSlices:
+def fixed_slices(
+    corpus: SliceSource, intensities: Intensities, count: int, size_px: int, pictured: bool = False
+) -> FixedSlices:
     """Take slices at even distances through a corpus: the same ones whenever it is asked.
 
     Args:
@@ -54,6 +59,7 @@ def fixed_slices(corpus: SliceSource, intensities: Intensities, count: int, size
         intensities: How they become model input.
         count: Slices wanted; fewer if the corpus has fewer.
         size_px: Side of the views; the largest square (in millimetres) in the middle of a slice is resized to it.
+        pictured: Also a few slices whose side is the first multiple of `size_px` from 256 px on, for `probe_pictures`.
 
     Raises:
         ShardError: Not one of the slices can be read.
@@ -75,6 +81,7 @@ def fixed_slices(corpus: SliceSource, intensities: Intensities, count: int, size
         torch.stack(grey),
         torch.stack(body),
         keys,
+        fixed_slices(corpus, intensities, PICTURED, -(-_PICTURED_PX // size_px) * size_px) if pictured else None,
     )
 
 

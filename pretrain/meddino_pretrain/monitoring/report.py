@@ -10,7 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from meddino.core.files import write_text
-from meddino.core.html import Section, figure, join, line_chart, page, table, text
+from meddino.core.html import Section, columns, figure, join, page, table, text
+from meddino.core.html_charts import chart, in_columns
+from meddino.data.intensity import window_text
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.methods.config import Terms
 from meddino_pretrain.monitoring.diagnostics import Finding, findings
@@ -20,7 +22,6 @@ from meddino_pretrain.monitoring.report_curves import stage_charts
 
 REFRESH_S = 30
 PICTURES = "pictures"
-CHART_PX = 500  # two beside one another
 Records = Sequence[dict[str, Any]]
 
 
@@ -100,11 +101,11 @@ def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, ter
     good = [record for record in records if record["loss"] is not None]
     if good:
         rows = [(term, good[0][term], good[-1][term]) for term in ("loss", *terms.losses) if term in good[0]]
-        parts.append(table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows))
-        parts += [figure(chart, width_px=CHART_PX) for chart in stage_charts(good, terms)]
+        ends = table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows)
+        parts += [columns(ends, _features(records)), in_columns(stage_charts(good, terms))]
         if history.every > 1:
             parts.append(text(f"Curves show every {history.every}th step, all probes, and the newest steps."))
-    return join(*parts, *_features(records), *_pictures(pictures))
+    return join(*parts, *_pictures(pictures))
 
 
 def _speed(records: Records, history: History, steps: int) -> Markup:
@@ -135,7 +136,7 @@ def _speed(records: Records, history: History, steps: int) -> Markup:
             (
                 step,
                 steps,
-                "-" if left_s is None else _clock(left_s),
+                None if left_s is None else _clock(left_s),
                 totals["step_s"],
                 totals["eval_time_s"],
                 median("step_s"),
@@ -146,6 +147,7 @@ def _speed(records: Records, history: History, steps: int) -> Markup:
                 history.peak_memory_mib,
             )
         ],
+        dash="not known yet",
     )
 
 
@@ -161,28 +163,37 @@ def _choice(choice: dict[str, Any]) -> list[Markup]:
     marks = {"chosen": float(choice["step"])}
     return [
         text(f"Kept backbone: {choice['message']}."),
-        figure(line_chart(curve, "patch quality of the kept backbones", "step", "consistency", marks=marks)),
+        in_columns([chart(curve, "patch quality of the kept backbones", "step", "consistency", marks=marks)]),
     ]
 
 
-def _features(records: Records) -> list[Markup]:
+def _features(records: Records) -> Markup:
     probed = [record for record in records if has_probe(record)]
     if not probed:
-        return []
+        return Markup("")
     first, last = probed[0], probed[-1]
     rows = [
         (name, first.get(f"{PREFIX}{name}"), last.get(f"{PREFIX}{name}"), meaning)
         for name, meaning in MEANINGS.items()
         if f"{PREFIX}{name}" in last
     ]
-    return [table(("features of fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means"), rows)]
+    header = ("features of fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means")
+    return table(header, rows, dash="not measured at that step")
 
 
 def _pictures(files: Sequence[Path]) -> list[Markup]:
+    window = f"CT in the {window_text()}"
+    kinds = (
+        ("pca", f"slices ({window}) and their patch tokens as colours: the first three principal components over the body"),
+        (
+            "similarity",
+            f"slices ({window}) and the cosine similarity of every patch to the red one: black 0 and below, white 1",
+        ),
+    )
     parts = []
-    for name, words in (("pca", "patch tokens as colours (PCA)"), ("similarity", "cosine similarity to the marked patch")):
+    for name, words in kinds:
         of_kind = [file for file in files if file.stem.startswith(f"{name}-")]
         for file in dict.fromkeys([*of_kind[:1], *of_kind[-1:]]):
             step = int(file.stem.rsplit("-", 1)[1])
-            parts.append(figure(file.read_bytes(), f"{words}, exported backbone after step {step}"))
+            parts.append(figure(file.read_bytes(), f"After step {step}, exported backbone: {words}"))
     return parts

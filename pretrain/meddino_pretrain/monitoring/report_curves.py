@@ -1,13 +1,12 @@
 """The curves of one stage, as its report shows them."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from meddino.core.html import line_chart
+from markupsafe import Markup
+
+from meddino.core.html_charts import chart
 from meddino_pretrain.methods.config import Chart, Terms
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCHEDULES = (
     Chart("learning rate", "lr", {"lr": "lr"}),
@@ -29,8 +28,8 @@ FEATURES = (
 Records = Sequence[Mapping[str, Any]]
 
 
-def stage_charts(records: Records, terms: Terms) -> "list[Figure]":
-    """Draw what was measured in a stage.
+def stage_charts(records: Records, terms: Terms) -> list[Markup]:
+    """Draw what was measured in a stage; see `meddino.core.html_charts.chart`.
 
     Args:
         records: One a step, maybe thinned, in order.
@@ -40,14 +39,14 @@ def stage_charts(records: Records, terms: Terms) -> "list[Figure]":
     losses = {name: name for name in ("loss", *terms.losses) if name in present}
     norms = {name: name.removeprefix("grad_norm/") for name in sorted(present) if name.startswith("grad_norm/")}
     charts = [
-        line_chart(_series(records, losses), "loss terms", "step", "loss"),
-        line_chart(_series(records, norms), "gradient norm before clipping", "step", "L2 norm", log_y=True),
+        chart(_series(records, losses), "loss terms", "step", "loss"),
+        chart(_series(records, norms), "gradient norm before clipping", "step", "L2 norm", log_y=True),
     ]
-    return charts + [
-        line_chart(series, chart.title, "step", chart.unit, levels=chart.levels or None)
-        for chart in (*terms.charts, *SCHEDULES, *FEATURES)
-        if (series := _series(records, chart.series))
+    charts += [
+        chart(_series(records, each.series), each.title, "step", each.unit, levels=each.levels or None)
+        for each in (*terms.charts, *SCHEDULES, *FEATURES)
     ]
+    return [made for made in charts if made]
 
 
 def _series(records: Records, names: Mapping[str, str]) -> dict[str, tuple[list[float], list[float]]]:

@@ -20,6 +20,7 @@ from meddino_evaluation.metrics.classification import METRICS, classification_me
 from meddino_evaluation.metrics.text_table import Table, metric_text
 
 from meddino.core.errors import ConfigError
+from tests.browser import check_page
 
 FROZEN = ("knn", "logistic", "linear", "mlp", "attention")
 
@@ -132,6 +133,8 @@ def test_evaluate__every_kind_of_task_and_every_number_from_the_csv(fake_set, ba
     assert {one.case for one in wrong} == {case for _, case in slow} or len(wrong) == 12
     assert not wrong or (-wrong[0].probability, wrong[0].case) == min(slow)
     assert [origin[:9] for origin in content["splits"]] == ["repeat 0:", "repeat 1:"]
+    if name in ("ct_plane", "nih_chestxray14"):
+        check_page(tmp_path / "report.html")
 
 
 def test_evaluate__equal_seeds_give_equal_files(fake_set, backbone, quick, tmp_path):

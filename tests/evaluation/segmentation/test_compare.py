@@ -8,6 +8,8 @@ from meddino_evaluation.cli import main
 from meddino_evaluation.metrics.statistics import paired_means, wilcoxon_signed_rank
 from meddino_evaluation.study.segmentation_runs import Variant, compare, rank_stability
 
+from tests.browser import check_page
+
 
 def variant(name: str, dice: np.ndarray, data: str = "d", leaked: list[str] | None = None) -> Variant:
     """`dice` [seeds, cases]."""
@@ -98,9 +100,19 @@ def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_
     found = json.loads((out / "comparison.json").read_text())
     assert [entry["name"] for entry in found["variants"]] == ["first, frozen", "first, finetune", "second, frozen"]
     assert len(found["pairs"]) == 3
+    page = (out / "report.html").read_text()
+    for words in (
+        "reference",
+        "second, frozen, Dice",
+        "the grey line is no difference",
+        "soft-tissue window",
+        'class="legend"',
+    ):
+        assert words in page, words
     folders = {path.name.partition("-")[0]: path for path in (out / "runs").iterdir()}
     runs = [f"--results={name}={folders[folder]}" for name, folder in (("a", "first_frozen"), ("b", "second_frozen"))]
     assert main(["compare", *runs, "--out", str(tmp_path / "again")]) == 0
     assert main(["compare", "--out", str(out)]) == 2
     assert main(["compare", "--model", "nothing", "--out", str(out)]) == 2
     assert main(["compare", "--results", f"a={tmp_path}", "--out", str(out)]) == 2
+    assert set(check_page(out / "report.html")["rows"]) == {1}  # reference | first | first | second

@@ -19,6 +19,7 @@ from meddino_evaluation.segmentation.training.samples import CropSampler
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, VolumeError
+from tests.browser import check_page
 
 MODEL = "random:vitnano8"
 
@@ -44,6 +45,8 @@ def test_segment__writes_everything_and_learns_something(make_dataset, tiny_conf
     assert prediction.GetSize() == image.GetSize()
     assert "Best, median and worst case" in (out / "report.html").read_text()
     assert (out / "splits_final.json").is_file()
+    found = check_page(out / "report.html")
+    assert set(found["rows"]) == {1} and len(found["pictures"]) == 2 + 2 * 2 + 1  # cases, two cases in pictures, training
 
 
 def test_segment__same_seed_same_bytes_and_another_seed_other_ones(make_dataset, tiny_config, tmp_path):

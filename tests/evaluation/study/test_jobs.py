@@ -11,6 +11,7 @@ from meddino_evaluation.study.jobs import parse_part, run_jobs
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import locked_folder
+from tests.browser import check_page
 
 STUDY = """
 models: ["random:vitnano8", "random:timm:resnet10t"]
@@ -111,6 +112,7 @@ def test_study__freeze_and_few_shot(config, data_root, tmp_path):
     assert _study("few-shot", config, data_root, tmp_path / "few") == 0
     assert "shots=2" in (tmp_path / "few" / "results.csv").read_text()
     assert "training patients a class" in (tmp_path / "few" / "report.html").read_text()
+    check_page(tmp_path / "few" / "report.html")
 
 
 def test_study__missing_weights_stop_their_jobs_and_no_other(config, data_root, tmp_path, capsys, monkeypatch):

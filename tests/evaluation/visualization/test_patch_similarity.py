@@ -1,5 +1,4 @@
 import re
-import shutil
 import subprocess
 
 import numpy as np
@@ -18,8 +17,7 @@ from meddino_evaluation.visualization.patch_similarity import (
 )
 
 from meddino.core.errors import ConfigError
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+from tests.browser import CHROMIUM, QUIET, check_page, needs_chromium
 
 
 def _stack(side=64):
@@ -80,26 +78,13 @@ def test_similarity_page__wide_tokens_are_projected_and_it_says_how_far_off():
 
 def _dumped(page, path):
     path.write_text(page)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    more = [
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={path.parent / 'profile'}",
-        "--virtual-time-budget=4000",
-    ]
-    command = [CHROMIUM, *flags, *more, "--dump-dom", path.as_uri()]
+    more = (f"--user-data-dir={path.parent / 'profile'}", "--virtual-time-budget=4000")
+    command = [CHROMIUM, *QUIET, *more, "--dump-dom", path.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not on this machine")
+@needs_chromium
 def test_similarity_page__a_click_shows_that_patchs_map(backbone, tmp_path):
     patches = patch_map(backbone, _stack(), 0, 64)
     page = similarity_page(patches, "page", 2, 5)
@@ -114,6 +99,15 @@ def test_similarity_page__a_click_shows_that_patchs_map(backbone, tmp_path):
       const place = {clientX: box.left + box.width * 1.5 / 8, clientY: box.top + box.height * 6.5 / 8, bubbles: true};
       document.getElementById("image").dispatchEvent(new MouseEvent("click", place)); }, 200));</script></body>"""
     assert readout(6, 1) in _dumped(page.replace("</body>", click), tmp_path / "clicked.html")
+    assert check_page(page)["rows"] == [1, 1]  # the map beside the picture, the colours beside the slice
+    for window in ("soft-tissue window (level 40, width 400 HU)", "lung window", "bone window"):
+        assert window in page
+
+
+def test_pca_picture__air_is_black(backbone):
+    stack = SliceStack(np.where(np.arange(64)[:, None] < 32, -1000, _stack().values), "hu")
+    picture = pca_picture(patch_map(backbone, stack, 0, 64))
+    assert not picture[:32].any() and picture[32:].any()
 
 
 def test_tsne__separates_far_clusters_and_repeats():

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
-from meddino.models.patch_pca import patch_pca_images
+from meddino.models.patch_maps import cosine_map, patch_pca_images
 
 
 def test_patch_pca_images__components_equal_scikit_learn():
@@ -27,3 +27,13 @@ def test_patch_pca_images__two_maps_share_their_colours():
 def test_patch_pca_images__constant_map_gives_a_picture():
     (picture,) = patch_pca_images([torch.ones(4, 2, 2)])
     assert picture.shape == (2, 2, 3)
+
+
+def test_cosine_map__equals_a_slow_loop():
+    tokens = np.random.default_rng(0).normal(size=(5, 3, 4))
+    result = cosine_map(torch.from_numpy(tokens), 2, 1)
+    mark = tokens[:, 2, 1]
+    for y in range(3):
+        for x in range(4):
+            a = tokens[:, y, x]
+            assert result[y, x].item() == pytest.approx(a @ mark / np.linalg.norm(a) / np.linalg.norm(mark))
