@@ -33,9 +33,9 @@ def test_export__the_teachers_backbone_comes_back_exactly(make_checkpoint, small
         expected = teacher.eval()(images)
         assert torch.equal(model.forward_features(images).cls_token, expected.cls_token)
         assert torch.equal(model(images).patch_tokens, expected.patch_tokens)
-        maps = model.get_intermediate_layers(images, [1, 3], norm=False)
+        maps = model.get_intermediate_layers(images, [1, 3], reshape=True, norm=False)
         assert torch.equal(maps[1], teacher.get_intermediate_layers(images, [3], norm=False)[0])
-    assert len(model.get_intermediate_layers(images)) == 4
+    assert len(model.get_intermediate_layers(images, 4)) == 4
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     assert (model.patch_size, model.embed_dim, model.depth) == (8, 32, 4)
 

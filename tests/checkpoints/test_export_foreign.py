@@ -124,7 +124,7 @@ def test_onnx__free_sizes_patch_maps_and_tampering(make_checkpoint, tmp_path, tr
         found = [torch.from_numpy(value) for value in session.run(None, {"images": images.numpy()})]
         features = model(images)
         expected = [features.cls_token, features.register_tokens, features.patch_tokens]
-        expected += model.get_intermediate_layers(images, [0, 1])
+        expected += model.get_intermediate_layers(images, [0, 1], reshape=True)
         assert all(close(one, other) for one, other in zip(found, expected, strict=True)), shape
 
     def tampered(path, *_):

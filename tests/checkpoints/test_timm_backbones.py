@@ -45,7 +45,7 @@ def test_export__loads_again_and_computes_the_same(trained, tmp_path):
     model = meddino.load(export_model(checkpoint, tmp_path / "model", ["safetensors", "timm"]))
     images = torch.randn(2, 3, 48, 80)
     assert torch.equal(model.forward_features(images).patch_tokens, backbone.tokens(images).patch_tokens)
-    assert [tuple(one.shape[1:]) for one in model.get_intermediate_layers(images)] == [
+    assert [tuple(one.shape[1:]) for one in model.get_intermediate_layers(images, (0, 1, 3, 4), reshape=True)] == [
         tuple(one.shape[1:]) for one in backbone.get_intermediate_layers(images, (0, 1, 3, 4))
     ]
     theirs = timm.create_model("resnet10t", checkpoint_path=str(tmp_path / "model/timm/model.safetensors"), num_classes=0)
