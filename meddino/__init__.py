@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from meddino.models.volume_tokens import VolumeTokens
     from meddino.volumes.volume import Volume
 
+    __version__: str
+
 __all__ = ["Model", "Volume", "VolumeTokens", "__version__", "load", "pca", "read_volume", "similarity"]
 
 _LAZY = {

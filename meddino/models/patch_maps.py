@@ -54,8 +54,8 @@ def patch_pca_images(
 
 def share_of_patch(mask: Bool[Tensor, "*batch height width"], patch_size: int) -> Float[Tensor, "*batch h w"]:
     """Return the share of each patch's pixels that a mask holds; sides are multiples of `patch_size`."""
-    cells = mask.float().unflatten(-1, (-1, patch_size)).unflatten(-3, (-1, patch_size))
-    return cells.mean((-3, -1))
+    rows, columns = mask.shape[-2] // patch_size, mask.shape[-1] // patch_size
+    return mask.float().reshape(*mask.shape[:-2], rows, patch_size, columns, patch_size).mean((-3, -1))
 
 
 def cosine_map(tokens: Float[Tensor, "dim h w"], row: int, column: int) -> Float[Tensor, "h w"]:

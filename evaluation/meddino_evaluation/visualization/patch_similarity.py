@@ -159,8 +159,8 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         "column": column,
         "tokens": base64.b64encode(quantised.tobytes()).decode(),
     }
-    shown = patches.windows or {"what the model saw, from its 1st to its 99th percentile": patches.picture}
-    pictures = {name: "data:image/png;base64," + base64.b64encode(png(_small(one))).decode() for name, one in shown.items()}
+    views = patches.windows or {"what the model saw, from its 1st to its 99th percentile": patches.picture}
+    pictures = {name: "data:image/png;base64," + base64.b64encode(png(_small(one))).decode() for name, one in views.items()}
     options = Markup("").join(
         Markup('<option value="{}">{}</option>').format(source, name) for name, source in pictures.items()
     )
@@ -172,7 +172,7 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         data=Markup(json.dumps(data)),  # numbers and base64 only: nothing of the user's text is in it
         script=Markup(_SCRIPT),
     )
-    first = next(iter(shown))
+    first = next(iter(views))
     pair = [(png(_small(patches.picture)), first), (png(_small(pca_picture(patches))), "first three components, body only")]
     words = "The first three principal components of the patch tokens as red, green and blue, over the body's patches."
     sections = [
