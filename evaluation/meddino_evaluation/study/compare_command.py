@@ -228,7 +228,9 @@ def pair_table(found: dict[str, Any]) -> Table:
 def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external: Mapping[str, dict[str, Any]]) -> str:
     """Return the report: tables, intervals of differences, every case, and the best, the median and the worst in pictures."""
     tau = found["ranking_tau"]
-    stable = text(f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {tau:.3f} on average.")
+    stable = text(
+        f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
+    )
     parts = [_html_table(main_table(found)), *([stable] if tau is not None else []), text(NOTE, "note")]
     sections = [
         Section("Models", join(*parts)),
