@@ -48,4 +48,5 @@ def compilable(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
     def chosen(*arguments: _Arguments.args, **named: _Arguments.kwargs) -> _Result:
         return (compiled() if _switch["functions"] else function)(*arguments, **named)
 
+    chosen.runs_compiled = True  # type: ignore[attr-defined]
     return chosen

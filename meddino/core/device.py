@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,13 @@ class Machine:
         """Data type of weights, images, losses and the optimizer: float32, or float64 where everything is computed in it."""
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 
+    @property
+    def identity(self) -> str:
+        """Which GPU of which machine this is, the same for every process that sees it; empty where processes may share."""
+        if self.device.type != "cuda":
+            return ""
+        return f"{socket.gethostname()} {torch.cuda.get_device_properties(self.device).uuid}"
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes run."""
         if self.compute_dtype == self.weight_dtype:
@@ -67,6 +75,8 @@ def find_machine(device: str = "auto", precision: TrainingPrecision = "auto", lo
     Raises:
         ConfigError: The device asked for is not there.
     """
+    # Read when the first tensor is made on a GPU: crops of several sizes would leave holes that the next sizes do not fit into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     available = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
         chosen = (

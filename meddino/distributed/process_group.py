@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from meddino.core.errors import ConfigError, StoppedEarly
+from meddino.distributed.collectives import all_gather_strings
 
 DEFAULT_PORT = 29500
 
@@ -93,6 +94,22 @@ def start_distributed(timeout_s: float = 600.0) -> Iterator[Distributed]:
         ) from error
     # Only now: while others are in a collective this would wait for them, and an error's traceback with it.
     dist.destroy_process_group()
+
+
+def check_one_process_a_gpu(identity: str) -> None:
+    """Refuse two processes on one GPU, which NCCL would end with an error that names neither. Every process calls this.
+
+    Args:
+        identity: `Machine.identity` of this process.
+
+    Raises:
+        ConfigError: Two have the same.
+    """
+    everyone = all_gather_strings([identity])
+    shared = {gpu: [rank for rank, other in enumerate(everyone) if other == gpu] for gpu in everyone if gpu}
+    for gpu, ranks in shared.items():
+        if len(ranks) > 1:
+            raise ConfigError(f"processes {ranks} share one GPU ({gpu}); start one process a GPU: --processes, --gpus-per-task")
 
 
 def _peer_is_gone(error: RuntimeError) -> bool:

@@ -1,10 +1,12 @@
 """One block of the transformer: attention and perceptron, each with pre-norm, LayerScale and batch-subset drop path."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from meddino.core.device import at_least_float32
@@ -107,5 +109,23 @@ def _add_residual(
 ) -> Float[Tensor, "tokens dim"]:
     if kept is None:
         return branch(x, groups).add_(x)  # in place: one tensor of all tokens less
-    residual = branch(x.index_select(0, kept.rows), kept.groups) * kept.scales
-    return x.index_add(0, kept.rows, residual.to(x.dtype))
+    residual = branch(x.index_select(0, kept.rows), kept.groups)
+    if torch.compiler.is_compiling():
+        return x.index_add(0, kept.rows, (residual * kept.scales).to(x.dtype))
+    added: Tensor = _AddRows.apply(x, residual, kept.rows, kept.scales)
+    return added
+
+
+class _AddRows(torch.autograd.Function):
+    """x with scaled residuals added to some rows; autograd's own would keep the residuals, which no gradient needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, scales)
+        return x.index_add(0, rows, (residual * scales).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, scales = ctx.saved_tensors
+        return grads[0], grads[0].index_select(0, rows) * scales, None, None

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from meddino.core.errors import ConfigError
 
@@ -112,6 +114,38 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: Float[Tensor, "*batch tokens heads dim"], table: RotaryTable) -> Float[Tensor, "*batch tokens heads dim"]:
     """Turn every pair (i, i + dim / 2) of each token's features by its angle; computed in the table's data type."""
     sin, cos = table.sin[:, None, :], table.cos[:, None, :]
+    if x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
+        turned: Tensor = _Rotation.apply(x, sin, cos)
+        return turned
     turned = x.to(sin.dtype)
     first, second = turned.chunk(2, dim=-1)
     return (turned * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """The rotation in two passes of each half of the features, forward and back; the formula takes eight of all of them.
+
+    A compiler makes one pass of the formula, and float32 on a CPU has layers of its own: this is for what runs eagerly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        ctx.save_for_backward(sin, cos)
+        return _turned(x, sin, cos)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sin, cos = ctx.saved_tensors
+        return _turned(grads[0], -sin, cos), None, None
+
+
+def _turned(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    sin, cos = sin[..., :half], cos[..., :half]  # the second half repeats the first
+    first, second = x[..., :half], x[..., half:]
+    result = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Products in the table's type; only their sum is rounded to the features' own.
+    torch.addcmul(first * cos, second, sin, value=-1, out=result[..., :half])
+    torch.addcmul(second * cos, first, sin, out=result[..., half:])
+    return result

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meddino.core.compilation import compilable
 from meddino.core.device import at_least_float32, loss_dtype
 from meddino.layers.linear import product
 from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
@@ -68,12 +69,7 @@ class _Comparison:
         losses = logits.new_empty(len(logits))
         for part, rows, assigned in self._assignments(logits, first_row):
             chunk, total_weight = logits[part], self.weights[rows].sum(1)
-            # Less the row's maximum, in the assignment's product too: large logits would cost digits in both terms.
-            torch.amax(chunk, 1, out=softmax[part, 0])
-            chunk.sub_(softmax[part, :1])
-            agreement = torch.linalg.vecdot(assigned, chunk)
-            torch.sum(chunk.exp_(), 1, out=softmax[part, 1])
-            losses[part] = total_weight * softmax[part, 1].log() - agreement
+            losses[part], softmax[part, 0], softmax[part, 1] = _row_losses(chunk, assigned, total_weight)
         return losses
 
     def into_gradient(self, logits: Float[Tensor, "m k"], first_row: int, softmax: Float[Tensor, "m 2"]) -> None:
@@ -81,7 +77,7 @@ class _Comparison:
         for part, rows, assigned in self._assignments(logits, first_row):
             largest, normaliser = softmax[part].unbind(1)
             scale = self.weights[rows].sum(1) / normaliser
-            logits[part].sub_(largest[:, None]).exp_().mul_(scale[:, None]).sub_(assigned)
+            _into_row_gradients(logits[part], assigned, largest, scale)
 
     def _assignments(self, logits: Tensor, first_row: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield for a few rows at a time: where they lie in the logits, where in all rows, and the weighted assignments."""
@@ -90,10 +86,33 @@ class _Comparison:
             rows = slice(first_row + part.start, first_row + part.stop)
             target_rows = self.target_rows[rows]
             scales = targets.row_scale[target_rows] * self.weights[rows]  # [m, r]
-            assigned = targets.kernel(target_rows[:, 0]).mul_(scales[:, :1])
-            for other in range(1, target_rows.shape[1]):
-                assigned.addcmul_(targets.kernel(target_rows[:, other]), scales[:, other, None])
-            yield part, rows, assigned.mul_(targets.column_scale)
+            kernels = [targets.kernel(column) for column in target_rows.unbind(1)]
+            yield part, rows, _weighted_sum(kernels, scales, targets.column_scale)
+
+
+@compilable
+def _weighted_sum(kernels: list[Tensor], scales: Tensor, column_scale: Tensor) -> Tensor:
+    """Return the assignments of some rows, weighted, in the memory of the first kernel."""
+    assigned = kernels[0].mul_(scales[:, :1])
+    for other in range(1, len(kernels)):
+        assigned.addcmul_(kernels[other], scales[:, other, None])
+    return assigned.mul_(column_scale)
+
+
+@compilable
+def _row_losses(logits: Tensor, assigned: Tensor, total_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, largest logits and normalisers of some rows; the logits are used up."""
+    # Less the row's maximum, in the assignment's product too: large logits would cost digits in both terms.
+    largest = logits.amax(1)
+    logits.sub_(largest[:, None])
+    agreement = torch.linalg.vecdot(assigned, logits)
+    normaliser = logits.exp_().sum(1)
+    return total_weight * normaliser.log() - agreement, largest, normaliser
+
+
+@compilable
+def _into_row_gradients(logits: Tensor, assigned: Tensor, largest: Tensor, scale: Tensor) -> None:
+    logits.sub_(largest[:, None]).exp_().mul_(scale[:, None]).sub_(assigned)
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from meddino.core.compilation import compilable
 from meddino.core.device import at_least_float32, loss_dtype
 from meddino.distributed.collectives import all_reduce_max, all_reduce_sum
 from meddino.layers.linear import product
@@ -88,7 +89,7 @@ class SinkhornTargets:
         """Return the kernel of some rows: a view of what is kept if a slice is asked for, else in memory of its own."""
         if self.kept is not None:
             return self.kept[rows]
-        return _into_kernel(self.logits.rows(rows).sub_(self.column_max), self.row_max[rows], self.temperature)
+        return _kernel(self.logits.rows(rows), self.column_max, self.row_max[rows], self.temperature)
 
     def probabilities(self, rows: slice | Int[Tensor, " m"] = slice(None)) -> Float[Tensor, "m prototypes"]:
         """Return the assignments of some rows; each sums to 1."""
@@ -149,10 +150,8 @@ def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> Sin
     row_max = torch.empty(rows, dtype=dtype, device=device)
     row_scale, column_sum = torch.empty_like(row_max), torch.zeros_like(column_max)
     for part in row_chunks(rows, prototypes, device):
-        exponents = (logits.rows(part) if kept is None else kept[part]).sub_(column_max)
-        row_max[part] = exponents.amax(1)
+        kernel, row_max[part] = _first_kernel(logits.rows(part) if kept is None else kept[part], column_max, temperature)
         row_scale[part] = (row_max[part] / temperature).exp_()
-        kernel = _into_kernel(exponents, row_max[part], temperature)
         if kept is None:
             column_sum += torch.mv(kernel.t(), row_scale[part])
     if kept is not None:
@@ -169,6 +168,20 @@ def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> Sin
             if round_number < iterations - 1:
                 column_sum += torch.mv(kernel.t(), row_scale[part])
     return SinkhornTargets(logits, kept, column_max, row_max, temperature, row_scale * total_rows, column_scale)
+
+
+@compilable
+def _kernel(logits: Tensor, column_max: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+    """Return the kernel of some rows in the memory of their logits."""
+    return _into_kernel(logits.sub_(column_max), row_max, temperature)
+
+
+@compilable
+def _first_kernel(logits: Tensor, column_max: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the kernel of some rows in the memory of their logits, and each row's maximum, which is looked for here."""
+    exponents = logits.sub_(column_max)
+    row_max = exponents.amax(1)
+    return _into_kernel(exponents, row_max, temperature), row_max
 
 
 def _into_kernel(exponents: Tensor, row_max: Tensor, temperature: float) -> Tensor:

@@ -15,7 +15,7 @@ from meddino.core.seeds import derive_seed
 from meddino.data.corpus import Corpus
 from meddino.data.joined_corpus import open_corpora
 from meddino.distributed.collectives import barrier, is_main, world_size
-from meddino.distributed.process_group import start_distributed
+from meddino.distributed.process_group import check_one_process_a_gpu, start_distributed
 from meddino.models.registry import build_backbone
 from meddino_pretrain.build import build_loader, build_method, build_speed_meter, build_stage_optimizer, spread_method, steps_of
 from meddino_pretrain.config import PretrainConfig, StageConfig
@@ -97,6 +97,7 @@ def run_pretraining(
     specs = check_views(config)
     with start_distributed() as place, nullcontext(caught) if caught else stop_on_signals() as stop:
         machine = find_machine(config.machine.device, config.machine.precision, place.local_rank)
+        check_one_process_a_gpu(machine.identity)
         if not machine.is_accelerator:
             use_cpu_threads()
         plan_run(config, this_machine(config, world_size(), measured=False), stages)  # memory, before anything is begun

@@ -3,7 +3,12 @@
 import pytest
 
 from meddino.core.errors import ConfigError
-from meddino.distributed.process_group import Distributed, first_host, read_environment
+from meddino.distributed.process_group import (
+    Distributed,
+    check_one_process_a_gpu,
+    first_host,
+    read_environment,
+)
 
 
 def test_read_environment__alone():
@@ -34,3 +39,14 @@ def test_read_environment__nonsense_is_named(environment):
 )
 def test_first_host__of_a_node_list(nodes, host):
     assert first_host(nodes) == host
+
+
+def test_check_one_process_a_gpu__names_the_ranks_that_share_one(monkeypatch):
+    def seen(*everyone):
+        monkeypatch.setattr("meddino.distributed.process_group.all_gather_strings", lambda own: list(everyone))
+        check_one_process_a_gpu(everyone[0])
+
+    seen("a GPU-0", "a GPU-1", "b GPU-0")
+    seen("", "")  # processes on CPUs share machines
+    with pytest.raises(ConfigError, match=r"processes \[0, 2\] share one GPU \(a GPU-0\)"):
+        seen("a GPU-0", "a GPU-1", "a GPU-0")

@@ -99,3 +99,18 @@ def test_forward__same_generator_same_table():
 def test_init__refuses_a_head_width_that_does_not_divide():
     with pytest.raises(ConfigError, match="multiple of 4, not 6"):
         RotaryEmbedding(6)
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16])
+def test_rotate__in_bf16_equals_the_formula_and_so_does_its_gradient(table_dtype):
+    table = RotaryEmbedding(16, dtype=table_dtype)(3, 2, prefix=2)
+    x = torch.randn(5, 8, 4, 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    aim = torch.randn(5, 8, 4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = x.detach().float().requires_grad_()
+    wide = RotaryTable(table.sin.float(), table.cos.float())
+    found, wanted = rotate(x, table), rotate(exact, wide)
+    (by_x,), (by_exact,) = torch.autograd.grad(found, x, aim), torch.autograd.grad(wanted, exact, aim.float())
+    tolerance = 8e-3 if table_dtype == torch.float32 else 3e-2  # one rounding, or one of each product
+    assert found.dtype == by_x.dtype == torch.bfloat16 and found.is_contiguous()
+    torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(by_x.float(), by_exact, atol=tolerance, rtol=tolerance)
