@@ -1,7 +1,7 @@
 """All that trainer, loader and monitor know of a method. A new one is a folder beside `dinov3` and a row of METHODS."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -168,12 +168,12 @@ class Method(ABC):
         """Return factors on the learning rate of parameters by a part of their dotted name; see `lr_schedules`."""
         return {}
 
-    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Any]:
+    def targets(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterable[Any]:
         """Return what the model shall match in each micro-batch, one after the other.
 
         What belongs to the whole batch is computed at once; what one micro-batch alone needs when it is asked for.
         """
-        return iter([None] * len(batches))
+        return [None] * len(batches)
 
     def losses(self, batches: Sequence[Batch], values: StepValues, step: int) -> Iterator[Losses]:
         """Yield the terms (detached) and their weighted sum "total" of each micro-batch of one optimizer step.
@@ -186,7 +186,7 @@ class Method(ABC):
             step: Step within the stage, from 0: seeds what is random in the forward pass.
         """
         self.model.train()
-        targets = self.targets(batches, values, step)
+        targets = iter(self.targets(batches, values, step))
         for number, batch in enumerate(batches):
             # Held open while the caller goes backward, which is when gradients are exchanged.
             with gradient_sync(self.called, number == len(batches) - 1), self.machine.autocast():
