@@ -77,7 +77,7 @@ class _Comparison:
         for part, rows, assigned in self._assignments(logits, first_row):
             largest, normaliser = softmax[part].unbind(1)
             scale = self.weights[rows].sum(1) / normaliser
-            _into_row_gradients(logits[part], assigned, largest, scale)
+            _into_row_gradients(logits[part], assigned, largest.contiguous(), scale)  # a view's offset would be compiled anew
 
     def _assignments(self, logits: Tensor, first_row: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yield for a few rows at a time: where they lie in the logits, where in all rows, and the weighted assignments."""

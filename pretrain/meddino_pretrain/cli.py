@@ -13,6 +13,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         return _bench(arguments[1:])
+    if arguments[:1] == ["check-gpu"]:
+        from meddino_pretrain.bench.commands import check_gpu
+
+        return check_gpu(arguments[1:])
     if arguments[:1] == ["show"]:
         from meddino_pretrain.show import main as show
 

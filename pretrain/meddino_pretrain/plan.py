@@ -41,18 +41,23 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """A kind of GPU: memory [GiB] and peak of dense bf16 products [operations a second], from the makers' data sheets."""
+    """A kind of GPU: memory [GiB] and peak of dense bf16 products [operations a second], from the makers' data sheets.
+
+    Attributes:
+        reached: Share of that peak; by the traced bytes of a step it falls where memory is slow beside the peak.
+    """
 
     memory_gib: float
     flops: float
+    reached: float = REACHED
 
 
 GPUS: Mapping[str, Gpu] = {
     "a100": Gpu(80, 312e12),
     "a100_40": Gpu(40, 312e12),
     "a6000": Gpu(48, 155e12),
-    "h100": Gpu(80, 989e12),
-    "h200": Gpu(141, 989e12),
+    "h100": Gpu(80, 989e12, 0.33),
+    "h200": Gpu(141, 989e12, 0.33),
     "l40s": Gpu(48, 362e12),
     "rtx3090": Gpu(24, 71e12),
     "rtx4090": Gpu(24, 165e12),
@@ -93,7 +98,7 @@ def named_machine(text: str) -> PlannedMachine:
     if not words[2:]:
         return PlannedMachine(processes, None, None, True, f"{processes} processes on machines that are not known here")
     gpu = GPUS[words[2]]
-    return PlannedMachine(processes, gpu.memory_gib * GIB, REACHED * gpu.flops, True, f"{processes} x {words[2]}")
+    return PlannedMachine(processes, gpu.memory_gib * GIB, gpu.reached * gpu.flops, True, f"{processes} x {words[2]}")
 
 
 def this_machine(config: PretrainConfig, processes: int, measured: bool = True) -> PlannedMachine:

@@ -57,5 +57,17 @@ def loader(argv: Sequence[str]) -> int:
     return run_command(parser, argv, _run("meddino_pretrain.bench.loader"))
 
 
+def check_gpu(argv: Sequence[str]) -> int:
+    """Run `meddino-pretrain check-gpu` and return its exit code: 2 if a verdict is "wrong"."""
+    parser = command_parser(
+        "meddino-pretrain check-gpu",
+        "Run first on a new GPU: tiny steps against the CPU's, compiled, in two processes, saved and resumed, then speed and "
+        "memory. Prints a verdict a line; says what it left out.",
+        "meddino-pretrain check-gpu",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    return run_command(parser, argv, _run("meddino_pretrain.bench.check_gpu"))
+
+
 def _run(module: str) -> Callable[[argparse.Namespace], None]:
     return lambda arguments: import_module(module).run(arguments)

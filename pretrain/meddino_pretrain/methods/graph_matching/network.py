@@ -72,7 +72,7 @@ class GraphMatchingNetwork(nn.Module):
     def forward(self, batch: Batch, target: GraphTarget) -> dict[str, Float[Tensor, ""]]:
         """Return the Hamming distance of the matchings, the share of nodes matched with themselves, and the total."""
         crops = see_crops(self.backbone, batch, target.plans)
-        boxes = [part for kind in batch.views for part in batch.boxes[kind].chunk(len(batch.views[kind]) // len(batch.keys))]
+        boxes = [part for kind in batch.views for part in batch.boxes[kind].chunk(batch.shapes[kind][0] // len(batch.keys))]
         with torch.autocast(crops[0].cls_token.device.type, enabled=False):
             views = [self._graphs(crop, box) for crop, box in zip(crops, boxes, strict=True)]
             loss, share = self._match(views, view_pairs([crop.kind for crop in crops]), target.noise)
