@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from meddino.checkpoints.state.flat_state import OptimizerState
-from meddino.checkpoints.state.training_state import load_training_state, save_training_state
+from meddino.checkpoints.state.training_state import State, load_training_state, save_training_state
 from meddino.core.command import write_line
 from meddino.core.device import Machine, find_machine
 from meddino.core.errors import MedDINOError
@@ -163,7 +163,7 @@ def _several_processes(exact: Sequence[float], available: int) -> Iterator[Verdi
 def _resumed(machine: Machine, within: float) -> Verdict:
     size = StepSize("vitnano8", 4, method_config(argparse.Namespace(**TINY)))
     first, second = (MeasuredStep(size, machine, MachineConfig(compile=False)) for _ in range(2))
-    states = [
+    states: list[State] = [
         {**each.method.networks(), "optimizer": OptimizerState("optimizer", each.optimizer, each.method.model)}
         for each in (first, second)
     ]
@@ -172,7 +172,8 @@ def _resumed(machine: Machine, within: float) -> Verdict:
         saved = save_training_state(Path(folder) / "step-000000001", states[0], {"step": 1})
         load_training_state(saved, states[1])
     second.step = first.step
-    first.run(), second.run()
+    first.run()
+    second.run()
     return _compared("saved and resumed", [second.loss], [first.loss], within)
 
 
