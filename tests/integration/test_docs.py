@@ -86,3 +86,15 @@ def test_document__every_linked_file_exists(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing, missing
+
+
+@pytest.mark.timeout(600)
+def test_notebook__every_cell_runs(reader_folder):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(PROJECT / "docs" / "notebook.ipynb", 4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # no picture is kept in the repository
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(reader_folder)}}).execute()
+    said = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in said) == 2
+    assert any("of the body's patches have their label" in output.get("text", "") for output in said)
