@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+from tests.processes import Started
 
 # Two torch processes with full thread pools slow each other many times over; tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,12 +51,9 @@ def run_ranks() -> Callable[..., list[str]]:
             port = free.getsockname()[1]
         shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
         processes = [
-            subprocess.Popen(
+            Started(
                 [sys.executable, "-c", textwrap.dedent(code)],
                 env={**shared, "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
             )
             for rank in range(count)
         ]

@@ -114,7 +114,7 @@ def run_pretraining(
             for name in stages or config.stages:
                 stop.check(f"before {name}")
                 run_stage(name, surroundings)
-            if is_main():
+            if is_main() and config.saving.report:
                 report.write(finished=True)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import meddino
 from meddino.checkpoints.cli import main
 from meddino.checkpoints.export import write as export
-from meddino.checkpoints.export.check_slices import check_sizes, check_slices
+from meddino.checkpoints.export.comparison import check_sizes, check_slices
 from meddino.checkpoints.export.model import random_model
 from meddino.checkpoints.export.write import export_model, largest_difference
 from meddino.checkpoints.state.safetensors_storage import read_tensors

@@ -6,7 +6,7 @@ import torch
 
 from meddino.checkpoints.cli import main
 from meddino.checkpoints.export import to_onnx as export_onnx
-from meddino.checkpoints.export.check_slices import check_sizes, check_slices
+from meddino.checkpoints.export.comparison import check_sizes, check_slices
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.weights.key_formats import to_timm, to_transformers
 from meddino.core.errors import MedDINOError

@@ -12,8 +12,7 @@ from meddino.checkpoints.cli import main
 from meddino.checkpoints.export import to_onnx as export_onnx
 from meddino.checkpoints.export import to_timm as export_timm
 from meddino.checkpoints.export import to_transformers as export_transformers
-from meddino.checkpoints.export.check_slices import check_sizes
-from meddino.checkpoints.export.comparison import all_tokens
+from meddino.checkpoints.export.comparison import all_tokens, check_sizes
 from meddino.checkpoints.export.to_timm import timm_model
 from meddino.checkpoints.export.to_transformers import transformers_config
 from meddino.checkpoints.export.write import export_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from meddino.checkpoints.export.check_slices import check_sizes
+from meddino.checkpoints.export.comparison import check_sizes
 from meddino.checkpoints.weights.key_formats import detect_layout, to_official, to_timm, to_transformers
 from meddino.core.errors import CheckpointError
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig

@@ -192,7 +192,7 @@ def test_pretrain__trains_on_a_url(server, tmp_path):
 def test_evaluation_and_export__look_into_a_corpus_behind_a_url(corpus_folder, server):
     from meddino_evaluation.data.leakage import LeakageCheck
 
-    from meddino.checkpoints.export.check_slices import check_slices
+    from meddino.checkpoints.export.comparison import check_slices
 
     url, local = f"{server.url}/corpus", Corpus(corpus_folder)
     check = LeakageCheck({"corpus_hash": local.content_hash}, url, slices=True)

@@ -1,7 +1,4 @@
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ from meddino_data_curation.cli import main
 from meddino.core.files import sha256_file
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume
+from tests.processes import Started, children, is_alive, wait_until
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -102,12 +100,10 @@ def test_build__png16_holds_the_same_slices(six_volumes, salt_file, corpus_folde
     assert [png.read(index).tobytes() for index in range(36)] == [blosc.read(index).tobytes() for index in range(36)]
 
 
-def _start_build(source: Path, out: Path, salt: Path, workers: int) -> subprocess.Popen[bytes]:
+def _start_build(source: Path, out: Path, salt: Path, workers: int) -> Started:
     program = "import sys; from meddino_data_curation.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "build", str(source), "--out", str(out), f"privacy.salt_file={salt}"]
-    return subprocess.Popen(
-        [*command, f"workers={workers}", "shards.size_mib=0.05"], stderr=subprocess.PIPE, start_new_session=True
-    )
+    return Started([*command, f"workers={workers}", "shards.size_mib=0.05"])
 
 
 @pytest.mark.parametrize(("workers", "records"), [(1, 2), (2, 4)])
@@ -120,14 +116,16 @@ def test_build__sigkill_then_the_same_command_ends_in_the_same_bytes(
     while len(list(out.glob(".work/volumes/*/*.json"))) < records and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)  # no worker outlives its parent: one would hold stderr open
+    workers_of_it = children(process.pid)
+    process.kill()
+    process.wait(timeout=30)
+    wait_until(lambda: not any(is_alive(worker) for worker in workers_of_it), 30)  # no worker outlives its parent
     if not (out / "corpus.json").exists():  # a slow moment may let it finish; then there is nothing to go on with
         finished = {path.name: path.stat().st_mtime_ns for path in out.glob(".work/volumes/*/*.json")}
         (out / "shards").mkdir(exist_ok=True)
         (out / "shards" / "slices-000007.tar").write_bytes(b"left by nobody knows what")
         again = _start_build(six_volumes, out, salt_file, 1)
-        log = again.communicate(timeout=120)[1].decode()
+        log = again.communicate(timeout=120)[1]
         assert again.returncode == 0, log
         assert f"{len(finished)} of 6 volumes are done already" in log or not finished
     assert tree(out) == tree(corpus_folder)

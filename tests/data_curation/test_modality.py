@@ -10,7 +10,7 @@ from meddino_data_curation.selection.modality import PICTURE, recognise
 from meddino_data_curation.selection.slice_choice import refusal, slice_statistics
 from PIL import Image, ImageDraw
 
-from meddino.checkpoints.export.check_slices import check_slices
+from meddino.checkpoints.export.comparison import check_slices
 from meddino.core.errors import VolumeError
 from meddino.data.corpus import Corpus
 from tests.data_curation.conftest import make_hu, write_volume

@@ -18,18 +18,25 @@ def _hashes(root: Path) -> dict[str, str]:
     return {str(file.relative_to(root)): sha256_file(file) for file in sorted(root.rglob("*")) if file.is_file()}
 
 
-def test_phantom__same_seed_same_bytes_other_seed_other_bytes(tmp_path):
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory) -> Path:
+    """One NIfTI, one DICOM series, three labelled patients."""
+    folder = tmp_path_factory.mktemp("phantom") / "cohort"
+    assert main(["phantom", "--out", str(folder), "--patients", "2", "--seed", "3"]) == 0
+    return folder
+
+
+def test_phantom__same_seed_same_bytes_other_seed_other_bytes(cohort, tmp_path):
+    for name, seed in (("b", 3), ("c", 4)):
         assert main(["phantom", "--out", str(tmp_path / name), "--patients", "2", "--seed", str(seed)]) == 0
-    first, second, other = (_hashes(tmp_path / name) for name in "abc")
+    first, second, other = (_hashes(folder) for folder in (cohort, tmp_path / "b", tmp_path / "c"))
     assert first == second
-    assert len(first) > 20  # one NIfTI, one DICOM series, three labelled patients
+    assert len(first) > 20
     assert not set(first.values()) & set(other.values()) - {first["segmentation/Dataset900_Phantom/dataset.json"]}
 
 
-def test_phantom__layout_is_nnunet_raw_and_masks_lie_on_their_images(tmp_path):
-    write_cohort(tmp_path, CohortSizes.scaled(2), seed=0)
-    dataset = tmp_path / "segmentation" / "Dataset900_Phantom"
+def test_phantom__layout_is_nnunet_raw_and_masks_lie_on_their_images(cohort):
+    dataset = cohort / "segmentation" / "Dataset900_Phantom"
     for part, cases in (("Tr", 2), ("Ts", 1)):
         images = sorted((dataset / f"images{part}").iterdir())
         assert len(images) == cases
@@ -68,12 +75,11 @@ def test_phantom__patients_of_different_roles_and_numbers_differ():
     assert len({scan.hu.tobytes() for scan in scans}) == 4
 
 
-def test_phantom__dicom_series_reads_back_as_the_same_volume(tmp_path):
-    write_cohort(tmp_path, CohortSizes(ct=1, train=1, test=1), seed=5)
-    folder = tmp_path / "ct" / "patient_000_dicom"
+def test_phantom__dicom_series_reads_back_as_the_same_volume(cohort):
+    (folder,) = (cohort / "ct").glob("patient_*_dicom")
     slices = sorted((pydicom.dcmread(file) for file in folder.iterdir()), key=lambda item: item.ImagePositionPatient[2])
     hu = np.stack([item.pixel_array.astype(np.int32) + int(item.RescaleIntercept) for item in slices])
-    assert np.array_equal(hu, scan_patient(5, "ct", 0).hu)
+    assert np.array_equal(hu, scan_patient(3, "ct", int(folder.name.split("_")[1])).hu)
 
 
 def test_phantom__smooth_noise_has_unit_spread():

@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.processes import run as run_process
 
 PROJECT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [PROJECT / "CONTRIBUTING.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -53,7 +54,7 @@ def _run_examples(document: Path, folder: Path) -> None:
             _check_make_target(example)
             continue
         command = [sys.executable, "-c", example] if kind == "python" else _shortened(example)
-        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        run = run_process(command, cwd=folder, env=environment)
         assert run.returncode == 0, f"{document.name}: {example}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
 
 
@@ -61,7 +62,7 @@ def _run_examples(document: Path, folder: Path) -> None:
 def reader_folder(tmp_path_factory) -> Path:
     """A folder with `my_scans/` (CT volumes) and `Dataset900_Phantom/` (with labels), after the README's examples."""
     folder = tmp_path_factory.mktemp("reader")
-    subprocess.run([BIN / "meddino-curate", "phantom", "--out", folder / "phantom", "--patients", "3"], check=True)
+    run_process([BIN / "meddino-curate", "phantom", "--out", folder / "phantom", "--patients", "3"], check=True)
     (folder / "phantom" / "ct").rename(folder / "my_scans")
     (folder / "phantom" / "segmentation" / "Dataset900_Phantom").rename(folder / "Dataset900_Phantom")
     _run_examples(PROJECT / "README.md", folder)

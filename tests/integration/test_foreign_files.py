@@ -9,7 +9,7 @@ from meddino_evaluation.backbones.load import load_backbone
 from torch import nn
 
 import meddino
-from meddino.checkpoints.export.check_slices import check_sizes
+from meddino.checkpoints.export.comparison import check_sizes
 from meddino.core.errors import CheckpointError
 from meddino.models.registry import build_backbone
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from meddino.core.files import sha256_file
+from tests.processes import Started, run
 
 PROJECT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -22,21 +23,19 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def _run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    words = [str(BIN / command), *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+    return run([BIN / command, *arguments])
 
 
 def _done(command: str, *arguments: object) -> None:
-    run = _run(command, *arguments)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run([BIN / command, *arguments], check=True)
 
 
 def _bytes(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): sha256_file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
-def _loss_trace(run: Path) -> list[dict[str, object]]:
-    lines = [line for stage in STAGES for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
+def _loss_trace(folder: Path) -> list[dict[str, object]]:
+    lines = [line for stage in STAGES for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in json.loads(line).items() if key != "timing"} for line in lines]
 
 
@@ -62,7 +61,7 @@ def first(cohort) -> Path:
     """One uninterrupted way: corpus, run, model."""
     root = cohort.parent / "first"
     _curate(cohort, root / "corpus")
-    subprocess.run(_pretrain(root / "corpus", root / "run"), check=True, capture_output=True)
+    run(_pretrain(root / "corpus", root / "run"), check=True)
     _done("meddino-export", root / "run", "--out", root / "model")
     return root
 
@@ -74,7 +73,7 @@ def test_whole_way__twice_gives_the_same_bytes(cohort, first):
     assert _bytes(again / "ct") == _bytes(cohort / "ct")
     _curate(cohort, second / "corpus")
     assert _bytes(second / "corpus") == _bytes(first / "corpus")
-    subprocess.run(_pretrain(second / "corpus", second / "run"), check=True, capture_output=True)
+    run(_pretrain(second / "corpus", second / "run"), check=True)
     assert _loss_trace(second / "run") == _loss_trace(first / "run")
     _done("meddino-export", second / "run", "--out", second / "model")
     assert _bytes(second / "model") == _bytes(first / "model")
@@ -84,7 +83,7 @@ def test_whole_way__killed_in_each_stage_exports_the_same_bytes(cohort, first):
     root = cohort.parent / "killed"
     for stage in STAGES:
         _kill_once_it_trains(_pretrain(first / "corpus", root / "run"), root / "run" / stage / "metrics.jsonl")
-    subprocess.run(_pretrain(first / "corpus", root / "run"), check=True, capture_output=True)
+    run(_pretrain(first / "corpus", root / "run"), check=True)
     assert _loss_trace(root / "run") == _loss_trace(first / "run")
     _done("meddino-export", root / "run", "--out", root / "model")
     assert _bytes(root / "model") == _bytes(first / "model")
@@ -92,7 +91,7 @@ def test_whole_way__killed_in_each_stage_exports_the_same_bytes(cohort, first):
 
 def _kill_once_it_trains(command: list[str], metrics: Path) -> None:
     """Start a command and kill it as soon as a stage has written its first step."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = Started(command, start_new_session=True)
     deadline = time.monotonic() + 240
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 1):
         assert process.poll() is None, f"ended with {process.returncode} before {metrics} held a step"
@@ -152,12 +151,12 @@ def wrong(first, tmp_path_factory) -> Path:
 def test_wrong_input__one_line_and_exit_code_2(command, said, wrong, first, cohort, tmp_path):
     dataset = cohort / "segmentation" / "Dataset900_Phantom"
     words = command.format(wrong=wrong, first=first, cohort=cohort, dataset=dataset, out=tmp_path / "out").split()
-    run = _run(*words)
-    assert run.returncode == 2, run.stderr[-2000:]
-    told = [line for line in run.stderr.splitlines() if "error:" in line]
-    assert len(told) == 1, run.stderr[-2000:]
+    done = _run(*words)
+    assert done.returncode == 2, done.stderr[-2000:]
+    told = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(told) == 1, done.stderr[-2000:]
     assert said in told[0]
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in done.stderr
     for left in ("corpus.json", "config.json", "metrics.json"):
         assert not (tmp_path / "out" / left).exists(), f"{left} was written"
 
@@ -183,9 +182,9 @@ def test_full_disk__curate_pretrain_export_say_so(small_disk, cohort, first):
         ["meddino-export", first / "run", "--out", small_disk / "model"],
     ):
         name, *arguments = [Path(str(command[0])).name, *command[1:]]
-        run = _run(name, *arguments)
-        assert run.returncode == 2, (name, run.stderr[-2000:])
-        assert "no space left" in run.stderr or "no room for" in run.stderr
-        assert "Traceback" not in run.stderr
+        done = _run(name, *arguments)
+        assert done.returncode == 2, (name, done.stderr[-2000:])
+        assert "no space left" in done.stderr or "no room for" in done.stderr
+        assert "Traceback" not in done.stderr
     assert not (small_disk / "corpus" / "corpus.json").exists()
     assert not (small_disk / "model").exists()

@@ -13,7 +13,7 @@ from meddino_pretrain.run.config import CorpusConfig
 from meddino_pretrain.run.corpus_audit import check_audit
 from meddino_pretrain.run.folder import open_run
 
-from meddino.checkpoints.export.corpus_lineage import corpus_lineage
+from meddino.checkpoints.export.lineage import corpus_lineage
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json

@@ -1,8 +1,6 @@
 """A kill in the middle of a save: at every place of it, what is on disk is whole, and the run goes on to the same bytes."""
 
-import os
 import signal
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +12,7 @@ from meddino_pretrain.stages import run_pretraining
 
 from meddino.checkpoints.state.verify import latest_checkpoint, verify_checkpoint
 from meddino.core.config import load_config
+from tests.processes import run as run_process
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"
@@ -88,8 +87,7 @@ def test_save__killed_anywhere_in_it(place, alone, make_corpus_once, tmp_path):
     run = tmp_path / "run"
     given = {"PLACE": place, "RECIPE": str(TINY), "OVERRIDES": FAST, "CORPUS": str(make_corpus_once), "RUN": str(run)}
     code = "\n".join(f"{name} = {value!r}" for name, value in {**given, "STAGE": STAGE}.items()) + textwrap.dedent(CODE)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    killed = run_process([sys.executable, "-c", code])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     latest = latest_checkpoint(run / STAGE / "checkpoints")
     assert latest.step == PLACES[place]

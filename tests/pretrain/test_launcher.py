@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from meddino_pretrain.cli import main
 from meddino_pretrain.monitoring.metrics import read_metrics
 
 from meddino.checkpoints.state.verify import latest_checkpoint
+from tests.processes import Started, children, is_alive, wait_until
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"
@@ -20,26 +20,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 OURS = [sys.executable, "-m", "meddino_pretrain.cli", "--processes", "2"]
 
 
-def start(how: list[str], corpus: Path, run: Path) -> subprocess.Popen:
+def start(how: list[str], corpus: Path, run: Path) -> Started:
     arguments = [str(TINY), "--corpus", str(corpus), "--out", str(run), "--stage", STAGE, *LONG]
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.Popen([*how, *arguments], env={**clean, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-
-
-def wait_until(true, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_alive(pid: int) -> bool:
-    status = Path(f"/proc/{pid}/stat")
-    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return Started([*how, *arguments], env={**clean, "OMP_NUM_THREADS": "1"})
 
 
 def train_until_signalled(how: list[str], number: int, corpus: Path, run: Path) -> int:

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.config import load_config
 from meddino.core.errors import StoppedEarly
+from tests.processes import Started
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGE = "stage1_pretrain"
@@ -39,24 +39,21 @@ STOP_AT_STEP = """
 """
 
 
-def start_ranks(corpus: Path, run: Path, count: int, *overrides: str) -> list[subprocess.Popen]:
+def start_ranks(corpus: Path, run: Path, count: int, *overrides: str) -> list[Started]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "meddino_pretrain.cli", str(TINY), "--corpus", str(corpus), "--out", str(run), *overrides]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
+    return [Started(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
 
 
-def wait_for_step(processes: list[subprocess.Popen], metrics: Path, step: int) -> None:
+def wait_for_step(processes: list[Started], metrics: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
-        assert all(process.poll() is None for process in processes), [process.stderr.read() for process in processes]
+        assert all(process.poll() is None for process in processes), [process.stderr for process in processes]
         time.sleep(0.01)
     raise AssertionError(f"step {step} never came")
 

@@ -43,7 +43,7 @@ def begun(request, tmp_path):
     """Return a function that makes a run's folder with so many steps of stage 1, and its report."""
 
     def make(steps: int, *overrides: str, **options) -> RunReport:
-        config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], overrides)
+        config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], ["saving.report=true", *overrides])
         (tmp_path / STAGE).mkdir()
         (tmp_path / STAGE / "metrics.jsonl").write_text(lines(range(1, steps + 1), **options))
         origin = {"message": "fresh weights", "weights": None, "kept_backbone": None, "choice": None, "steps": 120_000}

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,23 +13,24 @@ from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config
+from tests.processes import Started
 
 TINY = Path(__file__).with_name("tiny.yaml")
 STAGES = ("stage1_pretrain", "stage2_gram", "stage3_highres")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def start(corpus: Path, run: Path, *overrides: str) -> subprocess.Popen:
+def start(corpus: Path, run: Path, *overrides: str) -> Started:
     command = [sys.executable, "-m", "meddino_pretrain.cli", str(TINY), "--corpus", str(corpus), "--out", str(run), *overrides]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return Started(command, env=ENVIRONMENT)
 
 
-def wait_for_step(process: subprocess.Popen, metrics: Path, step: int) -> None:
+def wait_for_step(process: Started, metrics: Path, step: int) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         if metrics.is_file() and f'"step": {step},' in metrics.read_text():
             return
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr
         time.sleep(0.002)
     raise AssertionError(f"step {step} never came")
 

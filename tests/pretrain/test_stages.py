@@ -71,6 +71,7 @@ def test_stages__gram_teacher_by_measurement_may_leave_the_stage_out(tiny, make_
         "stages.stage2_gram.method.gram_teacher.choice.if_not_degraded=skip",
         "stages.stage2_gram.method.gram_teacher.choice.min_loss=0.9",  # no fall is that deep
         "stages.stage2_gram.method.gram_teacher.choice.slices=4",
+        "saving.report=true",
     ]
     run_pretraining(tiny(*auto), make_corpus_once, run)
     info = json.loads((run / "run.json").read_text())["stages"]
@@ -85,7 +86,13 @@ def test_stages__gram_teacher_by_measurement_may_leave_the_stage_out(tiny, make_
 
 def test_stages__findings_and_pictures_reach_the_report(tiny, make_corpus_once, tmp_path):
     run = tmp_path / "run"
-    look = ["probe.every_steps=2", "probe.slices=4", "diagnosis.patience_steps=1", "diagnosis.chance_share=0.01"]
+    look = [
+        "saving.report=true",
+        "probe.every_steps=2",
+        "probe.slices=4",
+        "diagnosis.patience_steps=1",
+        "diagnosis.chance_share=0.01",
+    ]
     run_pretraining(tiny(*look), make_corpus_once, run, ["stage1_pretrain"])
     records = [json.loads(line) for line in (run / "stage1_pretrain" / "metrics.jsonl").read_text().splitlines()]
     assert ["features/patch_drift" in record for record in records] == [False, True, True]

@@ -149,6 +149,7 @@ def test_start__a_drift_is_told_in_the_log_and_the_report(make_corpus_once, tmp_
         f"stages.{STAGE}.method.teacher.ema_momentum_end=0.5",
         "probe.every_steps=4",
         "probe.slices=16",
+        "saving.report=true",
     ]
     run = tmp_path / "run"
     run_pretraining(load_config(PretrainConfig, [TINY], careless), make_corpus_once, run, [STAGE])

@@ -1,9 +1,7 @@
 """A method of sixty lines on a timm ResNet goes the whole way without a line changed elsewhere."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from meddino.checkpoints.export.write import export_model
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from tests.pretrain import toy_method
+from tests.processes import Started
 
 RECIPE = Path(__file__).with_name("toy.yaml")
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +73,7 @@ def test_toy__accumulation_and_unknown_keys(make_corpus_once, tmp_path):
 
 def test_toy__killed_and_run_again_is_the_same_to_the_bit(alone, make_corpus_once, tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(command(make_corpus_once, run), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = Started(command(make_corpus_once, run), cwd=ROOT)
     metrics = run / "first" / "metrics.jsonl"
     while not (metrics.is_file() and '"step": 3,' in metrics.read_text()):
         assert process.poll() is None

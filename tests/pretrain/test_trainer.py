@@ -235,7 +235,7 @@ def test_run__too_many_bad_steps_are_in_the_report(request, make_corpus_once, tm
         return made
 
     monkeypatch.setattr(build, "to_model_input", poisoned)
-    overrides = ["stages.stage1_pretrain.steps=4", "optimizer.max_bad_steps=2"]
+    overrides = ["stages.stage1_pretrain.steps=4", "optimizer.max_bad_steps=2", "saving.report=true"]
     config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], overrides)
     with pytest.raises(MedDINOError, match=r"2 steps in a row up to step 3.*last samples: s0.*needs a new one"):
         run_pretraining(config, make_corpus_once, tmp_path / "run", ["stage1_pretrain"])

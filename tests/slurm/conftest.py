@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run as run_process
+
 PROJECT = Path(__file__).resolve().parents[2]
 CLUSTER = PROJECT / "slurm" / "test_cluster"
 BASE = Path(os.environ.get("MEDDINO_SLURM", "/var/tmp/meddino-slurm"))
@@ -31,7 +33,7 @@ def submit(
 ) -> str:
     """Run `meddino-submit`; returns what it prints."""
     command = [*(SUBMIT if checked else UNCHECKED), *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False, env=env)
+    run = run_process(command, cwd=cwd, timeout=120, env=env)
     assert not check or run.returncode == 0, run.stderr
     return run.stdout if check else f"{run.returncode} {run.stderr.strip()}"
 

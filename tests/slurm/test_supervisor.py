@@ -16,6 +16,7 @@ from meddino_slurm.steps import Heartbeats
 from meddino_slurm.work import make_work
 
 from meddino.core.config import load_config
+from tests.processes import run as run_process
 from tests.slurm.conftest import SUBMIT, UNCHECKED, submit, wait_until
 
 
@@ -25,7 +26,7 @@ def record(out: Path, key: str = "pretrain") -> list[dict]:
 
 def run_here(site: Path, *words: object) -> subprocess.CompletedProcess[str]:
     command = [*UNCHECKED, "--cluster", str(site), "--executor", "debug", "pretrain", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return run_process(command, timeout=120)
 
 
 def test_debug__runs_in_the_foreground_and_ends_with_the_commands_code(site, standin, tmp_path):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.export.training_volumes import training_volumes
+from meddino.checkpoints.export.lineage import training_volumes
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus

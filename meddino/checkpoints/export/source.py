@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from meddino.checkpoints.export.lineage import find_volume_list
 from meddino.checkpoints.export.model_folder import (
     DINOV3_LICENCE,
     Architecture,
@@ -16,7 +17,6 @@ from meddino.checkpoints.export.model_folder import (
     read_config,
     read_weights,
 )
-from meddino.checkpoints.export.training_volumes import find_volume_list
 from meddino.checkpoints.state.names import META_FILE, list_checkpoints
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint, verify_checkpoint

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meddino.checkpoints.export.check_slices import check_slices
-from meddino.checkpoints.export.comparison import largest_difference, outputs
+from meddino.checkpoints.export.comparison import check_slices, largest_difference, outputs
 from meddino.checkpoints.export.foreign_options import ForeignOptions
 from meddino.checkpoints.export.model import Model, assemble, load
 from meddino.checkpoints.export.model_card import model_card

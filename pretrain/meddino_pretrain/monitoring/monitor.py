@@ -1,5 +1,6 @@
 """Watching a run while it trains: feature metrics, pictures, findings in the log, and the report that shows them."""
 
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,7 +50,7 @@ class Monitor:
         self._report, self._metrics = report, metrics
         self._logged: set[str] = set()
         self._spent_s = 0.0
-        self._next_report = time.monotonic() + FIRST_REPORT_S
+        self._next_report = time.monotonic() + FIRST_REPORT_S if config.saving.report else math.inf
 
     def begin(self) -> None:
         """Probe before the first step: what later probes are compared with, and the first pictures."""
@@ -98,7 +99,8 @@ class Monitor:
         """
         if is_main():
             self.log_findings()
-            self._write_report(finished)
+            if self.config.saving.report:
+                self._write_report(finished)
 
     def _write_report(self, finished: bool) -> None:
         start = time.monotonic()

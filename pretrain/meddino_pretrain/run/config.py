@@ -53,5 +53,7 @@ class SavingConfig(StrictConfig):
     """Checkpoints at multiples of this stay besides; 0: none; ours: 0."""
     tensorboard: bool = True
     """Also write TensorBoard events."""
+    report: bool = True
+    """Keep report.html up to date while training; false for runs of seconds, of which drawing it would take half."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (pip install 'meddino[wandb]')."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meddino.checkpoints.export.corpus_lineage import corpus_lineage
+from meddino.checkpoints.export.lineage import corpus_lineage, write_volume_list
 from meddino.checkpoints.export.model_folder import ParentRecord
-from meddino.checkpoints.export.training_volumes import write_volume_list
 from meddino.core.config import StrictConfig, differences, load_config, to_yaml
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import write_json, write_text

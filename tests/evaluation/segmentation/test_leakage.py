@@ -11,7 +11,7 @@ from meddino_evaluation.segmentation.run import segment
 from meddino_pretrain.cli import main as pretrain
 
 from meddino.checkpoints.cli import main as export
-from meddino.checkpoints.export.training_volumes import training_volumes
+from meddino.checkpoints.export.lineage import training_volumes
 from meddino.core.errors import CheckpointError
 from meddino.data.corpus import Corpus
 from meddino.data.overlap import VOLUMES_FILE, content_key, volume_hashes
