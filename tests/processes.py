@@ -159,6 +159,8 @@ def _become(words: list[str], environment: dict[str, str], cwd: str, new_session
         os.setsid()
     # A daemon of multiprocessing may have no workers; what tests start may.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    # Workers are children of the process that asks for them, as in a fresh interpreter, and not of the server.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
