@@ -38,7 +38,9 @@ def test_pretrain__each_fault_ends_as_the_table_says(make_corpus_once, tmp_path,
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with errors.open("w") as stream:
         trainer = subprocess.Popen(command, env={**clean, "OMP_NUM_THREADS": "1"}, stderr=stream, start_new_session=True)
-        wait_until(lambda: trainer.poll() is not None or (metrics.is_file() and '"step": 3,' in metrics.read_text()))
+        wait_until(
+            lambda: trainer.poll() is not None or (metrics.is_file() and '"step": 5,' in metrics.read_text())
+        )  # that of step 2 is saved
         workers = children(trainer.pid)
         for pid in {"all": [*workers, trainer.pid], "trainer": [trainer.pid], "workers": workers[:1]}[whom]:
             os.kill(pid, number)
