@@ -65,6 +65,11 @@ class Plan:
         folders = [self.dataset / name for name in ("imagesTr", "imagesTs")]
         return [word for folder in folders if self.is_phantom or folder.exists() for word in ("--exclude", str(folder))]
 
+    def probe(self) -> tuple[str, ...]:
+        """Return the command that compares the export's patch tokens with pixels and with random weights."""
+        model, results = f"exported={self.out / 'model'}", self.out / "results/probe"
+        return ("meddino-eval", "probe", "--model", model, "--data", str(self.dataset), "--out", str(results))
+
     def steps(self) -> list[Step]:
         """Return the commands in order."""
         out, seed = self.out, str(self.seed)
@@ -79,6 +84,8 @@ class Plan:
             Step("curate", "curate volumes into a corpus", (*curate, *self.held_out(), salt)),
             Step("pretrain", "pretrain in three stages", pretrain),
             Step("export", "export the teacher", ("meddino-export", str(out / "run"), "--out", str(out / "model"))),
+            # Of real data two labelled patients are enough for the demo, and too few to select on.
+            *([Step("probe", "probe the patch tokens", self.probe())] if self.is_phantom else []),
             Step(
                 "segment",
                 "segment with the export",

@@ -40,6 +40,8 @@ class Summary:
         losses: (stage, steps, first loss, last loss): means over the first and the last tenth of the steps.
         dice: Result's name to (mean, standard deviation over seeds) of the mean Dice over held-out cases.
         seeds: Seeds behind each Dice.
+        probe: Features' name to macro-F1 of labels read from patch tokens, mean and standard deviation over draws; empty where
+            there are too few patients for a probe.
         seconds: By the step's name.
     """
 
@@ -49,6 +51,7 @@ class Summary:
     losses: Sequence[tuple[str, int, float, float]]
     dice: Mapping[str, tuple[float, float]]
     seeds: int
+    probe: Mapping[str, tuple[float, float]]
     seconds: Mapping[str, float]
 
 
@@ -67,7 +70,15 @@ def read_summary(out: Path, seconds: Mapping[str, float]) -> Summary:
         name: (float(result["test"]["dice"]["mean"]), float(result["test"]["dice"]["std"])) for name, result in results.items()
     }
     seeds = len(results["exported"]["test"]["dice"]["by_seed"])
-    return Summary(statuses, kept, _slices_refused(corpus), losses, dice, seeds, seconds)
+    return Summary(
+        statuses, kept, _slices_refused(corpus), losses, dice, seeds, _read_probe(out / "results/probe/metrics.json"), seconds
+    )
+
+
+def _read_probe(path: Path) -> dict[str, tuple[float, float]]:
+    models = json.loads(path.read_text())["models"] if path.is_file() else {}
+    scores = {name: readouts["chosen"]["macro_f1"] for name, readouts in models.items()}
+    return {name: (score["mean"], score["std"] or 0.0) for name, score in scores.items() if score["mean"] is not None}
 
 
 def _slices_refused(corpus: Corpus) -> int:
@@ -100,6 +111,9 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         ("slices", f"{summary.slices_kept:,} kept, {summary.slices_refused:,} refused"),
         *((f"loss, {stage}", f"{first:.3f} -> {last:.3f} in {steps} steps") for stage, steps, first, last in summary.losses),
     ]
+    features = {"exported": "exported model", "random": "same model, random weights", "pixels": "no model, pixels alone"}
+    for name, (mean, spread) in summary.probe.items():
+        rows.append((f"macro-F1, {features[name]}", f"{mean:.3f} ± {spread:.3f} (probe of patch tokens, 16 labelled slices)"))
     titles = {"exported": "Dice, exported model", "random": "Dice, same model, random weights"}
     for name, (mean, spread) in summary.dice.items():
         rows.append((titles[name], f"{mean:.3f} ± {spread:.3f} ({summary.seeds} seeds, frozen encoder)"))

@@ -3,6 +3,7 @@
 import math
 from logging import INFO, WARNING
 
+import numpy as np
 import pytest
 from meddino_pretrain.methods.config import Terms
 from meddino_pretrain.monitoring.config import DiagnosisConfig
@@ -10,7 +11,7 @@ from meddino_pretrain.monitoring.diagnostics import findings
 
 CONFIG = DiagnosisConfig(window_steps=20, patience_steps=100)
 K = 2048
-TERMS = Terms(losses=("dino_global",), chance={"dino_global": math.log(K)})
+TERMS = Terms(losses=("dino_global",), chance={"dino_global": math.log(K)}, uniform={"teacher_entropy": math.log(K)})
 
 
 def run_of(steps: int = 300, **changes) -> list[dict]:
@@ -21,6 +22,7 @@ def run_of(steps: int = 300, **changes) -> list[dict]:
             "step": step,
             "loss": 12 - 4 * step / 300 + 0.1 * math.sin(step),
             "dino_global": math.log(K) - 2 * min(1, step / 200),
+            "teacher_entropy": math.log(K) * (0.99 - 0.1 * min(1, step / 200)),
             "grad_norm/backbone": 1.0 + 0.2 * math.sin(3 * step),
             "skipped": False,
             "timing": {"step_s": 1.0, "data_wait_s": 0.02},
@@ -86,6 +88,38 @@ def test_findings__heads_not_learning():
         and "12.0 at first, 12.0 now" in finding.message
     )
     assert found(run_of(60, dino_global=lambda step: math.log(K))) == []  # too early to say
+
+
+def drift(step: int, *shares: float) -> float:
+    """Return ln K times a share between those given for steps 25, 50, 75, ..."""
+    return math.log(K) * float(np.interp(step, [25 * (place + 1) for place in range(len(shares))], shares))
+
+
+def test_findings__heads_that_drift_to_uniform_are_named_within_the_demos_length():
+    dead = {
+        "teacher_entropy": lambda step: drift(step, 0.985, 0.996, 0.9995, 0.9999),
+        "dino_global": lambda step: drift(step, 1.02, 1.001, 0.9999, 1.0),
+    }
+    finding = next(one for one in found(run_of(99, **dead)) if one.name == "heads_uniform")
+    assert finding.severity == WARNING and "layerscale_init=1" in finding.message
+    # 0.998 of ln K lies 4 sevenths of the way from step 50 to step 75.
+    assert "teacher_entropy began at 7.510" in finding.message and "since step 65" in finding.message
+
+
+# Means over 50 steps of two runs of the demo's recipe, over ln 256: the first learnt from step 240 on, the second, of 220 steps
+# with another EMA, was still near uniform when it ended, with better features all the same (docs/worth.md).
+LEARNING = (0.9866, 0.9915, 0.9919, 0.9917, 0.9913, 0.9909, 0.9906, 0.9894, 0.9866, 0.9824, 0.977, 0.9703)
+SLOW = (0.9905, 0.9965, 0.9972, 0.9972, 0.997, 0.9967, 0.9965)
+
+
+@pytest.mark.parametrize("shares", [LEARNING, SLOW])
+def test_findings__heads_that_will_learn_are_not_called_uniform(shares):
+    near = {
+        "teacher_entropy": lambda step: drift(step, *shares),
+        "dino_global": lambda step: drift(step, 1.006, 1.0, 0.9995, 0.999, 0.998, 0.9975, 0.997, 0.9965),
+    }
+    for steps in (40, 60, 99, 150, 220):
+        assert "heads_uniform" not in [one.name for one in found(run_of(steps, **near))]
 
 
 def test_findings__diverging_loss():

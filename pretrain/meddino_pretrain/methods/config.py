@@ -54,12 +54,14 @@ class Terms:
         losses: Names of the loss terms, the most telling first.
         charts: Of other numbers that it records.
         chance: Loss term -> its value while nothing is learnt.
+        uniform: Recorded entropy of a head's targets -> its value where all outputs are equally likely.
         advice: What else to look at where features collapse, as the end of a sentence.
     """
 
     losses: tuple[str, ...]
     charts: tuple[Chart, ...] = ()
     chance: Mapping[str, float] = field(default_factory=dict)
+    uniform: Mapping[str, float] = field(default_factory=dict)
     advice: str = "the weights of the terms"
 
 

@@ -23,6 +23,9 @@ class DiagnosisConfig(StrictConfig):
     """Steps before standing still is reported; ours: 1000."""
     chance_share: float = Field(0.995, gt=0, le=1)
     """Loss over its value by chance from which heads count as not learning; ours: 0.995."""
+    uniform_share: float = Field(0.998, gt=0, le=1)
+    """Entropy of the targets over its value where all outputs are equally likely, from which heads count as gone uniform; ours:
+    0.998: fresh heads that learnt later stood at 0.992 to 0.9977, dead ones above."""
     min_rank: float = Field(2.0, ge=1)
     """RankMe below which CLS or patch tokens collapsed; ours: 2."""
     min_nearest_distance: float = Field(0.01, ge=0)

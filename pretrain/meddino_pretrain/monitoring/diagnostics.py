@@ -21,7 +21,7 @@ class Finding:
     """What a rule found.
 
     Attributes:
-        name: The rule: collapsed, heads_not_learning, diverging, loader_bound, drifted or patches_degraded.
+        name: The rule: collapsed, heads_uniform, heads_not_learning, diverging, loader_bound, drifted or patches_degraded.
         severity: logging.WARNING if the run will come to nothing as it is; logging.INFO if it is worth knowing.
         step: The newest step it rests on.
         message: What is seen, with numbers, and what to do.
@@ -126,6 +126,35 @@ def _heads_not_learning(run: Run) -> str | None:
     )
 
 
+def _heads_uniform(run: Run) -> str | None:
+    size = run.config.window_steps
+    if len(run.records) < 2 * size:
+        return None
+    stuck = [
+        term
+        for term, chance in run.terms.chance.items()
+        if (losses := run.values(term, run.window)) and statistics.fmean(losses) >= run.config.chance_share * chance
+    ]
+    signs = []
+    for name, uniform in run.terms.uniform.items():
+        first, now = run.values(name, run.records[:size]), run.values(name, run.window)
+        if stuck and first and now and (mean := statistics.fmean(now)) >= run.config.uniform_share * uniform:
+            since = next(
+                int(record["step"])
+                for record in run.records
+                if isinstance(record.get(name), float) and record[name] >= run.config.uniform_share * uniform
+            )
+            signs.append(f"{name} began at {first[0]:.3f} and is {mean:.3f} of at most {uniform:.3f} (so since step {since})")
+    if not signs:
+        return None
+    return (
+        f"The heads have gone uniform: {'; '.join(signs)}, while {', '.join(stuck)} stays what a head gives that knows nothing. "
+        f"Their gradient vanishes, and more steps do not mend it. {NEW_RUN}; from scratch with "
+        "backbone.changes.layerscale_init=1 (at 1e-5 a fresh CLS token sees nothing of the image), and look at "
+        f"{run.terms.advice}"
+    )
+
+
 def _diverging(run: Run) -> str | None:
     size = run.config.window_steps
     losses = run.values("loss")
@@ -200,6 +229,7 @@ RULES: tuple[tuple[str, int, Callable[[Run], str | None]], ...] = (
     ("collapsed", logging.WARNING, _collapsed),
     ("diverging", logging.WARNING, _diverging),
     ("drifted", logging.WARNING, _drifted),
+    ("heads_uniform", logging.WARNING, _heads_uniform),
     ("heads_not_learning", logging.INFO, _heads_not_learning),
     ("patches_degraded", logging.INFO, _patches_degraded),
     ("loader_bound", logging.INFO, _loader_bound),

@@ -205,6 +205,7 @@ class DINOv3Config(MethodConfig):
                 ),
             ),
             chance={"dino_global": ln_k},
+            uniform={"teacher_entropy": ln_k},
             advice="KoLeo's weight and the teacher temperature",
         )
 
