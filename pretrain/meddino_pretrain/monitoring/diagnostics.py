@@ -148,7 +148,7 @@ def _heads_uniform(run: Run) -> str | None:
     if not signs:
         return None
     return (
-        f"The heads have gone uniform: {'; '.join(signs)}, while {', '.join(stuck)} stays what a head that knows nothing gives. "
+        f"The heads have gone uniform: {'; '.join(signs)}, while {', '.join(stuck)} stays at chance. "
         f"Their gradient vanishes, and more steps do not mend it. {NEW_RUN}; from scratch with "
         "backbone.changes.layerscale_init=1 (at 1e-5 a fresh CLS token sees nothing of the image), and look at "
         f"{run.terms.advice}"
