@@ -139,7 +139,8 @@ def details(summary: str, body: Markup) -> Markup:
 
 def columns(*parts: Markup) -> Markup:
     """Return parts in two columns on wide screens, else below one another; empty parts take no place."""
-    return Markup('<div class="columns">{}</div>').format(join(*(part for part in parts if part)))
+    cells = [Markup("<div>{}</div>").format(part) for part in parts if part]  # a part of several elements stays one cell
+    return Markup('<div class="columns">{}</div>').format(join(*cells))
 
 
 def picture_row(pictures: Sequence[tuple[bytes, str]], title: str = "", width_px: int = 340) -> Markup:
