@@ -39,6 +39,10 @@ METHODS: dict[str, MethodRow] = {
         "meddino_pretrain.methods.graph_matching.config:GraphMatchingConfig",
         "meddino_pretrain.methods.graph_matching.method:GraphMatching",
     ),
+    "joint_embedding": MethodRow(
+        "meddino_pretrain.methods.joint_embedding.config:JointEmbeddingConfig",
+        "meddino_pretrain.methods.joint_embedding.method:JointEmbedding",
+    ),
 }
 
 

@@ -1,0 +1,1 @@
+"""The baselines that graph matching is compared with: embeddings of views of one image are brought together."""
