@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from meddino.core.precision import at_least_float32
+from meddino.core.device import at_least_float32
 from meddino.models.backbone import Backbone
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.methods.graph_matching.affinities import cell_centres
