@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
-from meddino.data.intensity import Modality
+from meddino.data.intensity import CTIntensity, Modality
 
 SplitName = Literal["train", "val", "test"]
 
@@ -142,6 +142,11 @@ class DatasetConfig(StrictConfig):
     """What a reader of the results must know."""
     layout: Layout
     """Where images and labels lie."""
+
+    @property
+    def shown_range(self) -> tuple[float, float]:
+        """Values [HU] that pictures of a CT data set tell apart: its window, or the one of models that name none."""
+        return self.window_hu or CTIntensity().shown_range
 
     @model_validator(mode="after")
     def _classes_fit_the_task(self) -> "DatasetConfig":

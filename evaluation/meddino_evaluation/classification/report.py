@@ -13,7 +13,6 @@ from meddino.core import html
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
 from meddino.core.html_charts import case_plot
-from meddino_evaluation.backbones.contract import DEFAULT_CT
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.images import read_slices
 from meddino_evaluation.classification.results import Run, read_per_case
@@ -160,7 +159,7 @@ def _picture(source: str, dataset: LabelledSet) -> NDArray[np.float32]:
     middle = len(stack.values) // 2
     image = stack.tensor(middle, middle + 1)[0].numpy()
     if stack.kind == "hu":
-        low, high = dataset.config.window_hu or DEFAULT_CT.shown_range
+        low, high = dataset.config.shown_range
         image = np.clip((image - low) / (high - low), 0, 1)
     return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
 

@@ -39,12 +39,12 @@ def test_plans__nnunets_ct_normalisation_becomes_the_contract():
     plans = make_plans(own_plans(), model, "MedDINOPlans", side_px=64)
     assert plans["configurations"]["2d"]["normalization_schemes"] == ["CTNormalization"]
     numbers = plans[INTENSITIES]["0"]
-    hu = 400 * torch.randn(5, 7)
+    hu = 400 * torch.randn(16, 32)  # whole patches: nothing is padded
     # What nnU-Net's CTNormalization does, written out.
     normalised = (hu.clamp(numbers["percentile_00_5"], numbers["percentile_99_5"]) - numbers["mean"]) / max(
         numbers["std"], 1e-8
     )
-    assert torch.equal(normalised.expand(3, 5, 7), model.preprocess(hu))
+    assert torch.equal(normalised.expand(3, 16, 32), model.preprocess(hu))
 
 
 def test_plans__the_patch_covers_what_it_covered():
