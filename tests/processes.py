@@ -18,7 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
+from multiprocessing import forkserver, popen_forkserver
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 OURS = ("meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm")
 # What our modules import only where they use it, and nearly every process does.
@@ -30,8 +34,8 @@ THEIRS = (
     "SimpleITK",
     "pydicom",
 )
-# Only this file's processes are made by the server: the project's own keep the way they choose.
-_SERVER = multiprocessing.get_context("forkserver")
+# A server of its own: the one of multiprocessing is the project's, with what the project has it import.
+_SERVER = forkserver.ForkServer()
 _SERVER.set_forkserver_preload(
     [
         *THEIRS,
@@ -43,6 +47,20 @@ _SERVER.set_forkserver_preload(
         ),
     ]
 )
+
+
+class _Popen(popen_forkserver.Popen):
+    """A start through this file's server."""
+
+    def _launch(self, process_obj: BaseProcess) -> None:
+        with mock.patch.object(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process):
+            super()._launch(process_obj)
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> _Popen:  # noqa: N802 - multiprocessing's name
+        return _Popen(process_obj)
 
 
 class Started:
@@ -72,7 +90,7 @@ class Started:
             start_new_session,
             str(self._said),
         )
-        self._process = _SERVER.Process(target=_become, args=given, daemon=True)
+        self._process = _Process(target=_become, args=given, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

@@ -42,9 +42,12 @@ def test_pretrain__each_fault_ends_as_the_table_says(make_corpus_once, tmp_path,
             lambda: trainer.poll() is not None or (metrics.is_file() and '"step": 5,' in metrics.read_text())
         )  # that of step 2 is saved
         workers = children(trainer.pid)
-        for pid in {"all": [*workers, trainer.pid], "trainer": [trainer.pid], "workers": workers[:1]}[whom]:
-            os.kill(pid, number)
-        assert trainer.wait(timeout=100) == code, Path(errors).read_text()
+        try:
+            for pid in {"all": [*workers, trainer.pid], "trainer": [trainer.pid], "workers": workers[:1]}[whom]:
+                os.kill(pid, number)
+            assert trainer.wait(timeout=100) == code, Path(errors).read_text()
+        finally:
+            trainer.kill()
     assert "Traceback" not in errors.read_text()
     done = latest_checkpoint(run / STAGE / "checkpoints").step
     assert done >= 2
