@@ -130,8 +130,11 @@ def _peer_is_gone(error: RuntimeError) -> bool:
 
 def processes_here(environment: Mapping[str, str]) -> int:
     """Return how many processes train together on this machine; all of the run where nobody says it."""
-    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), 1)
+    everywhere = read_environment(environment).world_size
+    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+    return min(
+        everywhere, next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), everywhere)
+    )
 
 
 def first_host(node_list: str) -> str:

@@ -7,6 +7,7 @@ from meddino.distributed.process_group import (
     Distributed,
     check_one_process_a_gpu,
     first_host,
+    processes_here,
     read_environment,
 )
 
@@ -31,6 +32,19 @@ def test_read_environment__a_batch_script_is_alone():
 def test_read_environment__nonsense_is_named(environment):
     with pytest.raises(ConfigError, match="RANK="):
         read_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "count"),
+    [
+        ({}, 1),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 2),
+        ({"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "1"}, 1),  # a batch script is alone
+    ],
+)
+def test_processes_here__of_this_machine(environment, count):
+    assert processes_here(environment) == count
 
 
 @pytest.mark.parametrize(

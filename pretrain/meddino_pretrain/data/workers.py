@@ -201,6 +201,7 @@ def end_worker(worker: BaseProcess) -> None:
     """End a worker at once. Python, as it ends, sends each one SIGTERM and waits; one that hangs would not hear it."""
     if worker.is_alive():
         worker.kill()
+        worker.join(timeout=1)
 
 
 def choose_sharing(batch_bytes: int, batches: int, processes: int) -> Sharing:
