@@ -97,4 +97,4 @@ def test_stages__findings_and_pictures_reach_the_report(tiny, make_corpus_once, 
     records = [json.loads(line) for line in (run / "stage1_pretrain" / "metrics.jsonl").read_text().splitlines()]
     assert ["features/patch_drift" in record for record in records] == [False, True, True]
     html = (run / "report.html").read_text()
-    assert "heads not learning" in html and "backbone after step 0" in html and "backbone after step 3" in html
+    assert "heads not learning" in html and "After step 0, exported backbone" in html and "After step 3, exported" in html

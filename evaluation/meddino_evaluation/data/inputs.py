@@ -77,7 +77,7 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
     taken: dict[str, int] = {}
     for item in [one for one in found if one.status != "skipped"]:
         taken[item.name] = taken.get(item.name, 0) + 1
-        if taken[item.name] > 1:  # a.nii beside a.mha, or the same name in two folders that were given
+        if taken[item.name] > 1:  # the same name in two folders that were given; refused ones of one name
             item.name = f"{item.name}_{taken[item.name]}"
     if not taken:
         raise ConfigError(f"--input {' '.join(map(str, paths))} holds no volume ({', '.join(ENDINGS)}) and no DICOM series")
@@ -105,10 +105,14 @@ def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
         own = [path for path in volumes if path.parent == place]
         cases = case_names(map(stem, own), channels)
         for case in dict.fromkeys(cases[stem(path)] for path in own):
-            # Of one name in two formats each is a volume; of several channels the name is one.
             members = [path for path in own if cases[stem(path)] == case]
-            groups = [(path,) for path in members] if len({stem(path) for path in members}) == 1 else [tuple(members)]
-            yield from (Input((place.relative_to(folder) / case).as_posix(), group) for group in groups)
+            name = (place.relative_to(folder) / case).as_posix()
+            if len({stem(path) for path in members}) == len(members):  # several are channels
+                yield Input(name, tuple(members))
+                continue
+            names = " and ".join(path.name for path in members)
+            for path in members:
+                yield Input(name, (path,), None, "refused", f"{names} in one folder mean one case: give the one that is meant")
     series = [one for one in find_series(folder) if not one.files[0].is_relative_to(out)]
     places = [one.files[0].parent for one in series]
     for number, (one, place) in enumerate(zip(series, places, strict=True)):

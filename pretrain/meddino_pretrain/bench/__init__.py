@@ -14,6 +14,12 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     import_module(METHODS[DEFAULT_METHOD].bench).add_arguments(parser)
 
 
+def checked_config(size: str) -> MethodConfig:
+    """Return the method at a size of `check-gpu`: tiny or paper."""
+    sizes = import_module(METHODS[DEFAULT_METHOD].bench).CHECKED_SIZES[size]
+    return method_config(argparse.Namespace(**sizes))
+
+
 def method_config(arguments: argparse.Namespace) -> MethodConfig:
     """Return the method with the sizes asked for."""
     config: MethodConfig = import_module(METHODS[DEFAULT_METHOD].bench).config_from(arguments)

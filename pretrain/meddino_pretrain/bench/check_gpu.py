@@ -21,12 +21,10 @@ from meddino.core.machine_config import MachineConfig, Parallel
 from meddino.distributed.collectives import is_main, rank
 from meddino.distributed.launcher import launch
 from meddino.distributed.process_group import start_distributed
-from meddino_pretrain.bench import method_config
+from meddino_pretrain.bench import checked_config
 from meddino_pretrain.bench.step import MeasuredStep, StepSize, bench_step
 
-TINY = {"global_size": 32, "local_size": 16, "locals": 2, "prototypes": 64, "gram": True}
-# ViT-B, 64 slices: traced at 22.9 GB (docs/scaling.md); an allocator adds some per cent.
-PAPER = {"global_size": 256, "local_size": 112, "locals": 8, "prototypes": 65536, "gram": False}
+# ViT-B, 64 slices at the paper's size (docs/scaling.md); an allocator adds some per cent.
 TRACED_GB = 22.9
 WITHIN = {"fp32": 1e-3, "bf16": 2e-2}
 RAISED = "rank 1 raises on purpose"
@@ -91,9 +89,7 @@ def verdicts(machine: Machine) -> Iterator[Verdict]:
 
 def losses_of(machine: Machine, config: MachineConfig | None = None) -> list[float]:
     """Return the losses of two tiny steps; the same images and weights everywhere."""
-    step = MeasuredStep(
-        StepSize("vitnano8", 4, method_config(argparse.Namespace(**TINY))), machine, config or MachineConfig(compile=False)
-    )
+    step = MeasuredStep(StepSize("vitnano8", 4, checked_config("tiny")), machine, config or MachineConfig(compile=False))
     with torch.no_grad():  # at a fresh LayerScale KoLeo's value is a matter of rounding
         for network in step.method.networks().values():
             for name, value in network.named_parameters():
@@ -161,7 +157,7 @@ def _several_processes(exact: Sequence[float], available: int) -> Iterator[Verdi
 
 
 def _resumed(machine: Machine, within: float) -> Verdict:
-    size = StepSize("vitnano8", 4, method_config(argparse.Namespace(**TINY)))
+    size = StepSize("vitnano8", 4, checked_config("tiny"))
     first, second = (MeasuredStep(size, machine, MachineConfig(compile=False)) for _ in range(2))
     states: list[State] = [
         {**each.method.networks(), "optimizer": OptimizerState("optimizer", each.optimizer, each.method.model)}
@@ -178,7 +174,7 @@ def _resumed(machine: Machine, within: float) -> Verdict:
 
 
 def _speed(machine: Machine) -> Iterator[Verdict]:
-    figures = bench_step(StepSize("vitb16", 64, method_config(argparse.Namespace(**PAPER)), drop_path=0.2), 10, machine)
+    figures = bench_step(StepSize("vitb16", 64, checked_config("paper"), drop_path=0.2), 10, machine)
     share, peak = figures["share_of_peak"], figures["peak_mib"] * 2**20 / 1e9
     said = f"{figures['images_per_s']:.0f} slices/s, {figures['tflops']:.0f} TFLOP/s, {share:.0%} of torch.mm's"
     yield Verdict(

@@ -37,3 +37,12 @@ def test_write_table__names_in_bytes_that_are_no_utf8(tmp_path):
     write_volume(tmp_path / "a.nii.gz", make_hu(0)).rename(tmp_path / name)
     write_table(tmp_path / "table.csv", find_inputs([tmp_path], tmp_path / "out", 1))
     assert "M\\udcfcller," in (tmp_path / "table.csv").read_text()
+
+
+def test_find_inputs__two_files_of_one_case_are_refused_by_name(tmp_path):
+    for name in ("a.nii", "a.nii.gz", "b.nii.gz"):
+        write_volume(tmp_path / name, make_hu(0))
+    found = find_inputs([tmp_path], tmp_path / "out", 1)
+    became = {item.files[0].name: item.status for item in found}
+    assert became == {"a.nii": "refused", "a.nii.gz": "refused", "b.nii.gz": ""}
+    assert "a.nii and a.nii.gz" in found[0].reason and found[0].reason == found[1].reason

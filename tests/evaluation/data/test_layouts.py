@@ -296,3 +296,12 @@ def test_pairs__a_label_folder_holds_one_file(tmp_path):
     (tmp_path / "labels/p1/second.dcm").touch()
     with pytest.raises(VolumeError, match="p1 holds 2 files"):
         open_dataset(tmp_path)
+
+
+def test_pairs__two_files_of_one_name_are_refused(tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+        save(tmp_path / folder / "a.nii.gz", np.zeros((2, 3, 4), np.int16))
+    save(tmp_path / "images" / "a.mha", np.zeros((2, 3, 4), np.int16))
+    with pytest.raises(VolumeError, match=r"a\.mha and a\.nii\.gz in images/"):
+        open_dataset(tmp_path)

@@ -14,6 +14,12 @@ from meddino_pretrain.methods.dinov3.config import (
     TeacherConfig,
 )
 
+CHECKED_SIZES: dict[str, dict[str, int | bool]] = {
+    "tiny": {"global_size": 32, "local_size": 16, "locals": 2, "prototypes": 64, "gram": True},
+    "paper": {"global_size": 256, "local_size": 112, "locals": 8, "prototypes": 65536, "gram": False},
+}
+"""What `meddino-pretrain check-gpu` measures with."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a command say what a step holds; `config_from` reads it."""
