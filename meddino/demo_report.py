@@ -17,8 +17,7 @@ from meddino import load
 from meddino.checkpoints.export.model import Model
 from meddino.core import html
 from meddino.core.files import write_text
-from meddino.core.html_charts import chart, in_columns
-from meddino.core.html_pictures import apart, png
+from meddino.core.html_charts import apart, chart, in_columns, png
 from meddino.core.logging import console
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import window_text

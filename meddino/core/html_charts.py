@@ -1,10 +1,14 @@
-"""Charts of reports: none is empty, one point is drawn as a point, what never changes is a line of text."""
+"""Charts and pictures of reports: no chart is empty, one point is drawn as a point, what never changes is a line of text."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
+from PIL import Image
 
 from meddino.core.html import columns, figure, join, text
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 NAMED_CASES = 40  # with more cases in a plot their names could not be read
+GAP_PX = 4  # white, between panels
 _SAME = 1e-9  # relative: closer values are one value
 
 
@@ -133,6 +138,27 @@ def new_figure(width_in: float, height_in: float) -> tuple["Figure", Any]:
     drawing = Figure(figsize=(width_in, height_in))
     FigureCanvasAgg(drawing)
     return drawing, drawing.add_subplot()
+
+
+def png(picture: NDArray[np.uint8]) -> bytes:
+    """Return a picture [h, w] or [h, w, 3] as PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def beside(panels: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Return pictures [h, w, 3] of one size as one PNG, with a gap between them."""
+    gap = np.full((panels[0].shape[0], GAP_PX, 3), 255, dtype=np.uint8)
+    parts: list[NDArray[Any]] = [part for panel in panels for part in (gap, panel)]
+    return png(np.concatenate(parts[1:], axis=1))
+
+
+def apart(picture: bytes, count: int = 2) -> list[NDArray[np.uint8]]:
+    """Return the panels of a PNG from `beside`."""
+    whole = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+    width = (whole.shape[1] - (count - 1) * GAP_PX) // count
+    return [whole[:, place * (width + GAP_PX) :][:, :width] for place in range(count)]
 
 
 def _finite(series: Series, log_y: bool) -> dict[str, tuple[list[float], list[float]]]:

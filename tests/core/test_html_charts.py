@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from meddino.core import html, html_charts
-from meddino.core.html_pictures import apart, beside, png
+from meddino.core.html_charts import apart, beside, png
 from tests.browser import check_page
 
 

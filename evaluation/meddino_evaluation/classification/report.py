@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from meddino.core import html
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
-from meddino.core.html_charts import case_plot
+from meddino.core.html_charts import case_plot, new_figure
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.images import read_slices
 from meddino_evaluation.classification.results import Run, read_per_case
 from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
-from meddino_evaluation.metrics.figures import confusion_figure, new_figure, reliability_figure, roc_figure, save_figures
+from meddino_evaluation.metrics.figures import confusion_figure, reliability_figure, roc_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table, metric_text
 
 if TYPE_CHECKING:

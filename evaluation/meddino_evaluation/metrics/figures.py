@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.files import atomic_write
+from meddino.core.html_charts import new_figure
 from meddino_evaluation.metrics.classification import UNKNOWN, Probabilities, Truth
 
 if TYPE_CHECKING:
@@ -37,16 +38,6 @@ def save_figures(figures: Mapping[str, "Figure"], folder: Path, kind: str) -> No
         path = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}.{kind}"
         with atomic_write(path) as stream, rc_context({"svg.hashsalt": name}):
             drawing.savefig(stream, format=kind, dpi=_DPI, bbox_inches="tight", metadata=dated[kind])
-
-
-def new_figure(width: float, height: float) -> tuple["Figure", Any]:
-    """Return a figure of so many inches that belongs to no window, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(width, height))
-    FigureCanvasAgg(drawing)
-    return drawing, drawing.add_subplot()
 
 
 def mean_roc(runs: Sequence[Outcome]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from meddino.core.html_pictures import beside
+from meddino.core.html_charts import beside
 from meddino.data.model_input import to_picture
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase

@@ -21,8 +21,7 @@ from meddino.core.html import (
     table,
     text,
 )
-from meddino.core.html_charts import case_plot, chart, in_columns
-from meddino.core.html_pictures import apart, png
+from meddino.core.html_charts import apart, case_plot, chart, in_columns, png
 from meddino.data.intensity import window_text
 from meddino_evaluation.metrics.label_metrics import case_means
 from meddino_evaluation.segmentation.experiment import Experiment

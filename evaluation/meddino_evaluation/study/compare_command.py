@@ -15,8 +15,7 @@ from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json, write_text
 from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, table, text
-from meddino.core.html_charts import case_plot, in_columns
-from meddino.core.html_pictures import apart, png
+from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from meddino.core.html_charts import new_figure
 from meddino_evaluation.adaptation.few_shot import curve_points
 from meddino_evaluation.backbones.load import model_name
-from meddino_evaluation.metrics.figures import forest_figure, new_figure
+from meddino_evaluation.metrics.figures import forest_figure
 from meddino_evaluation.study.classification_jobs import FEW_SHOT, StudyKind
 from meddino_evaluation.study.config import StudyConfig
 from meddino_evaluation.study.paired import Comparison, Found, plot_metric

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from meddino.core import html
 from meddino.core.errors import ConfigError
-from meddino.core.html_pictures import png
+from meddino.core.html_charts import png
 from meddino.data.intensity import Window, window_text
 from meddino.data.model_input import is_foreground, to_picture
 from meddino.models.patch_maps import cosine_map, patch_pca_images, share_of_patch

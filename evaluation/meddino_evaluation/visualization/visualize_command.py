@@ -41,7 +41,7 @@ def _show_image(arguments: argparse.Namespace, backbone: "Backbone") -> None:
 
     from meddino.core.errors import ConfigError
     from meddino.core.files import atomic_write, write_text
-    from meddino.core.html_pictures import png
+    from meddino.core.html_charts import png
     from meddino_evaluation.classification.images import read_slices
     from meddino_evaluation.visualization.patch_similarity import (
         patch_map,

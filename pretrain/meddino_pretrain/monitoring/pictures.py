@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from meddino.core.device import Machine
-from meddino.core.html_pictures import png
+from meddino.core.html_charts import png
 from meddino.models.patch_maps import cosine_map, patch_pca_images
 from meddino_pretrain.monitoring.fixed_slices import PICTURED, FixedSlices
 
