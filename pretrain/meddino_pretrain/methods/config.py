@@ -101,6 +101,17 @@ class MethodConfig(StrictConfig):
         return None if action == "skip" else self
 
 
+def check_ascending(ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse a range that does not go up, or begins at 0 or below.
+
+    Raises:
+        ValueError: Names it; pydantic adds where it stands.
+    """
+    for name, (low, high) in ranges.items():
+        if not 0 < low <= high:
+            raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
+
+
 class MultiCropConfig(StrictConfig):
     """Large and small crops of a slice."""
 
@@ -123,8 +134,5 @@ class MultiCropConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "MultiCropConfig":
-        for name in ("large_scale", "small_scale", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
+        check_ascending({name: getattr(self, name) for name in ("large_scale", "small_scale", "aspect_ratio")})
         return self

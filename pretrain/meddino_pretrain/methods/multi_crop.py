@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from meddino.core.seeds import derive_seed
@@ -78,3 +80,21 @@ def see_crops(backbone: nn.Module, batch: Batch, plans: Plans, kinds: tuple[str,
         tokens = zip(output.cls_token.chunk(views), output.patch_tokens.chunk(views), strict=True)
         seen += [SeenCrop(kind, cls_token, patch_tokens, output.grid) for cls_token, patch_tokens in tokens]
     return seen
+
+
+def cell_centres(boxes: Int[Tensor, "n 7"], grid: tuple[int, int]) -> Float[Tensor, "n p 2"]:
+    """Return where the cells of crops' maps lie in their images, in lengths of the image's longer side, (y, x).
+
+    Args:
+        boxes: See `RawBatch.boxes`.
+        grid: Rows and columns of the map.
+    """
+    top, left, height, width, flipped, rows, columns = boxes.double().unbind(1)
+    y = (torch.arange(grid[0], device=boxes.device) + 0.5) / grid[0]
+    x = ((torch.arange(grid[1], device=boxes.device) + 0.5) / grid[1]).expand(len(boxes), -1)
+    x = torch.where(flipped[:, None] > 0, 1 - x, x)
+    longer = torch.maximum(rows, columns)[:, None]
+    down = (top[:, None] + y * height[:, None]) / longer
+    right = (left[:, None] + x * width[:, None]) / longer
+    centres = torch.stack([down[:, :, None].expand(-1, -1, grid[1]), right[:, None, :].expand(-1, grid[0], -1)], dim=-1)
+    return centres.flatten(1, 2).float()

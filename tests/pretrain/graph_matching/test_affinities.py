@@ -6,12 +6,12 @@ import pytest
 import torch
 from meddino_pretrain.methods.graph_matching.affinities import (
     MessagePassing,
-    cell_centres,
     edge_affinity,
     global_affinity,
     local_affinity,
     nearest_nodes,
 )
+from meddino_pretrain.methods.multi_crop import cell_centres
 from torch.nn.functional import cosine_similarity
 
 torch.manual_seed(0)

@@ -1,14 +1,12 @@
 """What a recipe says about DINOv3: terms, heads, crops, masks, the EMA teacher and the Gram teacher."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
-from meddino_pretrain.methods.config import Action, Chart, KeptBackbone, MethodConfig, Terms
-
-Fraction = Annotated[float, Field(gt=0, le=1)]
+from meddino_pretrain.methods.config import Action, Chart, Fraction, KeptBackbone, MethodConfig, Terms, check_ascending
 
 
 class LossesConfig(StrictConfig):
@@ -87,10 +85,7 @@ class CropsConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "CropsConfig":
-        for name in ("global_scale", "local_scale", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} {[low, high]} must ascend and be above 0")
+        check_ascending({name: getattr(self, name) for name in ("global_scale", "local_scale", "aspect_ratio")})
         if len({sizes.gram_px is None for sizes in self.sizes}) > 1:
             raise ValueError("gram_px must be set for all sizes or for none")
         return self

@@ -74,24 +74,6 @@ def _directions(features: Tensor, heads: Tensor) -> Tensor:
     return unit * has_direction
 
 
-def cell_centres(boxes: Int[Tensor, "n 7"], grid: tuple[int, int]) -> Float[Tensor, "n p 2"]:
-    """Return where the cells of crops' maps lie in their images, in lengths of the image's longer side, (y, x).
-
-    Args:
-        boxes: See `RawBatch.boxes`.
-        grid: Rows and columns of the map.
-    """
-    top, left, height, width, flipped, rows, columns = boxes.double().unbind(1)
-    y = (torch.arange(grid[0], device=boxes.device) + 0.5) / grid[0]
-    x = ((torch.arange(grid[1], device=boxes.device) + 0.5) / grid[1]).expand(len(boxes), -1)
-    x = torch.where(flipped[:, None] > 0, 1 - x, x)
-    longer = torch.maximum(rows, columns)[:, None]
-    down = (top[:, None] + y * height[:, None]) / longer
-    right = (left[:, None] + x * width[:, None]) / longer
-    centres = torch.stack([down[:, :, None].expand(-1, -1, grid[1]), right[:, None, :].expand(-1, grid[0], -1)], dim=-1)
-    return centres.flatten(1, 2).float()
-
-
 def local_affinity(
     one: Float[Tensor, "n p d"],
     other: Float[Tensor, "n q d"],

@@ -14,14 +14,13 @@ from meddino.models.backbone import Backbone
 from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.methods.graph_matching.affinities import (
     MessagePassing,
-    cell_centres,
     edge_affinity,
     global_affinity,
     local_affinity,
     nearest_nodes,
 )
 from meddino_pretrain.methods.graph_matching.config import AffinityConfig, GraphConfig, GraphMatchingConfig
-from meddino_pretrain.methods.multi_crop import LARGE, Plans, SeenCrop, see_crops
+from meddino_pretrain.methods.multi_crop import LARGE, Plans, SeenCrop, cell_centres, see_crops
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from torch.nn import functional
 from meddino.core.device import at_least_float32
 from meddino.models.backbone import Backbone
 from meddino_pretrain.data.batches import Batch
-from meddino_pretrain.methods.graph_matching.affinities import cell_centres
 from meddino_pretrain.methods.joint_embedding.config import JointEmbeddingConfig
 from meddino_pretrain.methods.joint_embedding.objectives import Embeddings, objective_loss
-from meddino_pretrain.methods.multi_crop import LARGE, Plans, SeenCrop, see_crops
+from meddino_pretrain.methods.multi_crop import LARGE, Plans, SeenCrop, cell_centres, see_crops
 
 
 @dataclass(frozen=True)
