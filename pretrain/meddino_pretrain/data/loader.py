@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from meddino.core.errors import ShardError
 from meddino.data.intensity import Modality
@@ -159,19 +159,18 @@ class SampleMaker:
         )
 
 
-class _Batches(Dataset[RawBatch | PackedBatch | ShardError]):
+class _Batches(Dataset[PackedBatch | ShardError]):
     """Micro-batches as items of a dataset, for DataLoader's workers."""
 
     def __init__(self, maker: SampleMaker, sharing: Sharing) -> None:
         self.maker, self.sharing = maker, sharing
 
-    def __getitem__(self, number: tuple[int, int]) -> RawBatch | PackedBatch | ShardError:
+    def __getitem__(self, number: tuple[int, int]) -> PackedBatch | ShardError:
         try:
-            batch = self.maker.make(*number)
+            return packed(self.maker.make(*number), self.sharing)
         except ShardError as error:
             # As a value: DataLoader would hide the one clear line behind the worker's traceback.
             return error
-        return batch if get_worker_info() is None else packed(batch, self.sharing)
 
 
 @dataclass(frozen=True)
@@ -218,28 +217,23 @@ class Loader:
         """
         wanted = _MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation)
         workers = min(self.config.workers, len(wanted))
-        batches = _Batches(self.maker, self._sharing(workers))
-        helped = self._helped(batches, wanted, workers) if workers else None
+        helped = self._helped(wanted, workers) if workers else None
         try:
             for number in wanted:
                 start = time.perf_counter()
-                item = batches[number] if helped is None else helped.next()
+                item: RawBatch | ShardError = self.maker.make(*number) if helped is None else helped.next()
                 if isinstance(item, ShardError):
                     raise item
-                assert isinstance(item, RawBatch)
                 yield replace(item, data_wait_s=time.perf_counter() - start)
         finally:
             if helped is not None:
                 helped.close()
 
-    def _sharing(self, workers: int) -> Sharing:
+    def _helped(self, wanted: _MicroBatches, workers: int) -> WorkerBatches:
         # What workers hold ready, what the wait holds, and a step's micro-batches.
         held = workers * self.config.prefetch + 1 + self.maker.share.accumulation
-        return choose_sharing(self.maker.batch_bytes(), held, processes_here(os.environ)) if workers else "values"
-
-    def _helped(self, batches: _Batches, wanted: _MicroBatches, workers: int) -> WorkerBatches:
         return WorkerBatches(
-            batches,
+            _Batches(self.maker, choose_sharing(self.maker.batch_bytes(), held, processes_here(os.environ))),
             wanted,
             workers=workers,
             prefetch=self.config.prefetch,
