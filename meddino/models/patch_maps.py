@@ -60,8 +60,7 @@ def share_of_patch(mask: Bool[Tensor, "*batch height width"], patch_size: int) -
 
 def cosine_map(tokens: Float[Tensor, "dim h w"], row: int, column: int) -> Float[Tensor, "h w"]:
     """Return the cosine similarity of every patch to the one at [row, column]."""
-    unit = F.normalize(tokens, dim=0)
-    return torch.einsum("dhw,d->hw", unit, unit[:, row, column])
+    return similarity(tokens.movedim(0, -1), (row, column))
 
 
 def pca(tokens: Any, body: Bool[Tensor, "*batch h w"] | None = None, upscale: int = 1) -> NDArray[np.uint8]:

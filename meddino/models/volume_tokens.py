@@ -69,7 +69,7 @@ def as_stored(values: Any, contract: Intensity, given_range: Any = None) -> tupl
         ConfigError: The values cannot be what the contract says.
     """
     if isinstance(values, Volume):
-        axial = turned(values, contract)
+        axial, _ = turned(values, contract)
         stored = torch.from_numpy(np.stack([np.asarray(axial.planes[z], dtype=np.float32) for z in range(len(axial.planes))]))
         return stored, _range_of(values, contract) if given_range is None else torch.as_tensor(given_range)
     if not isinstance(values, Tensor):
@@ -88,8 +88,8 @@ def as_stored(values: Any, contract: Intensity, given_range: Any = None) -> tupl
     return values, None if given_range is None else torch.as_tensor(given_range)
 
 
-def turned(volume: Volume, contract: Intensity) -> AxialVolume:
-    """Return a volume's axial slices: axes permuted and flipped to the nearest ones, no voxel computed.
+def turned(volume: Volume, contract: Intensity) -> tuple[AxialVolume, float]:
+    """Return a volume's axial slices, axes permuted and flipped to the nearest ones, and how far [degrees] they lie askew.
 
     Raises:
         ConfigError: Its file says that it is of another modality than the model's.
@@ -102,7 +102,7 @@ def turned(volume: Volume, contract: Intensity) -> AxialVolume:
         raise VolumeError(f"volume holds values of type {volume.voxels.dtype}; grey values are real numbers")
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
         raise VolumeError("volume holds values that are no numbers (NaN or infinite)")
-    return to_axial_lps(volume, max_tilt_deg=180.0)[0]
+    return to_axial_lps(volume, max_tilt_deg=180.0)
 
 
 def padded(images: Float[Tensor, "*batch c h w"], contract: Intensity, multiple: int) -> tuple[Tensor, str]:
@@ -130,11 +130,11 @@ def encode(backbone: Backbone, contract: Intensity, volume: Volume, batch: int =
     """Compute the tokens of all slices; see `Model.encode_volume`."""
     if batch < 1:
         raise ConfigError(f"batch is {batch}; at least 1 slice at a time")
-    axial, limits = turned(volume, contract), _range_of(volume, contract)
+    (axial, tilt_deg), limits = turned(volume, contract), _range_of(volume, contract)
     rows, columns = axial.planes.shape[1:]
     factor = 1.0 if size_px is None else size_px / max(rows, columns)
     size = max(1, round(rows * factor)), max(1, round(columns * factor))
-    notes = [*axial.notes, *_told(volume, contract)]
+    notes = [*axial.notes, *_told(volume, contract, tilt_deg)]
     if size != (rows, columns):
         notes.append(f"slices were resized from {rows} x {columns} to {size[0]} x {size[1]} px")
     multiple, device = math.lcm(backbone.multiple_px, backbone.patch_size), next(backbone.parameters()).device
@@ -179,9 +179,8 @@ def _range_of(volume: Volume, contract: Intensity) -> Tensor | None:
     return None if contract.modality == "ct" else torch.tensor(value_range(contract.modality, volume.voxels))
 
 
-def _told(volume: Volume, contract: Intensity) -> list[str]:
-    turn, tilt_deg = turn_to_lps(volume.geometry), to_axial_lps(volume, max_tilt_deg=180.0)[1]
-    notes = []
+def _told(volume: Volume, contract: Intensity, tilt_deg: float) -> list[str]:
+    turn, notes = turn_to_lps(volume.geometry), []
     if turn.order != (0, 1, 2) or any(turn.flips):
         notes.append("axes were permuted or flipped to the nearest of Superior, Posterior, Left")
     if tilt_deg > _TILT_TOLD_DEG:
