@@ -1,11 +1,11 @@
 """What a user gives to be predicted: files and folders at any depth, volumes in one file or one a channel, DICOM series."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from meddino.core.errors import ConfigError, VolumeError
+from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 from meddino.core.files import atomic_write
 from meddino.volumes.archives import archive_of, files_below, is_packed_folder, problem_of
 from meddino.volumes.channels import case_names
@@ -132,6 +132,27 @@ def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
 def _who(file: Path) -> dict[str, str]:
     header = read_header(file, file.name, "")
     return {} if header is None else {"series_uid": header.series_uid, "patient": header.patient_id}
+
+
+def one_file_a_case(where: str, entries: Iterable[tuple[str, Path]], error: type[MedDINOError]) -> dict[str, Path]:
+    """Return files by the case that each means, in the order of the cases.
+
+    Args:
+        where: What is read, for the message.
+        entries: Case and file.
+        error: What is raised.
+
+    Raises:
+        MedDINOError: Two files mean one case: nobody could say which of them is meant.
+    """
+    found: dict[str, list[Path]] = {}
+    for case, path in entries:
+        found.setdefault(case, []).append(path)
+    for case, paths in found.items():
+        if len(paths) > 1:
+            names = " and ".join(path.name for path in paths)
+            raise error(f"{where}: {names} in {paths[0].parent.name}/ both mean the case '{case}'; keep one")
+    return {case: paths[0] for case, paths in sorted(found.items())}
 
 
 def stem(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +16,7 @@ from meddino.volumes.dicom.structures import name_key, structure_names
 from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset, modality_of
-from meddino_evaluation.data.inputs import ENDINGS, stem
+from meddino_evaluation.data.inputs import ENDINGS, one_file_a_case, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 
 TABLE_FILE, LABELS_FILE = "cases.csv", "labels.json"
@@ -157,8 +157,10 @@ def _table(root: Path) -> LabelledDataset:
 
 def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
     """Images and label maps of the same name; an image may be a folder with one DICOM series, and may end in _0000."""
-    found = _named(root, ((re.sub(r"_0000$", "", name), path) for name, path in _entries(images, ENDINGS)))
-    maps = {name: _label_file(path, str(root)) for name, path in _named(root, _entries(labels, (*ENDINGS, ".dcm"))).items()}
+    numbered = ((re.sub(r"_0000$", "", name), path) for name, path in _entries(images, ENDINGS))
+    found = one_file_a_case(str(root), numbered, VolumeError)
+    drawn = one_file_a_case(str(root), _entries(labels, (*ENDINGS, ".dcm")), VolumeError)
+    maps = {name: _label_file(path, str(root)) for name, path in drawn.items()}
     alone = sorted(maps.keys() - found.keys())
     if alone or not maps:
         raise VolumeError(
@@ -177,18 +179,6 @@ def _entries(folder: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, Path
     for path in sorted(folder.iterdir()):
         if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(endings)):
             yield path.name if path.is_dir() else stem(path), path
-
-
-def _named(root: Path, entries: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Return entries by name; two of one name are refused, since nobody could say which of them is meant."""
-    found: dict[str, Path] = {}
-    for name, path in entries:
-        if name in found:
-            raise VolumeError(
-                f"{root}: {found[name].name} and {path.name} in {path.parent.name}/ mean one case; keep one of them"
-            )
-        found[name] = path
-    return found
 
 
 def _label_file(path: Path, where: str) -> Path:

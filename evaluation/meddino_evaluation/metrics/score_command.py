@@ -17,7 +17,7 @@ from meddino.core.files import sha256_file, write_json
 from meddino.core.logging import get_logger
 from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.dataset import check_same_grid, in_orientation_of
-from meddino_evaluation.data.inputs import ENDINGS, stem
+from meddino_evaluation.data.inputs import ENDINGS, one_file_a_case, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
 from meddino_evaluation.metrics.label_metrics import METRICS, score_case
 from meddino_evaluation.metrics.tables import summarise, write_cases
@@ -151,17 +151,10 @@ def _score(
 def _label_maps(folder: Path, option: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"{option} {folder}: no such folder")
-    groups: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.endswith(ENDINGS) and not path.name.startswith("."):
-            groups.setdefault(stem(path), []).append(path)
-    if not groups:
+    maps = [path for path in sorted(folder.iterdir()) if path.name.endswith(ENDINGS) and not path.name.startswith(".")]
+    if not maps:
         raise ConfigError(f"{option} {folder} holds no label map ({', '.join(ENDINGS)})")
-    for case, paths in groups.items():
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            raise ConfigError(f"{option} {folder}: {names} both mean the case '{case}'; keep one")
-    return {case: paths[0] for case, paths in sorted(groups.items())}
+    return one_file_a_case(f"{option} {folder}", ((stem(path), path) for path in maps), ConfigError)
 
 
 def _values(paths: Iterable[Path]) -> set[int]:
