@@ -114,23 +114,30 @@ def build(
         write_json(private_folder(corpus) / "build.json", config.model_dump(mode="json"))
         _run(jobs, config, corpus, work)
         if part is not None:
-            name = f"{part.index}-of-{part.count}"
-            note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.digest}
-            write_json(work.root / "parts" / f"{name}.json", note)
-            _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
+            _note_part(part, inputs, listed, corpus, work)
             return True
         # Before the corpus: killed between the two, the same command still knows it as its own.
         write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs})
         info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
         work.remove()
-    totals = info["totals"]
+    _tell(corpus, info["totals"], found)
+    return True
+
+
+def _note_part(part: Part, inputs: str, listed: ExclusionMatch, corpus: Path, work: WorkFolder) -> None:
+    name = f"{part.index}-of-{part.count}"
+    note = {"index": part.index, "count": part.count, "inputs": inputs, "listed": listed.digest}
+    write_json(work.root / "parts" / f"{name}.json", note)
+    _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
+
+
+def _tell(corpus: Path, totals: dict[str, int], found: Discovery) -> None:
     _logger.info(
         "%s: %d slices of %d volumes kept, %d refused, %d duplicates",
         corpus, totals["slices"], totals["accepted"], totals["rejected"], totals["duplicate"],
     )  # fmt: skip
     if found.unused:
         _logger.warning("%d files could not be used: %s", found.unused.total(), _unused_text(found))
-    return True
 
 
 def check_out(corpus: Path) -> None:
