@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from meddino_pretrain.bench.check_gpu import fill_layerscale
 from meddino_pretrain.bench.step import MeasuredStep, StepSize
 from meddino_pretrain.methods.dinov3.config import (
     CropsConfig,
@@ -42,11 +42,7 @@ def tiny_size(accumulation: int = 1, **sizes: int) -> StepSize:
 def tiny_step(precision: Any, accumulation: int = 1, **config: Any) -> MeasuredStep:
     """Return a step of this process's share on the CPU, with a LayerScale of 1: the image has to reach the losses."""
     step = MeasuredStep(tiny_size(accumulation), find_machine("cpu", precision), MachineConfig(**config))
-    with torch.no_grad():
-        for network in step.method.networks().values():
-            for name, parameter in network.named_parameters():
-                if name.endswith("gamma"):
-                    parameter.fill_(1.0)
+    fill_layerscale(step)
     return step
 
 

@@ -90,16 +90,21 @@ def verdicts(machine: Machine) -> Iterator[Verdict]:
 def losses_of(machine: Machine, config: MachineConfig | None = None) -> list[float]:
     """Return the losses of two tiny steps; the same images and weights everywhere."""
     step = MeasuredStep(StepSize("vitnano8", 4, checked_config("tiny")), machine, config or MachineConfig(compile=False))
-    with torch.no_grad():  # at a fresh LayerScale KoLeo's value is a matter of rounding
-        for network in step.method.networks().values():
-            for name, value in network.named_parameters():
-                if name.endswith("gamma"):
-                    value.fill_(1.0)
+    fill_layerscale(step)
     losses = []
     for _ in range(2):
         step.run()
         losses.append(step.loss)
     return losses
+
+
+@torch.no_grad()
+def fill_layerscale(step: MeasuredStep) -> None:
+    """Set LayerScale to 1 everywhere: at a fresh one images hardly reach the losses, and KoLeo's is a matter of rounding."""
+    for network in step.method.networks().values():
+        for name, value in network.named_parameters():
+            if name.endswith("gamma"):
+                value.fill_(1.0)
 
 
 def work(mode: str, result: Path) -> None:
