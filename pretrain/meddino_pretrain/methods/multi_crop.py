@@ -1,4 +1,4 @@
-"""Large and small crops of a slice: the views that most methods here learn from, and their forward pass."""
+"""Large and small crops of a slice: the views that most methods here learn from, their forward pass, and where cells lie."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
