@@ -1,5 +1,6 @@
 """Weights into a model: from every door, completely, or every gap named."""
 
+import io
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ import meddino
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.weights.coverage import LoadingTolerances
+from meddino.checkpoints.weights.distcp import _Unpickler
 from meddino.checkpoints.weights.find_weights import find_weights
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers, backbone_name
 from meddino.checkpoints.weights.key_formats import to_timm
@@ -334,6 +336,20 @@ def test_find_weights__a_folder_of_torch_distributed_checkpoint(tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="promises"):
         find_weights(tmp_path / "ckpt" / "999")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "is_read"), [("_MEM_FORMAT_ENCODING", "TORCH_CONTIGUOUS_FORMAT", True), ("Metadata", "__init__", False)]
+)
+def test_unpickler__getattr_gives_members_of_enumerations_alone(owner, name, is_read):
+    """Python 3.11.0 to 3.11.3 pickle members of enumerations so."""
+    module = "torch.distributed.checkpoint.metadata"
+    written = f"cbuiltins\ngetattr\n(c{module}\n{owner}\nV{name}\ntR.".encode()
+    if is_read:
+        assert _Unpickler(io.BytesIO(written)).load().name == name
+    else:
+        with pytest.raises(CheckpointError, match=r"would call builtins\.getattr"):
+            _Unpickler(io.BytesIO(written)).load()
 
 
 def test_find_weights__metadata_that_would_run_code_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Folders of torch.distributed.checkpoint, as DINOv3's trainer writes them: the network's tensors, and no code run."""
 
+import enum
 import io
 import pickle
 import warnings
@@ -29,11 +30,20 @@ class _Unpickler(pickle.Unpickler):
     """Knows the classes that torch's own metadata is made of and nothing else."""
 
     def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         is_metadata = module == dcp_metadata.__name__ and isinstance(getattr(dcp_metadata, name, None), type)
         if not (is_type or is_metadata or (module, name) in _HARMLESS):
             raise CheckpointError(f"its {_METADATA} would call {module}.{name} when opened; refused, nothing in it was run")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    """Return a member of one of the metadata's enumerations; Python 3.11.0 to 3.11.3 pickle members as getattr's call."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise CheckpointError(f"its {_METADATA} would call builtins.getattr when opened; refused, nothing in it was run")
+    return kind[name]
 
 
 class _Reader(FileSystemReader):
