@@ -37,6 +37,9 @@ def test_message_passing__is_the_normalised_adjacency_times_features():
         wanted = mixed @ (mixed @ ONE[graph] @ messages.layers[0].weight.T).relu() @ messages.layers[1].weight.T
         torch.testing.assert_close(messages(ONE, heads)[graph], wanted)
     assert MessagePassing(7, 0)(ONE, heads) is ONE
+    added = MessagePassing(7, 2, 0.1)
+    added.load_state_dict(messages.state_dict())
+    torch.testing.assert_close(added(ONE, heads), ONE + 0.1 * messages(ONE, heads))
 
 
 def test_affinities__are_cosines_of_nodes_and_of_edges():

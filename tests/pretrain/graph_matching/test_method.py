@@ -8,7 +8,7 @@ from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.sampler import BatchShare
 from meddino_pretrain.methods.base import StageSetting
 from meddino_pretrain.methods.config import MultiCropConfig
-from meddino_pretrain.methods.graph_matching.affinities import edge_affinity, global_affinity, nearest_nodes
+from meddino_pretrain.methods.graph_matching.affinities import MessagePassing, edge_affinity, global_affinity, nearest_nodes
 from meddino_pretrain.methods.graph_matching.config import AffinityConfig, GraphConfig, GraphMatchingConfig, MatchingConfig
 from meddino_pretrain.methods.graph_matching.method import GraphMatching
 from meddino_pretrain.methods.graph_matching.network import GraphTarget, view_pairs
@@ -29,13 +29,14 @@ def test_matching__a_linear_encoder_learns_what_two_views_share():
     """24 of 32 dimensions differ between the views: matching finds the 8 that do not."""
     rng = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    encoder, shares = nn.Linear(32, 128), []
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=2e-3)
+    encoder, messages, shares = nn.Linear(32, 128), MessagePassing(128, 2, GraphConfig().message_scale), []
+    optimizer = torch.optim.Adam([*encoder.parameters(), *messages.parameters()], lr=2e-3)
     for step in range(150):
         signal = torch.randn(2, 16, 8, generator=rng)
         views = [torch.cat([signal, 1.3 * torch.randn(2, 16, 24, generator=rng)], dim=-1) for _ in range(2)]
-        nodes = [encoder(view) for view in views]
-        heads = [nearest_nodes(each, 5) for each in nodes]
+        features = [encoder(view) for view in views]
+        heads = [nearest_nodes(each, 5) for each in features]
+        nodes = [messages(*graph) for graph in zip(features, heads, strict=True)]
         edges = EdgeAffinities(edge_affinity(nodes[0], heads[0], nodes[1], heads[1]), *heads)
         noise = 0.05 * torch.from_numpy(numpy_rng(0, step).gumbel(size=(2, 16, 16))).float()
         loss, share = matching_loss(global_affinity(*nodes), edges, noise, MatchingSetting())
@@ -44,6 +45,18 @@ def test_matching__a_linear_encoder_learns_what_two_views_share():
         optimizer.step()
         shares.append(share.mean().item())
     assert sum(shares[:5]) / 5 < 0.3 and sum(shares[-10:]) / 10 > 0.9
+
+
+def test_message_passing__in_place_of_features_makes_the_nodes_of_a_graph_alike():
+    torch.manual_seed(0)
+    features = torch.randn(8, 16, 128)
+    heads = nearest_nodes(features, 5)
+
+    def alike(scale):
+        nodes = MessagePassing(128, 2, scale)(features, heads)
+        return ((global_affinity(nodes, nodes).sum((1, 2)) - 16) / (16 * 15)).mean().item()
+
+    assert alike(None) > 0.8 and abs(alike(0.1)) < 0.02
 
 
 def method_of(config, batch=8, accumulation=1, backbone="vitnano8", **changes):

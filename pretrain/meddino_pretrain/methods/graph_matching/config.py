@@ -19,6 +19,8 @@ class GraphConfig(StrictConfig):
     """Width of the projection and of message passing; LVM-Med: 128."""
     message_layers: int = Field(2, ge=0)
     """Layers of message passing along the edges; LVM-Med: 2; 0: none, an ablation."""
+    message_scale: float | None = Field(0.1, gt=0)
+    """Factor on messages added to a node's own features; Rolinek: 0.1; null: in their place, as LVM-Med prints it."""
 
     @model_validator(mode="after")
     def _neighbours_are_there(self) -> "GraphConfig":

@@ -66,7 +66,7 @@ class GraphMatchingNetwork(nn.Module):
         self.setting = MatchingSetting(matching.step_size, matching.margin, matching.restarts, matching.threads)
         self.backbone = backbone
         self.projector = nn.Linear(backbone.embed_dim, graph.dim)
-        self.messages = MessagePassing(graph.dim, graph.message_layers)
+        self.messages = MessagePassing(graph.dim, graph.message_layers, graph.message_scale)
 
     def forward(self, batch: Batch, target: GraphTarget) -> dict[str, Float[Tensor, ""]]:
         """Return the Hamming distance of the matchings, the share of nodes matched with themselves, and the total."""
