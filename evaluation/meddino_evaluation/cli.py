@@ -5,10 +5,9 @@ import importlib
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from meddino.core.command import command_parser, run_command
-from meddino.core.files import locked_folder
+from meddino.core.files import locked_folder, remove_leftovers
 
 COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
@@ -34,7 +33,9 @@ COMMANDS = {
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 
 
-LOCKED = frozenset({"segment", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve"})
+LOCKED = frozenset(
+    {"segment", "probe", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve", "study"}
+)
 """Commands of which two at a time in one folder would mix their results."""
 
 
@@ -60,7 +61,11 @@ def _handle(arguments: argparse.Namespace) -> None:
     logging.getLogger("highdicom").setLevel(logging.WARNING)
     run = importlib.import_module(COMMANDS[arguments.command][0]).run
     out = getattr(arguments, "out", None)
-    with locked_folder(out) if out is not None and _works_alone(arguments) else nullcontext():
+    if out is None or not _works_alone(arguments):
+        run(arguments)
+        return
+    with locked_folder(out):
+        remove_leftovers(out)
         run(arguments)
 
 

@@ -1,15 +1,20 @@
 """How every `meddino-*` command starts and ends: exit codes and one clear line for what the user can mend."""
 
 import argparse
+import errno
 import hashlib
 import io
 import os
+import resource
 import select
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.files import is_disk_full
@@ -23,6 +28,13 @@ EXIT_DONE = 0
 EXIT_WRONG_INPUT = 2
 EXIT_RUN_AGAIN = 75
 EXIT_INTERRUPTED = 130
+# SIGTERM: a scheduler's time limit, `timeout`; SIGHUP: a terminal that was closed; SIGUSR1 and SIGUSR2: SLURM's --signal and
+# submitit's warning. A trainer catches them itself, and finishes its step first.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asked the command to stop. Of this kind, as what runs between here and there lets a Ctrl-C pass."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -56,7 +68,8 @@ def run_command(
 
     Returns:
         0 done, 2 wrong input or a file that the system does not let be read or written (one line on stderr), 75 stopped
-        early and wants to be run again. Other faults raise, which shows their traceback and exits 1.
+        early (by one of `STOP_SIGNALS` too) and wants to be run again. Other faults raise, which shows their traceback and
+        exits 1.
     """
     _open_closed_streams()
     arguments = _parse(parser, argv)
@@ -64,13 +77,14 @@ def run_command(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"monai|torch|timm|transformers")
     setup_logging(arguments.verbose, rank=int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))))
     try:
-        code = handle(arguments) or EXIT_DONE
+        with _stopped_by_signals():
+            code = handle(arguments) or EXIT_DONE
         sys.stdout.flush()  # here, where a reader that is gone can be told from a fault
         return code
     except MedDINOError as error:
         _say_once(f"{parser.prog}: error: {error}")
         return EXIT_WRONG_INPUT
-    except StoppedEarly as stop:
+    except (StoppedEarly, _Stopped) as stop:
         _say_once(f"{parser.prog}: {stop}")
         return EXIT_RUN_AGAIN
     except KeyboardInterrupt:
@@ -84,6 +98,9 @@ def run_command(
         if is_disk_full(error):
             where = f" while writing {error.filename}" if error.filename else ""
             problem = f"no space left on the disk{where}; free some, then run the same command again"
+        elif error.errno in (errno.EMFILE, errno.ENFILE):
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            problem = f"too many open files, {limit} are allowed; allow more (ulimit -n 65536), then run the same command again"
         elif (name := error.filename2 or error.filename) and error.strerror:  # of two, the one that was to be written
             problem = f"{os.fsdecode(name)}: {error.strerror[0].lower()}{error.strerror[1:]}"
             _logger.debug("where it happened", exc_info=error)
@@ -91,6 +108,30 @@ def run_command(
             raise
         _say_once(f"{parser.prog}: error: {problem}")
         return EXIT_WRONG_INPUT
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let a signal that ends programs unwind this one, so that it takes away what is half-written and says how it ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers belong to the main thread
+        return
+    own = os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # a fork: a worker of somebody else's, which ends as any program
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        raise _Stopped(f"stopped by {signal.Signals(number).name}; the same command again goes on")
+
+    # What is ignored from the start stays so: nohup wants the command to outlive its terminal.
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open_closed_streams() -> None:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ from typing import IO, Any, Literal
 from meddino.core.errors import MedDINOError
 
 PARTIAL_SUFFIX = ".partial"
+_LEFTOVER = re.compile(r".+\.\d+" + re.escape(PARTIAL_SUFFIX))
+_FULL_BELOW_BYTES = 256 << 10
 _TROUBLE_OF_THE_SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
     errno.EAGAIN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOTCONN, errno.EREMOTEIO,
@@ -80,13 +83,18 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
     Yields:
         The folder to write into. Everything in it is fsynced before it is renamed to `path`. An existing `path` is
-        moved aside first and deleted last, so there is a moment without it but never one with half of it.
+        moved aside first and deleted last, so there is a moment without it but never one with half of it. What a process
+        left that was killed in the midst of this goes first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _take_up(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    held = os.open(partial, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a file system without locks: what is left there stays
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield partial
         for file in sorted(partial.rglob("*")):
             if file.is_file():
@@ -95,15 +103,47 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             else:
                 fsync_directory(file)
         fsync_directory(partial)
+        old = path.with_name(f"{path.name}.{os.getpid()}.old")
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+        fsync_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        _take_up(path)
         raise
-    old = path.with_name(f"{path.name}.{os.getpid()}.old")
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    fsync_directory(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _take_up(path: Path) -> None:
+    """Put a folder back that a killed process had moved aside, and remove what killed ones were writing."""
+    own = re.compile(re.escape(path.name) + r"\.\d+(\.old|" + re.escape(PARTIAL_SUFFIX) + ")")
+    for left in [entry for entry in path.parent.iterdir() if own.fullmatch(entry.name) and entry.is_dir()]:
+        if left.suffix != PARTIAL_SUFFIX and not path.exists():
+            left.rename(path)
+        elif left.suffix != PARTIAL_SUFFIX or _is_nobodys(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_nobodys(partial: Path) -> bool:
+    """Tell whether no process writes into a folder any more: the lock on it ends with its writer."""
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove files that killed processes left half-written anywhere in a folder; nobody else may be writing there."""
+    for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -166,3 +206,14 @@ def cause_without_path(error: OSError) -> str:
     if error.errno in _TROUBLE_OF_THE_SYSTEM:
         raise error
     return (error.strerror or "input/output error").lower()
+
+
+def told_by_system(error: Exception, path: Path) -> Exception:
+    """Return the error of a full disk where a library has hidden it in one of its own, else that error.
+
+    Args:
+        error: What the library raised while it wrote a file.
+        path: The file.
+    """
+    full = f"os error {errno.ENOSPC}" in str(error) or shutil.disk_usage(path.parent).free < _FULL_BELOW_BYTES
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) if full else error

@@ -1,5 +1,6 @@
 """Volumes and label maps written through SimpleITK, in the format that the file's ending names."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.core.files import PARTIAL_SUFFIX
+from meddino.core.files import PARTIAL_SUFFIX, told_by_system
 from meddino.volumes.geometry import Geometry, geometry_to_xyz
 
 
@@ -44,10 +45,15 @@ def write_volume(path: Path, voxels: NDArray[Any], geometry: Geometry, orientati
     try:
         with _named_in_utf8(partial) as target:
             sitk.WriteImage(image, str(target), useCompression=True, compressionLevel=level)
-    except RuntimeError as error:
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if not isinstance(error, RuntimeError):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise VolumeError(f"{path} cannot be written: {lines[-1][:200] if lines else 'unknown reason'}") from error
+        reason = lines[-1][:200] if lines else "unknown reason"
+        raise told_by_system(VolumeError(f"{path} cannot be written: {reason}"), path) from error
     partial.replace(path)
 
 

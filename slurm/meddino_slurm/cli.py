@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from meddino.core.command import command_parser, run_command
 from meddino.core.config import load_config
 from meddino.core.errors import MedDINOError
-from meddino_slurm.ask_command import ASKING, ask_command
 from meddino_slurm.config import SiteConfig
+from meddino_slurm.status import ASKING, ask_command
 from meddino_slurm.submit_command import submit_command
 from meddino_slurm.work import PROGRAMS
 

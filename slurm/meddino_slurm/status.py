@@ -1,9 +1,10 @@
-"""What became of the jobs of a run folder: states, logs, cancelling."""
+"""`meddino-submit status|logs|cancel FOLDER`: what became of the jobs of a run folder."""
 
+import argparse
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from meddino_slurm import slurm
 from meddino_slurm.record import Json, all_attempts, mark_cancelled, progress, submissions
 from meddino_slurm.work import job_folder
 
+ASKING = ("status", "logs", "cancel")
 FOLLOW_POLL_S = 1.0
 LOOK_S = 3.0  # SLURM is not asked at every glance at a file
 # What the supervisor's last word means once SLURM no longer tells.
@@ -40,6 +42,24 @@ class Row:
     restarts: int
     nodes: str
     note: str
+
+
+def ask_command(command: str, arguments: Sequence[str]) -> None:
+    """Answer `status`, `logs` or `cancel`."""
+    asked = argparse.ArgumentParser(prog=f"meddino-submit {command}")
+    asked.add_argument("folder", type=Path, help="the --out of the job")
+    if command == "logs":
+        asked.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+        asked.add_argument("--rank", default="0", help="number of a process, or supervisor")
+        asked.add_argument("--job", help="of this job only")
+    found = asked.parse_args(arguments)
+    out = found.folder.absolute()
+    if command == "status":
+        write_line(table(out))
+    elif command == "cancel":
+        write_line(f"cancelled {', '.join(cancel(out))}")
+    else:
+        show_log(out, found.rank, found.job, found.follow)
 
 
 def rows(out: Path) -> list[Row]:

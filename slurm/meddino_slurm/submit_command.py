@@ -8,8 +8,7 @@ from meddino.core.command import write_line
 from meddino.core.errors import MedDINOError
 from meddino_slurm import slurm
 from meddino_slurm.config import SiteConfig
-from meddino_slurm.own_checks import own_checks
-from meddino_slurm.plans import Planned, plan_one, plan_parts, plan_stages, submit_planned
+from meddino_slurm.plans import Planned, own_checks, plan_one, plan_parts, plan_stages, submit_planned
 from meddino_slurm.status import job_ids_to_wait_for
 from meddino_slurm.submission import check_free, check_same_run, on_this_machine, run_in_foreground, submit
 

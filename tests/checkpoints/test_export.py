@@ -121,6 +121,22 @@ def test_export__fp16_overflow_is_named(make_checkpoint, tmp_path, monkeypatch):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_export__nan_weights_are_no_matter_of_the_dtype(make_checkpoint, tmp_path, monkeypatch, dtype):
+    original = export.read_source
+
+    def broken(*arguments):
+        source = original(*arguments)
+        source.tensors["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+        return source
+
+    monkeypatch.setattr(export, "read_source", broken)
+    with pytest.raises(CheckpointError, match=r"blocks.1.mlp.fc1.weight holds NaN .*earlier checkpoint") as caught:
+        export_model(make_checkpoint(), tmp_path / "m", dtype=dtype)
+    assert "--dtype" not in str(caught.value)
+    assert not (tmp_path / "m").exists()
+
+
 def test_export__heads(make_checkpoint, tmp_path):
     checkpoint = make_checkpoint()
     out = export_model(checkpoint, tmp_path / "m", heads=True)

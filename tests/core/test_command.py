@@ -1,11 +1,12 @@
 import errno
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from meddino.core.command import command_parser, run_command, write_line
+from meddino.core.command import STOP_SIGNALS, command_parser, run_command, write_line
 from meddino.core.errors import StoppedEarly, VolumeError
 
 
@@ -25,6 +26,7 @@ def _run(error: BaseException | None) -> int:
         (StoppedEarly("run it again"), 75, "meddino-x: run it again\n"),
         (KeyboardInterrupt(), 130, "meddino-x: interrupted; the same command again goes on\n"),
         (OSError(errno.ENOSPC, "No space", "/x/y"), 2, "no space left on the disk while writing /x/y"),
+        (OSError(errno.EMFILE, "Too many open files"), 2, "ulimit -n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), 2, "meddino-x: error: /x/y: permission denied\n"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"/x"), 2, "meddino-x: error: /x: not a directory\n"),
     ],
@@ -38,6 +40,42 @@ def test_run_command__exit_codes(error, code, said, capsys):
 def test_run_command__a_fault_of_ours_shows_its_traceback(error):
     with pytest.raises(type(error)):
         _run(error)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_run_command__a_signal_lets_it_clean_up_and_asks_to_be_run_again(number, capsys):
+    before, cleaned = signal.getsignal(number), []
+
+    def handle(_):
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:  # noqa: BLE001 - libraries do that
+            cleaned.append("swallowed")
+        finally:
+            cleaned.append("cleaned")
+
+    assert run_command(command_parser("meddino-x", "Tests.", "meddino-x"), [], handle) == 75
+    assert capsys.readouterr().err == f"meddino-x: stopped by {number.name}; the same command again goes on\n"
+    assert cleaned == ["cleaned"]
+    assert signal.getsignal(number) is before
+
+
+def test_run_command__nohup_and_forks_keep_their_own_ways(capsys):
+    def handle(_):
+        os.kill(os.getpid(), signal.SIGHUP)
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        ended = os.waitpid(child, 0)[1]
+        return 0 if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) == signal.SIGTERM else 1
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_command(command_parser("meddino-x", "Tests.", "meddino-x"), [], handle) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr().err == ""
 
 
 def test_command_parser__help_ends_with_the_example():
@@ -62,7 +100,7 @@ def test_run_command__unknown_option_is_still_refused():
 
 
 PRINTS = """
-from meddino.core.command import command_parser, run_command, write_line
+from meddino.core.command import STOP_SIGNALS, command_parser, run_command, write_line
 
 def handle(_):
     {body}
@@ -91,7 +129,7 @@ def test_run_command__closed_streams_change_nothing(tmp_path, closed, fault, cod
     script = tmp_path / "command.py"
     script.write_text(
         "import sys\n"
-        "from meddino.core.command import command_parser, run_command\n"
+        "from meddino.core.command import STOP_SIGNALS, command_parser, run_command\n"
         "from meddino.core.errors import VolumeError\n"
         "from meddino.core.logging import get_logger\n"
         "def handle(_):\n"

@@ -11,7 +11,9 @@ from meddino.core.files import (
     check_free_space,
     is_disk_full,
     locked_folder,
+    remove_leftovers,
     sha256_file,
+    told_by_system,
     write_json,
 )
 
@@ -39,6 +41,44 @@ def test_atomic_directory__appears_whole_or_not_at_all(tmp_path):
             assert not (target / "file").exists() or (target / "file").read_text() == "one"
     assert (target / "file").read_text() == "two"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_atomic_directory__takes_up_what_killed_processes_left(tmp_path):
+    target = tmp_path / "model"
+    for name in ("model.123.partial", "model.124.old", "models.5.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(RuntimeError), atomic_directory(target):
+        assert (target / "file").read_text() == "model.124.old"  # killed between its two renames: nothing else is left of it
+        raise RuntimeError
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "models.5.partial"]
+
+
+def test_atomic_directory__leaves_what_another_is_writing(tmp_path):
+    with atomic_directory(tmp_path / "model") as own:
+        other = tmp_path / "model.1.partial"
+        own.rename(other)  # as if of another process
+        with atomic_directory(tmp_path / "model") as second:
+            (second / "file").write_text("second")
+        assert other.is_dir()
+        other.rename(own)
+    assert not (tmp_path / "model" / "file").exists()  # the last one stands
+
+
+def test_remove_leftovers__takes_nobody_elses_files(tmp_path):
+    names = ("a.json.77.partial", "b.partial", "77.partial", "deep/c.csv.1.partial", "a.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove_leftovers(tmp_path)
+    assert [name for name in names if (tmp_path / name).exists()] == ["b.partial", "77.partial", "a.json"]
+
+
+def test_told_by_system__finds_a_full_disk_in_a_librarys_error(tmp_path):
+    hidden = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert is_disk_full(told_by_system(hidden, tmp_path / "a"))
+    other = RuntimeError("bad direction cosines")
+    assert told_by_system(other, tmp_path / "a") is other
 
 
 def test_sha256_file__equals_hashlib(tmp_path):

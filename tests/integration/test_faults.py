@@ -1,55 +1,296 @@
-"""What each fault does to a pretraining, as the table in docs/training.md has it; nothing that was saved is lost."""
+"""What each fault does to each long command, as the table in docs/faults.md has it; nothing that was finished is lost."""
 
 import os
-import signal
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from meddino_pretrain.monitoring.metrics import read_metrics
 
-from meddino.checkpoints.state.verify import latest_checkpoint
-from tests.pretrain.conftest import make_corpus_once  # noqa: F401 - a fixture
-from tests.pretrain.test_launcher import STAGE, TINY, children, wait_until
+from meddino.core.files import sha256_file
+from tests.data.tiny_corpus import write_corpus
+from tests.data_curation.conftest import make_hu, write_volume
+from tests.evaluation.segmentation.conftest import write_dataset
+from tests.pretrain.conftest import disc_slice
+from tests.processes import run
 
-ALONE = [sys.executable, "-m", "meddino_pretrain.cli", str(TINY), "--stage", STAGE]
-STEPS = [f"stages.{STAGE}.snapshot_steps=[]", "saving.every_steps=2", "loader.workers=1"]
-# Fault: (signal, whom it reaches, exit code).
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "faults.md"
+TINY = Path(__file__).resolve().parents[1] / "pretrain" / "tiny.yaml"
+START = "from tests.integration.faults import main; raise SystemExit(main())"
 FAULTS = {
-    "a closed terminal": (signal.SIGHUP, "all", 75),
-    "a scheduler's end": (signal.SIGTERM, "all", 75),
-    "SLURM's warning": (signal.SIGUSR1, "all", 75),
-    "Ctrl-C": (signal.SIGINT, "all", 130),
-    "killed": (signal.SIGKILL, "trainer", -signal.SIGKILL),
-    "a worker killed": (signal.SIGKILL, "workers", 75),
+    "SIGTERM": "SIGTERM, SIGHUP, SIGUSR1, SIGUSR2",
+    "SIGINT": "Ctrl-C",
+    "SIGKILL": "SIGKILL",
+    "full disk": "disk full",
+    "small /dev/shm": "/dev/shm full",
+    "worker killed": "a worker killed",
 }
+ALSO = {"SIGHUP": "SIGTERM", "SIGUSR1": "SIGTERM", "small disk": "full disk"}
+"""Faults that end as another of the table: a small disk is a real one, where this process may mount it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A long command, what faults do to it, and how it is tried here.
+
+    Attributes:
+        name: As in the docs.
+        shm: Exit code where /dev/shm is full; None where the command does not use it.
+        worker: Exit code where a worker is killed; None where it has none.
+        kept: What is not done twice, for the docs.
+        again: What the same command does, for the docs.
+        words: Of the trial; {root} holds the inputs, {build} and the like what other commands wrote.
+        same: Files that are the same bytes as without the fault.
+        stays: Files that stand after a fault at half way, and are not made anew by the same command.
+        copies: Folders of another command's result that this one changes.
+    """
+
+    name: str
+    shm: int | None
+    worker: int | None
+    kept: str
+    again: str
+    words: str
+    same: tuple[str, ...]
+    stays: tuple[str, ...] = ()
+    copies: tuple[str, str] | None = None
+
+    def code(self, fault: str) -> int | None:
+        """Return what it ends with."""
+        codes = {"SIGTERM": 75, "SIGINT": 130, "SIGKILL": -9, "full disk": 2, "small /dev/shm": self.shm}
+        return {**codes, "worker killed": self.worker}[ALSO.get(fault, fault)]
+
+    def row(self) -> str:
+        """Return its row in the docs."""
+        codes = ["killed" if (code := self.code(fault)) == -9 else "-" if code is None else str(code) for fault in FAULTS]
+        return f"| `{self.name}` | {' | '.join(codes)} | {self.kept} | {self.again} |"
+
+
+_CURATED = "corpus/**/*"
+_OLD_OR_NEW = "the corpus as it was, or as it will be; volumes that were read"
+_QUICK = "features.image_size_px=32 split.repeats=1 linear.min_steps=5 linear.learning_rates=[0.01] statistics.resamples=20"
+_SEGMENT = (
+    "--config demo training.steps=6 training.batch_size=2 training.crop_px=32 training.crops=grid training.save_every_steps=2 "
+    "labels.train_slices=4 splits.folds=2 head.name=linear seeds=[0,1] inference.mirror=false metrics.surface=false "
+    "encoder.mode=finetune training.lr_head=0.01"
+)
+COMMANDS = {
+    "build": Command(
+        "meddino-curate build", 0, 0, "volumes that were read, shards that are written", "goes on, the same bytes",
+        "meddino-curate build {root}/in --out corpus workers={readers} shards.size_mib=0.05 privacy.salt_file={root}/salt",
+        (_CURATED,), ("corpus/.work/volumes/*/*.json",),
+    ),
+    "add": Command(
+        "meddino-curate add", 0, 0, _OLD_OR_NEW, "goes on, the same bytes",
+        "meddino-curate add {root}/more --to corpus workers={readers} --salt-file {root}/salt",
+        (_CURATED,), copies=("build", "corpus*"),
+    ),
+    "erase": Command(
+        "meddino-curate erase", 0, None, "the corpus as it was, or as it will be", "goes on, the same bytes",
+        "meddino-curate erase corpus --volume 1.nii.gz --salt-file {root}/salt",
+        (_CURATED,), copies=("build", "corpus*"),
+    ),
+    "merge": Command(
+        "meddino-curate merge", 0, None, "the parts; shards that were copied", "goes on, the same bytes",
+        "meddino-curate merge {build}/corpus {more}/corpus --out corpus", (_CURATED,),
+    ),
+    "pretrain": Command(
+        "meddino-pretrain", 0, 75, "after a signal every step, else up to the last checkpoint", "goes on, the same bytes",
+        "meddino-pretrain {recipe} --corpus {root}/tiny --out run --stage stage1_pretrain loader.workers={loaders} "
+        "stages.stage1_pretrain.steps=16",
+        ("run/*/checkpoints/step-*16/*.safetensors",),
+    ),
+    "export": Command(
+        "meddino-export", 0, None, "what stood there before", "exports anew, the same bytes",
+        "meddino-export {pretrain}/run --out model --to safetensors,timm", ("model/**/*",),
+    ),
+    "segment": Command(
+        "meddino-eval segment", 0, None, "networks that are trained, the last `training.save_every_steps`",
+        "goes on, the same bytes", "meddino-eval segment --model random:vitnano8 --data {root}/blobs --out out " + _SEGMENT,
+        ("out/weights/*.safetensors", "out/cases.csv", "out/predictions/**/*"), ("out/weights/fold-0_seed-0.safetensors",),
+    ),
+    "predict": Command(
+        "meddino-eval predict", 0, None, "label maps that are written", "predicts anew, the same bytes",
+        "meddino-eval predict --results {segment}/out --input {root}/blobs/imagesTr --out out", ("out/**/*",),
+    ),
+    "probe": Command(
+        "meddino-eval probe", 0, None, "nothing, it takes seconds", "measures anew, the same bytes",
+        "meddino-eval probe --model m=random:vitnano8 --data {root}/blobs --out out seeds=[0] bootstrap=100 "
+        "data.resample=native train_slices=4 case_slices=2 blocks=[1]", ("out/**/*",),
+    ),
+    "linear": Command(
+        "meddino-eval knn, linear, few-shot, finetune", 0, None, "features of images", "learns anew, the same bytes",
+        "meddino-eval linear --model random:vitnano8 --data ct_contrast --root {root}/ct_contrast --out out "
+        "protocols=[knn,linear] " + _QUICK,
+        ("out/per_case.csv", "out/splits/*"), ("out/features/**/*.safetensors",),
+    ),
+    "study": Command(
+        "meddino-eval study", 0, None, "jobs that are done", "goes on, the same bytes",
+        "meddino-eval study compare --config {root}/study.yaml --data-root {root} --out out",
+        ("out/jobs/*/per_case.csv", "out/results*.csv"), ("out/jobs/*/per_case.csv",),
+    ),
+}  # fmt: skip
+STUDY = """
+models: ["random:vitnano8"]
+data: [{dataset: ct_contrast, root: ct_contrast}]
+protocols: [knn, logistic]
+evaluation:
+  features: {image_size_px: 32, device: cpu}
+  split: {repeats: 1}
+  statistics: {resamples: 20}
+"""
+
+
+class Results:
+    """What commands write where nothing goes wrong; each is run once, when it is asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for seed in range(6):
+            write_volume(root / ("in" if seed < 4 else "more") / f"{seed}.nii.gz", make_hu(seed))
+        (root / "salt").write_text("a salt for tests of faults\n")
+        write_dataset(root / "blobs")
+        write_corpus(root / "tiny", [disc_slice(number, 96, 80) for number in range(24)])
+        self._made: dict[str, tuple[Path, int]] = {}
+
+    def words(self, name: str, fault: str = "") -> list[str]:
+        """Return a command with its inputs."""
+        text = COMMANDS["build"].words.replace("{root}/in", "{root}/more") if name == "more" else COMMANDS[name].words
+        if name in ("linear", "study"):
+            self._labelled_images()
+        others = {other: self.of(other)[0] for other in (*COMMANDS, "more") if f"{{{other}}}" in text}
+        readers = 2 if fault in ("worker killed", "small /dev/shm") else 1
+        return text.format(root=self.root, recipe=TINY, readers=readers, loaders=1 if fault else 0, **others).split()
+
+    def _labelled_images(self) -> None:
+        from meddino_evaluation.classification.fake_data import make_fake
+
+        if not (self.root / "study.yaml").exists():
+            make_fake("ct_contrast", self.root / "ct_contrast")
+            (self.root / "study.yaml").write_text(STUDY)
+
+    def of(self, name: str) -> tuple[Path, int]:
+        """Return the folder in which a command has worked, and its number of writes."""
+        if name not in self._made:
+            folder = self.root / "whole" / name
+            prepare(self, name, folder)
+            ended = attempt("none", 0, self.words(name), folder)
+            assert ended.returncode == 0, ended.stderr[-3000:]
+            self._made[name] = folder, int(_count(folder).read_text())
+        return self._made[name]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Results:
+    return Results(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def folder(request, tmp_path) -> Iterator[Callable[[int], Path]]:
+    """A function that makes the folder to work in: a file system of so many bytes, or an ordinary one for 0."""
+    place = tmp_path / "work"
+    place.mkdir()
+    mounted: list[Path] = []
+
+    def make(size: int) -> Path:
+        if size:
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+            if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+                pytest.skip("needs the right to mount a small file system")
+            mounted.append(place)
+        return place
+
+    yield make
+    for one in mounted:
+        subprocess.run(["umount", "-l", str(one)], check=True)
+
+
+def _count(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.count")
+
+
+def attempt(fault: str, place: int, words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder with a fault at its so-many-th write."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return run([sys.executable, "-c", START, fault, place, _count(folder), *words], env=clean, cwd=folder, timeout=120)
+
+
+def prepare(results: Results, name: str, folder: Path) -> None:
+    """Put there what the command changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = COMMANDS[name].copies if name in COMMANDS else None
+    if copies:
+        for source in results.of(copies[0])[0].glob(copies[1]):
+            shutil.copytree(source, folder / source.name)
+
+
+def _files(folder: Path, patterns: tuple[str, ...]) -> dict[str, str]:
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in found}
+
+
+def _standing(folder: Path, patterns: tuple[str, ...]) -> dict[str, int]:
+    return {name: (folder / name).stat().st_mtime_ns for name in _files(folder, patterns)}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(4096 * (path.stat().st_size // 4096 + 2) for path in folder.rglob("*"))
+
+
+def _trials() -> Iterator[object]:
+    for name, command in COMMANDS.items():
+        for fault in (*FAULTS, *ALSO):
+            if command.code(fault) is not None:
+                yield pytest.param(name, fault, marks=() if fault == "SIGTERM" else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "fault"), _trials())
+def test_fault__ends_as_the_table_says_and_the_same_command_goes_on(results, folder, name, fault):
+    command, (whole, writes) = COMMANDS[name], results.of(name)
+    size = 0
+    if fault == "small disk":
+        before = _bytes(results.of(command.copies[0])[0]) if command.copies else 0
+        size = before + max(_bytes(whole) - before, _bytes(whole) // 4) // 2
+    here = folder(size)
+    prepare(results, name, here)
+
+    ended = attempt(fault, writes // 2, results.words(name, fault), here)
+    assert ended.returncode == command.code(fault), ended.stderr[-3000:]
+    assert "Traceback" not in ended.stderr
+    if ended.returncode in (2, 75, 130):
+        assert len([line for line in ended.stderr.splitlines() if line.startswith("meddino-")]) == 1, ended.stderr[-3000:]
+    standing = _standing(here, command.stays)
+    assert standing or not command.stays or fault == "small disk"
+
+    if size:
+        subprocess.run(["mount", "-o", "remount,size=256m", str(here)], check=True)
+    again = attempt("none", 0, results.words(name), here)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert _files(here, command.same) == _files(whole, command.same)
+    after = _standing(here, command.stays)
+    assert all(after.get(one, moment) == moment for one, moment in standing.items())  # may be gone, is not made anew
+    assert [path.name for path in here.rglob("*") if path.name.endswith((".partial", ".old")) or "partial-" in path.name] == []
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "a closed terminal" else pytest.param(name, marks=pytest.mark.slow) for name in FAULTS]
+    "name", [pytest.param(name, marks=() if name == "pretrain" else pytest.mark.slow) for name in COMMANDS]
 )
-def test_pretrain__each_fault_ends_as_the_table_says(make_corpus_once, tmp_path, name):  # noqa: F811
-    number, whom, code = FAULTS[name]
-    run, errors = tmp_path / "run", tmp_path / "stderr"
-    metrics = run / STAGE / "metrics.jsonl"
-    command = [*ALONE, "--corpus", str(make_corpus_once), "--out", str(run), *STEPS, f"stages.{STAGE}.steps=4000"]
+def test_few_open_files__cost_one_line_or_nothing(results, tmp_path, name):
+    command, (whole, _) = COMMANDS[name], results.of(name)
+    prepare(results, name, tmp_path / "work")
+    ended = attempt("few files", 0, results.words(name, "few files"), tmp_path / "work")
+    assert ended.returncode in (0, 2), ended.stderr[-3000:]
+    assert "Traceback" not in ended.stderr
+    assert ended.returncode == 0 or "ulimit -n" in ended.stderr or "too many open files" in ended.stderr.lower()
+    if ended.returncode == 2:
+        assert attempt("none", 0, results.words(name), tmp_path / "work").returncode == 0
+    assert _files(tmp_path / "work", command.same) == _files(whole, command.same)
 
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    with errors.open("w") as stream:
-        trainer = subprocess.Popen(command, env={**clean, "OMP_NUM_THREADS": "1"}, stderr=stream, start_new_session=True)
-        wait_until(
-            lambda: trainer.poll() is not None or (metrics.is_file() and '"step": 5,' in metrics.read_text())
-        )  # that of step 2 is saved
-        workers = children(trainer.pid)
-        try:
-            for pid in {"all": [*workers, trainer.pid], "trainer": [trainer.pid], "workers": workers[:1]}[whom]:
-                os.kill(pid, number)
-            assert trainer.wait(timeout=100) == code, Path(errors).read_text()
-        finally:
-            trainer.kill()
-    assert "Traceback" not in errors.read_text()
-    done = latest_checkpoint(run / STAGE / "checkpoints").step
-    assert done >= 2
-    if code == 75 and whom == "all":
-        assert done == len(read_metrics(metrics))  # not one step is lost
+
+def test_docs__have_the_table():
+    header = f"| command | {' | '.join(FAULTS.values())} | what is kept | the same command again |"
+    rows = [header, "|" + "---|" * (len(FAULTS) + 3), *(command.row() for command in COMMANDS.values())]
+    assert "\n".join(rows) in DOCS.read_text()

@@ -10,10 +10,13 @@ import threading
 import time
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from meddino_pretrain.build import build_loader
+from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.data import workers as worker_processes
 from meddino_pretrain.data.batches import RawBatch, to_model_input
 from meddino_pretrain.data.config import LoaderConfig
@@ -25,6 +28,7 @@ from meddino_pretrain.data.workers import WorkersLost, choose_sharing, end_worke
 from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes, MaskingConfig
 from meddino_pretrain.methods.dinov3.views import add_masks, crop_views
 
+from meddino.core.config import load_config
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError, ShardError
 from meddino.core.logging import setup_logging
@@ -180,6 +184,15 @@ def test_loader__each_way_of_sharing_gives_the_same_batches(make_corpus, monkeyp
     monkeypatch.setattr("meddino_pretrain.data.loader.choose_sharing", lambda *_: sharing)
     for one, other in zip(alone, loader_of(corpus, workers=2), strict=True):
         assert_equal(one, other)
+
+
+def test_build_loader__a_corpus_smaller_than_a_batch_says_so(make_corpus, caplog):
+    config = load_config(PretrainConfig, [Path(__file__).with_name("tiny.yaml")], [])
+    stage, corpus = config.stages["stage1_pretrain"], make_corpus(count=3)
+    with caplog.at_level(logging.WARNING):
+        loader = build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
+    assert "holds 3 slices, a batch 4: each shows slices more than once" in caplog.text
+    assert len(next(iter(loader)).keys) == 4
 
 
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):

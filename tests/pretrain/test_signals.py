@@ -4,7 +4,9 @@ import os
 import signal
 
 import pytest
-from meddino_pretrain.run.signals import STOP_SIGNALS, stop_on_signals
+from meddino_pretrain.run.signals import stop_on_signals
+
+from meddino.core.command import STOP_SIGNALS
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

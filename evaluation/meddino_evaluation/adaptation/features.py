@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional
 
 from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, VolumeError
-from meddino.core.files import PARTIAL_SUFFIX, canonical_json
+from meddino.core.files import atomic_write, canonical_json
 from meddino.core.logging import get_logger
 from meddino.data.content import slice_hash
 from meddino.data.intensity import Modality
@@ -310,12 +310,10 @@ class FeatureStore:
         """Write features of some images."""
         if not features:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256("".join(sorted(features)).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.safetensors"
-        partial = path.with_name(f"{path.name}{PARTIAL_SUFFIX}")
         content: dict[str, Any] = {key: value.contiguous() for key, value in features.items()}
-        save_file(content, partial, metadata={"widths": json.dumps(widths)})
-        partial.replace(path)
+        with atomic_write(path) as stream:
+            stream.write(save(content, metadata={"widths": json.dumps(widths)}))
         self.widths = widths
         self._where |= dict.fromkeys(features, path)

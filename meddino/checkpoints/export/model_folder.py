@@ -17,7 +17,7 @@ from torch import Tensor
 from meddino.checkpoints.state.verify import MAX_META_BYTES
 from meddino.core.config import StrictConfig, check_config
 from meddino.core.errors import CheckpointError, ConfigError
-from meddino.core.files import atomic_write, canonical_json, sha256_file, write_json
+from meddino.core.files import atomic_write, canonical_json, sha256_file, told_by_system, write_json
 from meddino.data.intensity import Intensity
 from meddino.models.registry import BackboneConfig
 from meddino.models.timm_backbone import TimmConfig
@@ -208,7 +208,11 @@ def meddino_version() -> str:
 def write_weights(path: Path, tensors: dict[str, Tensor], record: FileRecord | None = None) -> None:
     """Write a safetensors file; equal tensors and records give equal bytes."""
     # One metadata key only: several would be written in a changing order. The record is put in afterwards.
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise told_by_system(error, path) from error
     if record is not None:
         with path.open("rb") as plain, atomic_write(path) as stream:
             stream.write(_header_with(record, plain.read(int.from_bytes(plain.read(8), "little"))))

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from meddino.core.command import STOP_SIGNALS
 from meddino.core.errors import StoppedEarly
 from meddino.core.logging import get_logger
 from meddino.distributed.launcher import launcher_pid
 
-# SIGTERM: a scheduler's time limit or pre-emption; SIGUSR1 and SIGUSR2: SLURM's --signal and submitit's warning; SIGHUP: a
-# terminal that was closed.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 logger = get_logger(__name__)
 
 

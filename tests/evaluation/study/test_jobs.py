@@ -180,6 +180,22 @@ def test_compare__parts_share_the_folder_that_one_process_has_to_itself(tmp_path
     assert len(ran) == 3
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["segment", "--model", "m", "--data", "d"],
+        ["probe", "--model", "a=m", "--data", "d"],
+        ["study", "compare", "--config", "c"],
+    ],
+)
+def test_commands__two_at_a_time_in_one_folder_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch, words):
+    monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT", raising=False)
+    with locked_folder(tmp_path / "out"):
+        assert main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert "another command is writing into" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_run_jobs__parts_cover_every_job_once(config, data_root, tmp_path, monkeypatch):
     jobs = list_jobs("compare", load_study(str(config), []), tmp_path, data_root=data_root)
     ran = []

@@ -71,7 +71,7 @@ def _table(metrics: dict[str, Any]) -> Table:
         found = readouts["chosen"]
         f1, (low, high) = found["macro_f1"], found["interval_95"]
         spread = "" if f1["std"] is None else f" ± {f1['std']:.3f}"
-        interval = "one patient" if low is None else f"{low:.3f} to {high:.3f}"
+        interval = "too few patients" if low is None else f"{low:.3f} to {high:.3f}"
         classes = ["-" if found["by_label"][label] is None else f"{found['by_label'][label]:.2f}" for label in labels]
         table.add_row(name, f"{f1['mean']:.3f}{spread}" if f1["mean"] is not None else "undefined", interval, *classes)
     return table
