@@ -130,7 +130,7 @@ COMMANDS = {
     "study": Command(
         "meddino-eval study", 0, None, "jobs that are done", "goes on, the same bytes",
         "meddino-eval study compare --config {root}/study.yaml --data-root {root} --out out",
-        ("out/jobs/*/per_case.csv", "out/results*.csv"), ("out/jobs/*/per_case.csv",),
+        ("out/jobs/*/per_case.csv", "out/results*.csv"), ("out/jobs/*/metrics.json",),
     ),
 }  # fmt: skip
 STUDY = """
@@ -247,7 +247,7 @@ def _trials() -> Iterator[object]:
                 yield pytest.param(name, fault, marks=() if fault == "SIGTERM" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "fault"), _trials())
+@pytest.mark.parametrize(("name", "fault"), list(_trials()))
 def test_fault__ends_as_the_table_says_and_the_same_command_goes_on(results, folder, name, fault):
     command, (whole, writes) = COMMANDS[name], results.of(name)
     size = 0
