@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from meddino.core.compilation import compilable
 from meddino.core.device import at_least_float32, loss_dtype
@@ -138,8 +139,6 @@ def sinkhorn_targets(logits: TeacherLogits, temperature: float, iterations: int 
 def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> SinkhornTargets:
     rows, prototypes, device = len(logits), logits.count, logits.bottleneck.device
     dtype = loss_dtype(logits.bottleneck)
-    # One message tells how many rows there are in all; each process may hold another number of them.
-    total_rows = float(all_reduce_sum(torch.tensor(float(rows))))
     keeps = rows * prototypes * dtype.itemsize <= KEPT_BYTES.get(device.type, KEPT_BYTES_ACCELERATOR)
     kept = logits.rows() if keeps else None
     stretches = [slice(0, rows)] if keeps else list(row_chunks(rows, prototypes, device))
@@ -158,8 +157,11 @@ def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> Sin
         column_sum = torch.mv(kept.t(), row_scale)
     targets = SinkhornTargets(logits, kept, column_max, row_max, temperature, row_scale, column_max)
     column_scale = column_max
+    # Each process may hold another number of rows: they are summed along with the first sums, not by a message of their own.
+    sums = all_reduce_sum(functional.pad(column_sum, (0, 1), value=float(rows)))
+    column_sum, total_rows = sums[:-1], sums[-1]
     for round_number in range(iterations):
-        column_scale = 1 / (prototypes * all_reduce_sum(column_sum))
+        column_scale = 1 / (prototypes * (all_reduce_sum(column_sum) if round_number else column_sum))
         column_sum = torch.zeros_like(column_max)
         for part in stretches:
             # A row's new scale and its share of the next round's sums, in one pass.

@@ -86,9 +86,10 @@ class Trainer:
         for batches in self.steps:
             start = time.perf_counter()
             record = self.train_step(batches)
+            stop = record.pop("stop_asked")
             self.step += 1
             self.log_step(record, batches, time.perf_counter() - start)
-            ending = self.guard.after_step(record, batches, self.step, self.schedules.steps)
+            ending = self.guard.after_step(record, batches, stop, self.step, self.schedules.steps)
             if ending is None or ending.save:
                 self.checkpoints.after_step(self.step, self.metrics, now=ending is not None)
             if ending is not None:
@@ -122,6 +123,7 @@ class Trainer:
             "weight_decay": values.weight_decay,
             **values.own,
             "corrupt_samples": round(numbers["corrupt_samples"]),
+            "stop_asked": numbers["stop_asked"] > 0,
             "skipped": skipped,
         }
 
@@ -149,11 +151,15 @@ class Trainer:
         self.monitor.after_record(self.step, bool(measured))
 
     def _numbers(self, losses: Mapping[str, Tensor], norms: Mapping[str, Tensor], batches: Sequence[Batch]) -> dict[str, float]:
-        """Bring losses (averaged over processes), gradient norms, observations and counts to the host in one copy."""
+        """Bring losses (averaged over processes), gradient norms, observations and counts to the host in one copy.
+
+        All that processes have to agree on after a step is among the numbers: they need no other message.
+        """
         observed = self.method.observations()
         # Times the processes, for what follows is a mean.
-        corrupt = losses["total"].new_tensor(float(world_size() * sum(len(batch.corrupt) for batch in batches)))
+        counts = {"corrupt_samples": sum(len(batch.corrupt) for batch in batches), "stop_asked": self.guard.stop.came()}
+        noted = {name: losses["total"].new_full((), float(world_size() * count)) for name, count in counts.items()}
         norms = {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        named = {**losses, **norms, **observed, "corrupt_samples": corrupt}
+        named = {**losses, **norms, **observed, **noted}
         flat = all_reduce_mean(torch.stack([at_least_float32(value).reshape(()) for value in named.values()]))
         return dict(zip(named, flat.tolist(), strict=True))

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from meddino.checkpoints.state import safetensors_storage
-from meddino.checkpoints.state.flat_state import OptimizerState
+from meddino.checkpoints.state.flat_state import OptimizerState, flatten, written_here
 from meddino.checkpoints.state.training_state import load_training_state, save_training_state
 from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.errors import CheckpointError
@@ -72,7 +72,17 @@ def _save(folder: Path, kind: str) -> None:
     model = wrap(make(0), kind)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     steps(model, optimizer)
-    save_training_state(folder / "step-000000003", state_of(model, optimizer), {"step": 3})
+    tensors, values = flatten(state_of(model, optimizer))
+    mine = written_here(tensors)
+    names: list[list[str]] = [[], []]
+    dist.all_gather_object(names, list(mine))
+    if kind == "ddp":  # what both hold alike is given once
+        assert sorted(names[0] + names[1]) == sorted(tensors)
+        held = sum(each.nbytes for each in mine.values())
+        assert 0.3 < held / sum(each.nbytes for each in tensors.values()) < 0.7
+    else:
+        assert set(names[0]) | set(names[1]) == set(tensors) and set(names[0]) & set(names[1])
+    save_training_state(folder / "step-000000003", {**mine, **values}, {"step": 3})
 
 
 def _load(folder: Path, kind: str) -> None:

@@ -61,7 +61,8 @@ def test_limit__alone_interrupted_and_in_two_processes(damaged, tmp_path, run_ra
 
     asked: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "agreed", lambda self: asked.append(1) or len(asked) == 4)
+        # Asked before the stage, then in each step.
+        patch.setattr(StopRequest, "came", lambda self: asked.append(1) or len(asked) == 1 + 4)
         with pytest.raises(StoppedEarly):
             train(corpus, tmp_path / "interrupted")
     with pytest.raises(ShardError):

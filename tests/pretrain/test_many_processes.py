@@ -31,7 +31,7 @@ STOP_AT_STEP = """
     from meddino.core.config import load_config
     from meddino.core.errors import StoppedEarly
     asked = []
-    StopRequest.agreed = lambda self: asked.append(1) or len(asked) == {after}
+    StopRequest.came = lambda self: asked.append(1) or len(asked) == 1 + {after}  # before the stage, then in each step
     try:
         run_pretraining(load_config(PretrainConfig, [{recipe!r}], {overrides!r}), Path({corpus!r}), Path({run!r}), [{stage!r}])
     except StoppedEarly:
@@ -64,7 +64,7 @@ def test_processes__one_then_two_with_accumulation_then_one(make_corpus_once, tm
     run_pretraining(config, make_corpus_once, tmp_path / "alone", [STAGE])
     run = tmp_path / "changing"
     asked: list[int] = []
-    monkeypatch.setattr(StopRequest, "agreed", lambda self: asked.append(1) or len(asked) == 3)
+    monkeypatch.setattr(StopRequest, "came", lambda self: asked.append(1) or len(asked) == 1 + 3)
     with pytest.raises(StoppedEarly):
         run_pretraining(config, make_corpus_once, run, [STAGE])
     halves = [*BASE, f"stages.{STAGE}.accumulation=2"]

@@ -71,7 +71,7 @@ class Noted:
     def write(self, record):
         self.records.append(record)
 
-    def agreed(self):
+    def came(self):
         self.asked += 1
         return self.asked == self.stop_after
 

@@ -5,9 +5,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meddino.checkpoints.state.safetensors_storage import DTYPES
 from meddino.core.errors import CheckpointError
+from meddino.distributed.collectives import rank, world_size
 
 # What wrappers put into names: DistributedDataParallel, torch.compile, activation checkpointing, FSDP1.
 WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
@@ -114,6 +116,24 @@ def flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]
 
     visit("", state)
     return tensors, values
+
+
+def written_here(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what this process writes of a state: its parts of what is sharded, and its share of what all hold alike (DDP).
+
+    The shares are about equally large, and each process knows all of them without a message.
+    """
+    shares = [0] * world_size()
+    mine: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        owner = shares.index(min(shares))
+        if isinstance(tensor, DTensor):
+            owner = rank()
+        else:
+            shares[owner] += tensor.numel() * tensor.dtype.itemsize
+        if owner == rank():
+            mine[name] = tensor
+    return mine
 
 
 def assign(state: Mapping[str, Any], tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

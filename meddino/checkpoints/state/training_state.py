@@ -18,10 +18,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor
 
 from meddino.checkpoints.state.flat_state import OptimizerState, Stateful, assign, flatten
 from meddino.checkpoints.state.names import remove_leftovers
@@ -29,7 +31,7 @@ from meddino.checkpoints.state.safetensors_storage import DTYPES, SafetensorsRea
 from meddino.checkpoints.state.verify import RESERVED, verify_checkpoint, write_meta
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_directory, check_free_space, is_disk_full, sha256_file
-from meddino.distributed.collectives import broadcast_object, current_group, is_main, on_main, world_size
+from meddino.distributed.collectives import all_reduce_sum, broadcast_object, current_group, is_main, on_main, world_size
 
 State = Mapping[str, nn.Module | Stateful | Mapping[str, Any] | Tensor]
 
@@ -40,8 +42,8 @@ def save_training_state(folder: Path, state: State, meta: Mapping[str, Any]) -> 
     Args:
         folder: `<run>/<stage>/checkpoints/step-000000100`, on a disk that all processes see; see `checkpoint_name`.
         state: Name -> module, `OptimizerState`, another object with `state_dict()` / `load_state_dict()`, or a nested
-            mapping or tensor. Replicated (DDP) and sharded (FSDP2, DTensor) tensors are both right. Leaves that are no
-            tensors must be JSON.
+            mapping or tensor. Replicated (DDP) and sharded (FSDP2, DTensor) tensors are both right; of replicated ones
+            it is enough that one process gives each (`written_here`). Leaves that are no tensors must be JSON.
         meta: JSON: "step" and whatever the reader needs (stage, backbone, input_contract, lineage, corpus_hash, ...).
 
     Returns:
@@ -56,7 +58,8 @@ def save_training_state(folder: Path, state: State, meta: Mapping[str, Any]) -> 
     if clash or not isinstance(meta.get("step"), int):
         raise ValueError(f"meta needs an integer 'step' and must not set {RESERVED}; set: {clash}")
     tensors, values = flatten(state)
-    on_main(lambda: _prepare(folder, tensors.values()))
+    size = _size(tensors.values())
+    on_main(lambda: _prepare(folder, size))
     partial = atomic_directory(folder) if is_main() else contextlib.nullcontext(None)
     outcome: BaseException | None = None
     try:
@@ -147,9 +150,14 @@ def _check_same_names(
         )
 
 
-def _prepare(folder: Path, tensors: Iterable[Tensor]) -> None:
+def _size(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes that all processes together write, or more where all hold the same ones."""
+    own = sum((of.to_local() if isinstance(of, DTensor) else of).numel() * of.dtype.itemsize for of in tensors)
+    return int(all_reduce_sum(torch.tensor(own)))
+
+
+def _prepare(folder: Path, size: int) -> None:
     remove_leftovers(folder.parent)
-    size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
     check_free_space(folder.parent, size + (16 << 20), f"checkpoint {folder.name}")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from meddino.checkpoints.state.flat_state import flatten
+from meddino.checkpoints.state.flat_state import flatten, written_here
 from meddino.distributed.collectives import using_group, world_size
 
 
@@ -49,9 +49,9 @@ class FrozenState:
         self._meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
     def copy(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a state's flat names with copies of its tensors; sharded ones keep their places (DTensor)."""
+        """Return a state's flat names with copies of the tensors that this process writes; sharded ones stay so (DTensor)."""
         tensors, values = flatten(state)
-        return {**{name: self._copied(tensor) for name, tensor in tensors.items()}, **values}
+        return {**{name: self._copied(tensor) for name, tensor in written_here(tensors).items()}, **values}
 
     def _copied(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):

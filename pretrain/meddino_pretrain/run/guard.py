@@ -37,7 +37,7 @@ class RunGuard:
         """Take what it watches.
 
         Args:
-            stop: Whether a signal came.
+            stop: Whether a signal came to this process; the trainer tells all.
             corrupt: The corrupt samples that the run has met.
             max_bad_steps: Skipped steps in a row after which the run stops.
         """
@@ -52,12 +52,15 @@ class RunGuard:
         """Count on."""
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
-    def after_step(self, record: Mapping[str, Any], batches: Sequence[Batch], step: int, steps: int) -> Ending | None:
+    def after_step(
+        self, record: Mapping[str, Any], batches: Sequence[Batch], stop: bool, step: int, steps: int
+    ) -> Ending | None:
         """Return why the stage ends after a step, or None. Every process asks after every step, and all get the same answer.
 
         Args:
             record: The step's record.
             batches: Its micro-batches.
+            stop: Whether a signal had come to any process.
             step: Steps done.
             steps: Length of the stage.
         """
@@ -66,7 +69,6 @@ class RunGuard:
             return Ending(self._diverged(step, record["keys"]), save=False, will_go_on=False)
         if record["corrupt_samples"]:  # of all processes, so that all come here or none
             self.corrupt.add([each for batch in batches for each in batch.corrupt])
-        stop = self.stop.agreed()
         if (error := self.corrupt.error()) is not None:
             return Ending(error, save=True, will_go_on=False)
         if stop and step < steps:

@@ -21,24 +21,17 @@ class StopRequest:
         self.signal_name: str | None = None
         self._launcher = launcher_pid(os.environ)
 
-    def agreed(self) -> bool:
-        """True if any process got a signal. Every process asks at the same step, so all save together."""
-        return self._came_to_any()
-
     def check(self, where: str) -> None:
         """Stop all processes if any got a signal; for places between stages, where everything is saved.
 
         Raises:
             StoppedEarly: A signal came.
         """
-        if self._came_to_any():
-            raise StoppedEarly(f"stopped by a signal {where}, all is saved; run the same command again")
-
-    def _came_to_any(self) -> bool:
         # Later: this module is loaded before anything that takes seconds, so that signals are caught from then on.
         from meddino.distributed.collectives import any_rank
 
-        return any_rank(self.came())
+        if any_rank(self.came()):
+            raise StoppedEarly(f"stopped by a signal {where}, all is saved; run the same command again")
 
     def came(self) -> bool:
         """True if this process got a signal, whatever the others got."""
