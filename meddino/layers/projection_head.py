@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from meddino.core.device import at_least_float32
 from meddino.layers.linear import Linear
 
 
@@ -63,13 +64,12 @@ class ProjectionHead(nn.Module):
 
         Args:
             x: Tokens; or bottleneck features if `only_last_layer`.
-            no_last_layer: Stop at the bottleneck, of length one in each row.
+            no_last_layer: Stop at the bottleneck, of length one in each row, in float32 at least.
             only_last_layer: Go from the bottleneck to the prototypes.
         """
         if not only_last_layer:
-            x = self.mlp(x)
-            # float16 would underflow with 1e-12.
-            x = functional.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+            # What losses start from is float32 at least, on every device; and float16 would underflow with 1e-12.
+            x = functional.normalize(at_least_float32(self.mlp(x)), dim=-1, eps=1e-12)
         if not no_last_layer:
-            x = self.last_layer(x)
+            x = self.last_layer(x.to(self.last_layer.weight.dtype))
         return x

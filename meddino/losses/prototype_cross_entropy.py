@@ -162,10 +162,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             comparison.into_gradient(logits, rows.start, softmax[rows])
             gradient = logits.to(ctx.dtype)
             if grad_bottleneck is not None:
-                grad_bottleneck[rows] = product(gradient, columns).div_(ctx.temperature)
+                grad_bottleneck[rows] = product(gradient, columns)
             if wants_prototypes:
                 grad_prototypes = _add_product(grad_prototypes, gradient, features)
             del logits, gradient  # before the next ones are made
+        if grad_bottleneck is not None:
+            grad_bottleneck.div_(ctx.temperature)
         if wants_prototypes and grad_prototypes is None:
             grad_prototypes = torch.zeros_like(prototypes)
         return grad_bottleneck, grad_prototypes, None, None, None, None
@@ -179,7 +181,7 @@ def _logits(
     step = PRODUCT_ROWS.get(bottleneck.device.type, PRODUCT_ROWS_ACCELERATOR)
     for start in range(0, len(bottleneck), step):
         rows = slice(start, min(start + step, len(bottleneck)))
-        features = bottleneck[rows].to(dtype) / temperature
+        features = (bottleneck[rows] / temperature).to(dtype)
         yield rows, at_least_float32(product(features, weight)), features
 
 

@@ -1,21 +1,30 @@
 """What a step costs a GPU, by `tests.gpu.trace_step`: budgets that only fall, and memory of every shipped recipe."""
 
 import argparse
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from meddino_pretrain.bench.commands import add_size_arguments
 from meddino_pretrain.bench.step import step_size
 from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.data.augmentations import apply_ct, draw_ct
+from meddino_pretrain.data.config import CTAugment
 
 from meddino.core.config import load_config
+from meddino.core.seeds import numpy_rng
+from meddino.data.intensity import CTIntensity
 from tests.gpu.tiny import tiny_size
-from tests.gpu.trace_step import recipe_size, trace_step
+from tests.gpu.trace_step import peak_at_depth, recipe_size, trace_step
 from tests.gpu.tracing import Ledger, meta_device
 
-# Recipe, processes, memory of the card that its comments name [bytes].
-CARDS = [("single_gpu", 1, 24e9), ("ct3m_vits", 2, 80e9), ("ct3m_vitb", 2, 80e9), ("ct3m_vitl", 2, 80e9)]
+# Recipe, processes, memory of the card that its comments name [bytes]; stage, what is changed.
+NAMED = [("single_gpu", 1, 24e9), ("ct3m_vits", 2, 80e9), ("ct3m_vitb", 2, 80e9), ("ct3m_vitl", 2, 80e9)]
 STAGES = ("stage1_pretrain", "stage2_gram", "stage3_highres")
+WITHOUT = ["machine.activation_checkpointing=false"]
+CARDS = [(*each, stage, []) for each in NAMED for stage in STAGES]
+CARDS += [("ct3m_vitl", 8, 80e9, stage, WITHOUT) for stage in STAGES[:2]]
 # For torch's context, fragmentation and NCCL's buffers.
 SPARE = 0.92
 
@@ -29,6 +38,26 @@ def test_trace__one_copy_each_way_and_no_other_wait(accumulation, checkpointing)
     assert figures["device_copies"] == {"to device": passes, "to host": 1}
     assert figures["kernels"] < 2200 * accumulation
     assert figures["gb_touched_compiled"] <= figures["gb_touched"]
+
+
+def test_apply_ct__is_a_few_kernels_whatever_the_number_of_views():
+    contract, rng = CTIntensity(), numpy_rng(0, "rows")
+    rows = torch.from_numpy(np.concatenate([draw_ct(CTAugment(), contract, rng, 10) for _ in range(64)]))
+    with meta_device(ledger := Ledger()):
+        apply_ct(torch.empty(640, 112, 112, dtype=torch.int16, device="meta"), rows, contract)
+    assert ledger.kernels.total() <= 25 and ledger.copies.total() == 1 and not ledger.waits
+
+
+def test_trace__losses_compute_in_float32_but_for_products():
+    ledger = trace_step(tiny_size(), compiled=False).ledger
+    narrow = {
+        (file, name)
+        for file, name, dtype in ledger.dtypes
+        if file.startswith("meddino/losses/") and dtype not in (torch.float32, torch.float64)
+    }
+    # What a product takes and gives is bfloat16; all else, the sums of what is backward included, is not.
+    assert {name for _, name in narrow} <= {"_to_copy", "mm"}, narrow
+    assert {file for file, _ in narrow} == {"meddino/losses/prototype_cross_entropy.py", "meddino/losses/sinkhorn.py"}
 
 
 def test_ledger__mixing_host_and_device_raises():
@@ -61,12 +90,20 @@ def test_trace__budget_of_the_issue_s_first_size():
     assert figures["peak_gb"] < 62
 
 
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+def test_peak__grows_by_the_same_with_every_block(checkpointing):
+    size = tiny_size(2)
+    peaks = [trace_step(replace(size, changes={**size.changes, "depth": depth}), checkpointing).peak for depth in (3, 6, 9)]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=1e-3)
+    assert peak_at_depth(replace(size, changes={**size.changes, "depth": 9}), checkpointing) == pytest.approx(
+        peaks[2], rel=1e-3
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize(("recipe", "processes", "memory"), CARDS)
-def test_recipe__fits_the_card_that_it_names(recipe, processes, memory, stage):
-    config = load_config(PretrainConfig, [recipe], ["init.weights=scratch"], kind="pretrain")
-    size = recipe_size(config, stage, processes)
-    peak = trace_step(size, config.machine.activation_checkpointing).peak
+@pytest.mark.parametrize(("recipe", "processes", "memory", "stage", "overrides"), CARDS)
+def test_recipe__fits_the_card_that_it_names(recipe, processes, memory, stage, overrides):
+    config = load_config(PretrainConfig, [recipe], ["init.weights=scratch", *overrides], kind="pretrain")
+    peak = peak_at_depth(recipe_size(config, stage, processes), config.machine.activation_checkpointing)
     assert peak < SPARE * memory, f"{peak / 1e9:.1f} GB"

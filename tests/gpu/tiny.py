@@ -36,7 +36,7 @@ def tiny_method(global_px: int = 32, local_px: int = 16) -> DINOv3Config:
 
 def tiny_size(accumulation: int = 1, **sizes: int) -> StepSize:
     """Return eight images through a nano ViT."""
-    return StepSize("vitnano8", 8, tiny_method(**sizes), drop_path=0.3, accumulation=accumulation)
+    return StepSize("vitnano8", 8, tiny_method(**sizes), {"drop_path": 0.3}, accumulation)
 
 
 def tiny_step(precision: Any, accumulation: int = 1, **config: Any) -> MeasuredStep:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from meddino.core.device import Machine
 from meddino.losses import prototype_cross_entropy, sinkhorn
+from meddino.models.registry import build_backbone
 from tests.gpu.tracing import Autocast, Ledger, as_compiled, in_phase, meta_device
 
 META = torch.device("meta")
@@ -42,10 +43,13 @@ PATCHED = (dinov3_method, dinov3_network, trainer_module, torch.autograd, sinkho
 
 
 class Parts:
-    """What the trainer asks of its other parts."""
+    """What the trainer asks of its schedules, of its guard and of what hears signals."""
 
     def __init__(self, values: StepValues) -> None:
-        self.values = values
+        self.values, self.stop = values, self
+
+    def came(self) -> bool:
+        return False
 
     def at(self, *_: Any) -> StepValues:
         return self.values
@@ -53,10 +57,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class Traced:
-    """The counts of one step, and its tensors' memory."""
+    """The counts of one step, its tensors' memory, and in which phase that was."""
 
     ledger: Ledger
     peak: int
+    at: str
 
     def figures(self) -> dict[str, Any]:
         ledger = self.ledger
@@ -92,8 +97,18 @@ def recipe_size(config: PretrainConfig, stage: str, processes: int) -> StepSize:
     method = method.model_copy(update={"crops": method.crops.model_copy(update={"sizes": (largest,)})})
     accumulation = min(of.accumulation, 2)
     micro_batch = of.global_batch // (processes * of.accumulation)
-    drop_path = float(config.backbone.changes.get("drop_path") or 0.0)
-    return StepSize(config.backbone.name, micro_batch * accumulation, method, drop_path, accumulation)
+    return StepSize(config.backbone.name, micro_batch * accumulation, method, config.backbone.changes, accumulation)
+
+
+def peak_at_depth(size: StepSize, checkpointing: bool | str, depths: tuple[int, int] = (2, 4)) -> float:
+    """Return the peak memory [bytes] of a step, from two shallower networks: every block takes the same (a test shows it)."""
+    few, more = (
+        trace_step(replace(size, changes={**size.changes, "depth": depth}), checkpointing, compiled=False) for depth in depths
+    )
+    assert few.at == more.at, f"peak in {few.at} with {depths[0]} blocks, in {more.at} with {depths[1]}"
+    with META:
+        depth = build_backbone(size.backbone, **size.changes).depth
+    return few.peak + (more.peak - few.peak) * (depth - depths[0]) / (depths[1] - depths[0])
 
 
 def micro_batches(size: StepSize, patch_size: int) -> list[Batch]:
@@ -124,7 +139,7 @@ def watched(ledger: Ledger, method: Method, optimizer: torch.optim.Optimizer) ->
     values = StepValues(1e-4, 0.04, own=method.scheduled(0))
     trainer = object.__new__(trainer_module.Trainer)
     trainer.method, trainer.optimizer, trainer.clip_grad_norm, trainer.step = method, optimizer, 3.0, 0
-    trainer.schedules = Parts(values)  # type: ignore[assignment]
+    trainer.schedules = trainer.guard = Parts(values)  # type: ignore[assignment]
     in_phase(ledger, method.teacher, "target_bottlenecks", "teacher")
     in_phase(ledger, dinov3_method, "sinkhorn_targets", "sinkhorn")
     in_phase(ledger, dinov3_method, "_observe", "observations")
@@ -194,7 +209,7 @@ def trace_step(size: StepSize, checkpointing: bool | str = False, half: bool = T
                 for name, value in names.items():
                     if vars(module).get(name) is not value:
                         setattr(module, name, value)
-    return Traced(ledger, ledger.peak)
+    return Traced(ledger, ledger.peak, ledger.peak_at)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -206,7 +206,11 @@ class Ledger(TorchDispatchMode):
         cost = sum(reads.values()) + sum(writes.values())
         self.kernels[self.phase] += 1
         self.bytes[self.phase] += cost
-        self.lines[(self.phase, self.where(), name)] += cost
+        place = self.where()
+        self.lines[(self.phase, place, name)] += cost
+        for each in outs:
+            if each.is_floating_point():
+                self.dtypes[(place.partition(":")[0], name, each.dtype)] += 1
         if product or not compiling:
             self.compiled[self.phase] += cost
             return

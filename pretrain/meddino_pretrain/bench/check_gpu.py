@@ -179,7 +179,7 @@ def _resumed(machine: Machine, within: float) -> Verdict:
 
 
 def _speed(machine: Machine) -> Iterator[Verdict]:
-    figures = bench_step(StepSize("vitb16", 64, checked_config("paper"), drop_path=0.2), 10, machine)
+    figures = bench_step(StepSize("vitb16", 64, checked_config("paper"), {"drop_path": 0.2}), 10, machine)
     share, peak = figures["share_of_peak"], figures["peak_mib"] * 2**20 / 1e9
     said = f"{figures['images_per_s']:.0f} slices/s, {figures['tflops']:.0f} TFLOP/s, {share:.0%} of torch.mm's"
     yield Verdict(

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,14 +34,14 @@ class StepSize:
         backbone: A name of `meddino.models.registry`.
         batch: Images, over all processes.
         method: Views, heads and terms.
-        drop_path: Share of samples that each residual branch leaves out.
+        changes: Of the backbone's architecture.
         accumulation: Micro-batches in which each process computes them.
     """
 
     backbone: str
     batch: int
     method: MethodConfig
-    drop_path: float = 0.0
+    changes: Mapping[str, Any] = field(default_factory=dict)
     accumulation: int = 1
 
     @property
@@ -52,7 +52,9 @@ class StepSize:
 
 def step_size(arguments: argparse.Namespace) -> StepSize:
     """Return what a step holds, from the arguments of `bench.commands.step`."""
-    return StepSize(arguments.backbone, arguments.batch, method_config(arguments), getattr(arguments, "drop_path", 0.0))
+    # Only a backbone that has drop path is asked for it.
+    changes = {"drop_path": arguments.drop_path} if arguments.drop_path else {}
+    return StepSize(arguments.backbone, arguments.batch, method_config(arguments), changes)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -161,9 +163,7 @@ def build_method(size: StepSize, machine: Machine) -> Method:
     """Return the method with fresh weights."""
     from meddino.models.registry import build_backbone
 
-    # Only a backbone that has drop path is asked for it.
-    changes = {"drop_path": size.drop_path} if size.drop_path else {}
-    backbone = build_backbone(size.backbone, **changes)
+    backbone = build_backbone(size.backbone, **size.changes)
     return method_class(size.method).build(size.method, backbone, StageSetting(1, 0, size.share, machine))
 
 
@@ -178,7 +178,7 @@ def random_batches(size: StepSize, machine: Machine) -> list[Batch]:
     from meddino.models.registry import build_backbone
 
     with torch.device("meta"):
-        backbone = build_backbone(size.backbone)
+        backbone = build_backbone(size.backbone, **size.changes)
     method = method_class(size.method)
     spec = method.views(size.method)
     spec.check_sides(backbone.multiple_px, "bench step")

@@ -65,18 +65,30 @@ def apply_ct(
         contract: Normalisation and channels.
         undistorted: Keep the window but leave gamma and scale away.
     """
-    # Which images chance struck is known on the host: no pass over the others, and nothing waits for the device.
-    curved = [] if undistorted else torch.nonzero(rows[:, 2] != 1).flatten().tolist()
-    scaled = [] if undistorted else torch.nonzero(rows[:, 3] != 1).flatten().tolist()
+    # Which images chance struck is known on the host, so nothing waits for the device.
+    curved, scaled = ([] if undistorted else _struck(rows[:, column], stored.device) for column in (2, 3))
     rows = rows.to(stored.device, non_blocking=True)
-    lower, upper, gamma, scale = rows.unbind(1)
+    lower, upper = rows[:, :2].unbind(1)
+    gamma, scale = rows[:, 2:, None, None].unbind(1)
     images = stretch_window(stored.float(), lower, upper, contract)
     span = contract.hu_max - contract.hu_min
-    for i in curved:
-        images[i] = ((images[i] - contract.hu_min) / span).pow_(gamma[i]) * span + contract.hu_min
-    for i in scaled:
-        images[i] = (images[i] - contract.mean) * scale[i] + contract.mean
+    for part in curved:
+        images[part] = ((images[part] - contract.hu_min) / span).pow_(gamma[part]) * span + contract.hu_min
+    for part in scaled:
+        images[part] = (images[part] - contract.mean) * scale[part] + contract.mean
     return normalise(images, contract)
+
+
+def _struck(factors: Float[Tensor, " b"], device: torch.device) -> list[slice]:
+    """Return which images to pass over together: those with a factor other than 1.
+
+    On a CPU one after the other, and none of the rest. On an accelerator all at once, where any has one: it would wait longer
+    for a thousand small kernels than a factor of 1 costs it.
+    """
+    struck = torch.nonzero(factors != 1).flatten().tolist()
+    if device.type == "cpu":
+        return [slice(number, number + 1) for number in struck]
+    return [slice(None)] * bool(struck)
 
 
 def draw_mr(config: MRAugment, rng: np.random.Generator, views: int) -> NDArray[np.float32]:
@@ -152,7 +164,8 @@ def change_image(unit: Float[Tensor, "b c h w"], rows: Float[Tensor, "b 4"]) -> 
     if unit.shape[1] == 1:
         mean = images.mean((-3, -2, -1), keepdim=True)
         return ((images - mean) * contrast + mean).clamp_(0, 1)
-    to_yiq = torch.tensor(_YIQ, device=unit.device)
+    # Turned round on the host: an accelerator would be waited for, to hear whether it can be.
+    to_yiq, to_rgb = (matrix.to(unit.device) for matrix in (torch.tensor(_YIQ), torch.linalg.inv(torch.tensor(_YIQ))))
     yiq = torch.einsum("kc,bchw->bkhw", to_yiq, images)
     mean = yiq[:, :1].mean((-2, -1), keepdim=True)
     # Brightness about its mean; colours by the same factor, and turned.
@@ -161,5 +174,5 @@ def change_image(unit: Float[Tensor, "b c h w"], rows: Float[Tensor, "b 4"]) -> 
     colour = yiq[:, 1:] * contrast * saturation
     cos, sin = angle.cos(), angle.sin()
     turned = torch.stack([cos * colour[:, 0] - sin * colour[:, 1], sin * colour[:, 0] + cos * colour[:, 1]], dim=1)
-    rgb = torch.einsum("ck,bkhw->bchw", torch.linalg.inv(to_yiq), torch.cat([luma, turned], dim=1))
+    rgb = torch.einsum("ck,bkhw->bchw", to_rgb, torch.cat([luma, turned], dim=1))
     return rgb.clamp_(0, 1)
