@@ -1,6 +1,7 @@
 """One module over several processes: copies with averaged gradients (DDP) or cut into parts (FSDP2)."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -56,12 +57,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 def replicate(module: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a module so that its gradients are averaged over all processes (DDP)."""
-    return DistributedDataParallel(
-        module,
-        device_ids=None if device.type == "cpu" else [device],
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():  # of the argument's newer name, which older versions do not know
+        warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            module,
+            device_ids=None if device.type == "cpu" else [device],
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 @contextlib.contextmanager

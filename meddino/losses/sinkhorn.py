@@ -19,7 +19,7 @@ CHUNK_ELEMENTS_ACCELERATOR = 2**25
 # A kernel of all rows up to this size is kept; a larger one is computed again, chunk by chunk, in each pass. On a CPU
 # memory is cheap and products are not.
 KEPT_BYTES = {"cpu": 2**34}
-KEPT_BYTES_ACCELERATOR = 2**32
+KEPT_BYTES_ACCELERATOR = 3 * 2**30
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from meddino.distributed.exit_codes import Ending
 from meddino.distributed.launcher import Signals, launch, watch
+from tests.processes import Started
 
 
 def is_alive(pid: int) -> bool:
@@ -106,7 +107,14 @@ def test_signals__are_noted_and_given_back():
 
 
 @pytest.mark.distributed
-def test_launch__an_exception_on_one_rank_is_told_at_once_while_the_other_is_in_a_collective(capfd):
+def test_launch__an_exception_on_one_rank_is_told_at_once_while_the_other_is_in_a_collective(monkeypatch):
+    started: list[Started] = []
+
+    def forked(command, env, **_):
+        started.append(Started(command, env))
+        return started[-1]
+
+    monkeypatch.setattr("meddino.distributed.launcher.subprocess.Popen", forked)
     code = """
 import sys, time, torch
 from meddino.core.command import command_parser, run_command
@@ -122,6 +130,8 @@ def work(_arguments):
 sys.exit(run_command(command_parser("toy", "toy", "toy"), [], work))
 """
     assert launch([sys.executable, "-c", code], 2, grace_s=20) == 1
-    ended, told = time.time(), capfd.readouterr().err
+    # The launcher has ended, so the other one has too; within seconds, not within the collective's ten minutes.
+    ended, told = time.time(), started[1].stderr
     begun = float(told.split("raised ")[1].split()[0])
     assert "MemoryError: out of memory on purpose" in told and ended - begun < 10
+    assert [each.returncode for each in started] == [75, 1] and "another one ended" in started[0].stderr

@@ -74,9 +74,9 @@ class Traced:
             ways[way] += number
         return {
             "kernels": ledger.kernels.total(),
-            "gb_touched": round(ledger.bytes.total() / 1e9, 1),
-            "gb_touched_compiled": round(ledger.compiled.total() / 1e9, 1),
-            "peak_gb": round(self.peak / 1e9, 2),
+            "gb_touched": round(ledger.bytes.total() / 1e9, 3),
+            "gb_touched_compiled": round(ledger.compiled.total() / 1e9, 3),
+            "peak_gb": round(self.peak / 1e9, 3),
             "host_waits": ledger.waits.total(),
             "device_copies": {"to device": ways["to device"], "to host": ways["to host"]},
             "by_phase": {
@@ -100,15 +100,22 @@ def recipe_size(config: PretrainConfig, stage: str, processes: int) -> StepSize:
     return StepSize(config.backbone.name, micro_batch * accumulation, method, config.backbone.changes, accumulation)
 
 
-def peak_at_depth(size: StepSize, checkpointing: bool | str, depths: tuple[int, int] = (2, 4)) -> float:
-    """Return the peak memory [bytes] of a step, from two shallower networks: every block takes the same (a test shows it)."""
-    few, more = (
-        trace_step(replace(size, changes={**size.changes, "depth": depth}), checkpointing, compiled=False) for depth in depths
-    )
+def with_crops(size: StepSize, **px: int | None) -> StepSize:
+    """Return a step with other crop sizes."""
+    crops = size.method.crops  # type: ignore[attr-defined]
+    sizes = tuple(each.model_copy(update=px) for each in crops.sizes)
+    return replace(size, method=size.method.model_copy(update={"crops": crops.model_copy(update={"sizes": sizes})}))
+
+
+def figures_at_depth(size: StepSize, checkpointing: bool | str = False, depths: tuple[int, int] = (2, 4)) -> dict[str, float]:
+    """Return the totals of a step's figures from two shallower networks: every block adds the same (a test shows it)."""
+    few, more = (trace_step(replace(size, changes={**size.changes, "depth": depth}), checkpointing) for depth in depths)
     assert few.at == more.at, f"peak in {few.at} with {depths[0]} blocks, in {more.at} with {depths[1]}"
     with META:
-        depth = build_backbone(size.backbone, **size.changes).depth
-    return few.peak + (more.peak - few.peak) * (depth - depths[0]) / (depths[1] - depths[0])
+        steps = (build_backbone(size.backbone, **size.changes).depth - depths[0]) / (depths[1] - depths[0])
+    first, second = few.figures(), more.figures()
+    names = ("kernels", "gb_touched", "gb_touched_compiled", "peak_gb")
+    return {name: first[name] + steps * (second[name] - first[name]) for name in names}
 
 
 def micro_batches(size: StepSize, patch_size: int) -> list[Batch]:
@@ -225,9 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.gram = given.gram_size is not None
     size = step_size(given)
     if given.gram:
-        crops = size.method.crops
-        sizes = tuple(each.model_copy(update={"gram_px": given.gram_size}) for each in crops.sizes)
-        size = replace(size, method=size.method.model_copy(update={"crops": crops.model_copy(update={"sizes": sizes})}))
+        size = with_crops(size, gram_px=given.gram_size)
     size = replace(size, accumulation=given.accumulation)
     traced = trace_step(size, given.checkpointing)
     sys.stdout.write(json.dumps(traced.figures()) + "\n")

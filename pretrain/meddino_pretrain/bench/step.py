@@ -118,9 +118,10 @@ def bench_step(size: StepSize, steps: int, machine: Machine, config: MachineConf
 def peak_flops(machine: Machine) -> dict[str, float]:
     """Return how many operations a second a large product reaches in the arithmetic of training: torch.mm, and ours."""
     from meddino.layers.linear import product
-    from meddino_pretrain.monitoring.speed import product_speed
+    from meddino_pretrain.monitoring.speed import PEAK_SIDE_ACCELERATOR, product_speed
 
-    return {"mm": product_speed(machine, torch.mm), "product": product_speed(machine, product)}
+    side = PEAK_SIDE_ACCELERATOR if machine.is_accelerator else 2048
+    return {"mm": product_speed(machine, torch.mm, side), "product": product_speed(machine, product, side)}
 
 
 class MeasuredStep:

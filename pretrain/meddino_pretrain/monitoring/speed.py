@@ -9,8 +9,9 @@ from torch import nn
 from meddino.core.device import Machine
 from meddino_pretrain.data.batches import Batch
 
-# Small enough to cost a quarter of a second on a laptop, large enough to reach its peak.
-PEAK_SIDE = 1024
+# Small enough to cost a quarter of a second on a laptop, large enough to reach its peak; on an accelerator launching that
+# would take longer than the product.
+PEAK_SIDE, PEAK_SIDE_ACCELERATOR = 1024, 8192
 
 
 class SpeedMeter:
@@ -50,11 +51,11 @@ def parameter_counts(network: nn.Module) -> dict[str, int]:
 def measure_peak(machine: Machine) -> float:
     """Return the operations a second that torch.mm reaches in the arithmetic of training."""
     with torch.no_grad():
-        return product_speed(machine, torch.mm, PEAK_SIDE)
+        return product_speed(machine, torch.mm, PEAK_SIDE_ACCELERATOR if machine.is_accelerator else PEAK_SIDE)
 
 
 def product_speed(
-    machine: Machine, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int = 2048, repeats: int = 5
+    machine: Machine, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int, repeats: int = 5
 ) -> float:
     """Return how many operations a second a large product reaches in the arithmetic of training."""
     left, right = (torch.randn(side, side, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))
