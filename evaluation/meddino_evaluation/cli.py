@@ -19,6 +19,7 @@ COMMANDS = {
     "linear": ("meddino_evaluation.classification.commands", "logistic regression, linear and MLP heads on frozen features"),
     "few-shot": ("meddino_evaluation.classification.commands", "the same on few patients a class, several draws"),
     "finetune": ("meddino_evaluation.classification.commands", "train the backbone: end to end, partly, LoRA, BitFit"),
+    "detect": ("meddino_evaluation.detection.command", "train a detector on a backbone and test it: AP and FROC"),
     "retrieve": ("meddino_evaluation.classification.commands", "find cases of the same class among other patients"),
     "study": ("meddino_evaluation.study.study_command", "many backbones, protocols and data sets as one job list"),
     "datasets": ("meddino_evaluation.classification.datasets_command", "shipped definitions of labelled data sets"),
@@ -34,7 +35,7 @@ COMMANDS = {
 
 
 LOCKED = frozenset(
-    {"segment", "probe", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve", "study"}
+    {"segment", "probe", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve", "study", "detect"}
 )
 """Commands of which two at a time in one folder would mix their results."""
 

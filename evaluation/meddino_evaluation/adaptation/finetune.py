@@ -137,7 +137,7 @@ def finetune(
     result = Finetuned(model, machine, sum(one.numel() for one in own.parameters() if one.requires_grad))
     freeze, best = FreezeCheck(own, {"backbone": own}), BestCheckpoint(lambda: learned_state(model), model)
     val_labels, losses = labels_array(list(val)), list[float]()
-    per_epoch = len(_epoch_batches(len(train), config.batch_size, seed, 0))
+    per_epoch = len(epoch_batches(len(train), config.batch_size, seed, 0))
     epochs = max(config.epochs, -(-config.min_steps // -(-len(train) // config.batch_size)))
 
     def on_step(record: StepRecord) -> bool:
@@ -180,7 +180,7 @@ def _loop(
         if number == 0:
             set_training_mode(model.backbone)
             torch.manual_seed(derive_seed(seed, "dropout", epoch) % 2**63)  # LoRA's dropout draws from torch's own generator
-        batch = _epoch_batches(len(train), config.batch_size, seed, epoch)[number]
+        batch = epoch_batches(len(train), config.batch_size, seed, epoch)[number]
         images = [_augmented(bank(train[int(place)]), config.flip, seed, epoch, int(place)) for place in batch]
         with machine.autocast():
             scores = model(torch.cat(images).to(machine.device), [len(one) for one in images])
@@ -190,7 +190,8 @@ def _loop(
     return FitLoop(model, optimizer, rates, loss_of, epochs * per_epoch)
 
 
-def _epoch_batches(cases: int, size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+def epoch_batches(cases: int, size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Return the places of the cases of each batch of an epoch, in an order of its own."""
     order = numpy_rng(derive_seed(seed, "order"), epoch).permutation(cases)
     parts = np.split(order, range(size, cases, size))
     if len(parts) > 1 and len(parts[-1]) == 1:

@@ -185,22 +185,27 @@ class FreezeCheck:
     Args:
         backbone: Its held tensors are compared by hash.
         parts: What learns, by name; of each at least one parameter that learns must move.
+        all_buffers: Statistics of batch norms are held even where their scale and shift learn.
     """
 
-    def __init__(self, backbone: Backbone, parts: Mapping[str, nn.Module]) -> None:
-        self._backbone, self._parts = backbone, parts
-        self._held = _digests(held_tensors(backbone))
+    def __init__(self, backbone: Backbone, parts: Mapping[str, nn.Module], *, all_buffers: bool = False) -> None:
+        self._backbone, self._parts, self._all_buffers = backbone, parts, all_buffers
+        self._held = self._digests()
         self._before = {name: [one.detach().clone() for one in _learning(part)] for name, part in parts.items()}
 
     def check(self, mode: str) -> None:
         """Raise if a held tensor moved, or nothing of a learning part did: a fault of ours, not the user's."""
-        now = _digests(held_tensors(self._backbone))
+        now = self._digests()
         moved = [name for name, digest in self._held.items() if digest != now[name]]
         if moved:
             raise RuntimeError(f"mode {mode}: held tensors of the encoder moved: {moved[:5]}")
         for name, before in self._before.items():
             if all(torch.equal(old, new) for old, new in zip(before, _learning(self._parts[name]), strict=True)):
                 raise RuntimeError(f"mode {mode}: {name} was to learn, but none of its {len(before)} weights moved")
+
+    def _digests(self) -> dict[str, str]:
+        buffers = self._backbone.named_buffers() if self._all_buffers else ()
+        return _digests([*held_tensors(self._backbone), *buffers])
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:

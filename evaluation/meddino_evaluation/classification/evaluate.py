@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,29 +31,17 @@ from meddino_evaluation.classification.results import (
 )
 from meddino_evaluation.data.case import ClassCase, labels_array
 from meddino_evaluation.data.leakage import LeakageCheck
-from meddino_evaluation.data.splits import Split, absent_classes, check_twins, draw_splits, load_split, save_split
+from meddino_evaluation.data.splits import (
+    SealedTest,
+    Split,
+    absent_classes,
+    check_twins,
+    draw_splits,
+    load_split,
+    save_split,
+)
 
 _log = get_logger(__name__)
-
-
-class SealedTest:
-    """The test part: it can be opened once, after everything has been learned."""
-
-    def __init__(self, cases: Sequence[ClassCase], read: Callable[[Sequence[ClassCase]], Part]) -> None:
-        self._cases = tuple(cases)
-        self._read = read
-        self._opened = False
-
-    def open(self) -> Part:
-        """Read the test cases.
-
-        Raises:
-            RuntimeError: They were read before: a fault of this program, never the user's.
-        """
-        if self._opened:
-            raise RuntimeError("the test part was to be read a second time")
-        self._opened = True
-        return self._read(self._cases)
 
 
 @dataclass(frozen=True)

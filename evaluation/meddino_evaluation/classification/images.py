@@ -1,6 +1,6 @@
 """Slices of a case for models that see one slice at a time, from any file that `meddino.volumes` reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +29,14 @@ class SliceStack:
         kind: "hu": Hounsfield units. "unit": brightness that `low` and `high` bring to [0, 1].
         low: Value that becomes 0.
         high: Value that becomes 1.
+        modality: DICOM's code where the file says it, else "".
     """
 
     values: NDArray[Any]
     kind: Literal["hu", "unit"]
     low: float = 0.0
     high: float = 1.0
+    modality: str = ""
 
     def tensor(self, start: int, stop: int) -> Tensor:
         """Return slices [n, C, H, W] as float32: Hounsfield units, or brightness in [0, 1]."""
@@ -79,8 +81,11 @@ def _read(path: Path, key: str, modality: Modality) -> SliceStack:
     if is_volume or any(series.stack is not None for series in _series(path)):
         volume = read_volume(path)
         turned = turn_to_lps(volume.geometry).apply(volume.voxels)[:, None]
-        return SliceStack(turned, "hu") if volume.modality == "CT" else _stack(Picture(turned), modality)
-    return _stack(read_picture(path, key), modality)
+        if volume.modality == "CT":
+            return SliceStack(turned, "hu", modality="CT")
+        return replace(_stack(Picture(turned), modality), modality=volume.modality)
+    picture = read_picture(path, key)
+    return replace(_stack(picture, modality), modality=picture.modality)
 
 
 def _series(path: Path) -> list[FoundSeries]:

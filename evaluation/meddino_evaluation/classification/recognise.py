@@ -111,10 +111,15 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _described(classes: list[str], first: Path, layout: dict[str, Any]) -> dict[str, Any]:
-    return {"task": "binary" if len(classes) == 2 else "multiclass", "classes": classes, "layout": layout, **_kind(first)}
+    return {
+        "task": "binary" if len(classes) == 2 else "multiclass",
+        "classes": classes,
+        "layout": layout,
+        **kind_of_file(first),
+    }
 
 
-def _kind(first: Path) -> dict[str, Any]:
+def kind_of_file(first: Path) -> dict[str, Any]:
     """Tell from one image what all of them are taken for."""
     if first.name.lower().endswith(PICTURE_SUFFIXES):
         return {"modality": "image", "volume": False}

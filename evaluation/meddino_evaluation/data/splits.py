@@ -7,10 +7,10 @@ completes the split that the publishers gave. What is true of a split is checked
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ PARTS = ("train", "val", "test")
 SPLITS_FILE = "splits_final.json"
 NNUNET_SEED = 12345
 Folds = Sequence[Mapping[str, Sequence[str]]]
+CaseT = TypeVar("CaseT")
+PartT = TypeVar("PartT")
 _ATTEMPTS = 200
 _FEW = 5
 
@@ -48,6 +50,26 @@ class Split:
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the three parts by name."""
         return {"train": self.train, "val": self.val, "test": self.test}
+
+
+class SealedTest(Generic[CaseT, PartT]):
+    """The test part: it can be opened once, after everything has been learned."""
+
+    def __init__(self, cases: Sequence[CaseT], read: Callable[[Sequence[CaseT]], PartT]) -> None:
+        self._cases = tuple(cases)
+        self._read = read
+        self._opened = False
+
+    def open(self) -> PartT:
+        """Read the test cases.
+
+        Raises:
+            RuntimeError: They were read before: a fault of this program, never the user's.
+        """
+        if self._opened:
+            raise RuntimeError("the test part was to be read a second time")
+        self._opened = True
+        return self._read(self._cases)
 
 
 def check_split(cases: Sequence[Case[Any]], split: Split, where: str, *, needed: Sequence[str] = PARTS) -> None:

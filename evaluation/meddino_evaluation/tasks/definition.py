@@ -9,6 +9,7 @@ from meddino.core.config import StrictConfig, load_config, shipped_configs
 from meddino.core.errors import ConfigError
 from meddino.data.intensity import Modality
 from meddino_evaluation.classification.dataset_config import SplitName
+from meddino_evaluation.detection.layouts import BoxLayout
 
 TaskKind = Literal["segmentation2d", "segmentation_slices", "detection", "classification", "prompts"]
 _FOLDER = "tasks"
@@ -67,7 +68,7 @@ class OfTask(StrictConfig):
     """Its name."""
 
 
-Layout = Annotated[LabelMapLayout | OfTask, Field(discriminator="kind")]
+Layout = Annotated[LabelMapLayout | OfTask | BoxLayout, Field(discriminator="kind")]
 
 
 class PublishedNumber(StrictConfig):

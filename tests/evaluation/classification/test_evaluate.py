@@ -12,10 +12,11 @@ from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.classification import evaluate as evaluate_module
 from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.datasets import LabelledSet
-from meddino_evaluation.classification.evaluate import SealedTest, evaluate
+from meddino_evaluation.classification.evaluate import evaluate
 from meddino_evaluation.classification.report import mistakes, write_report
 from meddino_evaluation.classification.results import read_per_case
 from meddino_evaluation.data.leakage import LeakageCheck
+from meddino_evaluation.data.splits import SealedTest
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
 from meddino_evaluation.metrics.text_table import Table, metric_text
 
