@@ -86,6 +86,7 @@ def read_table(
     unique: str | None = None,
     separators: Sequence[str] = SEPARATORS,
     max_bytes: int = MAX_BYTES,
+    header: Sequence[str] = (),
 ) -> Table:
     """Read a table with a header.
 
@@ -99,6 +100,7 @@ def read_table(
         unique: A column in which no two cells may be equal.
         separators: What may separate cells.
         max_bytes: What is larger is refused.
+        header: Names of the columns of a table whose first line is a row already; empty: it has a header.
 
     Raises:
         ConfigError: It is no text; a column is missing or named twice; a row has more or fewer cells than the header; a quote
@@ -114,7 +116,12 @@ def read_table(
         first_line, text = first_line + 1, text.partition("\n")[2]
     if not text:
         raise ConfigError(f"{path} is empty; it needs a header with {', '.join(needed)}")
-    separator = _separator(text, needed, separators)
+    if header:
+        first = text.partition("\n")[0]
+        separator = max(separators, key=first.count)
+        text, first_line = separator.join(header) + "\n" + text, first_line - 1
+    else:
+        separator = _separator(text, needed, separators)
     lines = _lines(path, text, separator, first_line)
     columns, header_line = tuple(lines[0][1]), lines[0][0]
     missing = [name for name in needed if name not in columns]

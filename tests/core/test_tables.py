@@ -78,3 +78,12 @@ def test_first_cell__quotes_and_separators():
     assert first_cell('"a,b",c', ",") == "a,b"
     assert first_cell(" a ;b", ";") == "a"
     assert first_cell('"a', ",") == '"a'
+
+
+def test_read_table__without_a_header_columns_are_named_by_the_caller(tmp_path):
+    (tmp_path / "a.csv").write_text("0000_1.png;3\n0001_1.png;0\n")
+    table = read_table(tmp_path / "a.csv", ["image", "grade"], header=["image", "grade"])
+    assert [(row.line, row["image"], row["grade"]) for row in table.rows] == [(1, "0000_1.png", "3"), (2, "0001_1.png", "0")]
+    (tmp_path / "b.csv").write_text("a.png,1\nb.png\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        read_table(tmp_path / "b.csv", ["image"], header=["image", "grade"])

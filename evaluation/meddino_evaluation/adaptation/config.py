@@ -7,7 +7,7 @@ from pydantic import Field
 
 from meddino.core.config import StrictConfig
 
-ProtocolName = Literal["knn", "logistic", "linear", "mlp", "attention", "finetune", "partial", "lora", "bitfit"]
+ProtocolName = Literal["knn", "logistic", "linear", "mlp", "attention", "finetune", "finetune_mlp", "partial", "lora", "bitfit"]
 
 
 class FeaturesConfig(StrictConfig):
@@ -83,6 +83,8 @@ class LinearConfig(StrictConfig):
     """Train at least so many steps: ten epochs of 40 images are no training; S0: 0."""
     batch_size: int = Field(128, ge=1)
     """S0: 128."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """S0: sgd; LVM-Med: Adam, which adamw is without weight decay."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of SGD; S0: 0.9."""
     init_std: float = Field(0.01, gt=0)
@@ -121,6 +123,8 @@ class FinetuneConfig(StrictConfig):
     """Of the backbone, end to end; S0: 1e-5, S1: 1e-4."""
     head_lr: float = Field(1e-3, gt=0)
     """Of the head; S1: 1e-4."""
+    hidden_dim: int = Field(512, ge=1)
+    """Protocol finetune_mlp: width of its head's hidden layer; ours (LVM-Med's two layers)."""
     adapter_lr: float = Field(1e-3, gt=0)
     """Of LoRA's matrices and BitFit's biases; ours."""
     weight_decay: float = Field(0.0, ge=0)

@@ -54,15 +54,19 @@ class ImageBank:
 
 
 class Classifier(nn.Module):
-    """A backbone and a linear head on its CLS-like vector, averaged over the real slices of a volume."""
+    """A backbone and a head of one or two layers on its CLS-like vector, averaged over the real slices of a volume."""
 
-    def __init__(self, backbone: Backbone, outputs: int, rng: torch.Generator) -> None:
+    def __init__(self, backbone: Backbone, outputs: int, rng: torch.Generator, hidden_dim: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = nn.Linear(backbone.embed_dim, outputs)
+        first, last = nn.Linear(backbone.embed_dim, hidden_dim), nn.Linear(hidden_dim or backbone.embed_dim, outputs)
+        self.head: nn.Module = nn.Sequential(first, nn.GELU(), last) if hidden_dim else last
         with torch.no_grad():
-            self.head.weight.normal_(0.0, 0.01, generator=rng)
-            self.head.bias.zero_()
+            if hidden_dim:
+                first.weight.normal_(0.0, backbone.embed_dim**-0.5, generator=rng)
+                first.bias.zero_()
+            last.weight.normal_(0.0, 0.01, generator=rng)
+            last.bias.zero_()
 
     def forward(self, images: Tensor, counts: Sequence[int]) -> Tensor:
         """Return class scores [cases, outputs] of slices [sum(counts), C, H, W]."""
@@ -115,6 +119,7 @@ def finetune(
     bank: ImageBank,
     machine: Machine,
     seed: int,
+    hidden_dim: int = 0,
 ) -> Finetuned:
     """Train a fresh copy of a backbone with a head; the epoch that validation likes best is kept.
 
@@ -130,10 +135,11 @@ def finetune(
         bank: Reads images.
         machine: Where to compute.
         seed: Of head, order and LoRA.
+        hidden_dim: Width of the head's hidden layer; 0: it has none.
     """
     own = copy.deepcopy(backbone)
     adapt(own, mode, config, derive_seed(seed, "lora") % 2**32)
-    model = Classifier(own, outputs, torch_rng(seed, "head")).to(machine.device)
+    model = Classifier(own, outputs, torch_rng(seed, "head"), hidden_dim).to(machine.device)
     result = Finetuned(model, machine, sum(one.numel() for one in own.parameters() if one.requires_grad))
     freeze, best = FreezeCheck(own, {"backbone": own}), BestCheckpoint(lambda: learned_state(model), model)
     val_labels, losses = labels_array(list(val)), list[float]()

@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meddino_evaluation.metrics.figures import add_figures_argument
+
+if TYPE_CHECKING:
+    from meddino_evaluation.tasks.definition import TaskDefinition
 
 DEFAULT_PROTOCOLS = {
     "knn": "[knn]",
@@ -61,3 +66,28 @@ def run(arguments: argparse.Namespace) -> None:
     content = evaluate(backbone, dataset, config, arguments.out, few_shot=arguments.command == "few-shot")
     table = write_report(content, arguments.out, dataset, arguments.figures, columns)
     sys.stdout.write(table.markdown() + f"report: {arguments.out / 'report.html'}\n")
+
+
+def run_task(task: "TaskDefinition", model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Run a task of kind classification; `out` holds metrics.json (a result for each protocol) and per_case.csv.
+
+    Args:
+        task: The task.
+        model: As `load_backbone` takes it.
+        root: Folder of the published files.
+        out: Folder of the results.
+        overrides: `key=value` over the task's own.
+    """
+    from meddino.core.config import load_config
+    from meddino_evaluation.backbones.load import load_backbone
+    from meddino_evaluation.classification.config import ClassificationConfig
+    from meddino_evaluation.classification.evaluate import evaluate
+    from meddino_evaluation.classification.recognise import open_labelled
+    from meddino_evaluation.classification.report import write_report
+    from meddino_evaluation.tasks.definition import LabelledLayout
+
+    assert isinstance(task.layout, LabelledLayout)  # the definition is refused otherwise
+    words = [*task.overrides, *overrides]
+    config = load_config(ClassificationConfig, ["classification"], words, kind="evaluation")
+    dataset = open_labelled(task.layout.dataset, root)
+    write_report(evaluate(load_backbone(model), dataset, config, out), out, dataset, figures=None)

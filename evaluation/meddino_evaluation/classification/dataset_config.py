@@ -36,6 +36,8 @@ class TableLayout(StrictConfig):
     """This layout."""
     tables: tuple[str, ...] = Field(min_length=1)
     """CSV files below the root (globs allowed)."""
+    columns: tuple[str, ...] = ()
+    """Names of the columns where the tables have no header; empty: they have one."""
     image: str
     """Image of a row below its table's folder: {column} is filled in, * searches, #key picks an npz's array."""
     label_columns: tuple[str, ...] = Field(min_length=1)

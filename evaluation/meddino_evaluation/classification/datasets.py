@@ -205,7 +205,8 @@ def _listed(path: Path, name: str) -> list[str]:
 def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -> Iterator[ClassCase]:
     needed = {*layout.label_columns, *re.findall(r"\{(.+?)\}", layout.image)}
     needed |= {column for column in (layout.id_column, layout.patient_column, layout.split_column) if column}
-    rows = read_table(table, sorted(needed), filled=[column for column in (layout.patient_column,) if column]).rows
+    filled = [column for column in (layout.patient_column,) if column]
+    rows = read_table(table, sorted(needed), filled=filled, header=layout.columns).rows
     absent = []
     for row in rows:
         relative = re.sub(r"\{(.+?)\}", lambda match: row[match.group(1)], layout.image)  # noqa: B023

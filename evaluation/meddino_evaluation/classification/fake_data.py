@@ -162,6 +162,23 @@ def _aptos(root: Path, patients: int, seed: int) -> None:
     _write_csv(root / "train.csv", rows)
 
 
+def _fgadr(root: Path, patients: int, seed: int) -> None:
+    lines = []
+    for grade in range(5):
+        for number in range(patients):
+            name = f"{grade * patients + number:04d}_{1 + number % 2}.png"
+            _save(root / "Seg-set" / "Original_Images" / name, _picture(grade, seed, grade, number), rgb=True)
+            lines.append(f"{name},{grade}\n")
+    (root / "Seg-set" / "DR_Seg_Grading_Label.csv").write_text("".join(lines))
+
+
+def _brain_tumor_mri(root: Path, patients: int, seed: int) -> None:
+    for part, count in (("Training", patients), ("Testing", patients // 2 + 1)):
+        for label, folder in enumerate(("glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor")):
+            for number in range(count):
+                _save(root / part / folder / f"image({number + 1}).jpg", _picture(label, seed, part, label, number))
+
+
 def _ham10000(root: Path, patients: int, seed: int) -> None:
     rows: list[dict[str, object]] = []
     number = 0
@@ -262,6 +279,8 @@ FAKES: dict[str, Callable[[Path, int, int], None]] = {
     "shenzhen": _tuberculosis("CHNCXR", 4),
     "chest_xray_pneumonia": _chest_xray,
     "aptos2019": _aptos,
+    "fgadr": _fgadr,
+    "brain_tumor_mri": _brain_tumor_mri,
     "ham10000": _ham10000,
     "glioma_grading": _glioma,
     "ct_contrast": _ct_contrast,

@@ -204,7 +204,14 @@ def _linear(task: TaskData) -> FittedModel:
         for blocks in config.last_blocks
         for pool in config.average_pool
     ]
-    schedule = Schedule(config.epochs, config.min_steps, config.batch_size, momentum=config.momentum, init_std=config.init_std)
+    schedule = Schedule(
+        config.epochs,
+        config.min_steps,
+        config.batch_size,
+        optimizer=config.optimizer,
+        momentum=config.momentum,
+        init_std=config.init_std,
+    )
     return _heads(task, plans, schedule)
 
 
@@ -231,7 +238,7 @@ def _attention(task: TaskData) -> FittedModel:
     return _heads(task, plans, _mlp_schedule(config))
 
 
-def _finetune(mode: Any) -> Callable[[TaskData], FittedModel]:
+def _finetune(mode: Any, layers: int = 1) -> Callable[[TaskData], FittedModel]:
     def run(task: TaskData) -> FittedModel:
         tuned = finetune(
             task.backbone,
@@ -245,6 +252,7 @@ def _finetune(mode: Any) -> Callable[[TaskData], FittedModel]:
             bank=task.bank,
             machine=task.machine,
             seed=task.seed,
+            hidden_dim=task.config.finetune.hidden_dim if layers == 2 else 0,
         )
         chosen = {**tuned.chosen, "trainable_parameters": tuned.trainable}
         batch = task.config.finetune.batch_size
@@ -262,6 +270,7 @@ PROTOCOLS: dict[ProtocolName, Callable[[TaskData], FittedModel]] = {
     "mlp": _mlp,
     "attention": _attention,
     "finetune": _finetune("finetune"),
+    "finetune_mlp": _finetune("finetune", layers=2),
     "partial": _finetune("partial"),
     "lora": _finetune("lora"),
     "bitfit": _finetune("bitfit"),

@@ -19,6 +19,7 @@ from meddino.data.content import slice_hash
 from meddino.data.intensity import Modality
 from meddino_evaluation.adaptation.features import slice_hashes
 from meddino_evaluation.backbones.adapter import Backbone
+from meddino_evaluation.classification.dataset_config import SplitName
 from meddino_evaluation.classification.images import SliceStack, read_slices
 from meddino_evaluation.classification.recognise import kind_of_file
 from meddino_evaluation.data.prepare import content_hash
@@ -29,6 +30,7 @@ from meddino_evaluation.tasks.definition import load_task, task_names
 
 _log = get_logger(__name__)
 _FEW = 5
+_PARTS: tuple[SplitName, ...] = ("train", "val", "test")
 _ROUNDING_PX = 1.0
 """A box that stands out by up to a pixel was rounded: it is cut, and how many were is told."""
 _BANK_BYTES = 2**31
@@ -114,7 +116,7 @@ def recognise(path: Path) -> tuple[BoxLayout, Path]:
     if (root / KvasirLayout().file).is_file():
         return KvasirLayout(), root
     if (root / VocLayout().annotations).is_dir() and any((root / VocLayout().annotations).glob("*.xml")):
-        lists = {f"ImageSets/Main/{part}.txt": part for part in ("train", "val", "test")}
+        lists = {f"ImageSets/Main/{part}.txt": part for part in _PARTS}
         return VocLayout(lists={file: part for file, part in lists.items() if (root / file).is_file()}), root
     tables = sorted(root.glob("*.csv")) if path.is_dir() else []
     files = sorted([*root.glob("*.json"), *root.glob("annotations/*.json")]) if path.is_dir() else []
@@ -133,8 +135,8 @@ def _images_folder(root: Path) -> str:
     return "images" if (root / "images").is_dir() else "."
 
 
-def _part(name: str) -> str | None:
-    return next((part for part in ("train", "val", "test") if part in name.lower()), None)
+def _part(name: str) -> SplitName | None:
+    return next((part for part in _PARTS if part in name.lower()), None)
 
 
 def _opened(name: str, layout: BoxLayout, root: Path, declared: Sequence[str], config: DataConfig) -> DetectionSet:

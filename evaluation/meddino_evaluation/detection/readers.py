@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino.core.tables import read_list, read_person_text, read_table
-from meddino_evaluation.data.case import Case
+from meddino_evaluation.data.case import ClassCase
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 
 MAX_JSON_BYTES = 1 << 30
@@ -47,9 +47,9 @@ class BoxCase:
     size_px: tuple[int, int] | None = None
     where: tuple[str, ...] = ()
 
-    def with_classes(self, classes: Sequence[str]) -> Case[tuple[int, ...]]:
+    def with_classes(self, classes: Sequence[str]) -> ClassCase:
         """Return what splits are drawn from: which classes occur in the image."""
-        return Case(
+        return ClassCase(
             self.name, (Path(self.source),), tuple(int(one in self.names) for one in classes), self.patient, split=self.split
         )
 
@@ -183,9 +183,10 @@ def read_coco(path: Path, images: Path) -> tuple[list[BoxCase], tuple[str, ...]]
         names[number] = str(one.get("file_name", ""))
         patient = str(one.get("patient", one.get("patient_id", "")))
         source = str(_inside(images, names[number], f"{path}, image {number}, file_name"))
-        size = (one.get("height"), one.get("width"))
-        known = all(isinstance(side, int) and side > 0 for side in size)
-        growing[number] = _Growing(source, patient, size_px=(int(size[0]), int(size[1])) if known else None)
+        growing[number] = _Growing(source, patient)
+        height, width = one.get("height"), one.get("width")
+        if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
+            growing[number].size_px = (height, width)
     for number, one in _by_id(content, "annotations", path).items():
         where, box = f"{path}, annotation {number}", one.get("bbox")
         for key, known_ids in (("image_id", growing), ("category_id", categories)):

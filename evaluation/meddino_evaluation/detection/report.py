@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from meddino.core import html
-from meddino.core.files import write_text
+from meddino.core.files import atomic_write, write_text
 from meddino.core.html_charts import new_figure
 from meddino_evaluation.detection.dataset import DetectionSet, read_image
 from meddino_evaluation.detection.metrics import ImageResult, froc_curve, match
@@ -40,10 +40,13 @@ def write_report(content: dict[str, Any], out: Path, dataset: DetectionSet, figu
     by_class.write(out, "by_class")
     runs = read_per_case(out / PER_CASE, dataset.classes)
     drawn = {"froc": _froc_figure(runs, content), "images": _pictures(runs[0], dataset)}
-    save_figures(drawn, out / "pictures", "png")
+    pictures = {name: html.figure_png(drawing) for name, drawing in drawn.items()}
+    for name, picture in pictures.items():
+        with atomic_write(out / "pictures" / f"{name}.png") as stream:
+            stream.write(picture)
     if figures is not None:
         save_figures(drawn, out / "figures", figures)
-    write_text(out / "report.html", _page(content, table, by_class, drawn))
+    write_text(out / "report.html", _page(content, table, by_class, pictures))
     return table
 
 
@@ -108,7 +111,7 @@ def _pictures(run: Sequence[ImageResult], dataset: DetectionSet) -> "Figure":
     return drawing
 
 
-def _page(content: dict[str, Any], table: Table, by_class: Table, drawn: dict[str, "Figure"]) -> str:
+def _page(content: dict[str, Any], table: Table, by_class: Table, pictures: dict[str, bytes]) -> str:
     data, config = content["data"], content["config"]
     froc = f"Sensitivity over false positives an image; found is an overlap of {config['metrics']['froc_iou']:g}."
     images = (
@@ -126,8 +129,8 @@ def _page(content: dict[str, Any], table: Table, by_class: Table, drawn: dict[st
     }
     sections = [
         html.Section("Results", html.join(lead, html.table(table.header, table.rows))),
-        html.Section("Classes", html.join(html.table(by_class.header, by_class.rows), html.figure(drawn["froc"], froc))),
-        html.Section("Images", html.figure(drawn["images"], images)),
+        html.Section("Classes", html.join(html.table(by_class.header, by_class.rows), html.figure(pictures["froc"], froc))),
+        html.Section("Images", html.figure(pictures["images"], images)),
         html.Section("Notes", html.join(*(html.text(note, "note") for note in content["notes"]))),
         html.Section("What was measured", html.key_values(measured)),
     ]

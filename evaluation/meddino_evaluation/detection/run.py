@@ -104,9 +104,9 @@ def choose_splits(dataset: DetectionSet, config: DetectConfig) -> list[Split]:
     for split in splits:
         absent = absent_classes([by_name[name] for name in split.train], len(dataset.classes))
         if absent:
-            names = ", ".join(dataset.classes[one] for one in absent)
+            lacking = ", ".join(dataset.classes[one] for one in absent)
             raise ConfigError(
-                f"{where}, split {split.number}: no training image has a box of class {names}; nothing could learn it: give "
+                f"{where}, split {split.number}: no training image has a box of class {lacking}; nothing could learn it: give "
                 "another split or seed, or leave the class out (data.classes)"
             )
     return splits

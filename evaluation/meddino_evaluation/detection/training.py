@@ -33,13 +33,14 @@ from meddino_evaluation.adaptation.fitting import (
 )
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.data.splits import Split
-from meddino_evaluation.detection.config import DetectConfig
+from meddino_evaluation.detection.config import DetectConfig, DetectorName
 from meddino_evaluation.detection.dataset import Pictures, Sample, inside
 from meddino_evaluation.detection.metrics import ImageResult, coco_ap
-from meddino_evaluation.detection.network import build_detector
+from meddino_evaluation.detection.network import Pyramid, build_detector
 from meddino_evaluation.detection.readers import BoxCase
 
 _log = get_logger(__name__)
+_HEADS: dict[DetectorName, str] = {"faster_rcnn": "roi_heads", "retinanet": "head"}
 
 
 @dataclass(frozen=True)
@@ -92,15 +93,17 @@ def fit_detector(learning: Learning, split: Split, train: Sequence[BoxCase], val
         )
     backbone = load_backbone(learning.model).to(learning.machine.device)
     detector = build_detector(backbone, config.encoder, config.detector, len(learning.classes), config.data.image_size_px, seed)
+    pyramid = pyramid_of(detector)
+    named = nn.ModuleDict({"detector": detector})  # files of weights read names that begin with `backbone.` as an encoder's
     path, identity = out / "weights" / f"repeat-{split.number}.safetensors", learning.identity(split, [*train, *val])
     if is_of(path, identity):
-        load_state(detector, path, learned_state(detector))
+        load_state(named, path, _learned(named))
         return detector.eval()
     per_epoch = len(epoch_batches(len(train), config.training.batch_size, seed, 0))
     epochs = max(config.training.epochs, math.ceil(config.training.min_steps / per_epoch))
-    loop = _loop(learning, detector, train, seed, per_epoch, epochs)
-    best = BestCheckpoint(lambda: learned_state(detector), detector)
-    parts = {"pyramid": detector.backbone.neck, "heads": detector.get_submodule("roi_heads" if _has_roi(detector) else "head")}  # type: ignore[union-attr]
+    loop = _loop(learning, named, train, seed, per_epoch, epochs)
+    best = BestCheckpoint(lambda: _learned(named), named)
+    parts = {"pyramid": pyramid.neck, "heads": detector.get_submodule(_HEADS[config.detector.name])}
     learns = any(parameter.requires_grad for parameter in backbone.parameters())
     freeze = FreezeCheck(backbone, parts | ({"encoder": backbone} if learns else {}), all_buffers=True)
     progress, clock, losses = path.with_suffix(".progress"), Clock(epochs * per_epoch), list[float]()
@@ -118,7 +121,7 @@ def fit_detector(learning: Learning, split: Split, train: Sequence[BoxCase], val
             "repeat %d, epoch %d of %d: loss %.3f, validation AP50 %.3f%s",
             *(split.number, epoch, epochs, float(np.mean(losses[-per_epoch:])), score, clock.text()),
         )
-        save_progress(progress, record.step + 1, loop, learned_state(detector), best, identity)
+        save_progress(progress, record.step + 1, loop, _learned(named), best, identity)
         detector.train()
         return True
 
@@ -126,18 +129,27 @@ def fit_detector(learning: Learning, split: Split, train: Sequence[BoxCase], val
     loop.fit(on_step, start)
     freeze.check(config.encoder.mode)
     best.restore()
-    save_state(path, learned_state(detector), {"identity": identity, "chosen": json.dumps({"val_ap50": best.score})})
+    save_state(path, _learned(named), {"identity": identity, "chosen": json.dumps({"val_ap50": best.score})})
     progress.unlink(missing_ok=True)
     return detector.eval()
 
 
-def _has_roi(detector: nn.Module) -> bool:
-    return hasattr(detector, "roi_heads")
+def _learned(named: nn.Module) -> dict[str, Tensor]:
+    return learned_state(named, "no buffer moves")
 
 
-def _loop(learning: Learning, detector: nn.Module, train: Sequence[BoxCase], seed: int, per_epoch: int, epochs: int) -> FitLoop:
-    training, machine = learning.config.training, learning.machine
-    encoder = list(detector.backbone.encoder.parameters())  # type: ignore[union-attr,operator]
+def pyramid_of(detector: nn.Module) -> Pyramid:
+    """Return the part of a detector that holds the backbone."""
+    pyramid = detector.get_submodule("backbone")
+    assert isinstance(pyramid, Pyramid)
+    return pyramid
+
+
+def _loop(
+    learning: Learning, named: nn.ModuleDict, train: Sequence[BoxCase], seed: int, per_epoch: int, epochs: int
+) -> FitLoop:
+    training, machine, detector = learning.config.training, learning.machine, named["detector"]
+    encoder = list(pyramid_of(detector).encoder.parameters())
     inner = {id(parameter) for parameter in encoder}
     groups = [{"params": [one for one in detector.parameters() if id(one) not in inner], "lr": training.lr}]
     learns = [one for one in encoder if one.requires_grad]
@@ -156,7 +168,7 @@ def _loop(learning: Learning, detector: nn.Module, train: Sequence[BoxCase], see
         return torch.stack([one.float() for one in losses.values()]).sum()
 
     return FitLoop(
-        detector, optimizer, cosine_decay(optimizer, epochs * per_epoch), loss_of, epochs * per_epoch, training.clip_norm
+        named, optimizer, cosine_decay(optimizer, epochs * per_epoch), loss_of, epochs * per_epoch, training.clip_norm
     )
 
 

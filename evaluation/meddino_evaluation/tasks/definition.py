@@ -68,7 +68,16 @@ class OfTask(StrictConfig):
     """Its name."""
 
 
-Layout = Annotated[LabelMapLayout | OfTask | BoxLayout, Field(discriminator="kind")]
+class LabelledLayout(StrictConfig):
+    """Images with classes, as a definition of `meddino-eval datasets` has them."""
+
+    kind: Literal["labelled"] = "labelled"
+    """This layout."""
+    dataset: str
+    """Name of the shipped definition, or its YAML file."""
+
+
+Layout = Annotated[LabelMapLayout | OfTask | BoxLayout | LabelledLayout, Field(discriminator="kind")]
 
 
 class PublishedNumber(StrictConfig):
@@ -101,6 +110,8 @@ class TaskDefinition(StrictConfig):
     """Of the data."""
     where: str
     """Where a user gets the data; nothing is downloaded."""
+    folder: str = ""
+    """Where the data lie below the root of a study; empty: below the task's name."""
     split_rule: str
     """How publishers or studies split it, and how it is split here, in words."""
     modality: Modality = "image"
@@ -117,6 +128,13 @@ class TaskDefinition(StrictConfig):
     """What others printed on it."""
     notes: str = ""
     """What a reader of the results must know."""
+
+    @model_validator(mode="after")
+    def _layout_fits_kind(self) -> "TaskDefinition":
+        for kind, layout in (("detection", BoxLayout), ("classification", LabelledLayout)):
+            if (self.kind == kind) != isinstance(self.layout, layout):
+                raise ValueError(f"kind {self.kind} and layout {self.layout.kind} do not go together")
+        return self
 
     @model_validator(mode="after")
     def _masks_name_labels(self) -> "TaskDefinition":

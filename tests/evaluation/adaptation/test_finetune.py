@@ -156,3 +156,16 @@ def test_load_state__an_encoder_that_an_earlier_version_trained(tmp_path):
         module = SimpleNamespace(load_state_dict=lambda tensors, strict: taken.update(tensors))
         load_state(module, tmp_path / "w.safetensors", wanted)
         assert taken.keys() == wanted.keys()
+
+
+def test_finetune__a_head_of_two_layers_learns_too(fake_set, backbone):
+    dataset = fake_set("ct_contrast")
+    bank = ImageBank(backbone, Transform(32, dataset.config.modality, None, None, 1))
+    options = {"kind": "binary", "outputs": 2, "metric": "log_loss", "machine": find_machine("cpu")}
+    tuned = finetune(
+        backbone, dataset.cases, dataset.cases, mode="finetune", config=CONFIG, bank=bank, seed=0, hidden_dim=6, **options
+    )
+    shapes = [tuple(one.weight.shape) for one in tuned.model.head if hasattr(one, "weight")]
+    assert shapes == [(6, backbone.embed_dim), (2, 6)]
+    # Biases start at zero: both layers have learned.
+    assert all(one.bias.abs().sum() > 0 for one in tuned.model.head if hasattr(one, "bias"))
