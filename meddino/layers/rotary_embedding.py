@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,12 +17,18 @@ class RotaryTable:
     """Sines and cosines for one grid of patches, with rows for the tokens before them that are not rotated.
 
     Attributes:
-        sin: [tokens, head_dim]; zero for CLS and registers.
-        cos: [tokens, head_dim]; one for CLS and registers.
+        sin: [tokens, head_dim], or [batch, tokens, head_dim] where crops keep different patches; zero for CLS and registers.
+        cos: Likewise; one for CLS and registers.
     """
 
     sin: Tensor
     cos: Tensor
+
+    def of_patches(self, patches: Int[Tensor, "batch kept"], prefix: int) -> "RotaryTable":
+        """Return the rows of the first `prefix` tokens and of some patches of each crop."""
+        first = torch.arange(prefix, device=patches.device).expand(len(patches), -1)
+        rows = torch.cat([first, patches + prefix], dim=1)
+        return RotaryTable(self.sin[rows], self.cos[rows])
 
 
 class RotaryEmbedding(nn.Module):
@@ -113,7 +119,7 @@ class RotaryEmbedding(nn.Module):
 
 def rotate(x: Float[Tensor, "*batch tokens heads dim"], table: RotaryTable) -> Float[Tensor, "*batch tokens heads dim"]:
     """Turn every pair (i, i + dim / 2) of each token's features by its angle; computed in the table's data type."""
-    sin, cos = table.sin[:, None, :], table.cos[:, None, :]
+    sin, cos = table.sin[..., None, :], table.cos[..., None, :]
     if x.dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling():
         turned: Tensor = _Rotation.apply(x, sin, cos)
         return turned

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -141,6 +141,7 @@ class VisionTransformer(Backbone):
         images: Float[Tensor, "batch channels height width"],
         masks: Bool[Tensor, "batch patches"] | None = None,
         *,
+        visible: Int[Tensor, "batch kept"] | None = None,
         rng: torch.Generator | None = None,
         plan: DropPathPlan | None = None,
     ) -> BackboneOutput:
@@ -149,16 +150,19 @@ class VisionTransformer(Backbone):
         Args:
             images: Normalised by the model's input contract; sides are multiples of the patch size.
             masks: True where a patch is replaced by the mask token.
+            visible: The patches of each image that are computed, all others are left away; `patch_tokens` are these, in this
+                order. Not with drop path.
             rng: In training, what drop path and coordinate augmentation draw from; see `forward_crops`.
             plan: See `forward_crops`.
         """
-        return self.forward_crops([images], [masks], rng=rng, plan=plan)[0]
+        return self.forward_crops([images], [masks], visible=visible, rng=rng, plan=plan)[0]
 
     def forward_crops(
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
         *,
+        visible: Int[Tensor, "batch kept"] | None = None,
         rng: torch.Generator | None = None,
         plan: DropPathPlan | None = None,
     ) -> list[BackboneOutput]:
@@ -168,6 +172,7 @@ class VisionTransformer(Backbone):
             crops: Groups of images [B_i, C, H_i, W_i]. The first holds the global crops; the CLS of later ones goes
                 through `local_cls_norm` in training where the model has one.
             masks: For each group, [B_i, N_i] bool or None.
+            visible: Of a single group; see `forward`.
             rng: Generator on the CPU for a batch that stands alone; torch's default one if None.
             plan: The random choices as a function of the samples' numbers in the global batch; takes precedence over
                 `rng`. In evaluation mode neither is used.
@@ -179,7 +184,7 @@ class VisionTransformer(Backbone):
             masks = [None] * len(crops)
         if self.training and plan is None and (self.config.drop_path > 0 or self.rope_embed.augments):
             plan = DropPathPlan.from_generator(rng, [len(images) for images in crops])
-        x, groups = self._embed(crops, masks, plan if self.training else None)
+        x, groups = self._embed(crops, masks, plan if self.training else None, visible)
         for block, kept in zip(self.blocks, self._kept(plan, groups, x), strict=True):
             x = block(x, groups, kept)
         grids = [self._grid(images) for images in crops]
@@ -243,7 +248,11 @@ class VisionTransformer(Backbone):
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
     def _embed(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], plan: DropPathPlan | None
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        plan: DropPathPlan | None,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, tuple[CropGroup, ...]]:
         parts, groups = [], []
         for number, (images, mask) in enumerate(zip(crops, masks, strict=True)):
@@ -252,12 +261,15 @@ class VisionTransformer(Backbone):
                 if mask.shape != patches.shape[:2]:
                     raise ValueError(f"mask of group {number} is {list(mask.shape)}; its patches are {list(patches.shape[:2])}")
                 patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
+            if visible is not None:
+                patches = patches.gather(1, visible[..., None].expand(-1, -1, patches.shape[-1]))
             batch = images.shape[0]  # not len(): torch.export would take the number for a constant
             prefix = [self.cls_token.expand(batch, -1, -1)]
             if self.config.num_registers:
                 prefix.append(self.storage_tokens.expand(batch, -1, -1))
             tokens = torch.cat([*(token.to(patches.dtype) for token in prefix), patches], dim=1)
             table = self.rope_embed(*self._grid(images), self.prefix_tokens, plan.rope_rng(number) if plan else None)
+            table = table if visible is None else table.of_patches(visible, self.prefix_tokens)
             parts.append(tokens)
             groups.append(CropGroup(batch, tokens.shape[1], table))
         return join_groups(parts), tuple(groups)

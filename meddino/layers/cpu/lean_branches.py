@@ -320,7 +320,7 @@ def rotate_in_place(part: Float[Tensor, "batch tokens kinds heads dim"], group: 
     """Rotate queries and keys, the first two kinds, by their positions, or gradients back by them; values stay."""
     sin, cos = group.table.sin, group.table.cos
     half = sin.shape[-1] // 2
-    angles_sin, angles_cos = (values[:, None, None, :half] for values in (sin, cos))
+    angles_sin, angles_cos = (values[..., None, None, :half] for values in (sin, cos))
     both = part[:, :, :2]
     if sin.dtype != part.dtype:
         both = both.to(sin.dtype)

@@ -43,6 +43,10 @@ METHODS: dict[str, MethodRow] = {
         "meddino_pretrain.methods.joint_embedding.config:JointEmbeddingConfig",
         "meddino_pretrain.methods.joint_embedding.method:JointEmbedding",
     ),
+    "masked_image": MethodRow(
+        "meddino_pretrain.methods.masked_image.config:MaskedImageConfig",
+        "meddino_pretrain.methods.masked_image.method:MaskedImage",
+    ),
 }
 
 
