@@ -45,7 +45,9 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--root", type=Path, required=True, help="folder under which the sets lie")
     parser.add_argument("--at", action="append", default=[], metavar="SET=DIR", help="where a set lies that is named otherwise")
     parser.add_argument("--sets", default="", metavar="A,B", help="only these sets of the registry")
-    parser.add_argument("--registry", type=Path, help="folder with one YAML a set; the 17 of CT-3M if not given")
+    parser.add_argument(
+        "--registry", type=Path, help="lvm_med (its 55 sets), or a folder with one YAML a set; ct3m (17 sets) if not given"
+    )
     parser.add_argument("--config", action="append", default=[], help="a config with licences.allow; may be repeated")
     parser.add_argument("--out", type=Path, help="YAML to write, for `build --config`; test data is held out in it")
     parser.add_argument("--with-test-data", action="store_true", help="take the sets' own test data in, as the paper did")

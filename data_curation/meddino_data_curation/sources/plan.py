@@ -203,6 +203,7 @@ def _source(item: FoundSet, name: str, globs: Sequence[str]) -> SourceConfig:
         name=name,
         path=Path(os.path.abspath(item.base)),  # noqa: PTH100 - links stay as they are, resolve() would follow them
         licence=item.entry.licence.id,
+        modality=item.entry.modality,
         citation=item.entry.full_citation,
         preference=item.entry.preference,
         patient_pattern=item.entry.patient_pattern,

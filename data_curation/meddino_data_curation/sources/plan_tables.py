@@ -35,9 +35,12 @@ def print_plan(found: Sequence[FoundSet], allow: Sequence[str], console: Console
 
 def _wanted(item: FoundSet) -> str:
     entry, licence = item.entry, item.entry.licence
-    return (
-        f"- {entry.name} ({entry.title}): {entry.volumes} volumes, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
-    )
+    return f"- {entry.name} ({entry.title}): {_expected(item)}, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
+
+
+def _expected(item: FoundSet) -> str:
+    entry = item.entry
+    return f"{entry.volumes} volumes" if entry.volumes or not entry.listed else f"{entry.listed} images in the paper's table"
 
 
 def _numbers(item: FoundSet) -> str:
@@ -68,6 +71,12 @@ def _notes(there: Sequence[FoundSet]) -> list[str]:
         if needs_decision(entry.licence.id):
             lines.append(f"- {entry.name}: {entry.licence.basis}")
         lines.append(f"- {entry.name}, test data: {entry.held_out_rule}")
+        if entry.used:
+            lines.append(f"- {entry.name}, used by the paper: {entry.used}")
+        if entry.tasks:
+            lines.append(
+                f"- {entry.name} may hold test data of {', '.join(entry.tasks)}: meddino-curate audit CORPUS --against DATA"
+            )
         again = sorted(set(entry.repackages) & names)
         if again:
             lines.append(f"- {entry.name} brings scans of {', '.join(again)} again: duplicates are to be expected")

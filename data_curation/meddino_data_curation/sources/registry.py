@@ -1,4 +1,4 @@
-"""The registry of public CT sets: what each is, where it is to be had, what may be done with it, and how its files lie."""
+"""Registries of public sets: what each is, where it is to be had, what may be done with it, and how its files lie."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig, load_config, shipped_configs
 from meddino.core.errors import ConfigError
+from meddino.data.intensity import Modality
 from meddino_data_curation.sources.licences import needs_decision
 
-SHIPPED_REGISTRY = "ct3m"
+SHIPPED_REGISTRY = "ct3m"  # lvm_med lies beside it
 LicenceKind = Literal["permissive", "non-commercial", "unclear"]
 
 
@@ -81,6 +82,14 @@ class SetEntry(StrictConfig):
     """What it takes to get it."""
     folders: tuple[str, ...] = Field(min_length=1)
     """Globs of folder names that hold the set; upper or lower case is one."""
+    modality: Modality | Literal["auto"] = "ct"
+    """What its values mean; auto: what each file says."""
+    listed: int | None = Field(None, ge=1)
+    """Images or volumes that the paper's table names; null: it names none."""
+    used: str = ""
+    """What the paper trained on, in words."""
+    tasks: tuple[str, ...] = ()
+    """Tasks of `meddino-eval` whose test data it may hold: audit a corpus with it against each."""
     parts: tuple[PartEntry, ...] = Field(min_length=1)
     """Its volumes."""
     held_out_table: HeldOutTable | None
@@ -111,7 +120,8 @@ def load_registry(folder: Path | None = None) -> list[SetEntry]:
     """Read a registry, one YAML file a set.
 
     Args:
-        folder: With the YAML files; None is the shipped one of the 17 sets of CT-3M.
+        folder: With the YAML files, or the name of a shipped one: ct3m (the 17 sets of CT-3M, which None means) or lvm_med
+            (LVM-Med's 55).
 
     Returns:
         The sets, sorted by name.
@@ -119,7 +129,8 @@ def load_registry(folder: Path | None = None) -> list[SetEntry]:
     Raises:
         ConfigError: A file is wrong, there is none, or a set repackages one that is not in the registry.
     """
-    where = folder or shipped_configs() / "data_curation" / SHIPPED_REGISTRY
+    shipped = shipped_configs() / "data_curation" / (folder or SHIPPED_REGISTRY)
+    where = shipped if folder is None or not folder.exists() else folder
     files = sorted(where.glob("*.yaml"))
     if not files:
         raise ConfigError(f"no registry in {where}: no YAML file there")
