@@ -113,8 +113,9 @@ COMMANDS = {
         ("out/weights/*.safetensors", "out/cases.csv", "out/predictions/**/*"), ("out/weights/fold-0_seed-0.safetensors",),
     ),
     "predict": Command(
-        "meddino-eval predict", 0, None, "label maps that are written", "predicts anew, the same bytes",
-        "meddino-eval predict --results {segment}/out --input {root}/blobs/imagesTr --out out", ("out/**/*",),
+        "meddino-eval predict", 0, None, "label maps that are written", "goes on, the same bytes",
+        "meddino-eval predict --results {segment}/out --input {root}/blobs/imagesTr --out out",
+        ("out/**/*",), ("out/*.nii.gz",),
     ),
     "probe": Command(
         "meddino-eval probe", 0, None, "nothing, it takes seconds", "measures anew, the same bytes",

@@ -17,7 +17,7 @@ from meddino_evaluation.metrics.classification import (
     mean_of_defined,
     resampled_metric,
 )
-from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges
+from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges, span_of
 
 Runs = Sequence[tuple[Sequence[Hashable], Truth, Probabilities]]
 """For each run the patient, the truth and the probabilities of each test case."""
@@ -47,7 +47,7 @@ def metric_intervals(
     """
     drawing = Resampling(*_patients(runs), level=level, resamples=resamples, seed=seed)
     weights = drawing.weights()
-    return {name: drawing.interval(*_over_runs(name, kind, runs, weights)) for name in names or METRICS[kind]}
+    return {name: drawing.interval(*_over_runs(name, kind, runs, weights), span_of(name)) for name in names or METRICS[kind]}
 
 
 def _patients(runs: Runs) -> tuple[int, list[Hashable]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special, stats
 
 from meddino.core.seeds import numpy_rng
 
@@ -85,7 +85,7 @@ class DeLongResult:
         auroc_b: Of the second.
         covariance: 2 x 2, of the two estimates.
         z: Difference over its standard error; 0 if both are identical, NaN if they differ without any spread.
-        p_value: Two-sided; NaN without a spread to judge by.
+        p_value: Two-sided, of Student's t; NaN without a spread to judge by.
     """
 
     auroc_a: float
@@ -96,6 +96,19 @@ class DeLongResult:
 
 
 Groups = Sequence[Hashable] | NDArray[np.generic] | None
+Span = tuple[float, float]
+"""Lowest and highest value that a statistic can take."""
+
+UNBOUNDED: Span = (-math.inf, math.inf)
+SHARE: Span = (0.0, 1.0)
+_SPANS = {"kappa": (-1.0, 1.0), "volume_difference_ml": UNBOUNDED} | dict.fromkeys(
+    ("brier", "log_loss", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref"), (0.0, math.inf)
+)
+
+
+def span_of(metric: str) -> Span:
+    """Return the span of a metric by its name; what is not known here is a share: Dice, AUROC, accuracy, precision, ..."""
+    return _SPANS.get(metric, SHARE)
 
 
 class Resampling:
@@ -142,28 +155,37 @@ class Resampling:
         np.add.at(patients, (np.arange(len(patients))[:, None], self._draws), 1)
         return patients[:, self.owners()]
 
-    def interval(self, estimate: float, drawn: NDArray[np.float64]) -> Interval:
-        """Return the percentile interval of a statistic.
+    def interval(self, estimate: float, drawn: NDArray[np.float64], span: Span = UNBOUNDED) -> Interval:
+        """Return the interval of a statistic: at either end the farther one of two intervals.
+
+        The percentile interval alone is too narrow for few patients and for skewed numbers (90 % instead of 95 % for six
+        patients' Dice), though its two percentiles are moved out by the ratio of Student's t to the normal (expanded percentile
+        interval). The other is Student's t with the bootstrap's standard error, on a scale on which the statistic has no ends:
+        log odds within a span, the logarithm above one end. It alone fails for counts (accuracy) of few patients.
+
+        Resamples where the statistic is undefined are left out. There is no interval (NaN) if that is more than half of them;
+        with too few patients (`can_be_significant`): no resample of 4 reaches beyond its patients, who all lie on one side of
+        the truth in 12 % of studies; and where all resamples agree (ten of ten right): an interval without width would claim
+        certainty.
 
         Args:
             estimate: Of all rows.
             drawn: Of each resample; NaN where undefined.
+            span: What the statistic can be at all.
 
-        Source: Efron and Tibshirani 1993, chapter 13. The plain percentile interval is too narrow for few patients (it
-        covers 92 % instead of 95 % at 25), so its two percentiles are moved out by the ratio of Student's t to the normal, as
-        in Hesterberg 2015 (expanded percentile interval); at 200 patients nothing visible changes. Resamples where the
-        statistic is undefined are left out. There is no interval (NaN) if that is more than half of them; with too few
-        patients (`can_be_significant`): no resample of 4 reaches beyond its patients, who all lie on one side of the truth in
-        12 % of studies; and where all resamples agree (ten of ten right): an interval without width would claim certainty.
+        Source: Efron and Tibshirani 1993, chapters 12 and 13; Hesterberg 2015 (expanded percentile interval); Qin and
+        Hotilovac 2008 (log odds for AUROC). Taking the farther end is ours.
         """
         defined, patients = drawn[~np.isnan(drawn)], len(self._members)
         enough = len(defined) and len(defined) >= FEWEST_DEFINED * len(drawn) and can_be_significant(patients, self.level)
         if not enough or np.ptp(defined) <= _TIE * max(1.0, float(np.abs(defined).max())):
             return Interval(estimate, math.nan, math.nan, self.level, len(defined))
         wider = math.sqrt(patients / (patients - 1))
-        tail = float(stats.norm.cdf(stats.t.ppf((1 - self.level) / 2, patients - 1) * wider))
-        low, high = np.quantile(defined, [tail, 1 - tail])
-        return Interval(estimate, float(low), float(high), self.level, len(defined))
+        student = float(stats.t.ppf((1 + self.level) / 2, patients - 1))
+        tail = float(stats.norm.cdf(-student * wider))
+        low, high = (float(end) for end in np.quantile(defined, [tail, 1 - tail]))
+        ends = _around(estimate, student * wider * float(defined.std()), span)
+        return Interval(estimate, min(low, ends[0]), max(high, ends[1]), self.level, len(defined))
 
     def paired(
         self, difference: float, drawn: NDArray[np.float64], permuted: NDArray[np.float64], all_tried: bool
@@ -218,13 +240,20 @@ def permutation_p(observed: float, permuted: NDArray[np.float64], all_tried: boo
 
 
 def bootstrap_mean(
-    values: ArrayLike, *, groups: Groups = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    *,
+    groups: Groups = None,
+    span: Span = UNBOUNDED,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Return the mean of one number a case (Dice, 0/1 for correct, ...) with its percentile bootstrap interval.
+    """Return the mean of one number a case (Dice, 0/1 for correct, ...) with its interval, see `Resampling.interval`.
 
     Args:
         values: [n]; NaN (undefined for that case) is left out.
         groups: The patient of each value.
+        span: What a value can be at all.
         level: Confidence level.
         resamples: How many.
         seed: Equal seeds draw equal resamples.
@@ -233,7 +262,7 @@ def bootstrap_mean(
     if not len(array):
         return Interval(math.nan, math.nan, math.nan, level, 0)
     drawing = Resampling(len(array), kept_groups, level=level, resamples=resamples, seed=seed)
-    return drawing.interval(float(array.mean()), drawing.means(array))
+    return drawing.interval(float(array.mean()), drawing.means(array), span)
 
 
 def paired_means(
@@ -317,7 +346,9 @@ def delong(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike) -> DeLon
     Raises:
         ValueError: Shapes differ, or fewer than two cases of either class.
 
-    Source: DeLong et al. 1988, by midranks (Sun and Xu 2014).
+    Source: DeLong et al. 1988, by midranks (Sun and Xu 2014). Difference: p is of Student's t with the degrees of freedom of
+    Satterthwaite 1946, as in Brunner and Munzel 2000; that of the normal is below 0.05 in up to 6 % of small studies without a
+    difference.
     """
     truth = np.asarray(labels).astype(bool)
     scores = np.stack([np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)])
@@ -334,12 +365,16 @@ def delong(labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike) -> DeLon
         over_positives[row] = (all_ranks[truth] - stats.rankdata(values[truth])) / negatives
         over_negatives[row] = 1 - (all_ranks[~truth] - stats.rankdata(values[~truth])) / positives
     aurocs = over_positives.mean(1)
-    covariance = np.cov(over_positives) / positives + np.cov(over_negatives) / negatives
-    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    parts = np.cov(over_positives) / positives, np.cov(over_negatives) / negatives
+    own, other = (float(part[0, 0] + part[1, 1] - 2 * part[0, 1]) for part in parts)
+    covariance, variance = parts[0] + parts[1], own + other
     difference = float(aurocs[0] - aurocs[1])
     without_spread = 0.0 if abs(difference) < 1e-12 else math.nan
-    z = difference / math.sqrt(variance) if variance > 1e-18 else without_spread
-    return DeLongResult(float(aurocs[0]), float(aurocs[1]), covariance, z, float(2 * stats.norm.sf(abs(z))))
+    z, freedom = without_spread, 1.0
+    if variance > 1e-18:
+        z = difference / math.sqrt(variance)
+        freedom = variance**2 / (own**2 / (positives - 1) + other**2 / (negatives - 1))
+    return DeLongResult(float(aurocs[0]), float(aurocs[1]), covariance, z, float(2 * stats.t.sf(abs(z), freedom)))
 
 
 def mean_and_std(values: ArrayLike) -> tuple[float, float]:
@@ -349,6 +384,23 @@ def mean_and_std(values: ArrayLike) -> tuple[float, float]:
     if not len(array):
         return math.nan, math.nan
     return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else math.nan
+
+
+def _around(estimate: float, half_width: float, span: Span) -> tuple[float, float]:
+    """Return both ends of estimate ± half width, on a scale on which a span has no ends; none beyond it if it stands at one."""
+    bottom, top = span
+    if math.isinf(bottom):
+        return estimate - half_width, estimate + half_width
+    if not bottom < estimate < top:
+        return estimate, estimate
+    above = estimate - bottom
+    if math.isinf(top):
+        factor = math.exp(min(half_width / above, 700.0))
+        return bottom + above / factor, bottom + above * factor
+    below = top - estimate
+    odds, width = math.log(above / below), half_width * (1 / above + 1 / below)
+    low, high = (bottom + (top - bottom) * float(special.expit(odds + sign * width)) for sign in (-1, 1))
+    return low, high
 
 
 def _defined(values: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.float64], Groups]:

@@ -1,23 +1,29 @@
 """`meddino-eval predict`: label maps of new volumes or DICOM series, as NIfTI or DICOM-SEG."""
 
 import argparse
+import hashlib
+import json
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 import meddino
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
+from meddino.core.files import canonical_json, write_json
 from meddino.core.logging import get_logger
+from meddino.volumes.archives import archive_of
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.inputs import Input, find_inputs, write_table
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
 
 logger = get_logger(__name__)
 TABLE = "predictions.csv"
+DONE = "done.json"
 ALL = "all"
 
 
@@ -42,13 +48,18 @@ def run(arguments: argparse.Namespace) -> None:
     inputs = find_inputs(arguments.input, arguments.out, bundle.channels)
     if arguments.format == "dicomseg" and not any(item.series for item in inputs):
         raise ConfigError("--format dicomseg needs DICOM series as input: a DICOM-SEG refers to the slices it was made from")
-    todo = [item for item in inputs if not item.status]
+    done = Done(arguments.out, f"{bundle.identity} {arguments.format} {meddino.__version__}")
+    open_ = [item for item in inputs if not item.status]
+    todo = [item for item in open_ if not done.take(item)]
+    if len(todo) < len(open_):
+        logger.info("%d of %d volumes are predicted already", len(open_) - len(todo), len(open_))
     logger.info("%d volumes, %d other files, %d networks", len(todo), len(inputs) - len(todo), bundle.size)
     started = time.monotonic()
     for number, item in enumerate(todo, start=1):
         try:
             item.output = predict_one(item, bundle, arguments.out, arguments.format)
             item.status = "predicted"
+            done.add(item)
         except VolumeError as error:
             item.status, item.reason = "refused", str(error)
         left_s = (time.monotonic() - started) / number * (len(todo) - number)
@@ -56,6 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
             "%d/%d %s: %s%s", number, len(todo), item.name, item.status, f", about {left_s:.0f} s left" if left_s else ""
         )
         write_table(arguments.out / TABLE, inputs)
+    write_table(arguments.out / TABLE, inputs)
     counts = Counter(item.status for item in inputs)
     for status in ("skipped", "refused"):
         for item in [one for one in inputs if one.status == status][:20]:
@@ -64,6 +76,47 @@ def run(arguments: argparse.Namespace) -> None:
     sys.stdout.write(f"{summary}; every input is in {arguments.out / TABLE}\n")
     if counts["refused"]:
         raise MedDINOError(f"{counts['refused']} volumes were refused; see {arguments.out / TABLE}")
+    done.forget()
+
+
+class Done:
+    """What an interrupted command has predicted: with the same networks, of inputs that have not changed since.
+
+    Args:
+        out: Folder of the label maps.
+        identity: Of networks, format and version; under another one nothing counts.
+    """
+
+    def __init__(self, out: Path, identity: str) -> None:
+        self._out, self._path, self._identity = out, out / DONE, identity
+        self._known: dict[str, dict[str, str]] = {}
+        with suppress(FileNotFoundError, ValueError):  # there is none, or a damaged one: all is predicted
+            content = json.loads(self._path.read_bytes())
+            self._known = content["done"] if content["identity"] == identity else {}
+
+    def take(self, item: Input) -> bool:
+        """Take over what was predicted of an input; False where it has to be predicted."""
+        found = self._known.get(_state(item))
+        if found is None or not (self._out / found["output"]).is_file():
+            return False
+        item.status, item.output, item.notes = "predicted", found["output"], found["notes"]
+        return True
+
+    def add(self, item: Input) -> None:
+        """Note that an input is predicted."""
+        self._known[_state(item)] = {"output": item.output, "notes": item.notes}
+        write_json(self._path, {"identity": self._identity, "done": self._known})
+
+    def forget(self) -> None:
+        """Let the same command predict anew: nothing is left to be done."""
+        self._path.unlink(missing_ok=True)
+
+
+def _state(item: Input) -> str:
+    """Return a hash of an input's name and of its files as they stand now; it names nobody."""
+    files = [(str(path), (archive_of(path) or path).stat()) for path in item.files]
+    parts = [item.name, [[name, status.st_size, status.st_mtime_ns] for name, status in files]]
+    return hashlib.sha256(canonical_json(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def numbers(words: Sequence[str], option: str) -> list[int] | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from meddino.core.errors import ConfigError
 from meddino_evaluation.metrics.label_metrics import case_means
 from meddino_evaluation.metrics.statistics import (
+    SHARE,
     Resampling,
     bootstrap_mean,
     holm,
@@ -104,7 +105,7 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
     ranks, tau = rank_stability(values, patients, resamples)
     entries = []
     for variant, own, (mean_rank, first) in zip(variants, values, ranks, strict=True):
-        interval = bootstrap_mean(own, groups=patients, resamples=resamples)
+        interval = bootstrap_mean(own, groups=patients, span=SHARE, resamples=resamples)
         mean, std = mean_and_std([value for value in variant.metrics["test"][metric]["by_seed"] if value is not None])
         entries.append(
             {

@@ -110,9 +110,7 @@ def _page(
         html.Section(
             "Results",
             html.join(
-                html.text(
-                    "Mean ± standard deviation over runs (splits, seeds, draws) [interval over patients, percentile bootstrap]."
-                ),
+                html.text("Mean ± standard deviation over runs (splits, seeds, draws) [interval over patients, bootstrap]."),
                 html.table(results.header, results.rows),
             ),
         )

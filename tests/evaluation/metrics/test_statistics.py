@@ -11,6 +11,7 @@ from meddino_evaluation.metrics.statistics import (
     mean_and_std,
     paired_means,
     smallest_p,
+    span_of,
     wilcoxon_signed_rank,
 )
 from scipy import stats
@@ -57,8 +58,10 @@ def test_bootstrap_mean__equals_a_loop_over_resampled_patients_and_repeats():
     drawn = Resampling(30, groups, resamples=300, seed=5).weights()
     loop = [np.repeat(values, counts).mean() for counts in drawn]
     fast = bootstrap_mean(values, groups=groups, resamples=300, seed=5)
-    t = stats.norm.cdf(stats.t.ppf(0.025, 9) * math.sqrt(10 / 9))
-    assert (fast.low, fast.high) == pytest.approx(tuple(np.quantile(loop, [t, 1 - t])))
+    t, wider = stats.t.ppf(0.975, 9), math.sqrt(10 / 9)
+    low, high = np.quantile(loop, [stats.norm.cdf(-t * wider), stats.norm.cdf(t * wider)])
+    width = t * wider * np.std(loop)
+    assert (fast.low, fast.high) == pytest.approx((min(low, values.mean() - width), max(high, values.mean() + width)))
     assert fast == bootstrap_mean(values, groups=groups, resamples=300, seed=5)
 
 
@@ -70,6 +73,36 @@ def test_interval__none_where_it_could_not_hold():
     assert all_right.estimate == 1.0
     assert math.isnan(all_right.low)
     assert math.isnan(all_right.high)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (-1.0, 1.0), (0.0, math.inf)])
+def test_interval__is_symmetric_on_a_scale_without_ends_and_stays_within_its_span(span):
+    values = np.array([0.2, 0.4, 0.4, 0.3, 0.5, 0.4])
+    drawing = Resampling(6, resamples=400)
+    drawn = drawing.means(values)
+    narrow = 0.9 + 1e-6 * (drawn - drawn.mean())  # percentiles that lie within the other interval
+    estimate = 0.9 + 1e-9
+
+    def scale(x):
+        return math.log(x - span[0]) - (0.0 if math.isinf(span[1]) else math.log(span[1] - x))
+
+    found = drawing.interval(estimate, narrow, span)
+    half_width = stats.t.ppf(0.975, 5) * math.sqrt(6 / 5) * narrow.std()
+    slope = (scale(estimate + 1e-5) - scale(estimate - 1e-5)) / 2e-5
+    low, high = (scale(estimate) + sign * half_width * slope for sign in (-1, 1))
+    assert scale(found.low) <= low + 1e-9
+    assert scale(found.high) >= high - 1e-9
+    wide = drawing.interval(0.9, 0.9 + 5 * (drawn - drawn.mean()).clip(-0.02, 0.02), span)
+    assert span[0] <= wide.low < wide.high <= span[1]
+    at_an_end = drawing.interval(span[0], drawn, span)
+    assert (at_an_end.low, at_an_end.high) == (span[0], pytest.approx(np.quantile(drawn, 1), abs=0.1))
+
+
+def test_span_of__every_metric_lies_in_its_own():
+    assert span_of("dice") == span_of("auroc") == (0.0, 1.0)
+    assert span_of("kappa") == (-1.0, 1.0)
+    assert span_of("hd95_mm") == span_of("log_loss") == (0.0, math.inf)
+    assert span_of("volume_difference_ml") == (-math.inf, math.inf)
 
 
 def test_interval__undefined_resamples_are_left_out():
@@ -176,7 +209,7 @@ def _slow_delong(labels, a, b):
         parts.append((v10, v01))
     s10 = np.cov(parts[0][0], parts[1][0])
     s01 = np.cov(parts[0][1], parts[1][1])
-    return parts[0][0].mean(), parts[1][0].mean(), s10 / len(positives) + s01 / len(negatives)
+    return parts[0][0].mean(), parts[1][0].mean(), s10 / len(positives), s01 / len(negatives)
 
 
 def test_delong__equals_the_definition():
@@ -185,13 +218,16 @@ def test_delong__equals_the_definition():
     a = np.round(rng.normal(size=29) + labels, 1)  # rounding makes ties
     b = np.round(rng.normal(size=29) + 0.3 * labels, 1)
     result = delong(labels, a, b)
-    auroc_a, auroc_b, covariance = _slow_delong(labels, a, b)
+    auroc_a, auroc_b, *parts = _slow_delong(labels, a, b)
+    covariance = parts[0] + parts[1]
     assert result.auroc_a == pytest.approx(auroc_a) == pytest.approx(roc_auc_score(labels, a))
     assert result.auroc_b == pytest.approx(auroc_b)
     np.testing.assert_allclose(result.covariance, covariance)
     z = (auroc_a - auroc_b) / math.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     assert result.z == pytest.approx(z)
-    assert result.p_value == pytest.approx(2 * stats.norm.sf(abs(z)))
+    first, second = (part[0, 0] + part[1, 1] - 2 * part[0, 1] for part in parts)
+    freedom = (first + second) ** 2 / (first**2 / 11 + second**2 / 16)  # Satterthwaite
+    assert result.p_value == pytest.approx(2 * stats.t.sf(abs(z), freedom))
 
 
 def test_delong__same_scores_and_too_few_cases():

@@ -8,6 +8,7 @@ import SimpleITK as sitk
 import torch
 from meddino_evaluation.cli import main
 from meddino_evaluation.data.prepare import prepare_volume
+from meddino_evaluation.segmentation import predict_command
 from meddino_evaluation.segmentation.inference.bundle import load_bundle
 from meddino_evaluation.segmentation.run import segment
 
@@ -76,6 +77,33 @@ def test_predict__mixed_inputs_at_any_depth_all_end_in_the_table(trained, tmp_pa
     (folder / "broken.nii.gz").unlink()
     assert main(arguments) == 0
     assert set(status) - set(table_of(out)) == {"broken"}  # and nothing of the output was taken for input
+
+
+def test_predict__goes_on_where_it_was_stopped_and_only_there(trained, tmp_path, monkeypatch):
+    data, results = trained
+    folder, out, predicted = shutil.copytree(data / "imagesTr", tmp_path / "new"), tmp_path / "out", []
+    one = predict_command.predict_one
+
+    def stopped(item, *more):
+        if len(predicted) == 2:
+            raise KeyboardInterrupt
+        predicted.append(item.name)
+        return one(item, *more)
+
+    arguments = ["predict", "--results", str(results), "--input", str(folder), "--out", str(out)]
+    monkeypatch.setattr(predict_command, "predict_one", stopped)
+    assert main(arguments) == 130
+    first = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+    assert len(first) == len(predicted) == 2
+    shutil.copy(folder / "case_03_0000.nii.gz", folder / "case_01_0000.nii.gz")  # another image under a name that is done
+    monkeypatch.setattr(predict_command, "predict_one", lambda item, *more: predicted.append(item.name) or one(item, *more))
+    assert main(arguments) == 0
+    assert predicted[2:] == ["case_01", "case_02", "case_03"]
+    assert (out / "case_00.nii.gz").stat().st_mtime_ns == first["case_00.nii.gz"]
+    assert {row["status"] for row in table_of(out).values()} == {"predicted"}
+    np.testing.assert_array_equal(read(out / "case_01.nii.gz"), read(out / "case_03.nii.gz"))
+    assert main([*arguments, "--fold", "1"]) == 0
+    assert len(predicted) == 2 + 3 + 4  # of other networks, and a finished command, nothing is taken over
 
 
 def test_predict__an_ensemble_is_the_mean_of_all_probabilities(trained, tmp_path):

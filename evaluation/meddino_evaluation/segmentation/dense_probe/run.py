@@ -20,7 +20,7 @@ from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, make_folds, read_folds
-from meddino_evaluation.metrics.statistics import Resampling, mean_and_std
+from meddino_evaluation.metrics.statistics import SHARE, Resampling, mean_and_std
 from meddino_evaluation.metrics.tables import write_cases
 from meddino_evaluation.segmentation.config import LabelsConfig
 from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
@@ -275,7 +275,7 @@ def _interval(counts: Sequence[Counts], resamples: int) -> list[float | None]:
     drawing = Resampling(patients, resamples=resamples)
     weights = drawing.weights()
     drawn = [class_mean(f1_scores(np.tensordot(weights, one, axes=1))) for one in counts]
-    found = drawing.interval(float(np.mean([macro_f1(one) for one in counts])), np.mean(drawn, axis=0))
+    found = drawing.interval(float(np.mean([macro_f1(one) for one in counts])), np.mean(drawn, axis=0), SHARE)
     return [_number(found.low), _number(found.high)]
 
 

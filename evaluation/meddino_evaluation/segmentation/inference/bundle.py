@@ -1,5 +1,6 @@
 """network.json: what `meddino-eval predict` must know of a finished `segment` run to use its networks on new volumes."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from meddino.core.config import load_config
 from meddino.core.device import find_machine, use_cpu_threads
 from meddino.core.errors import CheckpointError, ConfigError, VolumeError
-from meddino.core.files import write_json
+from meddino.core.files import sha256_file, write_json
 from meddino.data.intensity import read_intensity
 from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.labels import LabelScheme
@@ -38,6 +39,7 @@ class Bundle:
         labels: Meaning of the outputs.
         channels: Image channels that are read.
         components: Labels of which only the largest component is kept: those of which every network says so.
+        identity: Hash of all that decides what is predicted.
     """
 
     members: tuple[Member, ...]
@@ -45,6 +47,7 @@ class Bundle:
     labels: LabelScheme
     channels: int
     components: tuple[str, ...]
+    identity: str
 
     @property
     def size(self) -> int:
@@ -146,4 +149,6 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
         members.append(Member(networks, labels, sliding_window(config), config.data.neighbour_slices, machine))
     kept = tuple(name for name in labels.names if all(name in one for one in components))
     rules = tuple(GridRule(**parts[fold]["rule"]) for fold in folds)
-    return Bundle(tuple(members), rules, labels, content["channels"], kept)
+    files = [path, results / "config.yaml", *(weights_path(results, fold, seed) for fold in folds for seed in seeds)]
+    identity = hashlib.sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()
+    return Bundle(tuple(members), rules, labels, content["channels"], kept, identity)
