@@ -1,7 +1,7 @@
 """Configuration: YAML files merged left to right, then `key=value`, then checked as a whole.
 
-A file says only what differs: `extends: NAME` at its top takes everything from another file, `like: NAME` in a section takes
-everything from the section of that name beside it. First the files are merged, then `like` is followed, so that a change in a
+A file says only what differs: `extends: NAME` at its top takes everything from another file (`extends: [NAME, OVERLAY]`: a later
+one over an earlier one), `like: NAME` in a section takes everything from the section of that name beside it. First the files are merged, then `like` is followed, so that a change in a
 section reaches those that are like it; an override comes last and changes the one key it names.
 
 The only module that knows OmegaConf. What comes out is a frozen pydantic model; nothing else walks into other code.
@@ -161,22 +161,24 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 def _read_with_bases(source: str | Path, kind: str | None, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """Return a file's name and values after those of the file that it extends, the lowest first."""
+    """Return a file's name and values after those of the files that it extends, the lowest first."""
     path = find_config(source, kind)
     if path.resolve() in [other.resolve() for other in above]:
         raise ConfigError(f"config {above[0]}: extends goes round: {' -> '.join(other.stem for other in (*above, path))}")
     values = _read(path)
-    base = values.pop(EXTENDS, None)
-    if base is None:
-        return [(path.stem, values)]
-    if not isinstance(base, str):
-        raise ConfigError(f"config {path}: extends is {base!r}; give the name or the path of one config")
-    beside = [file for file in (path.parent / base, path.parent / f"{base}.yaml") if file.is_file()]
-    try:
-        find_config(beside[0] if beside else base, kind)
-    except ConfigError as error:
-        raise ConfigError(f"config {path}: extends: {error}") from error
-    return [*_read_with_bases(beside[0] if beside else base, kind, (*above, path)), (path.stem, values)]
+    given = values.pop(EXTENDS, [])
+    bases = [given] if isinstance(given, str) else given
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"config {path}: extends is {given!r}; give the name or the path of one config, or a list of them")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    for base in bases:
+        beside = [file for file in (path.parent / base, path.parent / f"{base}.yaml") if file.is_file()]
+        try:
+            find_config(beside[0] if beside else base, kind)
+        except ConfigError as error:
+            raise ConfigError(f"config {path}: extends: {error}") from error
+        layers += _read_with_bases(beside[0] if beside else base, kind, (*above, path))
+    return [*layers, (path.stem, values)]
 
 
 def _read(path: Path) -> dict[str, Any]:

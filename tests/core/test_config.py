@@ -115,6 +115,17 @@ def test_extends__says_only_what_differs(staged):
     }
 
 
+def test_extends__of_several_a_later_one_lies_over_an_earlier_one(staged):
+    (staged / "overlay.yaml").write_text("seed: 7\nstages: {one: {optimizer: {lr: 0.25}}}\n")
+    child = staged / "child.yaml"
+    child.write_text("extends: [base, overlay]\n")
+    one, base = load_config(Staged, [child]), load_config(Staged, [staged / "base.yaml"])
+    assert one.seed == 7 and one.stages["one"].optimizer.lr == 0.25
+    assert one.stages["one"].optimizer.betas == base.stages["one"].optimizer.betas
+    child.write_text("extends: [overlay, base]\n")
+    assert load_config(Staged, [child]).stages["one"].optimizer.lr == base.stages["one"].optimizer.lr
+
+
 def test_like__an_override_changes_the_one_key_it_names(staged):
     stages = load_config(Staged, [staged / "base.yaml"], ["stages.one.steps=9", "stages.two.optimizer.lr=0.125"]).stages
     assert [(stage.steps, stage.optimizer.lr) for stage in stages.values()] == [(9, 0.5), (4, 0.125), (4, 0.5)]
@@ -136,7 +147,9 @@ def test_merge_config__knows_where_each_value_was_said(staged):
         ("extends: child\n", ["extends goes round: child -> child"]),
         ("extends: round\n", ["extends goes round: child -> round -> child"]),
         ("extends: nonsense\n", ["child.yaml", "extends", "'nonsense'"]),
-        ("extends: [base]\n", ["extends is ['base']"]),
+        ("extends: {base: 1}\n", ["extends is {'base': 1}"]),
+        ("extends: [base, 3]\n", ["extends is ['base', 3]"]),
+        ("extends: [base, nonsense]\n", ["child.yaml", "extends", "'nonsense'"]),
         ("stages: {one: {like: four, steps: 1}, two: {steps: 1}}\n", ["'stages.one.like' is 'four'", "two"]),
         ("stages: {one: {like: two}, two: {like: one}}\n", ["like goes round: one -> two -> one"]),
     ],

@@ -28,6 +28,12 @@ def leaves(value, above=()):
     return [above]
 
 
+def leaf_values(value, above=()):
+    if isinstance(value, dict) and value:
+        return {place: leaf for key, item in value.items() for place, leaf in leaf_values(item, (*above, key)).items()}
+    return {above: value}
+
+
 def as_dict(config: BaseModel):
     return config.model_dump(mode="json")
 
@@ -55,7 +61,8 @@ def test_recipes__say_only_what_differs(path, tmp_path):
             section = section[key]
         del section[last]
         if "extends" in values:  # by its path: the copy lies elsewhere
-            values["extends"] = str(path.with_name(f"{own['extends']}.yaml"))
+            bases = [own["extends"]] if isinstance(own["extends"], str) else own["extends"]
+            values["extends"] = [str(path.parent / f"{base}.yaml") for base in bases]
         beside.write_text(yaml.safe_dump(values, sort_keys=False))
         try:
             return as_dict(load_config(PretrainConfig, [beside])) == whole
@@ -63,6 +70,16 @@ def test_recipes__say_only_what_differs(path, tmp_path):
             return False
 
     assert not [".".join(place) for place in leaves(own) if means_the_same_without(place)]
+
+
+@pytest.mark.parametrize("name", [*PAPER, "single_gpu"])
+def test_recipes__from_scratch_only_what_the_overlay_says_differs(name):
+    base, scratch = (leaf_values(as_dict(load_config(PretrainConfig, [one], kind="pretrain"))) for one in (name, f"{name}_scratch"))
+    differing = {place for place in base.keys() | scratch.keys() if base.get(place) != scratch.get(place)}
+    overlay = leaf_values(yaml.safe_load((RECIPES[0].parent / "overlays" / "scratch.yaml").read_text()))
+    # Stages 2 and 3 take from stage 1 what they do not say themselves.
+    assert {place[-1] for place in differing} == {place[-1] for place in overlay}
+    assert all(scratch[place] == value for place, value in overlay.items())
 
 
 @pytest.mark.parametrize("name", PAPER)
