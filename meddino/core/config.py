@@ -1,8 +1,9 @@
 """Configuration: YAML files merged left to right, then `key=value`, then checked as a whole.
 
-A file says only what differs: `extends: NAME` at its top takes everything from another file (`extends: [NAME, OVERLAY]`: a later
-one over an earlier one), `like: NAME` in a section takes everything from the section of that name beside it. First the files are merged, then `like` is followed, so that a change in a
-section reaches those that are like it; an override comes last and changes the one key it names.
+A file says only what differs: `extends: NAME` at its top takes everything from another file (of a list, a later one lies
+over an earlier one), `like: NAME` in a section takes everything from the section of that name beside it. First the files
+are merged, then `like` is followed, so that a change in a section reaches those that are like it; an override comes last
+and changes the one key it names.
 
 The only module that knows OmegaConf. What comes out is a frozen pydantic model; nothing else walks into other code.
 """

@@ -10,7 +10,7 @@ from meddino.core.machine_config import MachineConfig
 from meddino.data.intensity import MODALITIES, CTIntensity, Intensity
 from meddino_pretrain.data.config import AugmentConfig, LoaderConfig
 from meddino_pretrain.methods.config import MethodConfig
-from meddino_pretrain.monitoring.config import DiagnosisConfig, ProbeConfig
+from meddino_pretrain.monitoring.config import DiagnosisConfig, MonitoringConfig, ProbeConfig
 from meddino_pretrain.run.config import CorpusConfig, InitConfig, SavingConfig
 from meddino_pretrain.schedules import ScheduleConfig
 
@@ -75,6 +75,7 @@ class PretrainConfig(StrictConfig):
     loader: LoaderConfig = LoaderConfig()
     saving: SavingConfig = SavingConfig()
     probe: ProbeConfig = ProbeConfig()
+    monitoring: MonitoringConfig = MonitoringConfig()
     diagnosis: DiagnosisConfig = DiagnosisConfig()
     stages: dict[str, StageConfig] = Field(min_length=1)
     """Stages by name; the order follows from starts_from."""

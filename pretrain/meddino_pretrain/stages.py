@@ -26,6 +26,7 @@ from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import Method, backbones_in
 from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
+from meddino_pretrain.monitoring.labelled_probe import LabelledProbe, check_probe_data
 from meddino_pretrain.monitoring.metrics import open_metrics
 from meddino_pretrain.monitoring.monitor import Monitor
 from meddino_pretrain.monitoring.progress import show_progress
@@ -103,6 +104,7 @@ def run_pretraining(
         plan_run(config, this_machine(config, world_size(), measured=False), stages)  # memory, before anything is begun
         corpus = open_corpora([corpora] if isinstance(corpora, Path | str) else corpora)
         check_audit(corpus, config.corpus)
+        check_probe_data(corpus, config.monitoring)
         intensities = Intensities(config.contracts)
         intensities.check(corpus.modalities)
         with open_run(out, config, corpus) as run:
@@ -150,11 +152,12 @@ def run_stage(name: str, of: Surroundings) -> None:
     method = _build_method(run, stage, seed, of.machine, start)
     optimizer = build_stage_optimizer(config.optimizer, method)
     state = {**method.networks(), "optimizer": OptimizerState("optimizer", optimizer, method.model), "guard": guard}
+    meta = run.checkpoint_meta(name, method.export().config, exported_name(method))
     checkpoints = StageCheckpoints(
         folder,
         state=state,
         backbone=method.export(),
-        meta=run.checkpoint_meta(name, method.export().config, exported_name(method)),
+        meta=meta,
         saving=config.saving,
         steps=stage.steps,
         snapshot_steps=config.snapshots(name),
@@ -168,7 +171,8 @@ def run_stage(name: str, of: Surroundings) -> None:
     patch_px, on_accelerator = method.export().patch_size, of.machine.is_accelerator
     loader = build_loader(config, stage, seed, of.corpus, patch_px, on_accelerator, checkpoints.step, of.stop.came)
     with open_metrics(folder, checkpoints.step, config.saving, run.run_id) as metrics:
-        monitor = Monitor(run.folder, name, config, probe, method, of.report, metrics)
+        labelled = LabelledProbe(folder, config.monitoring, method.export(), meta)
+        monitor = Monitor(run.folder, name, config, probe, labelled, method, of.report, metrics)
         if begun is None:
             monitor.begin()
         later = later_steps(config, name)

@@ -35,6 +35,7 @@ def run_of(steps: int = 300, **changes) -> list[dict]:
                 "features/patch_consistency": 0.8 + step / 3000,
                 "features/neighbours_kept": 0.8,
                 "features/patch_drift": 0.1,
+                "features/cls_drift": 0.4,
             }
         records.append(record | {name: value(step) for name, value in changes.items() if name in record})
     return records
@@ -175,6 +176,29 @@ def test_findings__drifted_is_an_alarm_only_where_there_was_something_to_lose(na
     finding = only(records, "drifted", from_released_weights=True)
     assert finding.severity == WARNING and words in finding.message
     assert found(records) == []
+
+
+# Measured after 55 steps of the demo's recipe with LayerScale 1e-5 alone, and after 110 with LayerScale 1.
+DEAD, LEARNT = {"cls_drift": 0.0011, "patch_drift": 0.1002}, {"cls_drift": 0.362, "patch_drift": 0.112}
+
+
+def test_findings__features_as_random_within_the_demos_length():
+    dead = {f"features/{name}": lambda step, value=value: value for name, value in DEAD.items()}
+    finding = only(run_of(101, **dead), "features_as_random")
+    assert finding.severity == WARNING and finding.step == 100
+    assert "after step 100 similarities between slices' CLS tokens have changed by 0.0011" in finding.message
+    assert "within" not in finding.message and "layerscale_init=1" in finding.message
+    assert found(run_of(39, **dead)) == []  # too early to say
+    assert found(run_of(101, **dead), from_released_weights=True) == []  # there it may be meant
+    healthy = {f"features/{name}": lambda step, value=value: value for name, value in LEARNT.items()}
+    assert found(run_of(101, **healthy)) == []
+
+
+def test_findings__features_as_random_not_before_the_warm_up_is_over():
+    still = {"features/cls_drift": lambda step: 0.01, "features/patch_drift": lambda step: 0.01}
+    records = [{**record, "lr": min(record["step"], 150)} for record in run_of(301, **still)]
+    assert found(records[:151]) == []
+    assert "patches have changed by 0.01" in only(records, "features_as_random").message
 
 
 def test_findings__patches_degraded():

@@ -74,7 +74,9 @@ def test_recipes__say_only_what_differs(path, tmp_path):
 
 @pytest.mark.parametrize("name", [*PAPER, "single_gpu"])
 def test_recipes__from_scratch_only_what_the_overlay_says_differs(name):
-    base, scratch = (leaf_values(as_dict(load_config(PretrainConfig, [one], kind="pretrain"))) for one in (name, f"{name}_scratch"))
+    base, scratch = (
+        leaf_values(as_dict(load_config(PretrainConfig, [one], kind="pretrain"))) for one in (name, f"{name}_scratch")
+    )
     differing = {place for place in base.keys() | scratch.keys() if base.get(place) != scratch.get(place)}
     overlay = leaf_values(yaml.safe_load((RECIPES[0].parent / "overlays" / "scratch.yaml").read_text()))
     # Stages 2 and 3 take from stage 1 what they do not say themselves.

@@ -134,7 +134,7 @@ def test_charts__entropy_has_ln_k_and_what_never_changes_is_a_line(request):
 def test_monitor__without_probes_there_is_a_report_and_the_loaders_verdict(begun, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("meddino_pretrain.monitoring.monitor.FIRST_REPORT_S", 0.0)
     report = begun(20, "probe.every_steps=0", wait_s=0.3)
-    monitor = Monitor(tmp_path, STAGE, report.config, None, None, report, None)
+    monitor = Monitor(tmp_path, STAGE, report.config, None, None, None, report, None)
     assert monitor.measure(20) == {}
     with caplog.at_level("INFO"):
         monitor.after_record(20, probed=False)

@@ -1,5 +1,7 @@
 """What a recipe says about watching a run."""
 
+from pathlib import Path
+
 from pydantic import Field
 
 from meddino.core.config import StrictConfig
@@ -12,6 +14,19 @@ class ProbeConfig(StrictConfig):
     """Steps between two probes; 0: never; ours: 500."""
     slices: int = Field(32, ge=2)
     """Fixed slices that are probed; ours: 32."""
+
+
+class MonitoringConfig(StrictConfig):
+    """Labelled patients that are looked at while training, and never used to choose anything."""
+
+    probe_data: Path | None = None
+    """Labelled data set that `meddino-eval probe` reads from patch tokens whenever features are measured; ours: none."""
+    probe_audit: str | None = None
+    """Name of the corpus's audit against it, which must have found no overlap; null: the data set's folder's name."""
+    probe_settings: tuple[str, ...] = ("device=cpu",)
+    """key=value for `meddino-eval probe`; ours: the CPU, so that no memory of a GPU is taken from training."""
+    probe_timeout_s: float = Field(300.0, gt=0)
+    """Time [s] after which a probe is given up; training waits for it; ours: 300."""
 
 
 class DiagnosisConfig(StrictConfig):
@@ -30,6 +45,11 @@ class DiagnosisConfig(StrictConfig):
     """RankMe below which CLS or patch tokens collapsed; ours: 2."""
     min_nearest_distance: float = Field(0.01, ge=0)
     """Mean distance to the nearest CLS token below which features collapsed; ours: 0.01."""
+    min_cls_drift: float = Field(0.05, ge=0)
+    """Change of similarities between slices below which CLS tokens are those of random weights; ours: 0.05: after 55 steps from
+    scratch 0.001 where nothing was learnt (LayerScale 1e-5), 0.36 and more after 60 to 110 where it was."""
+    min_patch_drift: float = Field(0.02, ge=0)
+    """The same of patches within a slice; ours: 0.02: 0.1 was seen without learning, so only a standstill is named."""
     loss_growth: float = Field(0.2, gt=0)
     """Rise of the loss over its best window that counts as diverging [share of it]; ours: 0.2."""
     gradient_growth: float = Field(10.0, gt=1)

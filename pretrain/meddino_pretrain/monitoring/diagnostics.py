@@ -21,7 +21,7 @@ class Finding:
     """What a rule found.
 
     Attributes:
-        name: The rule: collapsed, heads_uniform, heads_not_learning, diverging, loader_bound, drifted or patches_degraded.
+        name: The rule: one of `RULES`.
         severity: logging.WARNING if the run will come to nothing as it is; logging.INFO if it is worth knowing.
         step: The newest step it rests on.
         message: What is seen, with numbers, and what to do.
@@ -212,6 +212,29 @@ def _drifted(run: Run) -> str | None:
     )
 
 
+def _features_as_random(run: Run) -> str | None:
+    # Where weights were good before, similarities may well stay; and while the rate still rises, it is too early to say.
+    rates = run.values("lr", run.window)
+    if run.from_released_weights or len(run.records) < 2 * run.config.window_steps or (rates and rates[-1] > rates[0]):
+        return None
+    watched = (
+        ("cls_drift", run.config.min_cls_drift, "similarities between slices' CLS tokens"),
+        ("patch_drift", run.config.min_patch_drift, "similarities between a slice's patches"),
+    )
+    signs = []
+    for name, limit, what in watched:
+        drift = run.values(f"features/{name}")
+        if drift and max(drift) < limit:
+            signs.append(f"{what} have changed by {drift[-1]:.2g} since the first probe (limit {limit:g})")
+    if not signs:
+        return None
+    return (
+        f"The features do not differ from those of random weights: after step {run.records[-1]['step']} {'; '.join(signs)}. "
+        f"{NEW_RUN}; from scratch with backbone.changes.layerscale_init=1, a higher learning rate, and nothing that holds the "
+        "backbone (optimizer.layerwise_decay=1, patch_embed_lr_multiplier=1, schedule.freeze_backbone_steps=0)"
+    )
+
+
 def _patches_degraded(run: Run) -> str | None:
     scores = run.values("features/patch_consistency")
     if len(scores) < 2 or max(scores) - scores[-1] <= run.config.max_consistency_loss:
@@ -230,6 +253,7 @@ RULES: tuple[tuple[str, int, Callable[[Run], str | None]], ...] = (
     ("diverging", logging.WARNING, _diverging),
     ("drifted", logging.WARNING, _drifted),
     ("heads_uniform", logging.WARNING, _heads_uniform),
+    ("features_as_random", logging.WARNING, _features_as_random),
     ("heads_not_learning", logging.INFO, _heads_not_learning),
     ("patches_degraded", logging.INFO, _patches_degraded),
     ("loader_bound", logging.INFO, _loader_bound),

@@ -11,6 +11,7 @@ from meddino.distributed.collectives import is_main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.methods.base import Method
 from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
+from meddino_pretrain.monitoring.labelled_probe import LabelledProbe
 from meddino_pretrain.monitoring.metrics import MetricsWriter
 from meddino_pretrain.monitoring.pictures import probe_pictures
 from meddino_pretrain.monitoring.report import PICTURES, REFRESH_S, RunReport
@@ -30,6 +31,7 @@ class Monitor:
         stage: str,
         config: PretrainConfig,
         probe: FeatureProbe,
+        labelled: LabelledProbe,
         method: Method,
         report: RunReport,
         metrics: MetricsWriter | None,
@@ -41,11 +43,13 @@ class Monitor:
             stage: Name of the stage.
             config: The recipe.
             probe: Measures on fixed slices.
+            labelled: Measures on labelled patients, where a recipe names some.
             method: What is measured.
             report: Of the run; the first process writes it.
             metrics: Where pictures are shown as well; None in all processes but the first.
         """
-        self.run, self.stage, self.config, self.probe, self.method = run, stage, config, probe, method
+        self.run, self.stage, self.config, self.method = run, stage, config, method
+        self.probe, self.labelled = probe, labelled
         self.steps = config.stages[stage].steps
         self._report, self._metrics = report, metrics
         self._logged: set[str] = set()
@@ -63,7 +67,7 @@ class Monitor:
         if not self.config.probe.every_steps or not (self.probe.due(step) or step == self.steps):
             return {}
         start = time.perf_counter()
-        measured = self.probe.measure(self.method.probe)
+        measured = {**self.probe.measure(self.method.probe), **self.labelled.measure(step)}
         self._spent_s += time.perf_counter() - start
         return measured
 

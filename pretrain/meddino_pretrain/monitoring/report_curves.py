@@ -24,6 +24,11 @@ FEATURES = (
     ),
     Chart("nearest slices that are those of the first probe", "share", {"features/neighbours_kept": "share"}),
     Chart("patch consistency", "consistency", {"features/patch_consistency": "consistency"}),
+    Chart(
+        "organs read from patch tokens of labelled patients (chooses nothing)",
+        "macro-F1",
+        {"labelled/macro_f1": "exported backbone", "labelled/macro_f1_pixels": "pixels alone"},
+    ),
 )
 Records = Sequence[Mapping[str, Any]]
 

@@ -7,7 +7,7 @@ from meddino.checkpoints.state.names import list_checkpoints
 from meddino_pretrain.run.checkpoints import CHECKPOINTS, SNAPSHOTS
 
 # None of it changes what is learnt, beyond rounding: where it runs, how it is read and saved, how it is watched.
-SECTIONS = ("corpus", "machine", "loader", "saving", "probe", "diagnosis")
+SECTIONS = ("corpus", "machine", "loader", "saving", "probe", "monitoring", "diagnosis")
 
 
 def begun_stages(run: Path, stages: Sequence[str]) -> list[str]:
