@@ -2,9 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meddino_evaluation.metrics.figures import add_figures_argument
+
+if TYPE_CHECKING:
+    from meddino_evaluation.tasks.definition import TaskDefinition
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_detection(
     model: str,
-    data: str,
+    data: "str | TaskDefinition",
     root: Path | None,
     out: Path,
     overrides: list[str],
@@ -60,3 +65,16 @@ def run_detection(
     write_text(out / "config.yaml", to_yaml(config))
     content = detect(backbone, dataset, config, out)
     return write_report(content, out, dataset, figures).markdown()
+
+
+def run_task(task: "TaskDefinition", model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:
+    """Run a task of kind detection; `out` holds metrics.json (with the headline) and per_case.csv.
+
+    Args:
+        task: The task.
+        model: As `load_backbone` takes it.
+        root: Folder of the published files.
+        out: Folder of the results; the same call again goes on there.
+        overrides: `key=value` over the recipe and the task's own.
+    """
+    run_detection(model, task, root, out, list(overrides))

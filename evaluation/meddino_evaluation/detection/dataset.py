@@ -26,7 +26,7 @@ from meddino_evaluation.data.prepare import content_hash
 from meddino_evaluation.detection.config import DataConfig
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 from meddino_evaluation.detection.readers import BoxCase, read_boxes
-from meddino_evaluation.tasks.definition import load_task, task_names
+from meddino_evaluation.tasks.definition import TaskDefinition, load_task, task_names
 
 _log = get_logger(__name__)
 _FEW = 5
@@ -63,7 +63,7 @@ class DetectionSet:
     notes: tuple[str, ...] = ()
 
 
-def open_detection(data: str, root: Path | None, config: DataConfig) -> DetectionSet:
+def open_detection(data: str | TaskDefinition, root: Path | None, config: DataConfig) -> DetectionSet:
     """Open a data set by what a user wrote.
 
     Args:
@@ -75,9 +75,9 @@ def open_detection(data: str, root: Path | None, config: DataConfig) -> Detectio
     Raises:
         ConfigError: It is none of these, or the data are not as described.
     """
-    path = Path(data)
-    if data in task_names() or path.suffix in (".yaml", ".yml"):
-        task = load_task(data)
+    path = Path(data if isinstance(data, str) else data.name)
+    if isinstance(data, TaskDefinition) or data in task_names() or path.suffix in (".yaml", ".yml"):
+        task = load_task(data) if isinstance(data, str) else data
         layout, folder = task.layout, root or (path.parent if path.is_file() else None)
         if not isinstance(layout, BoxLayout):
             raise ConfigError(f"task {task.name} is no detection: its data are of kind {layout.kind}")

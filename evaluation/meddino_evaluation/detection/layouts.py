@@ -40,7 +40,7 @@ class BoxTableLayout(StrictConfig):
     tables: dict[str, SplitName | None] = Field(min_length=1)
     """CSV file below the root, and the part it is; null: as its column split says, or not split yet."""
     image: str = "{image}"
-    """Image of a row below its table's folder: {column} is filled in; `volume.nii.gz#12` is slice 12 of a volume."""
+    """Image of a row below its table's folder: {column} and {split} are filled in; `v.nii.gz#12` is slice 12 of a volume."""
     corners: tuple[str, str, str, str] = ("x1", "y1", "x2", "y2")
     """Columns of left, top, right and lower edge, pixels."""
     label: str = "label"

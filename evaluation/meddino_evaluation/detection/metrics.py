@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from meddino.core.errors import ConfigError
 from meddino_evaluation.detection.config import MetricsConfig
 from meddino_evaluation.metrics.classification import mean_of_defined
-from meddino_evaluation.metrics.statistics import Interval, Resampling, mean_and_std
+from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges, mean_and_std
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
 _CELLS = 10**7
@@ -235,6 +235,63 @@ def summarise(
     absent = [label for label, values in by_class.items() if not values["boxes"]]
     notes = [f"no test image has a box of class {', '.join(absent)}: it is in no mean"] if absent else []
     return {"metrics": metrics, "by_class": by_class, "notes": notes}
+
+
+def paired_ap50(
+    first: Sequence[Sequence[ImageResult]],
+    second: Sequence[Sequence[ImageResult]],
+    classes: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedResult:
+    """Compare the AP50 of two models on the same images: bootstrap interval and permutation test, both over patients.
+
+    The test exchanges the two models' detections in whole patients.
+
+    Args:
+        first: Runs of one model, each its images.
+        second: Of the other: the same runs with the same images in the same order.
+        classes: How many.
+        level: Confidence level.
+        resamples: How many; also the number of permutations where not all are tried.
+        seed: Equal seeds draw equal resamples and permutations.
+    """
+    matched = [(match(a, classes, [0.5]), match(b, classes, [0.5])) for a, b in zip(first, second, strict=True)]
+    patients = [one.patient for run in first for one in run]
+    drawing = Resampling(len(patients), patients, level=level, resamples=resamples, seed=seed)
+    owners = drawing.owners()
+    exchanged, all_tried = exchanges(int(owners.max()) + 1, resamples, seed)
+    ways = exchanged[:, owners]
+    once = np.ones((1, len(patients)), dtype=np.int64)
+    differences = [_ap50(matched, given, given * 0) - _ap50(matched, given * 0, given) for given in (once, drawing.weights())]
+    permuted = _ap50(matched, (~ways).astype(np.int64), ways.astype(np.int64)) - _ap50(
+        matched, ways.astype(np.int64), (~ways).astype(np.int64)
+    )
+    return drawing.paired(float(differences[0][0]), differences[1], permuted, all_tried)
+
+
+def _ap50(
+    matched: Sequence[tuple[list[Matches], list[Matches]]], first: NDArray[np.int64], second: NDArray[np.int64]
+) -> Numbers:
+    """Return the mean AP50 over runs and classes [ways] with so much weight on each image [ways, images] of either model."""
+    start, by_run = 0, []
+    for sides in matched:
+        stop = start + len(sides[0][0].boxes)
+        weights = np.concatenate([first[:, start:stop], second[:, start:stop]], axis=1)
+        values = [weighted_ap(_side_by_side(a, b), 0, weights) for a, b in zip(*sides, strict=True)]
+        by_run.append(mean_of_defined(np.stack(values)))
+        start = stop
+    return mean_of_defined(np.stack(by_run))
+
+
+def _side_by_side(a: Matches, b: Matches) -> Matches:
+    """Return the detections of two models as if the second had looked at images of its own."""
+    image, scores = np.concatenate([a.image, b.image + len(a.boxes)]), np.concatenate([a.scores, b.scores])
+    order = np.argsort(-scores, kind="mergesort")
+    hits, boxes = np.concatenate([a.hits, b.hits], axis=1), np.concatenate([a.boxes, b.boxes])
+    return Matches(image[order], scores[order], hits[:, order], boxes)
 
 
 def _mean(values: Numbers) -> float:

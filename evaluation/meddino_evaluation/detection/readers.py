@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -272,15 +273,19 @@ def _read_tables(layout: BoxTableLayout, root: Path) -> list[BoxCase]:
     growing: dict[str, _Growing] = {}
     for file, split in layout.tables.items():
         path = root / file
-        needed = [*dict.fromkeys(re.findall(r"\{(.+?)\}", layout.image)), *layout.corners, layout.label]
+        fields = [field for field in dict.fromkeys(re.findall(r"\{(.+?)\}", layout.image)) if field != "split"]
+        needed = [*fields, *layout.corners, layout.label]
         for row in read_table(path, needed, filled=[layout.patient] if layout.patient else []).rows:
             where = f"{path}, line {row.line}"
-            name = re.sub(r"\{(.+?)\}", lambda match: row[match.group(1)], layout.image)  # noqa: B023
+            name = layout.image.replace("{split}", split or row["split"])
+            for column in fields:
+                name = name.replace(f"{{{column}}}", row[column])
+            name = os.path.normpath(path.parent.relative_to(root) / name)
             patient = row[layout.patient] if layout.patient else ""
             part = split or row["split"] or None
             if part not in (None, "train", "val", "test"):
                 raise ConfigError(f"{where}, column split: '{part}'; known: train, val, test")
-            image = growing.setdefault(name, _Growing(str(path.parent / name), patient, part))
+            image = growing.setdefault(name, _Growing(str(root / name), patient, part))
             if (image.patient, image.split) != (patient, part):
                 raise ConfigError(f"{where}: image {name} has another patient or part than in a line before")
             corners, label = [row[column] for column in layout.corners], row[layout.label]

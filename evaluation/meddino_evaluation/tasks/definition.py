@@ -122,6 +122,8 @@ class TaskDefinition(StrictConfig):
     """Sites that are trained on; each other site is a test set of its own (out of distribution). Empty: none is special."""
     layout: Layout
     """Where the files lie."""
+    metric: str = "dice"
+    """What stands in tables of several tasks: a key of the results' means."""
     overrides: tuple[str, ...] = ()
     """Settings of the task, `key=value` of its command's config, before those of the user."""
     published: tuple[PublishedNumber, ...] = ()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from meddino_evaluation.detection.config import MetricsConfig
-from meddino_evaluation.detection.metrics import ImageResult, coco_ap, froc, match, summarise, weighted_ap
+from meddino_evaluation.detection.metrics import ImageResult, coco_ap, froc, match, paired_ap50, summarise, weighted_ap
 
 IOUS = np.round(np.linspace(0.5, 0.95, 10), 12).tolist()
 
@@ -136,3 +136,16 @@ def test_summarise__perfect_detections_and_intervals_over_patients():
     assert ap50["low"] < ap50["mean"] < ap50["high"]
     few = summarise([random_results(3, images=8, patients=4)], ["a", "b", "c"], MetricsConfig(resamples=50))
     assert math.isnan(few["metrics"]["ap50"]["low"])  # four patients have no interval
+
+
+def test_paired_ap50__difference_of_both_and_no_difference_of_one_model():
+    good, bad = random_results(2, images=30, patients=10), random_results(2, images=30, patients=10)
+    for one in bad:
+        one.found[:] += 12  # every detection beside its box
+    result = paired_ap50([good, good], [bad, bad], 2, resamples=200)
+    assert result.difference == pytest.approx(np.nanmean(coco_ap(good, 2)[0]) - np.nanmean(coco_ap(bad, 2)[0]))
+    assert result.low < result.difference < result.high
+    assert result.p_value < 0.05
+    same = paired_ap50([good], [good], 2, resamples=200)
+    assert same.difference == 0
+    assert same.p_value == 1
