@@ -211,7 +211,9 @@ def _windowed(stored: NDArray[np.int16]) -> NDArray[np.uint8]:
 def _overlays(results: Path) -> Markup:
     """A row a case: the reference, then what each model predicts."""
     titles = {"exported": "exported model", "random": "random weights"}
-    rows = [html.text(f"Labels over CT in the {window_text()}: one slice a case, that with most of the reference.")]
+    colours = json.loads((results / "exported" / "metrics.json").read_text())["data"]["label_colours"]
+    words = f"Labels over CT in the {window_text()}: one slice a case, that with most of the reference."
+    rows = [html.text(words), html.colour_legend(colours)]
     for file in sorted((results / "exported" / "pictures").glob("*.png")):
         found = {title: results / name / "pictures" / file.name for name, title in titles.items()}
         panels = [(title, apart(path.read_bytes())) for title, path in found.items() if path.is_file()]

@@ -166,21 +166,21 @@ def colour_legend(colours: Mapping[str, Sequence[float]]) -> Markup:
     return Markup('<p class="legend">{}</p>').format(Markup("").join(parts))
 
 
-def figure(picture: "bytes | Figure", caption: str = "", width_px: int | None = None) -> Markup:
+def figure(picture: "bytes | Figure", caption: str = "", width_px: int | None = None, alt: str = "") -> Markup:
     """Return a picture with a caption.
 
     Args:
         picture: PNG bytes, or a matplotlib figure, which is drawn here.
-        caption: Shown below; also the text for those who cannot see the picture.
+        caption: Shown below.
         width_px: Picture and caption are this wide, at most the page's width; None keeps the picture's own size.
+        alt: Text for those who cannot see the picture; the caption where there is none.
     """
     data = picture if isinstance(picture, bytes) else figure_png(picture)
     source = "data:image/png;base64," + base64.b64encode(data).decode()
     size = Markup(' width="{}"').format(width_px) if width_px else Markup("")
     style = Markup(' style="width: {}px"').format(width_px) if width_px else Markup("")
-    return Markup('<figure{}><img src="{}" alt="{}"{}><figcaption>{}</figcaption></figure>').format(
-        style, source, caption, size, caption
-    )
+    below = Markup("<figcaption>{}</figcaption>").format(caption) if caption else Markup("")
+    return Markup('<figure{}><img src="{}" alt="{}"{}>{}</figure>').format(style, source, alt or caption, size, below)
 
 
 def figure_png(drawing: "Figure", dpi: int = 110) -> bytes:

@@ -53,8 +53,8 @@ def chart(
         return text(f"{title}: {values}, the same {times} it was measured{compared}.")
     dashed = [f"{name} ({value:.4g})" for name, value in (levels or {}).items()]
     dashed += [f"{name} (at {at:g})" for name, at in (marks or {}).items()]
-    caption = f"{title}. Dashed: {', '.join(dashed)}." if dashed else title
-    return figure(line_chart(known, title, x_label, y_label, log_y, marks, levels), caption)
+    caption = f"Dashed: {', '.join(dashed)}." if dashed else ""  # the title is in the picture
+    return figure(line_chart(known, title, x_label, y_label, log_y, marks, levels), caption, alt=title)
 
 
 def in_columns(charts: Sequence[Markup]) -> Markup:
@@ -122,6 +122,7 @@ def case_plot(values: Mapping[str, Mapping[str, float]], title: str, x_label: st
         axes.set_ylabel(f"{len(order)} cases, the best on top")
         axes.set_yticks([])
     axes.set_ylim(len(order) - 0.4, -0.6)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(x_label)
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25, axis="x")

@@ -377,6 +377,6 @@ def show_plan(
         check_audit(found, config.corpus)
         sample_order(found, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
         seen = sum(config.stages[each.name].global_batch * each.steps for each in plans)
-        yield f"corpus: {len(found):,} slices, each is seen {seen / len(found):.2g} times"
+        yield f"corpus: {len(found):,} slices, each is seen about {seen / len(found):,.0f} times"
     check_free_space(out, int(sum(each.disk_bytes for each in plans)), "the run's checkpoints")
     yield from plan_lines(plans, machine)

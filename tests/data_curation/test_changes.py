@@ -264,6 +264,13 @@ def test_merge__of_another_salt_says_what_is_not_compared(corpus, tmp_path, caps
     assert {row["patient_key"] for row in rows} == {None}
 
 
+def test_merge__one_name_of_two_folders_is_told(corpus, tmp_path, capsys):
+    write_volume(tmp_path / "in" / "new.nii.gz", make_hu(40, SHAPE))
+    assert main(["build", str(tmp_path / "in"), "--out", str(tmp_path / "second"), "workers=1"]) == 0
+    assert main(["merge", str(corpus), str(tmp_path / "second"), "--out", str(tmp_path / "both")]) == 0
+    assert "'source-1' is 2 folders" in capsys.readouterr().err
+
+
 def test_merge__curated_by_other_rules_is_refused(corpus, tmp_path, capsys):
     write_volume(tmp_path / "in" / "new.nii.gz", make_hu(40, SHAPE))
     command = ["build", str(tmp_path / "in"), "--out", str(tmp_path / "second"), "workers=1", "slices.z_stride_mm=10"]
@@ -312,12 +319,13 @@ def test_who_saw__names_corpora_runs_and_models_also_after_an_erasure(corpus, tm
         str(tmp_path / "runs"),
         "--models",
         str(tmp_path / "models"),
+        str(tmp_path / "models" / "m"),
     ]
     assert main(command) == 0
     before = capsys.readouterr().out
     assert f"corpus {corpus}: 3 volumes" in before
     assert f"run {tmp_path / 'runs' / 'first'}: 2 volumes" in before
-    assert f"model {tmp_path / 'models' / 'm'}: 1 volumes" in before
+    assert before.count(f"model {tmp_path / 'models' / 'm'}: 1 volumes") == 1  # named once, however it was reached
     assert "other" not in before
     assert main(["erase", str(corpus), "--patient", "PAT-000123"]) == 0
     capsys.readouterr()

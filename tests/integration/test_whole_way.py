@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from meddino.core.files import sha256_file
+from meddino.demo_report import read_summary, write_report
+from tests.browser import check_page
 from tests.processes import Started, run
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -101,16 +103,32 @@ def _kill_once_it_trains(command: list[str], metrics: Path) -> None:
     process.wait()
 
 
-def test_segment__exported_and_random_model(cohort, first):
+@pytest.fixture(scope="session")
+def results(cohort, first) -> Path:
+    """Both segmentations of the demo, beside `first`'s model."""
     dataset = cohort / "segmentation" / "Dataset900_Phantom"
     for model, name in ((first / "model", "exported"), (f"random:{first / 'model'}", "random")):
         out = first / "results" / name
         settings = ("training.steps=5", "seeds=[0]", "splits.folds=2", "encoder.taps=2")
         _done("meddino-eval", "segment", "--model", model, "--data", dataset, "--out", out, "--config", "demo", *settings)
+    return first / "results"
+
+
+def test_segment__exported_and_random_model(results):
+    for out in (results / "exported", results / "random"):
         metrics = json.loads((out / "metrics.json").read_text())
         assert 0 <= metrics["test"]["dice"]["mean"] <= 1
         assert (out / "cases.csv").read_text().startswith("case,label,dice")
         assert list((out / "predictions").rglob("*.nii.gz"))
+
+
+def test_demo_report__shows_every_step_and_fits_its_window(first, results):
+    write_report(first, read_summary(first, {"pretrain": 12.0}), ["meddino-curate phantom --out phantom"])
+    html = (first / "report.html").read_text()
+    labels = json.loads((results / "exported/metrics.json").read_text())["data"]["labels"]
+    assert labels and all(f"</i>{label}</span>" in html for label in labels)  # the legend of label colours
+    assert "soft-tissue window (level 40, width 400 HU)" in html
+    assert len(check_page(html)["pictures"]) >= 12 + 4 * 3 + 3  # slices, PCA before and after, one case with two predictions
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config
 from meddino.core.errors import CheckpointError
+from tests.browser import check_page
 
 STAGE = "stage1_pretrain"
 
@@ -146,7 +147,7 @@ def test_monitor__without_probes_there_is_a_report_and_the_loaders_verdict(begun
 
 
 def test_run__probes_are_timed_and_reach_tensorboard(request, make_corpus_once, tmp_path):
-    look = [f"stages.{STAGE}.steps=3", "probe.every_steps=1", "probe.slices=4", "saving.tensorboard=true"]
+    look = [f"stages.{STAGE}.steps=3", "probe.every_steps=1", "probe.slices=4", "saving.tensorboard=true", "saving.report=true"]
     config = load_config(PretrainConfig, [request.path.with_name("tiny.yaml")], look)
     run_pretraining(config, make_corpus_once, tmp_path / "run", [STAGE])
     first, _, last = (each["timing"] for each in read_metrics(tmp_path / "run" / STAGE / "metrics.jsonl"))
@@ -156,3 +157,13 @@ def test_run__probes_are_timed_and_reach_tensorboard(request, make_corpus_once, 
     events = EventAccumulator(str(tmp_path / "run" / STAGE / "tensorboard")).Reload()
     assert set(events.Tags()["images"]) == {"pictures/pca", "pictures/similarity"}
     assert [image.step for image in events.Images("pictures/pca")] == [0, 1, 2, 3]
+    report = (tmp_path / "run/report.html").read_text()
+    assert "slices (CT in the soft-tissue window (level 40, width 400 HU))" in report
+    assert len(check_page(report)["pictures"]) >= 4  # principal components and similarities, of the first and the last probe
+
+
+def test_report__pictures_say_how_each_modality_is_shown(begun, tmp_path):
+    report = begun(3, "input_contract={modality: mr}", "other_contracts=[{modality: ct}]")
+    (tmp_path / STAGE / "pictures").mkdir()
+    (tmp_path / STAGE / "pictures/pca-000000003.png").write_bytes(b"")
+    assert "MR in its volume&#39;s range, CT in the soft-tissue window" in report.write(finished=True).read_text()

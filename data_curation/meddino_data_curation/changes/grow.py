@@ -59,7 +59,7 @@ def add(root: Path, config: CurationConfig, salt_file: Path | None = None) -> di
     with changing(root):
         edition = read_edition(root, salt_file)
         edition.need_salt()
-        built = _built(root, edition)
+        built = _built(root)
         config = _alike(config, edition, built)
         staging = private_folder(root) / ADDING
         make_private(staging)
@@ -104,6 +104,7 @@ def merge_finished(parts: Sequence[Path], out: Path) -> dict[str, Any]:
         if resumed:
             return read_edition(out).corpus.info
         make_private(private_folder(out))
+        _tell_of_shared_names(parts)
         write_json(note, inputs)
         first = editions[0]
         own = private_folder(parts[0]) / "salt"
@@ -111,6 +112,19 @@ def merge_finished(parts: Sequence[Path], out: Path) -> dict[str, Any]:
             shutil.copyfile(own, private_folder(out) / "salt")
             (private_folder(out) / "salt").chmod(0o600)
         return _put_together(out, [first, *(_with_salt_of(first, other) for other in editions[1:])], None, "merged")
+
+
+def _tell_of_shared_names(parts: Sequence[Path]) -> None:
+    """Warn of data sets whose name stands for different folders: slices carry that name, and it cannot be changed here."""
+    places: dict[str, set[Path]] = {}
+    for source in (source for part in parts for source in _built(part)["sources"]):
+        places.setdefault(source["name"], set()).add(Path(source["path"]).resolve())
+    for name in (name for name, folders in places.items() if len(folders) > 1):
+        _logger.warning(
+            "'%s' is %d folders in these corpora and becomes one data set, in which equal short patient ids are one patient; "
+            "build them with --name to keep them apart",
+            name, len(places[name]),
+        )  # fmt: skip
 
 
 def _with_salt_of(first: Edition, other: Edition) -> Edition:
@@ -130,7 +144,7 @@ def _with_salt_of(first: Edition, other: Edition) -> Edition:
     return Edition(other.corpus, [{**row, **lost} for row in other.rows], other.prints, other.entries, None)
 
 
-def _built(root: Path, edition: Edition) -> dict[str, Any]:
+def _built(root: Path) -> dict[str, Any]:
     path = private_folder(root) / "build.json"
     if path.is_file():
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

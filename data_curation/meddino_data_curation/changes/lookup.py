@@ -160,16 +160,24 @@ def who_saw(editions: Sequence[Edition], names: Sequence[str], folders: Sequence
             others = len(rows) - len(inside)
             note = "; ".join(filter(None, (note, f"{others} more were refused" if others else "")))
             seen.append(Sighting("corpus", edition.corpus.root, len(inside), note))
+    for path in _volume_lists(folders):
+        keys = set(path.read_text(encoding="utf-8", errors="replace").split())
+        count = len(keys & contents) + sum(_is_grave(key, graves) for key in keys - contents)
+        if count:
+            kind = "model" if (path.parent / "config.json").is_file() else "run"
+            seen.append(Sighting(kind, path.parent, count))
+    return seen
+
+
+def _volume_lists(folders: Sequence[Path]) -> list[Path]:
+    """Return the lists of training volumes in and below the folders, each file once."""
+    found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder}: no such folder")
         for path in sorted({*folder.glob(VOLUMES_FILE), *folder.glob(f"**/{VOLUMES_FILE}")}):
-            keys = set(path.read_text(encoding="utf-8", errors="replace").split())
-            count = len(keys & contents) + sum(_is_grave(key, graves) for key in keys - contents)
-            if count:
-                kind = "model" if (path.parent / "config.json").is_file() else "run"
-                seen.append(Sighting(kind, path.parent, count))
-    return seen
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
 
 
 def _is_grave(key: str, graves: dict[str, Edition]) -> bool:

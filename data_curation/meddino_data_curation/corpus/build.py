@@ -120,7 +120,7 @@ def build(
         write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs})
         info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
         work.remove()
-    _tell(corpus, info["totals"], found)
+    _tell("new volumes" if known else str(corpus), info["totals"], found)
     return True
 
 
@@ -131,7 +131,7 @@ def _note_part(part: Part, inputs: str, listed: ExclusionMatch, corpus: Path, wo
     _logger.info("part %d of %d is done; when all are: meddino-curate merge %s", part.index, part.count, corpus)
 
 
-def _tell(corpus: Path, totals: dict[str, int], found: Discovery) -> None:
+def _tell(corpus: str, totals: dict[str, int], found: Discovery) -> None:
     _logger.info(
         "%s: %d slices of %d volumes kept, %d refused, %d duplicates",
         corpus, totals["slices"], totals["accepted"], totals["rejected"], totals["duplicate"],

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 COMPACT = ("kappa", "auroc", "auprc", "balanced_accuracy", "ece")
 """What a paper's table shows unless other columns are chosen."""
+UNDEFINED = "undefined: the test cases hold only one class"
+"""What a dash in a table of metrics means."""
 _SHOWN = 12
 _COLUMNS = 4
 
@@ -75,7 +77,7 @@ def write_report(
         columns: Of the compact table, whose best numbers are bold.
 
     Returns:
-        The full table.
+        The compact table.
     """
     table = metrics_table(content)
     table.write(out, "results")
@@ -87,8 +89,8 @@ def write_report(
     drawn = _figures(content, runs, dataset)
     if figures is not None:
         save_figures(drawn, out / "figures", figures)
-    write_text(out / "report.html", _page(content, table, drawn, runs))
-    return table
+    write_text(out / "report.html", _page(content, table, compact, drawn, runs))
+    return compact
 
 
 def chosen_columns(words: str | None) -> tuple[str, ...]:
@@ -140,66 +142,76 @@ def _figures(content: dict[str, Any], runs: Sequence[Run], dataset: LabelledSet 
 
 def _pictures(wrong: Sequence[Mistake], dataset: LabelledSet) -> "Figure":
     cases, classes = {case.name: case for case in dataset.cases}, dataset.config.classes
-    rows = -(-len(wrong) // _COLUMNS)
-    drawing, whole = new_figure(2.1 * _COLUMNS, 2.5 * rows)
+    columns = min(_COLUMNS, len(wrong))
+    rows = -(-len(wrong) // columns)
+    drawing, whole = new_figure(2.1 * columns, 2.5 * rows)
     whole.axis("off")
+    windows: dict[str, None] = {}
     for place, one in enumerate(wrong):
-        axes: Any = drawing.add_subplot(rows, _COLUMNS, place + 1)
-        axes.imshow(_picture(cases[one.case].source, dataset), cmap="gray", vmin=0, vmax=1)
+        axes: Any = drawing.add_subplot(rows, columns, place + 1)
+        picture, window = _picture(cases[one.case].source, dataset)
+        windows[window] = None
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axes.axis("off")
         name = one.case if len(one.case) <= 30 else "..." + one.case[-27:]
         is_taken = f"{classes[one.truth]}, taken for {classes[one.predicted]}"
         axes.set_title(f"{name}\n{is_taken}\n{one.protocol}: {one.probability:.2f}", fontsize=6)
+    drawing.supxlabel(f"black to white: {'; '.join(windows)}", fontsize=7, y=0.04)
     return drawing
 
 
-def _picture(source: str, dataset: LabelledSet) -> NDArray[np.float32]:
-    """Return the middle slice of a case in [0, 1], grey [H, W] or colour [H, W, 3]."""
+def _picture(source: str, dataset: LabelledSet) -> tuple[NDArray[np.float32], str]:
+    """Return the middle slice of a case in [0, 1], grey [H, W] or colour [H, W, 3], and which values are black and white."""
     stack = read_slices(source, dataset.config.modality)
     middle = len(stack.values) // 2
     image = stack.tensor(middle, middle + 1)[0].numpy()
+    window = "pictures by the range of their type, other brightness from the 0.5th to the 99.5th percentile"
     if stack.kind == "hu":
         low, high = dataset.config.shown_range
         image = np.clip((image - low) / (high - low), 0, 1)
-    return image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        window = f"CT from {low:g} to {high:g} HU"
+    return image[0] if len(image) == 1 else image.transpose(1, 2, 0), window
 
 
 _CAPTIONS = {
     "roc": "Mean ROC curve over runs; of several classes each against the rest.",
     "calibration": "How often the prediction is right, by its confidence.",
-    "misclassified": "The surest mistakes: case, its class, what it was taken for, protocol and its probability. "
-    "These are images of patients: share this page as you would share them.",
+    "misclassified": "The surest mistakes: case, its class, what it was taken for, protocol and its probability; of a volume "
+    "its middle slice. These are images of patients: share this page as you would share them.",
 }
 
 
-def _page(content: dict[str, Any], table: Table, drawn: dict[str, "Figure"], runs: Sequence[Run]) -> str:
+def _page(content: dict[str, Any], table: Table, compact: Table, drawn: dict[str, "Figure"], runs: Sequence[Run]) -> str:
     data, model = content["data"], content["model"]
     classes = [(entry["protocol"], entry["setting"], *entry["auroc_per_class"].values()) for entry in content["results"]]
     header = ("protocol", "training", *content["results"][0]["auroc_per_class"])
     notes = [*content["notes"], *dict.fromkeys(note for entry in content["results"] for note in entry["notes"])]
 
-    def shown(*names: str) -> Any:
+    def shown(name: str) -> list[Markup]:
         confusion = "Cases by true and predicted class, over all runs."
-        return html.join(
-            *(html.figure(one, _CAPTIONS.get(name, confusion)) for name, one in drawn.items() if name.startswith(names))
-        )
+        return [html.figure(one, _CAPTIONS.get(key, confusion)) for key, one in drawn.items() if key.startswith(name)]
 
     sections = [
         html.Section(
             "Results",
-            html.join(html.text("Mean ± deviation over runs [interval over patients]."), html.table(table.header, table.rows)),
+            html.join(
+                html.text("Mean ± deviation over runs [95 % interval over patients]; of each column the best in bold."),
+                compact.html(UNDEFINED),
+                html.details("every metric", table.html(UNDEFINED)),
+            ),
         ),
         html.Section(
             "AUROC of each class",
-            html.join(html.table(header, classes, "a test part held only one kind of the class"), shown("roc")),
+            html.columns(html.table(header, classes, "a test part held only one kind of the class"), *shown("roc")),
         ),
-        html.Section("Cases and calibration", html.columns(_every_case(runs), shown("calibration"))),
-        *([html.Section("Confusion", shown("confusion"))] if data["task"] != "multilabel" else []),
-        *([html.Section("Misclassified cases", shown("misclassified"))] if "misclassified" in drawn else []),
-        html.Section("Notes", html.join(*(html.text(note, "note") for note in notes))),
+        html.Section("Cases and calibration", html.columns(_every_case(runs), *shown("calibration"))),
+        *([html.Section("Confusion", html.columns(*shown("confusion")))] if data["task"] != "multilabel" else []),
+        *([html.Section("Misclassified cases", html.join(*shown("misclassified")))] if "misclassified" in drawn else []),
+        *([html.Section("Notes", html.join(*(html.text(note, "note") for note in notes)))] if notes else []),
         html.Section("What was measured", html.key_values(_measured(content))),
     ]
-    return html.page(f"{model['name']} on {data['name']}", "Classification", sections)
+    lead = f"Classification ({data['task']}): {data['cases']} cases of {data['patients']} patients; {len(runs)} trainings."
+    return html.page(f"{model['name']} on {data['name']}", lead, sections)
 
 
 def _measured(content: dict[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def forest_figure(rows: Sequence[tuple[str, float, float, float]], x_label: str)
         axes.plot([difference], [place], "s", color="#1f4e79", markersize=5)
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_xlabel(x_label)
     axes.grid(axis="x", alpha=0.25)
     return drawing

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from meddino.core import html
 from meddino.core.files import write_text
 
 
@@ -68,6 +71,17 @@ class Table:
             return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
         return "\n".join([line(self.header), line(["---"] * len(self.header)), *(line(row) for row in self.rows)]) + "\n"
+
+    def html(self, dash: str) -> Markup:
+        """Return the table for a report, whose dashes mean what `dash` says."""
+
+        def cell(text: str) -> html.Cell:
+            if text in ("-", "–", "- to -"):
+                return None
+            is_bold = text.startswith("**") and text.endswith("**")
+            return Markup("<b>{}</b>").format(text[2:-2]) if is_bold else text
+
+        return html.table(self.header, [[cell(text) for text in row] for row in self.rows], dash)
 
     def latex(self) -> str:
         """Return a LaTeX tabular (booktabs)."""

@@ -1,7 +1,7 @@
 """report.html of a segmentation run: the numbers, training curves, and the best, the median and the worst case."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from meddino.core.html_charts import apart, case_plot, chart, in_columns, png
 from meddino.data.intensity import window_text
 from meddino_evaluation.metrics.label_metrics import case_means
 from meddino_evaluation.segmentation.experiment import Experiment
-from meddino_evaluation.segmentation.overlay import label_colours
 
 METRIC_TITLES = {
     "dice": "Dice",
@@ -65,7 +64,9 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
         *([Section("By site", _by(test["by_site"], "site"))] if "by_site" in test else []),
         *([Section("Test sets from elsewhere", _external(metrics["external"]))] if metrics["external"] else []),
         Section("Every case", _cases(rows)),
-        Section("Best, median and worst case", _pictures(rows, out, config.seeds[0], metrics["data"]["labels"], experiment)),
+        Section(
+            "Best, median and worst case", _pictures(rows, out, config.seeds[0], metrics["data"]["label_colours"], experiment)
+        ),
         Section("Training", in_columns([_curves(out)])),
         Section("Settings", details("every key of the recipe", key_values(_settings(metrics)))),
     ]
@@ -142,20 +143,22 @@ def _interval(ends: Sequence[float | None]) -> str | None:
     return None if low is None or high is None else f"{low:.3f} to {high:.3f}"
 
 
-def _by(parts: dict[str, Any], what: str) -> Markup:
-    measured = _measured(list(parts.values()))
+def _by(parts: dict[str, Any], what: str, pooled: Mapping[str, str] | None = None) -> Markup:
+    measured, more = _measured(list(parts.values())), pooled or {}
     rows: list[list[Cell]] = [
-        [name or "(none given)", part["cases"], *(part[metric]["mean"] for metric in measured)] for name, part in parts.items()
+        [
+            *(name or "(none given)", part["cases"], *(part[metric]["mean"] for metric in measured)),
+            *(part["pooled"][metric]["mean"] for metric in more),
+        ]
+        for name, part in parts.items()
     ]
-    return table((what, "cases", *(METRIC_TITLES[metric] for metric in measured)), rows, "no case has a value")
+    header = (what, "cases", *(METRIC_TITLES[metric] for metric in measured), *more.values())
+    return table(header, rows, "no case has a value")
 
 
 def _by_label(parts: dict[str, Any]) -> Markup:
-    pooled = [[name, part["pooled"]["dice"]["mean"], part["pooled"]["iou"]["mean"]] for name, part in parts.items()]
     note = "Pooled: over the voxels of all cases together, so that large cases count more. Only beside the means over cases."
-    return columns(
-        _by(parts, "label"), join(table(("label", "pooled Dice", "pooled IoU"), pooled, "nothing to measure"), text(note))
-    )
+    return join(_by(parts, "label", {"dice": "pooled Dice", "iou": "pooled IoU"}), text(note))
 
 
 def _cases(rows: Sequence[dict[str, Any]]) -> Markup:
@@ -164,8 +167,13 @@ def _cases(rows: Sequence[dict[str, Any]]) -> Markup:
     every = {"mean over labels": _means(rows)} if len(labels) > 1 else {labels[0]: _means(rows)} if labels else {}
     drawn = [("Dice of every test case, mean over seeds", every)]
     if len(labels) > 1:
-        drawn.append(("by label", {name: _means([row for row in rows if row["label"] == name]) for name in labels}))
-    return in_columns([figure(case_plot(kinds, title, "Dice"), title) for title, kinds in drawn if any(kinds.values())])
+        drawn.append(
+            (
+                "Dice of every test case and label, mean over seeds",
+                {name: _means([row for row in rows if row["label"] == name]) for name in labels},
+            )
+        )
+    return in_columns([figure(case_plot(kinds, title, "Dice"), alt=title) for title, kinds in drawn if any(kinds.values())])
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -177,7 +185,9 @@ def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {case: sum(values) / len(values) for case, values in found.items()}
 
 
-def _pictures(rows: Sequence[dict[str, Any]], out: Path, seed: int, labels: Sequence[str], experiment: Experiment) -> Markup:
+def _pictures(
+    rows: Sequence[dict[str, Any]], out: Path, seed: int, colours: Mapping[str, Sequence[float]], experiment: Experiment
+) -> Markup:
     dice = case_means([row for row in rows if row["seed"] == seed], "dice")
     fold = {row["case"]: row["fold"] for row in rows}
     order = sorted(dice, key=lambda case: (dice[case], case))
@@ -188,7 +198,7 @@ def _pictures(rows: Sequence[dict[str, Any]], out: Path, seed: int, labels: Sequ
         reference, prediction = (png(panel) for panel in apart(picture_path(out, fold[case], case).read_bytes()))
         pictures = [(reference, "reference"), (prediction, f"prediction, Dice {dice[case]:.3f}")]
         shown.append(picture_row(pictures, f"{title}: {case}"))
-    return join(text(shown_in(experiment.dataset.modality)), colour_legend(label_colours(labels)), columns(*shown))
+    return join(text(shown_in(experiment.dataset.modality)), colour_legend(colours), columns(*shown))
 
 
 def chosen_cases(order: Sequence[str]) -> list[tuple[str, str]]:
@@ -197,6 +207,8 @@ def chosen_cases(order: Sequence[str]) -> list[tuple[str, str]]:
     by_case: dict[str, list[str]] = {}
     for title, place in places.items():
         by_case.setdefault(order[place], []).append(title)
+    if len(order) == 1:
+        return [("the only case", order[0])]
     return [(" and ".join(titles), case) for case, titles in by_case.items()]
 
 

@@ -9,6 +9,7 @@ from meddino_evaluation.metrics.label_metrics import METRICS
 from meddino_evaluation.metrics.tables import summarise, write_cases
 from meddino_evaluation.segmentation.experiment import Experiment
 from meddino_evaluation.segmentation.inference.held_out import HeldOutSet
+from meddino_evaluation.segmentation.overlay import label_colours
 from meddino_evaluation.segmentation.report import report_html
 
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
@@ -51,6 +52,7 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
             "cases": len(dataset.cases),
             "labels": list(dataset.labels.names),
             "modality": dataset.modality,
+            "label_colours": label_colours(dataset.labels.names),
         },
         "config": experiment.config.model_dump(mode="json"),
         "splits": {str(split.number): split.origin for split in experiment.splits},

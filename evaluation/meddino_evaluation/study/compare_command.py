@@ -14,7 +14,7 @@ from markupsafe import Markup
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json, write_text
-from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, table, text
+from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, text
 from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
@@ -44,6 +44,8 @@ NOTE = (
     "† the model has seen test volumes in pretraining; "
     "? nobody looked (give --corpus)."
 )
+
+_NO_TEST = "fewer than six patients, or no difference in any case: no test could tell"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -230,12 +232,12 @@ def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external
     stable = text(
         f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
     )
-    parts = [_html_table(main_table(found)), *([stable] if tau is not None else []), text(NOTE, "note")]
+    parts = [main_table(found).html(_NO_TEST), *([stable] if tau is not None else []), text(NOTE, "note")]
     sections = [
         Section("Models", join(*parts)),
-        *([Section("Pairs", join(_html_table(pair_table(found)), _forest(found)))] if found["pairs"] else []),
+        *([Section("Pairs", join(pair_table(found).html(_NO_TEST), _forest(found)))] if found["pairs"] else []),
         *(
-            Section(f"Test set {test}", join(_html_table(main_table(one)), _html_table(pair_table(one)), _forest(one)))
+            Section(f"Test set {test}", join(main_table(one).html(_NO_TEST), pair_table(one).html(_NO_TEST), _forest(one)))
             for test, one in external.items()
         ),
         Section("Every case", _every_case(variants)),
@@ -243,11 +245,6 @@ def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external
     ]
     data = variants[0].metrics["data"]["name"]
     return page(f"Comparison on {data}", f"{len(variants)} runs of meddino-eval segment on the same test cases.", sections)
-
-
-def _html_table(content: Table) -> Markup:
-    rows = [[None if cell in ("-", "- to -") else cell for cell in row] for row in content.rows]
-    return table(content.header, rows, "fewer than six patients, or no difference in any case: no test could tell")
 
 
 def _forest(found: dict[str, Any]) -> Markup:

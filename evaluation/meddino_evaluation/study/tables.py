@@ -9,7 +9,7 @@ from meddino.core import html
 from meddino.core.files import write_text
 from meddino.core.html_charts import in_columns
 from meddino_evaluation.backbones.load import model_name
-from meddino_evaluation.classification.report import COMPACT
+from meddino_evaluation.classification.report import COMPACT, UNDEFINED
 from meddino_evaluation.classification.results import ALL_DATA
 from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
 from meddino_evaluation.metrics.figures import save_figures
@@ -56,7 +56,7 @@ def write_study(
     plots, forests = study_plots(kind, config, found), forest_plots(compared)
     if figures is not None:
         save_figures({**plots, **forests}, out / "figures", figures)
-    write_text(out / "report.html", _page(kind, found, results, comparison, plots, forests, missing))
+    write_text(out / "report.html", _page(kind, found, (compact, results), comparison, plots, forests, missing))
 
 
 def results_table(kind: StudyKind, config: StudyConfig, found: Found) -> Table:
@@ -100,7 +100,7 @@ def _p_text(value: float) -> str:
 def _page(
     kind: StudyKind,
     found: Found,
-    results: Table,
+    results: tuple[Table, Table],
     comparison: Table,
     figures: Mapping[str, "Figure"],
     forests: Mapping[str, "Figure"],
@@ -110,12 +110,18 @@ def _page(
         html.Section(
             "Results",
             html.join(
-                html.text("Mean ± standard deviation over runs (splits, seeds, draws) [interval over patients, bootstrap]."),
-                html.table(results.header, results.rows),
+                html.text(
+                    "Mean ± standard deviation over runs (splits, seeds, draws) [95 % interval over patients, bootstrap]; "
+                    "of each data set and training the best in bold."
+                ),
+                results[0].html(UNDEFINED),
+                html.details("every metric", results[1].html(UNDEFINED)),
             ),
         )
     ]
-    pictures = [html.figure(drawing, caption) for caption, drawing in figures.items()]
+    by_share = any(entry["setting"].startswith("fraction") for _, content in found for entry in content["results"])
+    dashes = "; dashed: by the share of patients that was trained on" if by_share else ""
+    pictures = [html.figure(drawing, caption + dashes) for caption, drawing in figures.items()]
     if pictures:
         sections.append(html.Section("Plots", in_columns(pictures)))
     if comparison.rows:
@@ -129,8 +135,8 @@ def _page(
                 "Paired comparison",
                 html.join(
                     html.text(words),
-                    *(html.figure(drawing, caption) for caption, drawing in forests.items()),
-                    html.table(comparison.header, comparison.rows),
+                    in_columns([html.figure(drawing, caption) for caption, drawing in forests.items()]),
+                    comparison.html("fewer than six patients, or no such test for this task"),
                 ),
             )
         )

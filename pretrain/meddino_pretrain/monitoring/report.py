@@ -80,11 +80,12 @@ class RunReport:
         # A stage that is over is drawn once.
         if name not in self._drawn or self._drawn[name][0] != state:
             terms = self.config.stages[name].method.terms
-            self._drawn[name] = (state, _draw(start, found, history, terms, pictures))
+            parts = (_draw(start, found, history, terms), *_pictures(pictures, _shown_range(self.config)))
+            self._drawn[name] = (state, join(*parts))
         return self._drawn[name][1]
 
 
-def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, terms: Terms, pictures: Sequence[Path]) -> Markup:
+def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, terms: Terms) -> Markup:
     records = history.records
     parts = [text(f"Starts from {start['message']}.")]
     if choice := start.get("choice"):
@@ -105,7 +106,7 @@ def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, ter
         parts += [columns(ends, _features(records)), in_columns(stage_charts(good, terms))]
         if history.every > 1:
             parts.append(text(f"Curves show every {history.every}th step, all probes, and the newest steps."))
-    return join(*parts, *_pictures(pictures))
+    return join(*parts)
 
 
 def _speed(records: Records, history: History, steps: int) -> Markup:
@@ -181,14 +182,18 @@ def _features(records: Records) -> Markup:
     return table(header, rows, dash="not measured at that step")
 
 
-def _pictures(files: Sequence[Path]) -> list[Markup]:
-    window = f"CT in the {window_text()}"
+def _shown_range(config: PretrainConfig) -> str:
+    """Return which stored values are black and white in pictures of slices, by modality."""
+    modalities = [contract.modality for contract in config.contracts]
+    shown = {"ct": f"CT in the {window_text()}", "mr": "MR in its volume's range", "image": "pictures in their type's range"}
+    return ", ".join(shown[modality] for modality in modalities)
+
+
+def _pictures(files: Sequence[Path], shown_range: str) -> list[Markup]:
+    slices = f"slices ({shown_range})"
     kinds = (
-        ("pca", f"slices ({window}) and their patch tokens as colours: the first three principal components over the body"),
-        (
-            "similarity",
-            f"slices ({window}) and the cosine similarity of every patch to the red one: black 0 and below, white 1",
-        ),
+        ("pca", f"{slices} and their patch tokens as colours: the first three principal components over the body"),
+        ("similarity", f"{slices} and the cosine similarity of every patch to the red one: black 0 and below, white 1"),
     )
     parts = []
     for name, words in kinds:
