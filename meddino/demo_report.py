@@ -218,5 +218,5 @@ def _overlays(results: Path) -> Markup:
         found = {title: results / name / "pictures" / file.name for name, title in titles.items()}
         panels = [(title, apart(path.read_bytes())) for title, path in found.items() if path.is_file()]
         pictures = [(png(panels[0][1][0]), "reference"), *((png(pair[1]), title) for title, pair in panels)]
-        rows.append(html.picture_row(pictures, file.stem))
+        rows.append(html.picture_row(pictures, file.stem.partition("_")[2]))  # without the fold
     return html.join(*rows)

@@ -15,7 +15,7 @@ from meddino.core.files import write_text
 from meddino.core.html_charts import case_plot, new_figure
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.images import read_slices
-from meddino_evaluation.classification.results import Run, read_per_case
+from meddino_evaluation.classification.results import ALL_DATA, Run, read_per_case
 from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
 from meddino_evaluation.metrics.figures import confusion_figure, reliability_figure, roc_figure, save_figures
 from meddino_evaluation.metrics.text_table import Table, metric_text
@@ -123,15 +123,17 @@ def mistakes(runs: Sequence[Run], most: int) -> list[Mistake]:
 
 
 def _figures(content: dict[str, Any], runs: Sequence[Run], dataset: LabelledSet | None) -> dict[str, "Figure"]:
-    data, outcomes, settings = content["data"], {}, {}
-    for protocol in dict.fromkeys(run.protocol for run in runs):
-        own = [run for run in runs if run.protocol == protocol]
-        settings[protocol] = own[-1].setting  # in few-shot the most patients
-        outcomes[protocol] = [(run.truth, run.probabilities) for run in own if run.setting == own[-1].setting]
+    data = content["data"]
+    last = {run.protocol: run.setting for run in runs}  # in few-shot the most patients
+    names = {name: name if setting == ALL_DATA else f"{name}, {setting}" for name, setting in last.items()}
+    outcomes = {
+        names[name]: [(run.truth, run.probabilities) for run in runs if (run.protocol, run.setting) == (name, setting)]
+        for name, setting in last.items()
+    }
     auroc = {
-        entry["protocol"]: entry["metrics"]["auroc"]["mean"]
+        names[entry["protocol"]]: entry["metrics"]["auroc"]["mean"]
         for entry in content["results"]
-        if entry["setting"] == settings[entry["protocol"]]
+        if entry["setting"] == last[entry["protocol"]]
     }
     drawn = {"roc": roc_figure(outcomes, auroc), "calibration": reliability_figure(outcomes)}
     if data["task"] != "multilabel":

@@ -46,6 +46,11 @@ def study_plots(kind: StudyKind, config: StudyConfig, found: Found) -> dict[str,
     return plots
 
 
+def has_shares(found: Found) -> bool:
+    """Tell whether few-shot results go by the share of training patients, too."""
+    return any(entry["setting"].startswith("fraction") for _, content in found for entry in content["results"])
+
+
 def _curves(members: Found, metric: str, data: str) -> "Figure":
     drawing, axes = new_figure(5.6, 3.6)
     ticks: set[float] = set()
@@ -71,7 +76,9 @@ def _curves(members: Found, metric: str, data: str) -> "Figure":
                 ticks.update(x)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
-    axes.set(xlabel="training patients a class (or share of patients)", ylabel=metric)
+    axes.set(
+        xlabel="training patients a class" + (" (dashed: share of patients)" if has_shares(members) else ""), ylabel=metric
+    )
     return _finished(drawing, axes, data)
 
 

@@ -18,7 +18,7 @@ from meddino_evaluation.metrics.text_table import Table, metric_text
 from meddino_evaluation.study.classification_jobs import StudyKind
 from meddino_evaluation.study.config import StudyConfig
 from meddino_evaluation.study.paired import Comparison, Found, compare_with_first
-from meddino_evaluation.study.plots import forest_plots, study_plots
+from meddino_evaluation.study.plots import forest_plots, has_shares, study_plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,8 +119,7 @@ def _page(
             ),
         )
     ]
-    by_share = any(entry["setting"].startswith("fraction") for _, content in found for entry in content["results"])
-    dashes = "; dashed: by the share of patients that was trained on" if by_share else ""
+    dashes = "; dashed: by the share of patients that was trained on" if has_shares(found) else ""
     pictures = [html.figure(drawing, caption + dashes) for caption, drawing in figures.items()]
     if pictures:
         sections.append(html.Section("Plots", in_columns(pictures)))

@@ -125,6 +125,7 @@ def test_evaluate__every_kind_of_task_and_every_number_from_the_csv(fake_set, ba
     several = dataset.kind == "multilabel"
     drawn |= set() if several else {"confusion-knn.svg", "confusion-linear.svg"}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn
+    assert not wrong or "black to white: " in (tmp_path / "figures/misclassified.svg").read_text()  # which values are shown
     slow = [
         (-run.probabilities[n].max(), case)
         for run in runs

@@ -111,7 +111,9 @@ def test_study__freeze_and_few_shot(config, data_root, tmp_path):
     assert "parameters [M]" in rows
     assert _study("few-shot", config, data_root, tmp_path / "few") == 0
     assert "shots=2" in (tmp_path / "few" / "results.csv").read_text()
-    assert "training patients a class" in (tmp_path / "few" / "report.html").read_text()
+    html = (tmp_path / "few" / "report.html").read_text()
+    assert "training patients a class" in html
+    assert ("dashed: by the share of patients" in html) == ("fraction=" in (tmp_path / "few" / "results.csv").read_text())
     check_page(tmp_path / "few" / "report.html")
 
 
@@ -218,7 +220,7 @@ def test_knn_command__end_to_end_and_bad_input(data_root, tmp_path, capsys):
     ]
     quick = ["features.image_size_px=32", "split.repeats=1", "statistics.resamples=20"]
     assert main(["knn", *words, *quick]) == 0
-    assert "| knn | all | 1 |" in capsys.readouterr().out
+    assert "| protocol | training | auroc |" in capsys.readouterr().out
     assert json.loads((tmp_path / "metrics.json").read_text())["results"][0]["protocol"] == "knn"
     assert main(["retrieve", *words[:-1], str(tmp_path / "r"), *quick]) == 0
     assert "average_precision: " in capsys.readouterr().out
