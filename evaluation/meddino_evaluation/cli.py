@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "meddino-eval",
         "Measure an exported model on labelled data.",
-        "meddino-eval segment --model model/ --data Dataset900_Phantom --out results/ --config demo",
+        "meddino-eval segment --model model/ --data Dataset900_Phantom --out results/ --config minutes",
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((word for word in words if word in COMMANDS), None)  # the first: `study compare` is no `compare`
