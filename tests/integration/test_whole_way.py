@@ -109,7 +109,7 @@ def results(cohort, first) -> Path:
     dataset = cohort / "segmentation" / "Dataset900_Phantom"
     for model, name in ((first / "model", "exported"), (f"random:{first / 'model'}", "random")):
         out = first / "results" / name
-        settings = ("training.steps=5", "seeds=[0]", "splits.folds=2", "encoder.taps=2")
+        settings = ("training.steps=5", "seeds=[0,1]", "splits.folds=2", "encoder.taps=2")
         _done("meddino-eval", "segment", "--model", model, "--data", dataset, "--out", out, "--config", "demo", *settings)
     return first / "results"
 
