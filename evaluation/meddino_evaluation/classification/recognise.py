@@ -15,6 +15,7 @@ from meddino_evaluation.classification.datasets import LabelledSet, load_dataset
 
 _log = get_logger(__name__)
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_IMAGES_AND_LABEL_MAPS = {"images", "labels", "masks", "imagestr", "labelstr", "imagests", "labelsts"}
 _AIR_HU = -200
 """Values below it mean Hounsfield units, where a file does not say what it holds."""
 
@@ -49,6 +50,8 @@ def recognise(path: Path) -> tuple[DatasetConfig, Path]:
     Raises:
         ConfigError: Neither class folders nor one table with image and label are there.
     """
+    if not path.exists():
+        raise ConfigError(f"no data at {path}: no such file or folder")
     tables = [path] if path.is_file() else sorted(path.glob("*.csv"))
     if path.is_dir() and len(tables) != 1:
         values, root = _class_folders(path), path
@@ -67,7 +70,13 @@ def recognise(path: Path) -> tuple[DatasetConfig, Path]:
 
 
 def write_definition(path: Path, out: Path) -> DatasetConfig:
-    """Write the definition of a folder or table as YAML, to be completed by hand."""
+    """Write the definition of a folder or table as YAML, to be completed by hand.
+
+    Raises:
+        ConfigError: The file is there already, or the data are not recognised.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out} is there already; it may hold what you completed by hand, so name another file")
     config, _ = recognise(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(to_yaml(config), encoding="utf-8")
@@ -84,6 +93,8 @@ def _class_folders(root: Path) -> dict[str, Any]:
             f"{root} is no classification set: expected a folder a class (also below train, val, test), or one CSV with the "
             f"columns image and label; found the folders {[path.name for path in folders][:8]}"
         )
+    if {name.lower() for name in classes} <= _IMAGES_AND_LABEL_MAPS:
+        raise ConfigError(f"{root} holds images and label maps, not classes ({', '.join(classes)}): see meddino-eval segment")
     layout: dict[str, Any] = {"kind": "files", "pattern": "*/*", "label_regex": "^([^/]+)/"}
     if splits:
         layout = {"kind": "files", "pattern": "*/*/*", "label_regex": "^[^/]+/([^/]+)/", "split_regex": "^([^/]+)/"}

@@ -61,6 +61,13 @@ def test_nothing_to_recognise__says_what_is_expected(tmp_path):
         open_labelled(str(tmp_path), None)
     with pytest.raises(ConfigError, match="--root"):
         open_labelled("brain_mri", None)
+    with pytest.raises(ConfigError, match=r"missing\.csv"):
+        open_labelled(str(tmp_path / "missing.csv"), None)
+    for name in ("imagesTr", "labelsTr"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "a.nii.gz").touch()
+    with pytest.raises(ConfigError, match=r"label maps.*meddino-eval segment"):
+        open_labelled(str(tmp_path / "set"), None)
 
 
 def test_minimal_definition__name_task_classes_layout(tmp_path):
@@ -76,6 +83,11 @@ def test_datasets_init__writes_a_definition_that_opens(tmp_path, capsys):
     assert main(["datasets", "init", str(tmp_path / "data"), "--out", str(out)]) == 0
     assert "cat, dog" in capsys.readouterr().out
     assert len(open_dataset(load_dataset_config(str(out)), tmp_path / "data").cases) == 2
+    out.write_text(out.read_text() + "# completed by hand\n")
+    assert main(["datasets", "init", str(tmp_path / "data"), "--out", str(out)]) == 2
+    assert "own.yaml is there already" in capsys.readouterr().err and out.read_text().endswith("# completed by hand\n")
+    assert main(["datasets", "init", str(tmp_path / "nowhere"), "--out", str(tmp_path / "new.yaml")]) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
 
 
 def test_named_models__name_and_model(tmp_path):
