@@ -161,8 +161,13 @@ def build_detector(
         )
     backbone.requires_grad_(False)
     if encoder.mode != "frozen":
-        names = ("partial_stages", "lora_rank", "lora_alpha", "lora_dropout")
-        adapt(backbone, encoder.mode, FinetuneConfig(**{name: getattr(encoder, name) for name in names}), seed)
+        settings = FinetuneConfig(
+            partial_stages=encoder.partial_stages,
+            lora_rank=encoder.lora_rank,
+            lora_alpha=encoder.lora_alpha,
+            lora_dropout=encoder.lora_dropout,
+        )
+        adapt(backbone, encoder.mode, settings, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = (_faster_rcnn if config.name == "faster_rcnn" else _retinanet)(backbone, config, classes, size_px)

@@ -194,6 +194,9 @@ def _page(found: Found, results: Table, comparison: Table, absent: Table, proble
         sections.append(html.Section("Pictures", html.join(*pictures)))
     if notes:
         sections.append(html.Section("Notes", html.join(*(html.text(note, "note") for note in notes))))
+    used = {job.task.name: job.task for job, _ in found}
+    rows = [(name, one.title, one.citation, one.licence, one.split_rule) for name, one in used.items()]
+    sections.append(html.Section("Data", html.table(("task", "data", "to cite", "licence", "split"), rows)))
     if problems:
         sections.append(html.Section("Not done", html.join(*(html.text(line, "warning") for line in problems))))
     if absent.rows:
@@ -203,7 +206,7 @@ def _page(found: Found, results: Table, comparison: Table, absent: Table, proble
 
 
 def _notes(task: TaskDefinition, content: Mapping[str, Any]) -> list[str]:
-    return [*([task.notes] if task.notes else []), f"split: {task.split_rule}", *content.get("notes", [])]
+    return [*([task.notes] if task.notes else []), *content.get("notes", [])]
 
 
 def _pictures(job: TaskJob, out: Path) -> list[Markup]:
