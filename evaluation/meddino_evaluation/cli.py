@@ -13,6 +13,7 @@ COMMANDS = {
     "segment": ("meddino_evaluation.segmentation.segment_command", "train a head on a labelled data set and test it"),
     "probe": ("meddino_evaluation.segmentation.dense_probe.command", "what frozen patch tokens tell of labels, in seconds"),
     "predict": ("meddino_evaluation.segmentation.predict_command", "segment new volumes with what segment has trained"),
+    "prompt": ("meddino_evaluation.prompts.command", "train SAM's mask decoder on a frozen model; masks from boxes or points"),
     "score": ("meddino_evaluation.metrics.score_command", "measure any folder of label maps against references"),
     "compare": ("meddino_evaluation.study.compare_command", "several encoders x what learns, with tests and one table"),
     "knn": ("meddino_evaluation.classification.commands", "nearest neighbours on frozen features"),
@@ -23,6 +24,10 @@ COMMANDS = {
     "retrieve": ("meddino_evaluation.classification.commands", "find cases of the same class among other patients"),
     "study": ("meddino_evaluation.study.study_command", "many backbones, protocols and data sets as one job list"),
     "datasets": ("meddino_evaluation.classification.datasets_command", "shipped definitions of labelled data sets"),
+    "tasks": (
+        "meddino_evaluation.tasks.command",
+        "the tasks of the field: definitions, fake copies, published files made readable",
+    ),
     "nnunet-plans": ("meddino_evaluation.nnunet.plans_command", "plans with which nnU-Net fine-tunes a model"),
     "weights": (
         "meddino_evaluation.backbones.weights_command",
@@ -35,7 +40,21 @@ COMMANDS = {
 
 
 LOCKED = frozenset(
-    {"segment", "probe", "predict", "score", "compare", "knn", "linear", "few-shot", "finetune", "retrieve", "study", "detect"}
+    {
+        "segment",
+        "prompt",
+        "probe",
+        "predict",
+        "score",
+        "compare",
+        "knn",
+        "linear",
+        "few-shot",
+        "finetune",
+        "retrieve",
+        "study",
+        "detect",
+    }
 )
 """Commands of which two at a time in one folder would mix their results."""
 

@@ -9,7 +9,7 @@ from meddino.core.show_config import show_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
-    parser.add_argument("what", choices=("segment", "classification", "detection", "study"), help="whose settings")
+    parser.add_argument("what", choices=("segment", "prompt", "classification", "detection", "study"), help="whose settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
     parser.add_argument(
         "--config", help="a YAML file, the name of a shipped one, or a results folder; default: the command's own"
@@ -21,11 +21,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the config."""
     from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.detection.config import DetectConfig
+    from meddino_evaluation.prompts.config import PromptConfig
     from meddino_evaluation.segmentation.config import SegmentConfig
     from meddino_evaluation.study.config import StudyConfig
 
     schemas: dict[str, type[StrictConfig]] = {
         "segment": SegmentConfig,
+        "prompt": PromptConfig,
         "classification": ClassificationConfig,
         "detection": DetectConfig,
         "study": StudyConfig,

@@ -18,9 +18,11 @@ from meddino.data.intensity import Modality
 from meddino.volumes.dicom.structures import read_structures, structure_names
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
+from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.labels import LabelScheme
+from meddino_evaluation.data.pictures import picture_geometry, pixel_grid, read_mask_picture, read_planes
 
 PATIENTS_FILE = "patients.csv"
 _log = get_logger(__name__)
@@ -45,6 +47,7 @@ class LabelledDataset:
         labels: Meaning of the label values.
         channel_names: One a channel.
         modality: What the images' values mean.
+        flat: Cases are pictures: volumes of one slice, whose colours are the channels of one file, measured in pixels.
     """
 
     name: str
@@ -54,6 +57,7 @@ class LabelledDataset:
     channel_names: tuple[str, ...]
     test_cases: tuple[LabelMapCase, ...] = ()
     modality: Modality = "ct"
+    flat: bool = False
     _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
     _told: set[tuple[str, str]] = field(default_factory=set, compare=False, repr=False)
 
@@ -79,6 +83,9 @@ class LabelledDataset:
         Raises:
             VolumeError: A file is unreadable or the channels lie on different grids.
         """
+        if self.flat:
+            planes = read_planes(case.images[0], len(self.channel_names))
+            return planes, pixel_grid(*planes.shape[2:])
         arrays, grid = [], None
         for channel in channels:
             volume = read_volume(case.images[channel])
@@ -106,9 +113,21 @@ class LabelledDataset:
             labels, notes = self.labels.from_structures(found.masks, grid.shape, str(case.label))
             self._tell(case, (*found.notes, *notes))
             return labels
-        values, geometry = read_label_map(case.label)
+        if is_picture(case.label.name):
+            values = read_mask_picture(case.label)
+            geometry = pixel_grid(*values.shape[1:])
+        else:
+            values, geometry = read_label_map(case.label)
         check_same_grid(grid, geometry, case.name, case.label)
         return self.labels.check(values, str(case.label))
+
+    def geometry(self, case: LabelMapCase) -> Geometry:
+        """Return the grid of a case from its first file's header."""
+        return picture_geometry(case.images[0]) if self.flat else read_geometry(case.images[0])
+
+    def files(self, case: LabelMapCase, channels: Sequence[int]) -> tuple[Path, ...]:
+        """Return the files that hold some channels."""
+        return case.images if self.flat else tuple(case.images[channel] for channel in channels)
 
     def _tell(self, case: LabelMapCase, notes: Sequence[str]) -> None:
         for note in notes:
@@ -147,6 +166,11 @@ def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> 
     """
     if image.matches(label, tolerance_mm=0.1):
         return
+    if is_picture(path.name):
+        raise VolumeError(
+            f"case {case}: mask {path.name} has {label.shape[1]} x {label.shape[2]} pixels, its image {image.shape[1]} x "
+            f"{image.shape[2]}"
+        )
     turned = ""
     if not np.allclose(image.axes, label.axes, atol=1e-3):
         turned = f"; their directions differ: image {_directions(image)}, label {_directions(label)}"
@@ -186,10 +210,12 @@ def check_grids(dataset: LabelledDataset) -> None:
         VolumeError: A file is missing or unreadable, or grids differ.
     """
     for case in dataset.all_cases:
-        grid = read_geometry(case.images[0])
+        grid = dataset.geometry(case)
         if case.label is None or not case.label.is_file():
             raise VolumeError(f"case {case.name}: its label map {case.label or ''} is missing")
-        if structure_names(case.label) is not None:
+        if is_picture(case.label.name):
+            check_same_grid(grid, picture_geometry(case.label), case.name, case.label)
+        elif structure_names(case.label) is not None:
             dataset.read_label(case, grid)
         else:
             check_same_grid(grid, read_geometry(case.label), case.name, case.label)

@@ -6,20 +6,18 @@ import numpy as np
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import CTIntensity, ImageIntensity, Intensity, Modality, MRIntensity
+from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
-from meddino.volumes.read import read_geometry
-from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.prepare import PreparedCase
 
 SAMPLES_PER_CASE = 10_000
 """Foreground intensities taken from a case, evenly over its voxels [nnU-Net: 10,000]."""
 
 
-def median_plane_spacing(cases: Sequence[LabelMapCase]) -> float:
-    """Return the median in-plane spacing [mm] of some cases, from their headers."""
+def median_plane_spacing(grids: Sequence[Geometry]) -> float:
+    """Return the median in-plane spacing [mm] of the grids of some cases."""
     spacings = []
-    for case in cases:
-        geometry = read_geometry(case.images[0])
+    for geometry in grids:
         spacings += list(turn_to_lps(geometry).spacing_mm(geometry)[1:])
     return float(np.median(spacings))
 

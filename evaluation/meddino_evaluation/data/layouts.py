@@ -1,4 +1,7 @@
-"""A data set from its folder: nnU-Net's raw layout, the Decathlon's, a cases.csv, or images/ and labels/ of equal names."""
+"""A data set from its folder: nnU-Net's raw layout, the Decathlon's, a cases.csv, or images/ and labels/ of equal names.
+
+Images are volumes, or pictures with mask pictures or label maps.
+"""
 
 import json
 import re
@@ -8,16 +11,20 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
 from meddino.core.tables import read_table
+from meddino.data.intensity import MODALITIES, Modality
 from meddino.volumes.dicom.structures import name_key, structure_names
+from meddino.volumes.pictures import PICTURE_SUFFIXES, is_picture
 from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset, modality_of
 from meddino_evaluation.data.inputs import ENDINGS, one_file_a_case, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
+from meddino_evaluation.data.pictures import COLOURS, is_colour, read_mask_picture
 
 TABLE_FILE, LABELS_FILE = "cases.csv", "labels.json"
 PAIRS = (("images", "labels"), ("imagesTr", "labelsTr"), ("images", "masks"), ("image", "label"), ("image", "mask"))
@@ -33,7 +40,7 @@ def open_dataset(root: Path) -> LabelledDataset:
         VolumeError: A file is missing.
     """
     dataset = _open(root)
-    return replace(dataset, modality=modality_of(dataset.channel_names))
+    return dataset if dataset.modality != "ct" else replace(dataset, modality=modality_of(dataset.channel_names))
 
 
 def _open(root: Path) -> LabelledDataset:
@@ -138,35 +145,55 @@ def _channels_of(image: Path, channels: int, where: str) -> tuple[Path, ...]:
 
 
 def _table(root: Path) -> LabelledDataset:
-    """cases.csv: columns case, image, label, and patient and site if known; paths below the folder or absolute ones."""
+    """cases.csv: columns case, image, label, and patient, site, part (train, test) and modality if known.
+
+    Paths are below the folder or absolute.
+    """
     path, columns = root / TABLE_FILE, ("case", "image", "label")
     rows = read_table(path, columns, filled=columns, unique="case").rows
     if not rows:
         raise ConfigError(f"{path} holds no case")
     cases: dict[str, LabelMapCase] = {}
+    modalities: dict[str, str] = {}
     for row in rows:
-        name = row["case"]
+        name, part = row["case"], row["part"]
+        if part not in ("", "train", "test"):
+            raise ConfigError(f"{path}, line {row.line}: part is '{part}'; expected train, test or nothing")
         images = [_of_table(root, text, path) for text in row["image"].split(";")]
         label = _label_file(_of_table(root, row["label"], path), str(path))
-        cases[name] = LabelMapCase(name, tuple(images), label, row["patient"] or name, row["site"])
+        cases[name] = LabelMapCase(name, tuple(images), label, row["patient"] or name, row["site"], part or None)
+        modalities.setdefault(row["modality"], name)
     channels = {len(case.images) for case in cases.values()}
     if len(channels) != 1:
         raise ConfigError(f"{path}: cases have different numbers of images ({sorted(channels)}); separate channels by ';'")
-    return _described(root, [cases[name] for name in sorted(cases)], channels.pop())
+    dataset = _described(root, [cases[name] for name in sorted(cases)], channels.pop(), _one_modality(modalities, path))
+    test = tuple(case for case in dataset.cases if case.split == "test")
+    return replace(dataset, cases=tuple(case for case in dataset.cases if case.split != "test"), test_cases=test)
+
+
+def _one_modality(modalities: dict[str, str], path: Path) -> Modality | None:
+    """Return the modality of a cases.csv, each with a case that has it; None where the column is missing or empty."""
+    if len(modalities) > 1:
+        found = ", ".join(f"{modality or 'nothing'} (case {case})" for modality, case in modalities.items())
+        raise ConfigError(f"{path}: images of mixed modality: {found}; a data set has one")
+    named = next((one for one in MODALITIES if one in modalities), None)
+    if named is None and "" not in modalities:
+        raise ConfigError(f"{path}: modality is '{next(iter(modalities))}'; expected one of {', '.join(MODALITIES)}")
+    return named
 
 
 def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
     """Images and label maps of the same name; an image may be a folder with one DICOM series, and may end in _0000."""
-    numbered = ((re.sub(r"_0000$", "", name), path) for name, path in _entries(images, ENDINGS))
+    numbered = ((re.sub(r"_0000$", "", name), path) for name, path in _entries(images, (*ENDINGS, *PICTURE_SUFFIXES)))
     found = one_file_a_case(str(root), numbered, VolumeError)
-    drawn = one_file_a_case(str(root), _entries(labels, (*ENDINGS, ".dcm")), VolumeError)
+    drawn = one_file_a_case(str(root), _entries(labels, (*ENDINGS, ".dcm", *PICTURE_SUFFIXES)), VolumeError)
     maps = {name: _label_file(path, str(root)) for name, path in drawn.items()}
     alone = sorted(maps.keys() - found.keys())
     if alone or not maps:
         raise VolumeError(
             f"{root}: label maps {[maps[name].name for name in alone[:5]]} have no image of that name in {images.name}/"
             if maps
-            else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)}, .dcm: DICOM-SEG or RTSTRUCT)"
+            else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)}, .png, .dcm: DICOM-SEG or RTSTRUCT)"
         )
     without = sorted(found.keys() - maps.keys())
     if without:
@@ -177,7 +204,7 @@ def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
 
 def _entries(folder: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.iterdir()):
-        if not path.name.startswith(".") and (path.is_dir() or path.name.endswith(endings)):
+        if not path.name.startswith(".") and (path.is_dir() or path.name.lower().endswith(endings)):
             yield path.name if path.is_dir() else stem(path), path
 
 
@@ -191,11 +218,29 @@ def _label_file(path: Path, where: str) -> Path:
     return inside[0]
 
 
-def _described(root: Path, cases: Sequence[LabelMapCase], channels: int) -> LabelledDataset:
+def _described(root: Path, cases: Sequence[LabelMapCase], channels: int, modality: Modality | None = None) -> LabelledDataset:
     """Name the labels by labels.json ({"background": 0, "tumour": 1, ...}), else by the structures or values that occur."""
     path = root / LABELS_FILE
     scheme = parse_labels(_read_json(path), None, str(path)) if path.is_file() else _found_labels(root, cases)
-    return LabelledDataset(root.name, root, tuple(cases), scheme, tuple(str(number) for number in range(channels)))
+    names = tuple(str(number) for number in range(channels))
+    dataset = LabelledDataset(root.name, root, tuple(cases), scheme, names, modality=modality or "ct")
+    flat = {is_picture(case.images[0].name): case for case in cases}
+    if len(flat) > 1:
+        picture, volume = (f"case {flat[kind].name}: {flat[kind].images[0].name}" for kind in (True, False))
+        raise ConfigError(f"{root} mixes pictures ({picture}) and volumes ({volume}); a data set has one kind")
+    if False in flat:
+        return dataset
+    if channels > 1:
+        raise ConfigError(f"{root}: case {flat[True].name} has {channels} pictures; a case is one picture, grey or in colour")
+    return replace(dataset, channel_names=_colours(root, cases), modality=modality or "image", flat=True)
+
+
+def _colours(root: Path, cases: Sequence[LabelMapCase]) -> tuple[str, ...]:
+    """Return the channels of pictures: three as soon as one is in colour, and say which others are not."""
+    grey = [case.name for case in cases if not is_colour(case.images[0])]
+    if 0 < len(grey) < len(cases):
+        _log.warning("%s: %d of %d pictures are grey and are read as colour: %s", root, len(grey), len(cases), grey[:5])
+    return ("grey",) if len(grey) == len(cases) else COLOURS
 
 
 def _found_labels(root: Path, cases: Sequence[LabelMapCase]) -> LabelScheme:
@@ -207,11 +252,15 @@ def _found_labels(root: Path, cases: Sequence[LabelMapCase]) -> LabelScheme:
     if named:
         _log.info("%s: labels are the structures %s; %s or labels.use can choose some", root, named, LABELS_FILE)
         return LabelScheme(tuple(named), tuple((place + 1,) for place in range(len(named))), is_ordered=False)
-    found = sorted({int(value) for file in files for value in np.unique(read_label_map(file)[0])} - {0})
+    found = sorted({int(value) for file in files for value in np.unique(_label_values(file))} - {0})
     if not found or found[0] < 0:
         raise ConfigError(f"the label maps of {root} hold the values {found or [0]}; expected some above 0")
     _log.info("%s: labels are named by their values %s; %s can name them", root, found, LABELS_FILE)
     return LabelScheme(tuple(str(value) for value in found), tuple((value,) for value in found))
+
+
+def _label_values(file: Path) -> NDArray[np.int32]:
+    return read_mask_picture(file) if is_picture(file.name) else read_label_map(file)[0]
 
 
 def _of_table(root: Path, text: str, table: Path) -> Path:

@@ -9,10 +9,8 @@ from pathlib import Path
 import blosc2
 
 from meddino.core.files import atomic_directory, canonical_json
-from meddino.data.intensity import Modality
 from meddino.volumes.dicom.structures import structure_names
 from meddino.volumes.orientation import Turn
-from meddino.volumes.read import read_geometry
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
@@ -50,10 +48,10 @@ def prepare_cached(
                 "content_hash": prepared.content_hash,
             }
             (partial / "case.json").write_text(canonical_json(notes), encoding="utf-8")
-    return _open(place, case, dataset.modality)
+    return _open(place, case, dataset)
 
 
-def _open(place: Path, case: LabelMapCase, modality: Modality) -> PreparedCase:
+def _open(place: Path, case: LabelMapCase, dataset: LabelledDataset) -> PreparedCase:
     notes = json.loads((place / "case.json").read_text(encoding="utf-8"))
     (a, b, c), (d, e, f) = notes["turn"]["order"], notes["turn"]["flips"]
     rows, cols = notes["source_plane"]
@@ -63,19 +61,19 @@ def _open(place: Path, case: LabelMapCase, modality: Modality) -> PreparedCase:
         blosc2.open(str(place / "images.b2nd"), mode="r", dparams={"nthreads": 1}),
         blosc2.open(str(place / "labels.b2nd"), mode="r", dparams={"nthreads": 1}),
         tuple(frozenset(values) for values in notes["present"]),
-        read_geometry(case.images[0]),
+        dataset.geometry(case),
         Turn((a, b, c), (d, e, f)),
         (rows, cols),
         (z, y, x),
         notes["content_hash"],
-        modality,
+        dataset.modality,
     )
 
 
 def _key(dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], rule: GridRule) -> str:
     parts = {
         "version": VERSION,
-        "files": [dataset.file_hash(case.images[channel]) for channel in channels],
+        "files": [dataset.file_hash(path) for path in dataset.files(case, channels)],
         "label": dataset.file_hash(case.label) if case.label else None,
         "labels": sorted(dataset.labels.allowed),
         "ignore": dataset.labels.ignore,

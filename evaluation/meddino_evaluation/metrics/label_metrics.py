@@ -58,9 +58,10 @@ def score_case(
     pred: NDArray[Any],
     ref: NDArray[np.int32],
     labels: LabelScheme,
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: tuple[float, ...],
     tolerance_mm: float,
     surface: bool = True,
+    flat: bool = False,
 ) -> list[LabelRow]:
     """Measure every label of a case.
 
@@ -72,7 +73,10 @@ def score_case(
         spacing_mm: Along Z, Y, X.
         tolerance_mm: Of the normalised surface Dice.
         surface: Whether to measure surfaces.
+        flat: The case is a picture: its only slice is measured in two dimensions.
     """
+    if flat:
+        pred, ref, spacing_mm = pred[0], ref[0], spacing_mm[1:]
     counted = ref != IGNORED
     everything = counted.all()
     rows = []
@@ -88,16 +92,16 @@ def score_case(
 def mask_metrics(
     pred: NDArray[np.bool_],
     ref: NDArray[np.bool_],
-    spacing_mm: tuple[float, float, float],
+    spacing_mm: tuple[float, ...],
     tolerance_mm: float,
     surface: bool = True,
 ) -> dict[str, float]:
     """Measure one mask against another; see the module for empty ones.
 
     Args:
-        pred: [Z, Y, X].
-        ref: [Z, Y, X].
-        spacing_mm: Along Z, Y, X.
+        pred: [Z, Y, X], or [Y, X] of a picture.
+        ref: Likewise.
+        spacing_mm: Along each axis.
         tolerance_mm: Of the normalised surface Dice.
         surface: Whether to measure surfaces; if not they are NaN.
     """

@@ -1,4 +1,4 @@
-"""Distances between the surfaces of two masks, in millimetres with the true spacing.
+"""Distances between the surfaces of two masks, in millimetres with the true spacing; of pictures, between their outlines.
 
 Two definitions of a surface are in use, and both are here because published numbers hang on them:
 HD95 and ASSD take the voxels of a mask that touch its outside by a face, each counted once (MONAI, medpy);
@@ -17,15 +17,13 @@ Mask = NDArray[np.bool_]
 Points = NDArray[np.float64]
 
 
-def border_distances(
-    pred: Mask, ref: Mask, spacing_mm: tuple[float, float, float]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def border_distances(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Distance of every border voxel of one mask to the nearest border voxel of the other.
 
     Args:
-        pred: [Z, Y, X], not empty.
-        ref: [Z, Y, X], not empty.
-        spacing_mm: Along Z, Y, X.
+        pred: [Z, Y, X] or [Y, X], not empty.
+        ref: Likewise.
+        spacing_mm: Along each axis.
 
     Returns:
         From pred to ref and from ref to pred, millimetres.
@@ -44,20 +42,21 @@ def assd_mm(to_ref: NDArray[np.float64], to_pred: NDArray[np.float64]) -> float:
     return float((to_ref.sum() + to_pred.sum()) / (len(to_ref) + len(to_pred)))
 
 
-def surface_dice(pred: Mask, ref: Mask, spacing_mm: tuple[float, float, float], tolerance_mm: float) -> float:
+def surface_dice(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...], tolerance_mm: float) -> float:
     """Normalised surface Dice: the share of both surfaces that lies within a tolerance of the other.
 
     Args:
-        pred: [Z, Y, X], not empty.
-        ref: [Z, Y, X], not empty.
-        spacing_mm: Along Z, Y, X.
+        pred: [Z, Y, X] or [Y, X], not empty.
+        ref: Likewise.
+        spacing_mm: Along each axis.
         tolerance_mm: A distance equal to it is within.
 
     Source: Nikolov et al. 2018 (arXiv 1809.04430), surfaces and areas as in DeepMind's surface-distance.
     """
     areas = _areas(spacing_mm)
     codes = _cube_codes(pred), _cube_codes(ref)
-    edges = tuple((code != 0) & (code != 255) for code in codes)
+    full = 2 ** (2**pred.ndim) - 1
+    edges = tuple((code != 0) & (code != full) for code in codes)
     own = tuple(areas[code[edge]] for code, edge in zip(codes, edges, strict=True))
     # Whether it is within is all that is asked, so nothing is searched for far beyond the tolerance.
     distances = _both_ways(edges[0], edges[1], spacing_mm, bound_mm=tolerance_mm * (1 + 1e-9))
@@ -78,9 +77,7 @@ def border(mask: Mask) -> Mask:
     return mask & ~inner
 
 
-def _both_ways(
-    first: Mask, second: Mask, spacing_mm: tuple[float, float, float], bound_mm: float = math.inf
-) -> tuple[Points, Points]:
+def _both_ways(first: Mask, second: Mask, spacing_mm: tuple[float, ...], bound_mm: float = math.inf) -> tuple[Points, Points]:
     """Distance of every voxel of each mask to the nearest of the other; infinite where none is nearer than the bound."""
     scale = np.asarray(spacing_mm)
     points = np.argwhere(first) * scale, np.argwhere(second) * scale
@@ -99,19 +96,27 @@ def _both_ways(
 
 
 def _cube_codes(mask: Mask) -> NDArray[np.uint8]:
-    """Number each cube of 2 x 2 x 2 voxels by which of them are in the mask; bits in the order of surface-distance."""
+    """Number each cube of 2 x 2 x 2 voxels (square of 2 x 2 pixels) by which are in the mask; bits as in surface-distance."""
     padded = np.pad(mask, 1).view(np.uint8)
-    depth, rows, cols = (size - 1 for size in padded.shape)
-    code = np.zeros((depth, rows, cols), dtype=np.uint8)
-    for bit, (z, y, x) in enumerate(np.ndindex(2, 2, 2)):
-        code |= padded[z : z + depth, y : y + rows, x : x + cols] << np.uint8(7 - bit)
+    sizes = tuple(size - 1 for size in padded.shape)
+    code = np.zeros(sizes, dtype=np.uint8)
+    last = 2**mask.ndim - 1
+    for bit, starts in enumerate(np.ndindex(*(2,) * mask.ndim)):
+        window = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+        code |= padded[window] << np.uint8(last - bit)
     return code
 
 
 @lru_cache(maxsize=64)
-def _areas(spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
-    # The table of surface pieces is MONAI's (from surface-distance); importing it takes seconds, so only here.
-    from monai.metrics.utils import create_table_neighbour_code_to_surface_area
+def _areas(spacing_mm: tuple[float, ...]) -> NDArray[np.float64]:
+    # The tables of surface pieces are MONAI's (from surface-distance); importing it takes seconds, so only here.
+    from monai.metrics.utils import (
+        create_table_neighbour_code_to_contour_length,
+        create_table_neighbour_code_to_surface_area,
+    )
 
-    table: NDArray[np.float64] = np.asarray(create_table_neighbour_code_to_surface_area(spacing_mm)[0], dtype=np.float64)
+    create = (
+        create_table_neighbour_code_to_surface_area if len(spacing_mm) == 3 else create_table_neighbour_code_to_contour_length
+    )
+    table: NDArray[np.float64] = np.asarray(create(spacing_mm)[0], dtype=np.float64)
     return table

@@ -13,6 +13,26 @@ from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std, 
 AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_difference_ml", "volume_error_ml")
 """What is averaged over cases. The error is the difference without its sign: differences of both signs cancel."""
 
+IN_PIXELS = {
+    "hd95_mm": ("hd95_px", 1.0),
+    "assd_mm": ("assd_px", 1.0),
+    "volume_ml_pred": ("area_px_pred", 1000.0),
+    "volume_ml_ref": ("area_px_ref", 1000.0),
+    "volume_difference_ml": ("area_difference_px", 1000.0),
+    "volume_error_ml": ("area_error_px", 1000.0),
+}
+"""What a number of a picture is called, whose pixels are cubes of side 1 to the metrics, and by what it is multiplied."""
+
+
+def in_pixels(content: Any, factor: float = 1.0) -> Any:
+    """Return rows or summaries of pictures under the names and in the units of pixels."""
+    if isinstance(content, dict):
+        named = {key: IN_PIXELS.get(key, (key, factor)) for key in content}
+        return {name: in_pixels(content[key], scale) for key, (name, scale) in named.items()}
+    if isinstance(content, list):
+        return [in_pixels(one, factor) for one in content]
+    return content * factor if isinstance(content, float) else content
+
 
 def write_cases(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """Write rows as CSV; an undefined number is an empty cell."""

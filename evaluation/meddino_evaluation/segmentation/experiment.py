@@ -29,7 +29,7 @@ from meddino_evaluation.data.splits import (
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.inference.sliding_window import SlidingWindow
 from meddino_evaluation.segmentation.networks.build import HeadRequest, build_network, head_request
-from meddino_evaluation.segmentation.networks.encoders import load_encoder
+from meddino_evaluation.segmentation.networks.encoders import load_encoder, widened
 from meddino_evaluation.segmentation.networks.network import EncoderSource, SegmentationNetwork
 
 logger = get_logger(__name__)
@@ -59,7 +59,9 @@ class Experiment:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Image channels that are read."""
+        """Image channels that are read; a picture's colours are one."""
+        if self.dataset.flat:
+            return tuple(range(len(self.dataset.channel_names)))
         return (0,) if self.config.data.channels == "first" else tuple(range(len(self.dataset.channel_names)))
 
     @property
@@ -99,7 +101,7 @@ class Experiment:
         """Return the in-plane grid, for a rule that asks for it from the training cases of the fold."""
         data = self.config.data
         if data.resample == "plan":
-            median = median_plane_spacing([self.dataset.case(name) for name in split.train])
+            median = median_plane_spacing([self.dataset.geometry(self.dataset.case(name)) for name in split.train])
             return GridRule(spacing_mm=median * data.plan_px / self.config.training.crop_px)
         if data.resample == "spacing":
             return GridRule(spacing_mm=data.spacing_mm)
@@ -161,10 +163,11 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     mismatch = source.contract.mismatch(dataset.modality, f"model {source.name} on {dataset.name}")
     if mismatch:
         logger.warning("%s; they are scaled to its range", mismatch)
-    check_fit(config, source, dataset)
+    check_fit(config, source)
     check_grids(dataset)
     leakage = LeakageCheck(source.lineage, corpus, source.name)
     experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset), leakage)
+    experiment.source = widened(source, experiment.input_channels)
     source.backbone.to(machine.device)
     return experiment
 
@@ -177,8 +180,8 @@ def open_labels(data: Path, config: SegmentConfig) -> LabelledDataset:
     return replace(dataset, labels=dataset.labels.only(config.labels.use)) if config.labels.use else dataset
 
 
-def check_fit(config: SegmentConfig, source: EncoderSource, dataset: LabelledDataset) -> None:
-    """Refuse settings that the model or the data cannot follow.
+def check_fit(config: SegmentConfig, source: EncoderSource) -> None:
+    """Refuse settings that the model cannot follow.
 
     Raises:
         ConfigError: Says which and what is possible.
@@ -190,13 +193,6 @@ def check_fit(config: SegmentConfig, source: EncoderSource, dataset: LabelledDat
     if config.encoder.mode != "frozen" and not blocks:
         raise ConfigError(
             f"encoder.mode={config.encoder.mode}: --model none has nothing that could learn; use encoder.mode=frozen"
-        )
-    channels = 1 if config.data.channels == "first" else len(dataset.channel_names)
-    entering = channels * (2 * config.data.neighbour_slices + 1)
-    if entering not in (1, source.contract.channels):
-        raise ConfigError(
-            f"{channels} image channels x {2 * config.data.neighbour_slices + 1} slices are {entering} input channels, but "
-            f"model {source.name} takes 1 (repeated) or {source.contract.channels}; see data.channels and data.neighbour_slices"
         )
 
 

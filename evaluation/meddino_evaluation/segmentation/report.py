@@ -34,6 +34,10 @@ METRIC_TITLES = {
     "assd_mm": "ASSD [mm]",
     "volume_difference_ml": "volume difference [ml]",
     "volume_error_ml": "volume error [ml]",
+    "hd95_px": "HD95 [px]",
+    "assd_px": "ASSD [px]",
+    "area_difference_px": "area difference [px]",
+    "area_error_px": "area error [px]",
 }
 
 
@@ -42,14 +46,14 @@ def picture_path(out: Path, fold: int, case: str) -> Path:
     return out / "pictures" / f"fold-{fold}_{case}.png"
 
 
-def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics: dict[str, Any], out: Path) -> str:
-    """Return the report as one self-contained page."""
+def report_html(
+    experiment: Experiment, rows: Sequence[dict[str, Any]], metrics: dict[str, Any], out: Path, what: str | None = None
+) -> str:
+    """Return the report as one self-contained page; `what` says what was trained, in words."""
     config, test = experiment.config, metrics["test"]
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    lead = (
-        f"{experiment.source.name} on {experiment.dataset.name}: encoder {config.encoder.mode}, {config.head.name} head, "
-        f"{config.training.steps} steps, seeds {seeds}; {test['cases']} test cases."
-    )
+    what = what or f"encoder {config.encoder.mode}, {config.head.name} head, {config.training.steps} steps"
+    lead = f"{experiment.source.name} on {experiment.dataset.name}: {what}, seeds {seeds}; {test['cases']} test cases."
     sections = [
         Section(
             "Test",
@@ -57,7 +61,7 @@ def report_html(experiment: Experiment, rows: Sequence[dict[str, Any]], metrics:
                 _leakage(metrics["leakage"]),
                 _failed(metrics["failed"]),
                 _summary(test),
-                text(_note(config.metrics.tolerance_mm), "note"),
+                text(_note(f"{config.metrics.tolerance_mm} {metrics['unit']}"), "note"),
             ),
         ),
         Section("By label", _by_label(test["by_label"])),
@@ -108,22 +112,22 @@ def _external(sets: dict[str, Any]) -> Markup:
     return join(*warnings, _by(rows, "set"), *([text(seen)] if any("†" in name for name in rows) else []))
 
 
-def _note(tolerance_mm: float) -> str:
+def _note(tolerance: str) -> str:
     return (
         "Metrics are averaged over the labels of a case, then over cases, for each seed; the table gives mean and standard "
         "deviation over seeds, and a 95 % bootstrap interval over patients (none for fewer than six: it could not hold). "
         "A label that is empty in reference and "
         "prediction is left out; one that is empty in exactly one has Dice, IoU and NSD of 0 and no distance. "
-        f"NSD tolerance: {tolerance_mm} mm. Volume difference: prediction minus reference; volume error: without its sign."
+        f"NSD tolerance: {tolerance}. Volume or area difference: prediction minus reference; error: without its sign."
     )
 
 
 def _measured(parts: Sequence[dict[str, Any]]) -> list[str]:
-    return [metric for metric in METRIC_TITLES if any(part[metric]["mean"] is not None for part in parts)]
+    return [metric for metric in METRIC_TITLES if any(metric in part and part[metric]["mean"] is not None for part in parts)]
 
 
-def _missing(measured: Sequence[str]) -> Markup:
-    names = [title for metric, title in METRIC_TITLES.items() if metric not in measured]
+def _missing(test: dict[str, Any], measured: Sequence[str]) -> Markup:
+    names = [title for metric, title in METRIC_TITLES.items() if metric in test and metric not in measured]
     if not names:
         return Markup("")
     return text(f"Not here: {', '.join(names)}. metrics.surface=false leaves surfaces out, or no case has a value.")
@@ -135,7 +139,7 @@ def _summary(test: dict[str, Any]) -> Markup:
         [METRIC_TITLES[name], test[name]["mean"], test[name]["std"], _interval(test[name]["interval_95"])] for name in measured
     ]
     dash = "one seed has no deviation; fewer than six patients, or all alike, have no interval that could hold what it says"
-    return join(table(("metric", "mean", "std over seeds", "95 % over patients"), rows, dash), _missing(measured))
+    return join(table(("metric", "mean", "std over seeds", "95 % over patients"), rows, dash), _missing(test, measured))
 
 
 def _interval(ends: Sequence[float | None]) -> str | None:

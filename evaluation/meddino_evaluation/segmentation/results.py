@@ -1,22 +1,29 @@
 """Results on disk: cases.csv, metrics.json, report.html with overlays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import meddino
 from meddino.core.files import write_json, write_text
 from meddino_evaluation.metrics.label_metrics import METRICS
-from meddino_evaluation.metrics.tables import summarise, write_cases
+from meddino_evaluation.metrics.tables import IN_PIXELS, in_pixels, summarise, write_cases
 from meddino_evaluation.segmentation.experiment import Experiment
 from meddino_evaluation.segmentation.inference.held_out import HeldOutSet
 from meddino_evaluation.segmentation.overlay import label_colours
 from meddino_evaluation.segmentation.report import report_html
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
 
 
 def write_results(
-    experiment: Experiment, own: HeldOutSet, others: Sequence[HeldOutSet], seconds: dict[str, float]
+    experiment: Experiment,
+    own: HeldOutSet,
+    others: Sequence[HeldOutSet],
+    seconds: dict[str, float],
+    what: str | None = None,
+    facts: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
     """Write cases.csv, metrics.json and report.html; the first two also for every test set from elsewhere.
 
@@ -25,23 +32,29 @@ def write_results(
         own: Its own test part.
         others: Test sets from elsewhere.
         seconds: Time of each phase.
+        what: What was trained, in words; None: by the settings of a segmentation.
+        facts: More for metrics.json.
 
     Returns:
         The content of metrics.json.
     """
     external = {tested.name: _write(experiment, tested, {}) for tested in others}
     parts = {name: {key: found[key] for key in ("test", "leakage", "failed")} for name, found in external.items()}
-    more = {"seconds": {phase: round(time, 2) for phase, time in seconds.items()}, "external": parts}
+    more = {"seconds": {phase: round(time, 2) for phase, time in seconds.items()}, "external": parts, **facts}
     metrics = _write(experiment, own, more)
     plain = [row.values() for row in own.rows]
-    write_text(own.out / "report.html", report_html(experiment, plain, metrics, own.out))
+    write_text(own.out / "report.html", report_html(experiment, plain, metrics, own.out, what))
     return metrics
 
 
 def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> dict[str, Any]:
     plain: list[dict[str, Any]] = [row.values() for row in tested.rows]
-    write_cases(tested.out / "cases.csv", plain, COLUMNS)
-    dataset = tested.dataset
+    dataset, test = tested.dataset, summarise(plain, experiment.config.metrics.bootstrap)
+    if dataset.flat:
+        write_cases(tested.out / "cases.csv", in_pixels(plain), [IN_PIXELS.get(name, (name, 1))[0] for name in COLUMNS])
+        test = in_pixels(test)
+    else:
+        write_cases(tested.out / "cases.csv", plain, COLUMNS)
     metrics: dict[str, Any] = {
         "format": "meddino-segmentation",
         "version": meddino.__version__,
@@ -59,7 +72,8 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
         "leakage": tested.leakage.summary(),
         "failed": tested.failed,
         "rule_for_empty_labels": "both empty: left out; one empty: Dice, IoU and NSD are 0, distances are left out",
-        "test": summarise(plain, experiment.config.metrics.bootstrap),
+        "unit": "px" if dataset.flat else "mm",
+        "test": test,
         **more,
     }
     write_json(tested.out / "metrics.json", metrics)

@@ -17,7 +17,8 @@ logger = get_logger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval segment`."""
     parser.add_argument("--model", required=True, help="export, run, weights file, random:<backbone> or random:<export folder>")
-    parser.add_argument("--data", required=True, type=Path, help="data set in nnU-Net's raw layout")
+    parser.add_argument("--data", required=True, type=Path, help="data set in nnU-Net's raw layout, or a folder of pictures")
+    add_task_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; the same command again goes on there")
     parser.add_argument(
         "--corpus", type=corpus_location, help="corpus or URL that the model learned from: its volumes are marked"
@@ -36,6 +37,25 @@ def default_config() -> str:
     chosen = "evening" if torch.cuda.is_available() else "minutes"
     logger.info("--config %s, chosen for this machine; others: minutes, evening, paper", chosen)
     return chosen
+
+
+def add_task_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --task."""
+    parser.add_argument(
+        "--task", help="a task of the field (`meddino-eval tasks list`): --data is the folder of its published files"
+    )
+
+
+def data_of(arguments: argparse.Namespace) -> tuple[Path, dict[str, Path], list[str]]:
+    """Return the data set, the test sets from elsewhere and the overrides of a command with --data, --task and --test."""
+    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
+    if arguments.task is None:
+        return arguments.data, tests, list(arguments.overrides)
+    from meddino_evaluation.tasks.definition import load_task
+    from meddino_evaluation.tasks.prepare import prepare_task
+
+    prepared = prepare_task(load_task(arguments.task), arguments.data, arguments.out / "data")
+    return prepared.data, prepared.tests | tests, [*prepared.overrides, *arguments.overrides]
 
 
 def add_test_argument(parser: argparse.ArgumentParser) -> None:
@@ -71,9 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.config import SegmentConfig
     from meddino_evaluation.segmentation.run import segment
 
-    config = load_config(SegmentConfig, [arguments.config or default_config()], arguments.overrides, kind="evaluation")
-    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
-    metrics = segment(config, arguments.model, arguments.data, arguments.out, arguments.corpus, tests)
+    data, tests, overrides = data_of(arguments)
+    config = load_config(SegmentConfig, [arguments.config or default_config()], overrides, kind="evaluation")
+    metrics = segment(config, arguments.model, data, arguments.out, arguments.corpus, tests)
     lines = [f"{metrics['model']['name']}: {summary_line(metrics)}"]
     lines += [f"{name}: {summary_line(part)}" for name, part in metrics["external"].items()]
     sys.stdout.write("\n".join(lines) + f"\nreport: {arguments.out / 'report.html'}\n")

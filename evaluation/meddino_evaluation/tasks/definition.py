@@ -23,7 +23,7 @@ class MaskSource(StrictConfig):
     label: str | None = None
     """Every pixel above `above` is this label; null: values mean what `values` says."""
     above: int = Field(127, ge=0)
-    """With `label`: brighter pixels belong to it; 127 for pictures of 0 and 255, JPEG among them."""
+    """With `label`: brighter pixels belong to it; 127 for pictures of 0 and 255, JPEG among them. Of a volume: all above 0."""
     values: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     """Without `label`: label to the values in the file that mean it."""
 

@@ -1,5 +1,6 @@
 """Whole small runs on data that is not the plain case: regions, ignored voxels, 2.5D, channels, sites, resampling."""
 
+import csv
 import json
 import shutil
 
@@ -85,8 +86,11 @@ def test_several_channels__all_of_them_or_the_first(make_dataset, tiny_config, t
         path.unlink()
     content["channel_names"].pop("2")
     (data / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="2 image channels x 1 slices are 2 input channels"):
-        segment(tiny_config(data={"channels": "all"}), MODEL, data, tmp_path / "two")
+    # Two equal channels too, and so are four: the first layer's weights are repeated and scaled.
+    segment(tiny_config(data={"channels": "all"}, seeds=[0]), MODEL, data, tmp_path / "two")
+    rows, again = (list(csv.DictReader((tmp_path / name / "cases.csv").open())) for name in ("first", "two"))
+    assert [float(row["dice"]) for row in again] == pytest.approx([float(row["dice"]) for row in rows], abs=2e-3)
+    assert (tmp_path / "two/network.json").is_file()
 
 
 def test_sites__have_rows_of_their_own(make_dataset, tiny_config, tmp_path):

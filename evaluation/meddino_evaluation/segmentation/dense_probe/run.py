@@ -223,7 +223,7 @@ def _grid_rule(config: ProbeConfig, dataset: LabelledDataset, split: Split) -> G
     if data.resample == "spacing":
         return GridRule(spacing_mm=data.spacing_mm)
     if data.resample == "plan":
-        return GridRule(spacing_mm=median_plane_spacing([dataset.case(name) for name in split.train]))
+        return GridRule(spacing_mm=median_plane_spacing([dataset.geometry(dataset.case(name)) for name in split.train]))
     return GridRule(size_px=data.size_px) if data.resample == "size" else GridRule()
 
 

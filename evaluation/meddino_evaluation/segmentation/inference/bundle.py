@@ -23,7 +23,7 @@ from meddino_evaluation.segmentation.experiment import Experiment, sliding_windo
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest
 from meddino_evaluation.segmentation.inference.volumes import Member, predict_together
 from meddino_evaluation.segmentation.networks.build import build_network, head_request
-from meddino_evaluation.segmentation.networks.encoders import load_encoder
+from meddino_evaluation.segmentation.networks.encoders import load_encoder, widened
 from meddino_evaluation.segmentation.training.fitting import load_network, weights_path
 
 FILE = "network.json"
@@ -133,6 +133,7 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
     source = replace(source, contract=replace(source.contract, given=modality))
     if source.model_hash != content["model_hash"]:
         raise CheckpointError(f"model {source.name} has other weights than the one {results} was trained with")
+    source = widened(source, content["input_channels"])
     request = head_request(
         source.backbone, config.encoder, content["input_channels"], config.training.crop_px, labels.num_outputs
     )

@@ -104,6 +104,9 @@ def open_held_out_set(experiment: Experiment, name: str, root: Path, out: Path, 
         there = [label for label in experiment.config.labels.use if label in dataset.labels.names]
         dataset = replace(dataset, labels=dataset.labels.only(there))
     check_labels(name, dataset.labels, experiment.dataset.labels)
+    if dataset.flat != experiment.dataset.flat:
+        kinds = ("volumes", "pictures")
+        raise ConfigError(f"test set {name} holds {kinds[dataset.flat]}, the networks are trained on {kinds[not dataset.flat]}")
     if len(dataset.channel_names) != len(experiment.dataset.channel_names):
         raise ConfigError(
             f"test set {name}: {len(dataset.channel_names)} image channels, and the networks are trained on "
@@ -180,7 +183,8 @@ def _evaluate_case(experiment: Experiment, fold: FoldNetworks, tested: HeldOutSe
     for seed, labels in zip(experiment.config.seeds, kept, strict=True):
         write_label_map(prediction_path(tested.out, fold.split, seed, entry.name), labels, case.source)
         spacing, tolerance = case.source.spacing_mm, metrics.tolerance_mm
-        found = score_case(entry.name, labels, reference, tested.dataset.labels, spacing, tolerance, metrics.surface)
+        measured = tested.dataset.labels, spacing, tolerance, metrics.surface, tested.dataset.flat
+        found = score_case(entry.name, labels, reference, *measured)
         tested.rows += [HeldOutRow(number, seed, entry.patient, entry.site, row) for row in found]
     with atomic_write(picture_path(tested.out, number, entry.name)) as stream:
         stream.write(overlay_png(case, kept[0], reference, tested.dataset.labels))

@@ -123,5 +123,6 @@ def score(
     experiment: Experiment, case: PreparedCase, labels: NDArray[np.int32], reference: NDArray[np.int32], surface: bool
 ) -> list[LabelRow]:
     """Measure a prediction against the reference, both on the source's own voxels."""
-    scheme, metrics = experiment.dataset.labels, experiment.config.metrics
-    return score_case(case.name, labels, reference, scheme, case.source.spacing_mm, metrics.tolerance_mm, surface)
+    dataset, metrics = experiment.dataset, experiment.config.metrics
+    spacing, tolerance = case.source.spacing_mm, metrics.tolerance_mm
+    return score_case(case.name, labels, reference, dataset.labels, spacing, tolerance, surface, dataset.flat)

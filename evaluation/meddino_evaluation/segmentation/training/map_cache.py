@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +12,15 @@ from torch import Tensor
 from meddino.core.device import Machine
 from meddino.core.files import atomic_write
 from meddino.core.logging import get_logger
-from meddino_evaluation.segmentation.networks.network import SegmentationNetwork
 
 logger = get_logger(__name__)
+
+
+class Encoder(Protocol):
+    """What maps come from."""
+
+    def maps(self, images: Tensor, /) -> list[Tensor]:
+        """Return the maps of model input."""
 
 
 class CropKey(NamedTuple):
@@ -41,7 +47,7 @@ class MapCache:
 
     def __init__(
         self,
-        network: SegmentationNetwork,
+        network: Encoder,
         machine: Machine,
         limit_mib: float,
         folder: Callable[[str], Path] | None = None,
