@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meddino.core.errors import VolumeError
+from meddino.core.files import atomic_write
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.pictures import MAX_PIXELS, PICTURE_ERRORS, read_picture
 
@@ -96,3 +97,10 @@ def brightness(path: Path) -> NDArray[np.uint8]:
             return np.asarray(picture.convert("L"))
     except (OSError, *PICTURE_ERRORS, Image.DecompressionBombError) as error:
         raise VolumeError(f"mask {path} cannot be read: {error}") from error
+
+
+def write_mask_picture(path: Path, values: NDArray[np.int32]) -> None:
+    """Write label values [H, W] as a grey PNG of 8 bits, or 16 where they need it."""
+    narrow = values.astype(np.uint8 if values.max(initial=0) < 256 else np.uint16)
+    with atomic_write(path) as stream:
+        Image.fromarray(narrow).save(stream, "png")

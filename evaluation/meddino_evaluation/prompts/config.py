@@ -17,6 +17,9 @@ from meddino_evaluation.segmentation.config import (
     TrainingConfig,
 )
 
+BUNDLE_FILE = "prompts.json"
+"""What `meddino-eval predict --box` must know of a finished run, in its folder."""
+
 
 class PromptsConfig(StrictConfig):
     """What a user would draw, made from the reference mask of each label in each slice."""

@@ -21,14 +21,14 @@ class Prompt:
     box: Box | None = None
     points: tuple[tuple[float, float], ...] = ()
 
-    def scaled(self, factor: float) -> "Prompt":
-        """Return it in the pixels of a slice that was resized by a factor; pixel borders stay where they are."""
+    def scaled(self, along_x: float, along_y: float) -> "Prompt":
+        """Return it in the pixels of a slice that was resized by these factors; pixel borders stay where they are."""
 
-        def moved(value: float) -> float:
-            return (value + 0.5) * factor - 0.5
+        def moved(x: float, y: float) -> tuple[float, float]:
+            return (x + 0.5) * along_x - 0.5, (y + 0.5) * along_y - 0.5
 
-        box = None if self.box is None else tuple(moved(one) for one in self.box)
-        return Prompt(box, tuple((moved(x), moved(y)) for x, y in self.points))  # type: ignore[arg-type]
+        box = None if self.box is None else (*moved(*self.box[:2]), *moved(*self.box[2:]))
+        return Prompt(box, tuple(moved(*one) for one in self.points))
 
 
 def box_of(mask: NDArray[np.bool_]) -> Box:

@@ -19,7 +19,7 @@ from meddino_evaluation.adaptation.fitting import Clock, is_of, load_state
 from meddino_evaluation.data.prepare import GridRule, prepare_case
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.metrics.label_metrics import score_case
-from meddino_evaluation.prompts.config import PromptConfig
+from meddino_evaluation.prompts.config import BUNDLE_FILE, PromptConfig
 from meddino_evaluation.prompts.fitting import fit_decoder, run_identity
 from meddino_evaluation.prompts.masks import predict_case
 from meddino_evaluation.prompts.network import PromptNetwork, check_model
@@ -35,7 +35,6 @@ from meddino_evaluation.tasks.prepare import prepare_task
 from meddino_evaluation.tasks.run import headline
 
 logger = get_logger(__name__)
-FILE = "prompts.json"
 NO_TESTS: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -158,4 +157,4 @@ def _write_bundle(experiment: Experiment, config: PromptConfig, out: Path) -> No
         "input_channels": experiment.input_channels,
         "folds": [split.number for split in experiment.splits],
     }
-    write_json(out / FILE, content)
+    write_json(out / BUNDLE_FILE, content)

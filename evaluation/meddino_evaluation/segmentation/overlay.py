@@ -44,14 +44,32 @@ def overlay_png(case: PreparedCase, prediction: NDArray[np.int32], reference: ND
         PNG bytes: two panels of `WIDTH_PX` pixels.
     """
     pred, ref = case.turn.apply(prediction), case.turn.apply(reference)
-    area = (ref > 0).sum(axis=(1, 2))
-    if not area.any():
-        area = (pred > 0).sum(axis=(1, 2))
-    z = int(area.argmax()) if area.any() else len(pred) // 2
+    z = _fullest(ref, pred)
+    grey = _sized_grey(case, z)
+    return beside([_coloured(grey, values[z], labels) for values in (ref, pred)])
+
+
+def mask_overlay_png(case: PreparedCase, prediction: NDArray[np.int32], labels: LabelScheme) -> bytes:
+    """Draw the slice with the most predicted voxels, without and with the prediction: PNG bytes of two panels."""
+    pred = case.turn.apply(prediction)
+    z = _fullest(pred)
+    grey = _sized_grey(case, z)
+    return beside([_coloured(grey, values, labels) for values in (np.zeros_like(pred[z]), pred[z])])
+
+
+def _fullest(*volumes: NDArray[np.int32]) -> int:
+    """Return the slice with the most labelled voxels of the first volume that has any; the middle one if none has."""
+    for volume in volumes:
+        area = (volume > 0).sum(axis=(1, 2))
+        if area.any():
+            return int(area.argmax())
+    return len(volumes[0]) // 2
+
+
+def _sized_grey(case: PreparedCase, z: int) -> NDArray[np.uint8]:
     rows, cols = case.plane
     height = max(1, round(WIDTH_PX * rows * case.spacing_mm[1] / (cols * case.spacing_mm[2])))
-    grey = _grey(case, z).resize((WIDTH_PX, height), Image.Resampling.BILINEAR)
-    return beside([_coloured(np.asarray(grey), values[z], labels) for values in (ref, pred)])
+    return np.asarray(_grey(case, z).resize((WIDTH_PX, height), Image.Resampling.BILINEAR))
 
 
 def label_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -60,7 +78,7 @@ def label_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def _grey(case: PreparedCase, z: int) -> Image.Image:
-    image = case.image(z)[0]
+    image = case.image(z).mean(0) if case.modality == "image" else case.image(z)[0]
     if case.images.dtype == np.int16:
         return Image.fromarray(to_picture(image, "ct").numpy())
     low, high = torch.quantile(image.flatten()[:: max(1, image.numel() // 100_000)], torch.tensor([0.01, 0.99])).tolist()

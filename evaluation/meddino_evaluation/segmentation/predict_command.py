@@ -19,6 +19,7 @@ from meddino.core.logging import get_logger
 from meddino.volumes.archives import archive_of
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.inputs import Input, find_inputs, write_table
+from meddino_evaluation.prompts.config import BUNDLE_FILE
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
 
 logger = get_logger(__name__)
@@ -37,11 +38,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fold", nargs="+", default=["0"], help="whose networks; several or 'all': an ensemble")
     parser.add_argument("--seed", nargs="+", default=["0"], help="whose networks; several or 'all': an ensemble")
     parser.add_argument("--model", help="where the encoder is now, if it has moved")
+    parser.add_argument(
+        "--box",
+        action="append",
+        default=[],
+        metavar="[SLICE:]X0,Y0,X1,Y1",
+        help="with what `prompt` has trained; several allowed",
+    )
+    parser.add_argument("--point", action="append", default=[], metavar="[SLICE:]X,Y", help="a point inside; several allowed")
     parser.add_argument("--format", choices=("nifti", "dicomseg"), default="nifti", help="dicomseg needs DICOM input")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval predict`: every input ends in the table, and the exit code is 2 if one was refused."""
+    if arguments.box or arguments.point or (arguments.results / BUNDLE_FILE).is_file():
+        from meddino_evaluation.prompts.predict import run_boxes
+
+        folds, seeds = (numbers(words, option) for words, option in ((arguments.fold, "--fold"), (arguments.seed, "--seed")))
+        if folds is None or seeds is None or len(folds) != 1 or len(seeds) != 1:
+            raise ConfigError("--box and --point take one network: give one --fold and one --seed")
+        sys.stdout.write(run_boxes(arguments, folds[0], seeds[0]))
+        return
     bundle = load_bundle(
         arguments.results, numbers(arguments.fold, "--fold"), numbers(arguments.seed, "--seed"), arguments.model
     )

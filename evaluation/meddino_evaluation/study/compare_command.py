@@ -26,11 +26,14 @@ from meddino_evaluation.segmentation.report import chosen_cases, picture_path, s
 from meddino_evaluation.segmentation.run import segment
 from meddino_evaluation.segmentation.segment_command import (
     CONFIG_HELP,
+    add_task_argument,
     add_test_argument,
+    data_of,
     default_config,
     named,
 )
 from meddino_evaluation.study.jobs import DONE, list_lines, parse_part, run_jobs, weights_hash
+from meddino_evaluation.study.out_of_distribution import drop_pair_table, drop_table, drops
 from meddino_evaluation.study.segmentation_runs import Variant, compare, read_variant
 
 if TYPE_CHECKING:
@@ -46,6 +49,11 @@ NOTE = (
 )
 
 _NO_TEST = "fewer than six patients, or no difference in any case: no test could tell"
+DROP_NOTE = (
+    "The drop is the mean in distribution minus the mean there. Other patients are in each set, so its interval resamples "
+    "both and its p value is of a two-sample permutation test over patients. Drops of two models are compared on the same "
+    "cases: the difference of the two models in each case, in distribution against there. p after Holm over each table."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", action="append", default=[], metavar="NAME=FOLDER", help="a finished run to compare with")
     parser.add_argument("--data", type=Path, help="data set; needed with --model")
     parser.add_argument("--corpus", type=corpus_location, help="corpus or URL that models learned from: its volumes are marked")
+    add_task_argument(parser)
     add_test_argument(parser)
     parser.add_argument("--out", required=True, type=Path, help="folder; the same command again goes on there")
     parser.add_argument("--config", help=CONFIG_HELP)
@@ -106,18 +115,20 @@ def list_jobs(arguments: argparse.Namespace) -> list[SegmentationJob]:
     """
     if arguments.model and arguments.data is None:
         raise ConfigError("--model needs --data")
-    tests = {name: Path(folder) for name, folder in named(arguments.test, "--test")}
-    source, jobs = (arguments.config or default_config()) if arguments.model else "", []
+    if not arguments.model:
+        return []
+    data, tests, given = data_of(arguments)
+    source, jobs = arguments.config or default_config(), []
     for name, model in named(arguments.model, "--model"):
         weights = weights_hash(model)
         for mode in arguments.modes:
             if f"{name}:{mode}" in arguments.skip:
                 continue
-            overrides = [*arguments.overrides, f"encoder.mode={mode}"]
+            overrides = [*given, f"encoder.mode={mode}"]
             config = load_config(SegmentConfig, [source], overrides, kind="evaluation")
             # Random weights were never pretrained on anything.
             corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
-            jobs.append(SegmentationJob(name, model, mode, arguments.data, config, corpus, tests, weights))
+            jobs.append(SegmentationJob(name, model, mode, data, config, corpus, tests, weights))
     return jobs
 
 
@@ -144,13 +155,15 @@ def run(arguments: argparse.Namespace) -> None:
     folders = finished | done
     variants += [read_variant(name, folder) for name, folder in done.items()]
     found = compare(variants)
-    external = {
-        test: compare([read_variant(name, folder / "external" / test) for name, folder in folders.items()])
-        for test in dict(named(arguments.test, "--test"))
-    }
-    write_comparison(found, variants, arguments.out, external, arguments.figures)
+    tests = {test: None for job in jobs for test in job.tests} | dict.fromkeys(dict(named(arguments.test, "--test")))
+    elsewhere = {test: [read_variant(name, folder / "external" / test) for name, folder in folders.items()] for test in tests}
+    external = {test: compare(runs) for test, runs in elsewhere.items()}
+    lost = drops(variants, elsewhere) if elsewhere else None
+    write_comparison(found, variants, arguments.out, external, arguments.figures, lost)
     for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
         sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown())
+    if lost is not None:
+        sys.stdout.write(f"\nin and out of distribution:\n{drop_table(lost).markdown()}\n{drop_pair_table(lost).markdown()}")
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
 
 
@@ -160,15 +173,19 @@ def write_comparison(
     out: Path,
     external: Mapping[str, dict[str, Any]],
     figures: str | None = None,
+    lost: dict[str, Any] | None = None,
 ) -> None:
     """Write comparison.json, .csv, .md, .tex and report.html; tables of test sets from elsewhere have the set in their name.
 
-    comparison_compact has what a paper's table shows, the best number in bold; `figures` asks for figures/ in a format.
+    comparison_compact has what a paper's table shows, the best number in bold; `figures` asks for figures/ in a format; `lost`
+    is what `drops` found on test sets from elsewhere.
     """
-    write_json(out / "comparison.json", {**found, "external": dict(external)})
+    write_json(out / "comparison.json", {**found, "external": dict(external), **({} if lost is None else {"drops": lost})})
     tables = [("comparison", main_table(found)), ("pairs", pair_table(found))]
     for test, one in external.items():
         tables += [(f"comparison-{test}", main_table(one)), (f"pairs-{test}", pair_table(one))]
+    if lost is not None:
+        tables += [("drops", drop_table(lost)), ("drop_pairs", drop_pair_table(lost))]
     for name, content in tables:
         content.write(out, name)
         if name.startswith("comparison"):
@@ -177,7 +194,7 @@ def write_comparison(
     if figures is not None:
         drawn = {"forest": found, **{f"forest-{test}": one for test, one in external.items()}}
         save_figures({name: forest_plot(one) for name, one in drawn.items() if one["pairs"]}, out / "figures", figures)
-    write_text(out / "report.html", comparison_html(found, variants, external))
+    write_text(out / "report.html", comparison_html(found, variants, external, lost))
 
 
 def main_table(found: dict[str, Any]) -> Table:
@@ -226,7 +243,12 @@ def pair_table(found: dict[str, Any]) -> Table:
     )
 
 
-def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external: Mapping[str, dict[str, Any]]) -> str:
+def comparison_html(
+    found: dict[str, Any],
+    variants: Sequence[Variant],
+    external: Mapping[str, dict[str, Any]],
+    lost: dict[str, Any] | None = None,
+) -> str:
     """Return the report: tables, intervals of differences, every case, and the best, the median and the worst in pictures."""
     tau = found["ranking_tau"]
     stable = text(
@@ -240,11 +262,17 @@ def comparison_html(found: dict[str, Any], variants: Sequence[Variant], external
             Section(f"Test set {test}", join(main_table(one).html(_NO_TEST), pair_table(one).html(_NO_TEST), _forest(one)))
             for test, one in external.items()
         ),
+        *([Section("In and out of distribution", _drops(lost))] if lost is not None else []),
         Section("Every case", _every_case(variants)),
         Section("Best, median and worst case", _pictures(variants)),
     ]
     data = variants[0].metrics["data"]["name"]
     return page(f"Comparison on {data}", f"{len(variants)} runs of meddino-eval segment on the same test cases.", sections)
+
+
+def _drops(lost: dict[str, Any]) -> Markup:
+    pairs = [drop_pair_table(lost).html(_NO_TEST)] if lost["pairs"] else []
+    return join(drop_table(lost).html(_NO_TEST), *pairs, text(DROP_NOTE, "note"))
 
 
 def _forest(found: dict[str, Any]) -> Markup:
