@@ -61,7 +61,8 @@ def read_planes(path: Path, channels: int) -> NDArray[Any]:
     stored = np.uint8 if values.dtype == np.uint8 else np.uint16
     if len(values) != channels:
         values = np.repeat(values, channels, 0) if len(values) == 1 else np.rint(values.mean(0, keepdims=True))
-    return values.astype(stored)[:, None]
+    planes: NDArray[Any] = values.astype(stored)[:, None]
+    return planes
 
 
 def read_mask_picture(path: Path) -> NDArray[np.int32]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +126,7 @@ def mask_loss(
 
 def run_identity(experiment: Experiment, config: PromptConfig) -> str:
     """Return a hash of everything a decoder depends on; what was trained under another one is never taken up."""
-    excluded = {"seeds": True, "metrics": True, "data": {"cache"}, "training": {"map_cache_mib", "log_every_steps"}}
+    excluded: Any = {"seeds": True, "metrics": True, "data": {"cache"}, "training": {"map_cache_mib", "log_every_steps"}}
     parts = {
         "config": config.model_dump(mode="json", exclude=excluded),
         "decoder": None if config.decoder.weights is None else sha256_file(Path(config.decoder.weights)),

@@ -60,7 +60,8 @@ class Neck(nn.Module):
     def forward(self, maps: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch width rows cols"]:
         """Return the image embedding."""
         x = self.norm1(self.conv1(maps).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.norm2(self.conv2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        embedding: Tensor = self.norm2(self.conv2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return embedding
 
 
 class PromptNetwork(nn.Module):
@@ -184,9 +185,8 @@ def load_sam(network: PromptNetwork, path: Path) -> None:
     for name, module in (("prompt_encoder", network.prompt_encoder), ("mask_decoder", network.mask_decoder)):
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         wanted = module.state_dict()
-        own.setdefault(
-            "shared_embedding.positional_embedding", tensors.get("shared_image_embedding.positional_embedding", None)
-        )
+        if "shared_image_embedding.positional_embedding" in tensors:  # transformers' files have it once for both
+            own.setdefault("shared_embedding.positional_embedding", tensors["shared_image_embedding.positional_embedding"])
         lacking = [key for key, value in wanted.items() if own.get(key) is None or own[key].shape != value.shape]
         if lacking:
             raise CheckpointError(

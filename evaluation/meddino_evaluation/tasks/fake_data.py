@@ -52,7 +52,7 @@ def _grey(rng: np.random.Generator, bright: NDArray[np.bool_]) -> NDArray[np.uin
 
 def _save(path: Path, values: NDArray[np.generic], rgb: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.stack([values, values // 2, values // 3], -1) if rgb else values).save(path)  # type: ignore[operator]
+    Image.fromarray(np.stack([values, values // 2, values // 3], -1) if rgb else values).save(path)
 
 
 def _mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:

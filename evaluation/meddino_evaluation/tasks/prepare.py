@@ -249,7 +249,8 @@ def _planes(layout: LabelMapLayout, path: Path, key: str) -> NDArray[np.float64]
             raise VolumeError(f"image {path} has {path.stat().st_size} bytes; {rows} x {cols} of 16 bits are {2 * rows * cols}")
         stored = np.fromfile(path, dtype=">u2").reshape(rows, cols)
         # Film density: 12 bits, black is bright on the light box.
-        return 1 - np.minimum(stored, MAX_RAW)[None] / MAX_RAW
+        bright: NDArray[np.float64] = 1 - np.minimum(stored, MAX_RAW)[None] / MAX_RAW
+        return bright
     stack = read_slices(f"{path}#{key}" if key else str(path), "image")
     if len(stack.values) != 1:
         raise VolumeError(f"image {path} holds {len(stack.values)} slices; a picture has one")

@@ -11,7 +11,7 @@ from meddino_evaluation.metrics.label_metrics import (
     pooled_overlap,
     score_case,
 )
-from meddino_evaluation.metrics.tables import summarise
+from meddino_evaluation.metrics.tables import in_pixels, summarise
 
 SPACING = (3.0, 1.0, 0.7)
 
@@ -181,3 +181,37 @@ def test_volumes__difference_error_and_pooled_figures_by_hand():
     assert summary["by_label"]["a"]["pooled"]["dice"]["mean"] == pytest.approx(2 * 82 / (102 + 108))
     assert summary["by_label"]["a"]["pooled"]["iou"]["mean"] == pytest.approx(82 / (102 + 108 - 82))
     assert math.isnan(pooled_overlap(rows[2:])["dice"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_score_case__pictures_equal_monai_and_surface_distance_in_two_dimensions(seed):
+    import surface_distance
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    pred, ref = (mask[4] for mask in masks(seed, (9, 40, 36)))
+    scheme, values = LabelScheme(("a",), ((1,),)), (pred[None].astype(np.int32), ref[None].astype(np.int32))
+    row = score_case("c", *values, scheme, (1.0, 1.0, 1.0), 2.0, flat=True)[0]
+    hot = [torch.from_numpy(np.stack([~mask, mask]))[None].float() for mask in (pred, ref)]
+    nsd = compute_surface_dice(*hot, class_thresholds=[2.0], spacing=(1.0, 1.0), use_subvoxels=True)
+    assert row.nsd == pytest.approx(float(nsd), abs=1e-6)
+    theirs = surface_distance.compute_surface_distances(ref, pred, spacing_mm=(1.0, 1.0))
+    assert row.nsd == pytest.approx(surface_distance.compute_surface_dice_at_tolerance(theirs, 2.0), abs=1e-6)
+    assert row.hd95_mm == pytest.approx(float(compute_hausdorff_distance(*hot, percentile=95)), abs=1e-5)
+    from torchmetrics.functional.segmentation import dice_score, mean_iou
+
+    counts = [torch.from_numpy(value) for value in values]
+    dice = dice_score(*counts, num_classes=2, include_background=False, input_format="index", average="macro")
+    assert row.dice == pytest.approx(float(dice), abs=1e-6)
+    assert row.iou == pytest.approx(
+        float(mean_iou(*counts, num_classes=2, include_background=False, input_format="index")), abs=1e-6
+    )
+
+
+def test_in_pixels__renames_and_scales_areas_alone():
+    row = {"case": "c", "dice": 0.5, "hd95_mm": 3.0, "volume_ml_pred": 0.25}
+    assert in_pixels(row) == {"case": "c", "dice": 0.5, "hd95_px": 3.0, "area_px_pred": 250.0}
+    summary = {"volume_error_ml": {"mean": 0.1, "std": None, "by_seed": [0.1]}, "by_label": {"a": {"assd_mm": {"mean": 2.0}}}}
+    assert in_pixels(summary) == {
+        "area_error_px": {"mean": 100.0, "std": None, "by_seed": [100.0]},
+        "by_label": {"a": {"assd_px": {"mean": 2.0}}},
+    }
