@@ -1,6 +1,7 @@
 """What a user gives to be predicted: files and folders at any depth, volumes in one file or one a channel, DICOM series."""
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,13 @@ from meddino.volumes.archives import archive_of, files_below, is_packed_folder, 
 from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import read_header
 from meddino.volumes.file_kinds import is_companion
+from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import FoundSeries, find_series, read_volume
 from meddino.volumes.volume import Volume
+from meddino_evaluation.data.pictures import pixel_grid, read_planes
 
 ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
-COLUMNS = ("name", "status", "reason", "notes", "input", "series_uid", "patient", "output")
+COLUMNS = ("name", "status", "reason", "notes", "input", "series_uid", "patient", "output", "picture", "measured")
 
 
 @dataclass
@@ -29,6 +32,8 @@ class Input:
         status: "", then predicted, skipped or refused.
         reason: Why it was not predicted.
         output: What was written.
+        picture: The overlay beside it.
+        measured: How much of each label was found, with its unit.
         notes: What reading it decided or assumed.
         who: Series and patient of a DICOM series.
     """
@@ -41,13 +46,21 @@ class Input:
     output: str = ""
     notes: str = ""
     who: dict[str, str] = field(default_factory=dict)
+    picture: str = ""
+    measured: dict[str, str] = field(default_factory=dict)
 
-    def read(self) -> list[Volume]:
+    def read(self, colours: int = 0) -> list[Volume]:
         """Return its channels, on one grid that says where every voxel lies.
+
+        Args:
+            colours: It is a picture, of which so many are wanted; 0 for volumes.
 
         Raises:
             VolumeError: They are unreadable, or lie on no grid or on several.
         """
+        if colours:
+            planes = read_planes(self.files[0], colours)
+            return [Volume(plane, pixel_grid(*plane.shape[1:])) for plane in planes]
         parts = [self.series.read()] if self.series is not None else [read_volume(path) for path in self.files]
         for part in parts:
             if part.irregular:
@@ -57,13 +70,14 @@ class Input:
         return parts
 
 
-def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
+def find_inputs(paths: Sequence[Path], out: Path, channels: int, pictures: bool = False) -> list[Input]:
     """Find every volume and say of every other file that it is none; nothing is left out without a word.
 
     Args:
         paths: Files, folders and archives.
         out: Folder of the results, which is not searched.
         channels: How many the network reads: says whether four digits at the end of a name number channels.
+        pictures: Pictures are wanted instead of volumes.
 
     Raises:
         ConfigError: A path does not exist, or there is no volume at all.
@@ -73,14 +87,16 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int) -> list[Input]:
         if not path.exists() and archive_of(path) is None:
             raise ConfigError(f"--input {path}: no such file or folder")
         is_many = path.is_dir() or is_packed_folder(path)
-        found += _in_folder(path, out, channels) if is_many else [Input(stem(path), (path,))]
+        within = _pictures_in if pictures else _in_folder
+        found += within(path, out, channels) if is_many else [Input(stem(path), (path,))]
     taken: dict[str, int] = {}
     for item in [one for one in found if one.status != "skipped"]:
         taken[item.name] = taken.get(item.name, 0) + 1
         if taken[item.name] > 1:  # the same name in two folders that were given; refused ones of one name
             item.name = f"{item.name}_{taken[item.name]}"
     if not taken:
-        raise ConfigError(f"--input {' '.join(map(str, paths))} holds no volume ({', '.join(ENDINGS)}) and no DICOM series")
+        wanted = "picture" if pictures else f"volume ({', '.join(ENDINGS)}) and no DICOM series"
+        raise ConfigError(f"--input {' '.join(map(str, paths))} holds no {wanted}")
     return found
 
 
@@ -92,10 +108,24 @@ def write_table(path: Path, inputs: Sequence[Input]) -> None:
         for item in inputs:
             where = ";".join(map(str, item.files)) if item.series is None else str(item.files[0].parent)
             row = {"name": item.name, "status": item.status, "reason": item.reason, "notes": item.notes, "input": where}
-            row = {"series_uid": "", "patient": "", **item.who, **row, "output": item.output}
+            row = {"series_uid": "", "patient": "", **item.who, **row, "output": item.output, "picture": item.picture}
+            row["measured"] = "; ".join(f"{label} {amount}" for label, amount in item.measured.items())
             # A file's name may be bytes that no text holds.
             writer.writerow({key: value.encode("utf-8", "backslashreplace").decode() for key, value in row.items()})
     path.chmod(0o600)
+
+
+def _pictures_in(folder: Path, out: Path, channels: int) -> Iterator[Input]:
+    del channels  # one file has them all
+    files = [path for path in sorted(files_below(folder)) if not path.is_relative_to(out)]
+    names = Counter(path.relative_to(folder).with_suffix("").as_posix() for path in files if is_picture(path.name))
+    for path in files:
+        if is_picture(path.name):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            # Two pictures that differ in their endings keep them, or one result would take the other's place.
+            yield Input(name if names[name] == 1 else path.relative_to(folder).as_posix().replace(".", "_"), (path,))
+        else:
+            yield Input(path.relative_to(folder).as_posix(), (path,), None, "skipped", "no picture")
 
 
 def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:

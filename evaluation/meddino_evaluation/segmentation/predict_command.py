@@ -1,4 +1,4 @@
-"""`meddino-eval predict`: label maps of new volumes or DICOM series, as NIfTI or DICOM-SEG."""
+"""`meddino-eval predict`: label maps of new volumes or DICOM series, as NIfTI or DICOM-SEG, and a picture of each."""
 
 import argparse
 import hashlib
@@ -9,18 +9,23 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 import meddino
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
-from meddino.core.files import canonical_json, write_json
-from meddino.core.logging import get_logger
+from meddino.core.files import atomic_write, canonical_json, write_json
+from meddino.core.logging import console, get_logger
+from meddino.data.intensity import Modality
 from meddino.volumes.archives import archive_of
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.inputs import Input, find_inputs, write_table
+from meddino_evaluation.data.pictures import write_mask_picture
 from meddino_evaluation.prompts.config import BUNDLE_FILE
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
+from meddino_evaluation.segmentation.overlay import mask_overlay_png
 
 logger = get_logger(__name__)
 TABLE = "predictions.csv"
@@ -62,7 +67,8 @@ def run(arguments: argparse.Namespace) -> None:
     bundle = load_bundle(
         arguments.results, numbers(arguments.fold, "--fold"), numbers(arguments.seed, "--seed"), arguments.model
     )
-    inputs = find_inputs(arguments.input, arguments.out, bundle.channels)
+    inputs = find_inputs(arguments.input, arguments.out, bundle.channels, bundle.flat)
+    skip_other_modalities(inputs, bundle.modality)
     if arguments.format == "dicomseg" and not any(item.series for item in inputs):
         raise ConfigError("--format dicomseg needs DICOM series as input: a DICOM-SEG refers to the slices it was made from")
     done = Done(arguments.out, f"{bundle.identity} {arguments.format} {meddino.__version__}")
@@ -74,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     for number, item in enumerate(todo, start=1):
         try:
-            item.output = predict_one(item, bundle, arguments.out, arguments.format)
+            predict_one(item, bundle, arguments.out, arguments.format)
             item.status = "predicted"
             done.add(item)
         except VolumeError as error:
@@ -85,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         write_table(arguments.out / TABLE, inputs)
     write_table(arguments.out / TABLE, inputs)
+    console.print(end_table(inputs, bundle.labels.names))
     counts = Counter(item.status for item in inputs)
     for status in ("skipped", "refused"):
         for item in [one for one in inputs if one.status == status][:20]:
@@ -106,7 +113,7 @@ class Done:
 
     def __init__(self, out: Path, identity: str) -> None:
         self._out, self._path, self._identity = out, out / DONE, identity
-        self._known: dict[str, dict[str, str]] = {}
+        self._known: dict[str, dict[str, Any]] = {}
         with suppress(FileNotFoundError, ValueError):  # there is none, or a damaged one: all is predicted
             content = json.loads(self._path.read_bytes())
             self._known = content["done"] if content["identity"] == identity else {}
@@ -117,11 +124,13 @@ class Done:
         if found is None or not (self._out / found["output"]).is_file():
             return False
         item.status, item.output, item.notes = "predicted", found["output"], found["notes"]
+        item.picture, item.measured = found["picture"], found["measured"]
         return True
 
     def add(self, item: Input) -> None:
         """Note that an input is predicted."""
-        self._known[_state(item)] = {"output": item.output, "notes": item.notes}
+        facts = {"output": item.output, "notes": item.notes, "picture": item.picture, "measured": item.measured}
+        self._known[_state(item)] = facts
         write_json(self._path, {"identity": self._identity, "done": self._known})
 
     def forget(self) -> None:
@@ -149,19 +158,47 @@ def numbers(words: Sequence[str], option: str) -> list[int] | None:
     return [int(word) for word in words]
 
 
-def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> str:
-    """Predict one volume, write it, and return the file below `out`.
+def skip_other_modalities(inputs: Sequence[Input], modality: Modality) -> None:
+    """Leave out DICOM series of another modality than the networks read: a study holds several.
+
+    Raises:
+        ConfigError: There are only such.
+    """
+    wanted = {"ct": "CT", "mr": "MR"}.get(modality)
+    for item in inputs:
+        found = item.series.stack.modality if item.series is not None and item.series.stack is not None else ""
+        if wanted is not None and found and found != wanted and not item.status:
+            item.status, item.reason = "skipped", f"it is {found}, and the networks read {wanted}"
+    others = [item for item in inputs if item.reason.endswith(f"the networks read {wanted}")]
+    if others and all(item.status for item in inputs):
+        raise ConfigError(f"no {wanted} among the input: {', '.join(f'{item.name}: {item.reason}' for item in others[:5])}")
+
+
+def end_table(inputs: Sequence[Input], labels: Sequence[str]) -> Table:
+    """Return what was found in each volume, for the screen."""
+    table = Table("input", "status", *labels, "notes")
+    for item in inputs:
+        if item.status != "skipped":
+            table.add_row(
+                item.name, item.status, *(item.measured.get(label, "-") for label in labels), item.reason or item.notes
+            )
+    return table
+
+
+def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> None:
+    """Predict one volume or picture and write its label map and its overlay; both stand in the input below `out`.
 
     Raises:
         VolumeError: It is unreadable, has another number of channels, or is no DICOM series where one is needed.
     """
     if kind == "dicomseg" and item.series is None:
         raise VolumeError(f"{item.name}: a DICOM-SEG refers to the slices of a DICOM series, and this is none")
-    volumes = item.read()
+    volumes = item.read(bundle.channels if bundle.flat else 0)
     item.notes = "; ".join(sorted({note for volume in volumes for note in volume.notes}))
     geometry = volumes[0].geometry
-    labels = bundle.predict(item.name, np.stack([volume.voxels for volume in volumes]), geometry)
-    path = out / f"{item.name}{'.dcm' if kind == 'dicomseg' else '.nii.gz'}"
+    labels, case = bundle.predict(item.name, np.stack([volume.voxels for volume in volumes]), geometry)
+    ending = ".dcm" if kind == "dicomseg" else ".png" if bundle.flat else ".nii.gz"
+    path, picture = out / f"{item.name}{ending}", out / f"{item.name}_overlay.png"
     if kind == "dicomseg" and item.series is not None:
         from meddino.volumes.dicom.segmentation import write_dicom_seg
 
@@ -170,6 +207,14 @@ def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> str:
         if len(set(files)) != len(labels):
             raise VolumeError(f"{item.name}: a DICOM-SEG needs one readable file a slice")
         write_dicom_seg(path, masks, files, meddino.__version__)
+    elif bundle.flat:
+        write_mask_picture(path, labels[0])
     else:
         write_label_map(path, labels, geometry)
-    return str(path.relative_to(out))
+    with atomic_write(picture) as stream:
+        stream.write(mask_overlay_png(case, labels, bundle.labels))
+    item.output, item.picture = (str(one.relative_to(out)) for one in (path, picture))
+    voxel_ml = float(np.prod(geometry.spacing_mm)) / 1000
+    for number, name in enumerate(bundle.labels.names):
+        voxels = int(np.count_nonzero(bundle.labels.mask(labels, number)))
+        item.measured[name] = f"{voxels} px" if bundle.flat else f"{voxels * voxel_ml:.4g} ml"

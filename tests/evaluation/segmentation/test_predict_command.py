@@ -70,7 +70,8 @@ def test_predict__mixed_inputs_at_any_depth_all_end_in_the_table(trained, tmp_pa
     assert rows["dicom/a"]["patient"] == "P1"
     assert (out / "predictions.csv").stat().st_mode & 0o77 == 0
     for row in rows.values():
-        assert (out / row["output"]).exists()
+        assert (out / row["output"]).exists() and (out / row["picture"]).exists()
+    assert "bright" in rows["dicom/a"]["measured"] and " ml" in rows["dicom/a"]["measured"]
     for path in (results / "predictions/fold-0_seed-0").iterdir():
         np.testing.assert_array_equal(read(path), read(out / "deep/er" / path.name))
         assert sitk.ReadImage(str(path)).GetOrigin() == sitk.ReadImage(str(out / "deep/er" / path.name)).GetOrigin()
@@ -104,6 +105,21 @@ def test_predict__goes_on_where_it_was_stopped_and_only_there(trained, tmp_path,
     np.testing.assert_array_equal(read(out / "case_01.nii.gz"), read(out / "case_03.nii.gz"))
     assert main([*arguments, "--fold", "1"]) == 0
     assert len(predicted) == 2 + 3 + 4  # of other networks, and a finished command, nothing is taken over
+
+
+def test_predict__takes_the_ct_of_a_study_and_says_why_not_the_mr(trained, tmp_path, capsys):
+    data, results = trained
+    volume = read(sorted((data / "imagesTr").iterdir())[0])
+    write_series(tmp_path / "study/ct", volume, series="a")
+    write_series(tmp_path / "study/mr", volume, series="b", SOPClassUID="1.2.840.10008.5.1.4.1.1.4", Modality="MR")
+    arguments = ["predict", "--results", str(results), "--out", str(tmp_path / "out"), "--input"]
+    assert main([*arguments, str(tmp_path / "study")]) == 0
+    rows = table_of(tmp_path / "out")
+    assert {name: row["status"] for name, row in rows.items()} == {"ct": "predicted", "mr": "skipped"}
+    assert rows["mr"]["reason"] == "it is MR, and the networks read CT"
+    assert "bright" in capsys.readouterr().err  # the table at the end
+    assert main([*arguments, str(tmp_path / "study/mr")]) == 2
+    assert "no CT among the input" in capsys.readouterr().err
 
 
 def test_predict__an_ensemble_is_the_mean_of_all_probabilities(trained, tmp_path):

@@ -1,5 +1,6 @@
 import pytest
 from meddino_evaluation.tasks.definition import load_task, task_names
+from meddino_evaluation.tasks.prepare import data_of
 
 from meddino.core.errors import ConfigError
 
@@ -25,3 +26,8 @@ def test_load_task__labels_without_a_mask_are_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"'a', 'b'"):
         load_task(file)
+
+
+def test_data_of__a_task_of_prompts_has_the_data_of_the_other(tmp_path):
+    shown = data_of(load_task("drive_boxes"))[1]
+    assert shown.name == "drive" and shown.labels == ("vessel",)

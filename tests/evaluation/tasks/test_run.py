@@ -9,6 +9,7 @@ from meddino_evaluation.cli import main
 from meddino_evaluation.tasks.definition import load_task
 from meddino_evaluation.tasks.fake_data import FAKES, make_fake
 from meddino_evaluation.tasks.run import run_task
+from PIL import Image
 
 MODEL = "random:vitnano8"
 QUICK = (
@@ -33,6 +34,15 @@ def test_run_task__pictures_are_measured_in_pixels(tmp_path):
     area = sum(float(row["area_px_pred"]) - float(row["area_px_ref"]) for row in rows) / len(rows)
     assert metrics["test"]["area_difference_px"]["mean"] == pytest.approx(area, rel=1e-4)
     assert "HD95 [px]" in (tmp_path / "out/report.html").read_text()
+    # Pictures of one's own: what is no picture is named, and the mask of a test case is the one that was measured.
+    folder = tmp_path / "root/ISIC2018_Task1-2_Training_Input"
+    words = ["predict", "--results", str(tmp_path / "out"), "--input", str(folder), "--out", str(tmp_path / "own")]
+    assert main(words) == 0
+    own = np.asarray(Image.open(tmp_path / f"own/{rows[0]['case']}.png"))
+    assert (own == 1).sum() == float(rows[0]["area_px_pred"])
+    assert (tmp_path / f"own/{rows[0]['case']}_overlay.png").is_file()
+    table = {row["name"]: row for row in csv.DictReader((tmp_path / "own/predictions.csv").open())}
+    assert table["LICENSE.txt"]["status"] == "skipped" and table[rows[0]["case"]]["measured"].endswith(" px")
 
 
 def test_run_task__sites_that_were_not_trained_on_are_tested_apart(tmp_path):

@@ -14,10 +14,10 @@ from meddino.core.config import load_config
 from meddino.core.device import find_machine, use_cpu_threads
 from meddino.core.errors import CheckpointError, ConfigError, VolumeError
 from meddino.core.files import sha256_file, write_json
-from meddino.data.intensity import read_intensity
+from meddino.data.intensity import Modality, read_intensity
 from meddino.volumes.geometry import Geometry
 from meddino_evaluation.data.labels import LabelScheme
-from meddino_evaluation.data.prepare import GridRule, prepare_volume
+from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_volume
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, sliding_window
 from meddino_evaluation.segmentation.inference.postprocess import keep_largest
@@ -40,6 +40,7 @@ class Bundle:
         channels: Image channels that are read.
         components: Labels of which only the largest component is kept: those of which every network says so.
         identity: Hash of all that decides what is predicted.
+        flat: Networks of pictures.
     """
 
     members: tuple[Member, ...]
@@ -48,23 +49,28 @@ class Bundle:
     channels: int
     components: tuple[str, ...]
     identity: str
+    flat: bool = False
 
     @property
     def size(self) -> int:
         """Number of networks."""
         return sum(len(member.networks) for member in self.members)
 
-    def predict(self, name: str, array: NDArray[Any], geometry: Geometry) -> NDArray[np.int32]:
-        """Return the label values [Z, Y, X] of a volume [C, Z, Y, X], on its own voxels.
+    @property
+    def modality(self) -> Modality:
+        """What the values of a volume mean."""
+        return self.members[0].networks[0].contract.given
+
+    def predict(self, name: str, array: NDArray[Any], geometry: Geometry) -> tuple[NDArray[np.int32], PreparedCase]:
+        """Return the label values [Z, Y, X] of a volume [C, Z, Y, X], on its own voxels, and the volume as it was seen.
 
         Raises:
             VolumeError: It has too few channels, or cannot be prepared.
         """
         if len(array) < self.channels:
             raise VolumeError(f"{name}: {len(array)} channels, the network reads {self.channels}")
-        modality = self.members[0].networks[0].contract.given
-        cases = [prepare_volume(name, array[: self.channels], geometry, rule, modality=modality) for rule in self.rules]
-        return keep_largest(predict_together(self.members, cases), self.labels, self.components)
+        cases = [prepare_volume(name, array[: self.channels], geometry, rule, modality=self.modality) for rule in self.rules]
+        return keep_largest(predict_together(self.members, cases), self.labels, self.components), cases[0]
 
 
 def write_bundle(experiment: Experiment, out: Path) -> None:
@@ -84,6 +90,7 @@ def write_bundle(experiment: Experiment, out: Path) -> None:
         "model_hash": experiment.source.model_hash,
         "labels": asdict(experiment.dataset.labels),
         "modality": experiment.dataset.modality,
+        "flat": experiment.dataset.flat,
         "channels": len(experiment.channels),
         "input_channels": experiment.input_channels,
         "folds": folds,
@@ -152,4 +159,4 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
     rules = tuple(GridRule(**parts[fold]["rule"]) for fold in folds)
     files = [path, results / "config.yaml", *(weights_path(results, fold, seed) for fold in folds for seed in seeds)]
     identity = hashlib.sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()
-    return Bundle(tuple(members), rules, labels, content["channels"], kept, identity)
+    return Bundle(tuple(members), rules, labels, content["channels"], kept, identity, content.get("flat", False))
