@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from meddino_evaluation.adaptation.fitting import load_state
+from meddino_evaluation.adaptation.fitting import FitLoop, load_state
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.cli import main
+from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.prompts.config import DecoderConfig, PromptsConfig
 from meddino_evaluation.prompts.drawing import Prompt, box_of, moved_out, points_in
 from meddino_evaluation.prompts.fitting import mask_loss
@@ -26,7 +27,7 @@ from meddino.core.seeds import numpy_rng
 MODEL = "random:vitnano8"
 SMALL = DecoderConfig(mlp_dim=32, layers=1)
 QUICK = (
-    *("size_px=48", "decoder.mlp_dim=64", "decoder.layers=1", "training.steps=60", "training.batch_size=4", "training.lr=1e-3"),
+    *("size_px=48", "decoder.mlp_dim=64", "decoder.layers=1", "training.steps=40", "training.batch_size=4", "training.lr=1e-3"),
     *("seeds=[0]", "splits.folds=2", "device=cpu", "metrics.bootstrap=100"),
 )
 MASK = np.zeros((20, 30), dtype=bool)
@@ -171,10 +172,18 @@ def test_check_model__sizes_that_do_not_fit_are_named():
         small_network(size_px=44)
 
 
-def test_run_task__boxes_on_pictures_learn_and_hold_everything_but_neck_and_decoder(tmp_path, capsys):
+def test_run_task__boxes_on_pictures_learn_and_hold_everything_but_neck_and_decoder(tmp_path, capsys, monkeypatch):
     make_fake("isic2018", tmp_path / "root", 4)
-    out = tmp_path / "out"
-    run_task(load_task("isic2018"), MODEL, tmp_path / "root", out, QUICK)
+    out, events = tmp_path / "out", []
+    read, fit = LabelledDataset.read_images, FitLoop.fit
+    monkeypatch.setattr(
+        LabelledDataset, "read_images", lambda self, case, channels: (events.append(case.name), read(self, case, channels))[1]
+    )
+    monkeypatch.setattr(FitLoop, "fit", lambda self, *given: (fit(self, *given), events.append("trained"))[0])
+    run_task(load_task("isic2018_boxes"), MODEL, tmp_path / "root", out, QUICK)
+    parts = json.loads((out / "splits.json").read_text())[0]
+    at = events.index("trained")
+    assert sorted(events[at + 1 :]) == sorted(parts["test"]) and not set(events[:at]) & set(parts["test"])
     metrics = json.loads((out / "metrics.json").read_text())
     rows = list(csv.DictReader((out / "cases.csv").open()))
     assert metrics["headline"]["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)

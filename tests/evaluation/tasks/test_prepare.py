@@ -11,14 +11,13 @@ from PIL import Image
 
 from meddino.core.errors import ConfigError, VolumeError
 
-CASES = {"buid": 4, "drive": 6, "jsrt": 2, "prostate_sites": 6}
+CASES = {"drive": 6, "jsrt": 2, "prostate_sites": 2}
 
 
 @pytest.mark.parametrize("name", sorted(FAKES))
-def test_prepare_task__every_fake_copy_becomes_a_data_set_with_all_its_labels(name, tmp_path):
+def test_prepare_task__every_fake_copy_becomes_a_data_set_with_all_its_labels(name, tmp_path, fake_root):
     task = load_task(name)
-    make_fake(name, tmp_path / "root", CASES.get(name, 4) if name != "buid" else 6)
-    found = prepare_task(task, tmp_path / "root", tmp_path / "data")
+    found = prepare_task(task, fake_root(name), tmp_path / "data")
     dataset = open_dataset(found.data)
     check_grids(dataset)
     assert len(dataset.all_cases) == CASES.get(name, 4)
@@ -34,9 +33,8 @@ def test_prepare_task__every_fake_copy_becomes_a_data_set_with_all_its_labels(na
     assert array[0][label > 0].mean() > array[0][label == 0].mean() + 20
 
 
-def test_prepare_task__publishers_test_part_is_the_test(tmp_path):
-    make_fake("drive", tmp_path / "root", 6)
-    dataset = open_dataset(prepare_task(load_task("drive"), tmp_path / "root", tmp_path / "data").data)
+def test_prepare_task__publishers_test_part_is_the_test(tmp_path, fake_root):
+    dataset = open_dataset(prepare_task(load_task("drive"), fake_root("drive"), tmp_path / "data").data)
     assert [case.name for case in dataset.test_cases] == ["03", "06"]
     assert [case.name for case in dataset.cases] == ["01", "02", "04", "05"]
 
@@ -51,9 +49,8 @@ def test_prepare_task__several_masks_of_one_picture_are_put_together(tmp_path):
     np.testing.assert_array_equal(dataset.read_label(case, dataset.geometry(case))[0] > 0, (masks[0] > 0) | (masks[1] > 0))
 
 
-def test_prepare_task__other_sites_are_test_sets_of_their_own(tmp_path):
-    make_fake("prostate_sites", tmp_path / "root", 2)
-    found = prepare_task(load_task("prostate_sites"), tmp_path / "root", tmp_path / "data")
+def test_prepare_task__other_sites_are_test_sets_of_their_own(tmp_path, fake_root):
+    found = prepare_task(load_task("prostate_sites"), fake_root("prostate_sites"), tmp_path / "data")
     assert sorted(found.tests) == ["BIDMC", "HK", "RUNMC"]
     assert {case.site for case in open_dataset(found.data).cases} == {"BMC"}
     assert {case.site for case in open_dataset(found.tests["HK"]).cases} == {"HK"}
