@@ -73,6 +73,10 @@ CATALOGUE: dict[str, Entry] = {
     "sam_vitl16": Entry(
         "samvit_large_patch16.sa1b", "https://github.com/facebookresearch/segment-anything", "Apache-2.0", prefixes=_SAM
     ),
+    "sam_vitb16": Entry(
+        "samvit_base_patch16.sa1b", "https://github.com/facebookresearch/segment-anything", "Apache-2.0", prefixes=_SAM
+    ),
+    "medsam_vitb16": Entry("samvit_base_patch16", "https://github.com/bowang-lab/MedSAM", "Apache-2.0", prefixes=_SAM),
     "biomedclip_vitb16": Entry(
         "vit_base_patch16_224",
         "https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",

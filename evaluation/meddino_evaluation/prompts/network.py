@@ -1,6 +1,7 @@
 """A frozen backbone, a neck of two convolutions, and SAM's prompt encoder and mask decoder (transformers')."""
 
 import importlib.util
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ class PromptNetwork(nn.Module):
         self.grid = size_px // backbone.patch_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "prompt decoder"))
-            self.neck = nn.Identity() if backbone.embed_dim == WIDTH else Neck(backbone.embed_dim)
+            width = token_width(backbone, contract.channels)
+            self.neck = nn.Identity() if width == WIDTH else Neck(width)
             self.prompt_encoder, self.mask_decoder = _sam_parts(size_px, backbone.patch_size, config)
         if config.weights is not None:
             load_sam(self, Path(config.weights))
@@ -142,6 +144,15 @@ class PromptNetwork(nn.Module):
         y, x = torch.meshgrid(ends, ends, indexing="ij")
         embedded: Tensor = self.prompt_encoder.shared_embedding(torch.stack([x, y], dim=-1))
         return embedded.permute(2, 0, 1).unsqueeze(0)
+
+
+def token_width(backbone: Backbone, channels: int) -> int:
+    """Return the channels of a backbone's map, by asking it with an empty picture: SAM's encoders end in a neck."""
+    fixed = getattr(backbone.network, "fixed_px", None)
+    rows, cols = fixed or (2 * math.lcm(backbone.patch_size, backbone.contract.multiple_px),) * 2
+    device = next(backbone.parameters()).device
+    with torch.no_grad():
+        return int(backbone.tokens(torch.zeros(1, channels, rows, cols, device=device)).patches.shape[1])
 
 
 def check_model(backbone: Backbone, size_px: int) -> None:

@@ -199,11 +199,9 @@ def test_score_case__pictures_equal_monai_and_surface_distance_in_two_dimensions
     assert row.hd95_mm == pytest.approx(float(compute_hausdorff_distance(*hot, percentile=95)), abs=1e-5)
     segmentation = pytest.importorskip("torchmetrics.functional.segmentation")
     counts = [torch.from_numpy(value).long() for value in values]
-    dice = segmentation.dice_score(*counts, num_classes=2, include_background=False, input_format="index", average="macro")
-    assert row.dice == pytest.approx(float(dice), abs=1e-6)
-    assert row.iou == pytest.approx(
-        float(mean_iou(*counts, num_classes=2, include_background=False, input_format="index")), abs=1e-6
-    )
+    settings = {"num_classes": 2, "include_background": False, "input_format": "index"}
+    assert row.dice == pytest.approx(float(segmentation.dice_score(*counts, average="macro", **settings)), abs=1e-6)
+    assert row.iou == pytest.approx(float(segmentation.mean_iou(*counts, **settings)), abs=1e-6)
 
 
 def test_in_pixels__renames_and_scales_areas_alone():

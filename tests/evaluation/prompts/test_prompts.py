@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from meddino_evaluation.adaptation.fitting import FitLoop, load_state
 from meddino_evaluation.backbones.adapter import state_hash
+from meddino_evaluation.backbones.catalogue import CATALOGUE
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.cli import main
 from meddino_evaluation.data.dataset import LabelledDataset
@@ -165,6 +167,16 @@ def test_load_sam__a_decoder_from_a_file_is_the_one_in_it_and_another_shape_is_n
     assert state_hash(network.prompt_encoder) == state_hash(donor.prompt_encoder)
     with pytest.raises(CheckpointError, match=r"is no SAM that fits: .* mask_decoder"):
         PromptNetwork(backbone, backbone.contract, 48, config.model_copy(update={"mlp_dim": 16}), 0)
+
+
+def test_prompt_network__sams_own_encoder_keeps_its_neck(monkeypatch):
+    small = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 64, "global_attn_indexes": (0,)}
+    monkeypatch.setitem(CATALOGUE, "sam_vitb16", replace(CATALOGUE["sam_vitb16"], arguments=small))
+    network = small_network("random:sam_vitb16", 64)
+    assert list(network.parts) == ["mask_decoder"]
+    maps = network.maps(torch.zeros(1, 3, 64, 64))[0]
+    assert maps.shape == (1, 256, 4, 4)
+    assert network(maps, [Prompt((0.0, 0.0, 9.0, 9.0))]).shape == (1, 64, 64)
 
 
 def test_check_model__sizes_that_do_not_fit_are_named():
