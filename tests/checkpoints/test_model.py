@@ -41,6 +41,13 @@ def test_load__random_of_the_same_architecture_and_contract(model_folder):
         meddino.load("random:vitb61")
 
 
+def test_load__random_of_a_checkpoints_architecture(make_checkpoint):
+    checkpoint = make_checkpoint()
+    model, trained = meddino.load(f"random:{checkpoint}", seed=3), meddino.load(checkpoint)
+    assert model.config.architecture == trained.config.architecture and model.contract == trained.contract
+    assert not torch.equal(model.backbone.patch_embed.proj.weight, trained.backbone.patch_embed.proj.weight)
+
+
 def test_load__nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"no weights at.*nothing is downloaded"):
         meddino.load(tmp_path / "absent")

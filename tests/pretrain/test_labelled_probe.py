@@ -14,8 +14,12 @@ from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
 from torch import nn
 
+import meddino
+from meddino.checkpoints.export.lineage import training_volumes
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
+from meddino.data.corpus import Corpus
+from meddino.data.overlap import content_key, volume_hashes
 
 STAGE = "stage1_pretrain"
 GOOD = {
@@ -43,9 +47,9 @@ def command(tmp_path, monkeypatch):
 
 
 def writes(results: dict) -> str:
-    """A script that notes how it was called and as which of several, and writes results to the folder after --out."""
+    """A script that keeps a copy of the weights, notes how it was called and as which of several, and writes results to the folder after --out."""
     return (
-        'while [ "$1" != "--out" ]; do case "$1" in teacher=*) ls "${1#teacher=}" > "${0%/*}/weights";; esac; shift; done\n'
+        'while [ "$1" != "--out" ]; do case "$1" in teacher=*) cp -r "${1#teacher=}" "${1#teacher=}-copy";; esac; shift; done\n'
         f'echo "$WORLD_SIZE$RANK" > "${{0%/*}}/several"; shift; echo "$@" > "${{0%/*}}/words"\n'
         f"cat > \"$1/metrics.json\" <<'X'\n{json.dumps(results)}\nX"
     )
@@ -67,10 +71,9 @@ def test_probe__its_numbers_and_what_stays(probe, command, monkeypatch, tmp_path
     before = torch.get_rng_state()
     assert probe.measure(3) == {"labelled/macro_f1": 0.5, "labelled/macro_f1_pixels": 0.25}
     assert torch.equal(torch.get_rng_state(), before)
-    assert "meta.json" in script.with_name("weights").read_text()
     assert script.with_name("several").read_text() == "\n"  # the process is none of the training's
     assert script.with_name("words").read_text().split()[1:] == ["device=cpu"]
-    assert [path.name for path in probe.folder.iterdir()] == ["step-000000003-results"]
+    assert sorted(path.name for path in probe.folder.iterdir()) == ["step-000000003-copy", "step-000000003-results"]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_probe__whatever_becomes_of_it_the_run_goes_on(probe, command, caplog, s
     assert probe.measure(3) == {}
     (line,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert "after step 3 is left out" in line.message and said in line.message
-    assert [path.name for path in probe.folder.iterdir()] == ["step-000000003-results"]
+    assert not (probe.folder / "step-000000003").exists()
 
 
 def test_probe__a_command_that_is_not_there_and_no_room(probe, command, caplog, monkeypatch):
@@ -159,6 +162,13 @@ def test_run__numbers_are_recorded_and_weights_are_those_of_a_run_without(reques
     assert [record.pop("labelled/macro_f1") for record in traces[0]] == [0.5] * 3
     assert [record.pop("labelled/macro_f1_pixels") for record in traces[0]] == [0.25] * 3
     assert traces[0] == traces[1] and states[0] == states[1]
+    probed = tmp_path / "with" / STAGE / "labelled_probe" / "step-000000003-copy"
+    assert training_volumes(probed) == frozenset(
+        map(content_key, volume_hashes(Corpus(corpus)))
+    )  # so that the probe itself knows what was learnt from
+    own, random = meddino.load(probed), meddino.load(f"random:{probed}")
+    assert torch.equal(own.backbone.norm.weight, meddino.load(newest.parents[3] / "with").backbone.norm.weight)
+    assert random.contract == own.contract
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "with" / STAGE / "tensorboard")).Reload()

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from meddino.checkpoints.export.model_folder import DataRecord, TrainingVolumesRecord, is_model_folder, read_config
+from meddino.checkpoints.state.names import META_FILE
+from meddino.checkpoints.state.verify import verify_checkpoint
+from meddino.core.config import check_config
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_text
 from meddino.data.audits import says_something
@@ -92,16 +95,22 @@ def find_volume_list(folder: Path, record: TrainingVolumesRecord | None) -> str 
 
 
 def training_volumes(model: str | Path) -> frozenset[str] | None:
-    """Return the keys (see `content_key`) of the volumes that an export was trained on.
+    """Return the keys (see `content_key`) of the volumes that an export or a training checkpoint was trained on.
 
     Returns:
-        None where the model is no export of ours, or says nothing of its volumes.
+        None where the model is neither, or says nothing of its volumes.
 
     Raises:
         CheckpointError: Its list is damaged.
     """
     folder = Path(model)
-    if not is_model_folder(folder):
+    if is_model_folder(folder):
+        record = read_config(folder).lineage.training_volumes
+    elif (folder / META_FILE).is_file():
+        given = verify_checkpoint(folder, contents=False).meta.get("lineage", {}).get("training_volumes")
+        where = f"{folder / META_FILE}: lineage.training_volumes"
+        record = None if given is None else check_config(TrainingVolumesRecord, given, where)
+    else:
         return None
-    text = find_volume_list(folder, read_config(folder).lineage.training_volumes)
+    text = find_volume_list(folder, record)
     return None if text is None else frozenset(text.split())

@@ -201,8 +201,8 @@ def load(source: str | Path, *, seed: int = 0, contract: Intensity | None = None
 
     Args:
         source: A folder made by meddino-export; a run or training checkpoint (its teacher); any file or folder that
-            `find_weights` reads (official, timm, transformers); or `random:<name>` with a backbone's name or a folder
-            made by meddino-export, for the same architecture (and contract) with random weights.
+            `find_weights` reads (official, timm, transformers); or `random:<name>` with a backbone's name, a folder
+            made by meddino-export, a run or a checkpoint, for the same architecture (and contract) with random weights.
         seed: Of random weights.
         contract: For foreign weights, which come without one: how stored values become input; by default MedDINOv3's.
 
@@ -326,8 +326,12 @@ def _config_of(
 
 def _load_random(name: str, seed: int) -> Model:
     folder = Path(name)
-    if folder.is_dir():
-        reference = read_config(folder)
-        architecture = reference.architecture
-        return random_model(architecture.backbone_config(), seed, reference.input_contract, name=architecture.name)
-    return random_model(name, seed)
+    if not folder.is_dir():
+        return random_model(name, seed)
+    if is_training_output(folder):
+        found = read_source(folder)
+        architecture, contract = found.architecture, found.contract
+    else:
+        config = read_config(folder)
+        architecture, contract = config.architecture, config.input_contract
+    return random_model(architecture.backbone_config(), seed, contract, name=architecture.name)
