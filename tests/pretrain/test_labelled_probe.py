@@ -47,7 +47,7 @@ def command(tmp_path, monkeypatch):
 
 
 def writes(results: dict) -> str:
-    """A script that keeps a copy of the weights, notes how it was called and as which of several, and writes results to the folder after --out."""
+    """A script that copies the weights, notes how it was called and as which of several, and writes results after --out."""
     return (
         'while [ "$1" != "--out" ]; do case "$1" in teacher=*) cp -r "${1#teacher=}" "${1#teacher=}-copy";; esac; shift; done\n'
         f'echo "$WORLD_SIZE$RANK" > "${{0%/*}}/several"; shift; echo "$@" > "${{0%/*}}/words"\n'
@@ -163,9 +163,8 @@ def test_run__numbers_are_recorded_and_weights_are_those_of_a_run_without(reques
     assert [record.pop("labelled/macro_f1_pixels") for record in traces[0]] == [0.25] * 3
     assert traces[0] == traces[1] and states[0] == states[1]
     probed = tmp_path / "with" / STAGE / "labelled_probe" / "step-000000003-copy"
-    assert training_volumes(probed) == frozenset(
-        map(content_key, volume_hashes(Corpus(corpus)))
-    )  # so that the probe itself knows what was learnt from
+    # So that the probe itself knows what was learnt from.
+    assert training_volumes(probed) == {content_key(name) for name in volume_hashes(Corpus(corpus))}
     own, random = meddino.load(probed), meddino.load(f"random:{probed}")
     assert torch.equal(own.backbone.norm.weight, meddino.load(newest.parents[3] / "with").backbone.norm.weight)
     assert random.contract == own.contract
