@@ -1,7 +1,7 @@
 """What a curation can be told. Every field says its unit and where its default comes from."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,12 @@ def check_distinct(names: Sequence[str], what: str, advice: str = "give each its
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"two {what} are called '{twice[0]}'; {advice}")
+
+
+def common_modality(modalities: Iterable[Modality | Literal["auto"]]) -> Modality | Literal["auto"]:
+    """Return what held-out data is taken for: what all sources are; by each file's own word where they differ."""
+    found = set(modalities)
+    return found.pop() if len(found) == 1 else "auto" if found else "ct"
 
 
 def _with_group(pattern: str) -> str:

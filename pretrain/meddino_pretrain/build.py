@@ -102,6 +102,7 @@ def build_loader(
         intensities=Intensities(config.contracts, stage.augment),
         order=sample_order(corpus, config.corpus.sampling, seed, stage.global_batch),
         share=BatchShare(stage.global_batch, rank(), world_size(), stage.accumulation),
+        repeat_crop=config.corpus.sampling.repeat_crop,
     )
     return Loader(maker, config.loader, first_step, stage.steps, pin_memory, stopped)
 

@@ -34,7 +34,7 @@ from meddino_pretrain.monitoring.report import RunReport
 from meddino_pretrain.monitoring.speed import measure_peak
 from meddino_pretrain.plan import later_steps, plan_run, this_machine
 from meddino_pretrain.run.checkpoints import StageCheckpoints, corrupt_keys, last_checkpoint
-from meddino_pretrain.run.corpus_audit import check_audit
+from meddino_pretrain.run.corpus_audit import check_audit, check_slices
 from meddino_pretrain.run.folder import PROBE_REFERENCE, RunFolder, open_run
 from meddino_pretrain.run.guard import RunGuard
 from meddino_pretrain.run.initialization import (
@@ -107,6 +107,7 @@ def run_pretraining(
         check_probe_data(corpus, config.monitoring)
         intensities = Intensities(config.contracts)
         intensities.check(corpus.modalities)
+        check_slices(corpus, config.contracts, max(max(spec.main_px) for spec in specs.values()))
         with open_run(out, config, corpus) as run:
             # The same size in every stage, so that probes can be compared along the whole run.
             size_px = next(iter(specs.values())).main_px[0]

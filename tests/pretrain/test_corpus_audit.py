@@ -10,7 +10,7 @@ import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.run.config import CorpusConfig
-from meddino_pretrain.run.corpus_audit import check_audit
+from meddino_pretrain.run.corpus_audit import check_audit, check_slices
 from meddino_pretrain.run.folder import open_run
 
 from meddino.checkpoints.export.lineage import corpus_lineage
@@ -18,6 +18,7 @@ from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
 from meddino.data.corpus import Corpus
+from meddino.data.intensity import ImageIntensity
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
@@ -134,3 +135,29 @@ def test_lineage__carries_what_the_corpus_was_audited_against(audited):
     assert corpus_lineage(Corpus(audited()))["audited_against"] == []
     nobody = entry("word-test", 0, compared={"exact": 30, "near": 30, "series": 0, "study": 0, "patient": 0})
     assert corpus_lineage(Corpus(audited(nobody)))["audited_against"] == ["word-test (patients not compared)"]
+
+
+def changed(corpus: Path, **columns) -> Corpus:
+    """Return a corpus some of whose slices say something else."""
+    opened = Corpus(corpus)
+    for name, values in columns.items():
+        place = opened.slices.schema.get_field_index(name)
+        filled = values + opened.slices.column(name).to_pylist()[len(values) :]
+        opened.slices = opened.slices.set_column(place, opened.slices.schema.field(name), [filled])
+    return opened
+
+
+def test_slices__what_becomes_of_small_and_coloured_ones_is_said(make_corpus_once, caplog):
+    grey = [ImageIntensity(mean=(0.5,), std=(0.5,))]
+    columns = {"modality": ["image"] * 3, "channels": [3, 3, 1], "value_low": [0.0] * 3, "value_high": [255.0] * 3}
+    check_slices(changed(make_corpus_once, **columns), grey, 88)
+    assert "2 slices have colour and the contract has 1 channel" in caplog.text
+    assert "24 of 24 slices are smaller than a crop of 88 px (the smallest: 80 px)" in caplog.text
+    caplog.clear()
+    check_slices(Corpus(make_corpus_once), grey, 64)
+    assert not caplog.text
+
+
+def test_slices__without_a_unit_or_a_range_are_refused(make_corpus_once):
+    with pytest.raises(ConfigError, match=r"2 slices of modality mr \(first: s00000\) have no value_low and value_high"):
+        check_slices(changed(make_corpus_once, modality=["mr", "mr"]), [], 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from meddino_pretrain.data.crops import CropBox, _fitting_box, cut_crop, draw_boxes
+from meddino_pretrain.data.crops import CropBox, _fitting_box, cut_crop, draw_boxes, repeated_box
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
 from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes
 from meddino_pretrain.methods.dinov3.views import crop_views
@@ -190,3 +190,11 @@ def test_check_sides__names_every_size_that_does_not_divide():
 def test_crops_config__refuses_what_makes_no_sense(change, message):
     with pytest.raises(ValidationError, match=message):
         CropsConfig(**change)
+
+
+def test_repeated_box__keeps_the_wanted_share_of_both_sides_and_belongs_to_the_sample():
+    boxes = [repeated_box((0.85, 0.95), 3, number, (200, 100)) for number in range(200)]
+    for rows, cols in boxes:
+        assert rows.start >= 0 and rows.stop <= 200 and cols.start >= 0 and cols.stop <= 100
+        assert 170 <= rows.stop - rows.start <= 190 and abs((rows.stop - rows.start) / 2 - (cols.stop - cols.start)) <= 1
+    assert boxes[7] == repeated_box((0.85, 0.95), 3, 7, (200, 100)) and len(set(map(str, boxes))) > 150

@@ -75,3 +75,28 @@ def test_weights__of_what_is_not_there_are_refused(corpora, sampling, said):
 def test_weights__are_settled_once_a_run_has_begun():
     assert not may_change("corpus.sampling.modality.mr: (absent) -> 2.0", [])
     assert may_change("corpus.allow_known_overlap: False -> True", [])
+
+
+def test_balance__data_sets_come_equally_often_before_weights_count(corpora):
+    def of(index):
+        return "btcv" if 4 <= index < 8 else "amos"
+
+    found = shares(corpora, SamplingConfig(balance="dataset"), of)
+    assert found == pytest.approx({"amos": 0.5, "btcv": 0.5}, abs=0.001)
+    found = shares(corpora, SamplingConfig(balance="dataset", dataset={"btcv": 3.0}), of)
+    assert found == pytest.approx({"amos": 0.25, "btcv": 0.75}, abs=0.001)
+
+
+def test_repeats__are_what_a_group_has_shown_since_the_pass_began(corpora):
+    order = sample_order(corpora, SamplingConfig(balance="dataset"), 3, 8)
+    assert not any(sample_order(corpora, SamplingConfig(), 3, 8).is_repeat(number) for number in range(100))
+    shown: Counter[int] = Counter()
+    for number in range(CYCLE - 48, CYCLE + 48):
+        if number % 24 == 0:
+            shown.clear()
+        group = int(order.turns[number % CYCLE])
+        wanted = shown[group] >= len(order.groups[group])
+        shown[group] += 1
+        if number >= (CYCLE - 48) // 24 * 24 + 24:  # from the first whole pass on
+            assert order.is_repeat(number) == wanted
+    assert any(order.is_repeat(number) for number in range(24)) and not order.is_repeat(0)

@@ -13,7 +13,7 @@ from meddino.core.files import sha256_file, write_json, write_text
 from meddino.core.logging import get_logger
 from meddino.data.audits import audit_text, says_something
 from meddino.data.corpus import Corpus
-from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct
+from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct, common_modality
 from meddino_data_curation.corpus.manifests import REPORT, read_fingerprints
 from meddino_data_curation.corpus.report import with_audits
 from meddino_data_curation.held_out.comparison import audit_entry, unread_problem
@@ -83,7 +83,7 @@ def audit(root: Path, against: Sequence[Path], names: Sequence[str], options: Au
     prints = read_fingerprints(root / "fingerprints.parquet")
     hidden_columns = {f"{kind}_key": None for kind in hidden}
     rows = [{**row, **hidden_columns} for row in corpus.volumes.to_pylist()]
-    sources = _named(against, names, corpus.info.get("audit", []), options)
+    sources = _named(against, names, corpus, options)
     trained_on = [source["name"] for source in corpus.info["sources"]]
     results = []
     for source in sources:
@@ -103,9 +103,7 @@ def _config_of(corpus: Corpus, workers: int | None) -> CurationConfig:
     return check_config(CurationConfig, {**values, "workers": workers}, where=f"{corpus.root / 'corpus.json'}: config")
 
 
-def _named(
-    against: Sequence[Path], names: Sequence[str], known: Sequence[dict[str, Any]], options: AuditOptions
-) -> list[SourceConfig]:
+def _named(against: Sequence[Path], names: Sequence[str], corpus: Corpus, options: AuditOptions) -> list[SourceConfig]:
     """Give every data set its name; unnamed ones never take the name, and so the record, of an earlier audit."""
     if len(names) > len(against):
         raise ConfigError(
@@ -114,11 +112,12 @@ def _named(
     lists = [path for path in against if path.is_file() and path.suffix.lower() in LIST_SUFFIXES]
     if lists:
         raise ConfigError(f"--against {lists[0]}: an audit compares volumes; lists of ids are for `build --exclude`")
-    taken = {*names, *(entry["name"] for entry in known)}
+    taken = {*names, *(entry["name"] for entry in corpus.info.get("audit", []))}
     free = (name for number in count(1) if (name := f"dataset-{number}") not in taken)
     called = [*names, *(next(free) for _ in against[len(names) :])]
     check_distinct(called, "data sets", "give each its own --name")
-    how = {"patient_pattern": options.patient_pattern, "same_ids": options.same_ids}
+    how: dict[str, Any] = {"patient_pattern": options.patient_pattern, "same_ids": options.same_ids}
+    how["modality"] = common_modality(corpus.modalities)
     return [
         check_config(SourceConfig, {"name": name, "path": str(path), **how}, where="--against, --name, --patient-pattern")
         for name, path in zip(called, against, strict=True)

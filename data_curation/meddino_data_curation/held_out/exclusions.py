@@ -8,7 +8,7 @@ from pathlib import Path
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
-from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct
+from meddino_data_curation.config import CurationConfig, SourceConfig, check_distinct, common_modality
 from meddino_data_curation.held_out.exclusion_lists import (
     LIST_SUFFIXES,
     ExclusionList,
@@ -77,7 +77,9 @@ def read_exclusions(config: CurationConfig) -> Exclusions:
             lists.append(read_list(path, f"list-{len(lists) + 1}"))
         else:
             name = f"excluded-{len(data) + 1}"
-            data.append(SourceConfig(name=name, path=path, patient_pattern=how.patient_pattern, same_ids=how.same_ids))
+            modality = common_modality(source.modality for source in config.sources)
+            pattern = how.patient_pattern
+            data.append(SourceConfig(name=name, path=path, modality=modality, patient_pattern=pattern, same_ids=how.same_ids))
     data += config.held_out
     check_distinct([source.name for source in data], "held-out sets")
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a slice looks like, in 255 bytes that survive resampling, padding, windowing, noise and another kernel."""
+"""What a slice or picture looks like, in 255 bytes that survive resampling, padding, windowing, noise and another kernel."""
 
 import base64
 from dataclasses import dataclass
@@ -74,6 +74,25 @@ def slice_vector(hu: NDArray[np.int16], spacing_mm: tuple[float, float]) -> Byte
     radius = float(np.sqrt(by_row @ (y_mm - centre_y) ** 2 + by_col @ (x_mm - centre_x) ** 2))
     half = EXTENT * max(radius, 4 * max(spacing_mm))
     grid = _cut(clipped, (centre_y / spacing_mm[0], centre_x / spacing_mm[1]), (half / spacing_mm[0], half / spacing_mm[1]))
+    return _low_frequencies(grid)
+
+
+def picture_vector(grey: NDArray[Any]) -> Bytes | None:
+    """Describe a whole picture, or None where it shows nothing: a perceptual hash of 255 numbers instead of 64 bits.
+
+    As `slice_vector`, but no square is sought: nothing is known of a picture's pixels. It survives another size, JPEG, noise
+    and a change of brightness and contrast, but not another crop.
+
+    Args:
+        grey: [rows, cols], any real type.
+
+    Source: the cosine transform of the 32 x 32 picture, as in pHash (Zauner 2010).
+    """
+    small = Image.fromarray(grey.astype(np.float32)).resize((GRID_PX, GRID_PX), Image.Resampling.BILINEAR)
+    return _low_frequencies(np.asarray(small))
+
+
+def _low_frequencies(grid: NDArray[np.float32]) -> Bytes | None:
     coefficients = dctn(grid, norm="ortho")[:FREQUENCIES, :FREQUENCIES] * _WEIGHTS
     flat = coefficients.reshape(-1)[1:]
     length = float(np.linalg.norm(flat))

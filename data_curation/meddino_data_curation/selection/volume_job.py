@@ -23,7 +23,7 @@ from meddino.volumes.volume import AxialVolume
 from meddino_data_curation.config import CurationConfig, InplaneConfig
 from meddino_data_curation.corpus.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
 from meddino_data_curation.corpus.work_folder import VolumeRecord, WorkFolder
-from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, slice_vector
+from meddino_data_curation.selection.fingerprint import Fingerprint, chosen_slices, picture_vector, slice_vector
 from meddino_data_curation.selection.inplane import resample_slice
 from meddino_data_curation.selection.modality import PICTURE, Recognised, SourceModality, recognise
 from meddino_data_curation.selection.slice_choice import (
@@ -247,10 +247,7 @@ class _Curation:
     def _look(self, volume: AxialVolume) -> Iterator[tuple[int, NDArray[Any]]]:
         """Go through all slices as they are stored, on the way hashing them and noting what they look like."""
         count = volume.geometry.shape[0]
-        _, y_mm, x_mm = volume.geometry.spacing_mm
-        # One picture of unknown pixel size is no evidence: of pictures only exact duplicates are found.
-        near = self.config.duplicates.near and self.values.modality != "image"
-        looked_at = set(chosen_slices(count).tolist()) if near else set()
+        looked_at = set(chosen_slices(count).tolist()) if self.config.duplicates.near else set()
         content: ContentHash | None = None
         for z in range(count):
             stored = self.values.stored(volume.planes[z])
@@ -259,10 +256,16 @@ class _Curation:
             content.add(stored)
             if z == count // 2:
                 self.middle = stored
-            if z in looked_at and (vector := slice_vector(self.values.as_soft_tissue(stored), (y_mm, x_mm))) is not None:
+            if z in looked_at and (vector := self._vector(stored, volume)) is not None:
                 self.looks.append((volume.place_mm(z), vector))
             yield z, stored
         self.row["content_hash"] = content.hexdigest() if content else None
+
+    def _vector(self, stored: NDArray[Any], volume: AxialVolume) -> NDArray[np.int8] | None:
+        if not self.has_spacing:
+            return picture_vector(stored if stored.ndim == 2 else stored.mean(axis=-1))
+        _, y_mm, x_mm = volume.geometry.spacing_mm
+        return slice_vector(self.values.as_soft_tissue(stored), (y_mm, x_mm))
 
     def _fingerprint(self) -> dict[str, Any] | None:
         if not self.looks:

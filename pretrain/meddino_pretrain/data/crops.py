@@ -101,6 +101,25 @@ def _fitting_box(
     return int(draws[1] * (rows - height + 1)), int(draws[2] * (cols - width + 1)), height, width
 
 
+def repeated_box(sides: tuple[float, float], seed: int, number: int, shape: tuple[int, ...]) -> tuple[slice, slice]:
+    """Return the rows and columns that a repeated slice is cut to, drawn for the sample.
+
+    Args:
+        sides: Share of each side, from and to.
+        seed: The stage's seed.
+        number: Global sample number.
+        shape: (rows, cols) of the slice [px].
+
+    Source: LVM-Med, which resizes the cut back; views are resized anyway.
+    """
+    share, *places = numpy_rng(seed, "repeat", number).random(3)
+    side = sides[0] + share * (sides[1] - sides[0])
+    lengths = [max(1, round(side * length)) for length in shape[:2]]
+    starts = [int(place * (length - kept + 1)) for place, length, kept in zip(places, shape, lengths, strict=False)]
+    rows, cols = (slice(start, start + kept) for start, kept in zip(starts, lengths, strict=True))
+    return rows, cols
+
+
 def cut_crop(stored: NDArray[Any], box: CropBox, size_px: int) -> Int16[Tensor, "h w"] | Float[Tensor, "*c h w"]:
     """Cut a box out of a slice and resize it to a square: bicubic, with antialiasing where it shrinks.
 

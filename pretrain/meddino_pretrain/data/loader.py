@@ -19,7 +19,7 @@ from meddino.distributed.collectives import world_size
 from meddino.distributed.process_group import processes_here
 from meddino_pretrain.data.batches import Collate, RawBatch
 from meddino_pretrain.data.config import LoaderConfig
-from meddino_pretrain.data.crops import cut_crop, draw_boxes
+from meddino_pretrain.data.crops import cut_crop, draw_boxes, repeated_box
 from meddino_pretrain.data.intensities import Intensities, StoredSlice
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.data.views import ViewSpec
@@ -83,6 +83,7 @@ class SampleMaker:
         intensities: How they become model input.
         order: Which slice comes when.
         share: Which samples of a step are this rank's.
+        repeat_crop: Share of the sides that a repeated slice is cut to; None: it stays whole.
     """
 
     corpus: SliceSource
@@ -91,6 +92,7 @@ class SampleMaker:
     intensities: Intensities
     order: SampleOrder
     share: BatchShare
+    repeat_crop: tuple[float, float] | None = None
 
     def make(self, step: int, micro_step: int) -> RawBatch:
         """Read one micro-batch and cut its views: a pure function of the seed, the step and the samples.
@@ -107,6 +109,8 @@ class SampleMaker:
         corrupt: list[tuple[str, str]] = []
         for i, number in enumerate(self.order.numbers(step, samples)):
             index, values, complaints = self._read(number)
+            if self.repeat_crop is not None and self.order.is_repeat(number):
+                values = values[repeated_box(self.repeat_crop, seed, number, values.shape)]
             keys.append(self.corpus.key(index))
             corrupt += [(self.corpus.key(bad), wrong) for bad, wrong in complaints.items()]
             y_mm, x_mm = self.corpus.spacing_mm[index].tolist()

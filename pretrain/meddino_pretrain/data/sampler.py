@@ -46,6 +46,10 @@ class SampleOrder:
         for attempt in range(self.size):
             yield shuffled_index(attempt, self.size, walk)
 
+    def is_repeat(self, number: int) -> bool:
+        """Tell whether a sample's slice came before in its pass over as many samples as the corpus has slices: never here."""
+        return False
+
     def numbers(self, step: int, samples: range) -> range:
         """Return the global numbers of some samples of a step."""
         start = step * self.global_batch
@@ -121,11 +125,23 @@ class WeightedOrder(SampleOrder):
 
     def slice_of(self, number: int) -> int:
         """Return the slice at a global sample number."""
-        cycle, place = divmod(number, CYCLE)
-        group = int(self.turns[place])
-        turn = cycle * int(self.counts[group]) + int(self.before[place])
+        group, turn = self._turn(number)
         members = self.groups[group]
         return int(members[shuffled_index(turn, len(members), derive_seed(self.seed, "order", group))])
+
+    def is_repeat(self, number: int) -> bool:
+        """Tell whether its group has shown all of its slices since the pass over the corpus began."""
+        group, turn = self._turn(number)
+        return turn - self._turns_before(group, number // self.size * self.size) >= len(self.groups[group])
+
+    def _turn(self, number: int) -> tuple[int, int]:
+        cycle, place = divmod(number, CYCLE)
+        group = int(self.turns[place])
+        return group, cycle * int(self.counts[group]) + int(self.before[place])
+
+    def _turns_before(self, group: int, number: int) -> int:
+        cycle, place = divmod(number, CYCLE)
+        return cycle * int(self.counts[group]) + int((self.turns[:place] == group).sum())
 
     def fallbacks(self, number: int) -> Iterator[int]:
         """Yield what is taken should the slice be corrupt: every slice that has a weight once, shuffled."""
@@ -147,10 +163,13 @@ def sample_order(corpus: Corpus, sampling: SamplingConfig, seed: int, global_bat
     Raises:
         ConfigError: A weight is given for a corpus, data set or modality that is not there, or nothing has a weight.
     """
-    if not (sampling.corpus or sampling.dataset or sampling.modality):
+    if not (sampling.corpus or sampling.dataset or sampling.modality or sampling.balance != "none"):
         return SampleOrder(seed, len(corpus), global_batch)
     names = _names(corpus)
     weight = np.ones(len(corpus))
+    if sampling.balance != "none":
+        _, kind_of, counts = np.unique(names[sampling.balance], return_inverse=True, return_counts=True)
+        weight /= counts[kind_of.reshape(-1)]
     for kind, weights in (("corpus", sampling.corpus), ("dataset", sampling.dataset), ("modality", sampling.modality)):
         weight *= _weights_of(names[kind], weights, f"corpus.sampling.{kind}")
     kinds = np.stack([np.unique(names[kind], return_inverse=True)[1].reshape(-1) for kind in names], axis=1)

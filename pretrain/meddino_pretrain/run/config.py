@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from meddino.checkpoints.weights.coverage import LoadingTolerances
 from meddino.core.config import StrictConfig
 
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class SamplingConfig(StrictConfig):
@@ -19,6 +20,17 @@ class SamplingConfig(StrictConfig):
     """Weight of the slices of a data set, by its name in volumes.parquet; ours: none."""
     modality: dict[str, Weight] = {}
     """Weight of the slices of a modality: ct, mr, image; ours: none."""
+    balance: Literal["none", "modality", "dataset"] = "none"
+    """All modalities, or data sets, come equally often before weights count; LVM-Med: modality."""
+    repeat_crop: tuple[Share, Share] | None = None
+    """Side of a box that a repeated slice is cut to first [share]: one that its group has shown since each slice of the
+    corpus could have come once; LVM-Med: 0.85-0.95; null: none is cut."""
+
+    @model_validator(mode="after")
+    def _repeats_are_known(self) -> "SamplingConfig":
+        if self.repeat_crop is not None and self.repeat_crop[0] > self.repeat_crop[1]:
+            raise ValueError(f"repeat_crop {list(self.repeat_crop)} must ascend")
+        return self
 
 
 class CorpusConfig(StrictConfig):

@@ -1,11 +1,15 @@
-"""What a corpus was compared with before anything is learnt from it."""
+"""What a corpus holds, and what it was compared with, before anything is learnt from it."""
 
 import logging
+from collections.abc import Sequence
+
+import numpy as np
 
 from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
+from meddino.data.intensity import Intensity
 from meddino_pretrain.run.config import CorpusConfig
 
 _logger = get_logger(__name__)
@@ -23,6 +27,39 @@ def check_audit(corpus: Corpus, config: CorpusConfig) -> None:
     """
     for part in corpus.parts:
         _check_one(part, config)
+
+
+def check_slices(corpus: Corpus, contracts: Sequence[Intensity], crop_px: int) -> None:
+    """Refuse slices whose values mean nothing, and say what becomes of colour and of slices smaller than a crop.
+
+    Args:
+        corpus: Its slice manifest is read.
+        contracts: Of the recipe.
+        crop_px: Side of the largest crop.
+
+    Raises:
+        ConfigError: Slices without a unit have no range of values.
+    """
+    names = ("key", "modality", "channels", "value_low", "value_high", "rows", "cols")
+    column = {name: corpus.slices.column(name).to_numpy() for name in names}
+    lost = (column["modality"] != "ct") & (np.isnan(column["value_low"]) | np.isnan(column["value_high"]))
+    if lost.any():
+        raise ConfigError(
+            f"corpus {corpus.location}: {lost.sum()} slices of modality {column['modality'][lost][0]} (first: "
+            f"{column['key'][lost][0]}) have no value_low and value_high, and without them no value means anything; curate "
+            "them again"
+        )
+    grey = [contract.modality for contract in contracts if contract.channels == 1]
+    if coloured := int(((column["channels"] == 3) & np.isin(column["modality"], grey)).sum()):
+        _logger.warning(
+            "corpus %s: %d slices have colour and the contract has 1 channel: they become grey", corpus.location, coloured
+        )
+    shorter = np.minimum(column["rows"], column["cols"])
+    if small := int((shorter < crop_px).sum()):
+        _logger.warning(
+            "corpus %s: %d of %d slices are smaller than a crop of %d px (the smallest: %d px): their crops are enlarged",
+            corpus.location, small, len(corpus), crop_px, shorter.min(),
+        )  # fmt: skip
 
 
 def _check_one(corpus: Corpus, config: CorpusConfig) -> None:
