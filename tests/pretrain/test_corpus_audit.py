@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
@@ -143,7 +144,8 @@ def changed(corpus: Path, **columns) -> Corpus:
     for name, values in columns.items():
         place = opened.slices.schema.get_field_index(name)
         filled = values + opened.slices.column(name).to_pylist()[len(values) :]
-        opened.slices = opened.slices.set_column(place, opened.slices.schema.field(name), [filled])
+        field = opened.slices.schema.field(place)
+        opened.slices = opened.slices.set_column(place, field, pa.array(filled, field.type))
     return opened
 
 
