@@ -15,9 +15,15 @@ from scipy.ndimage import gaussian_filter
 
 def picture(seed: int, size: int = 128) -> Image.Image:
     rng = np.random.default_rng(seed)
-    values = gaussian_filter(rng.normal(size=(size, size)), 6) + 0.3 * gaussian_filter(rng.normal(size=(size, size)), 2)
+    values = 3 * gaussian_filter(rng.normal(size=(size, size)), 6) + gaussian_filter(rng.normal(size=(size, size)), 1.5)
     low, high = values.min(), values.max()
     return Image.fromarray(((values - low) / (high - low) * 255).astype(np.uint8))
+
+
+def disc(seed: int) -> Image.Image:
+    """A bright disc as all fundus photographs have it, with detail of its own."""
+    y, x = np.mgrid[-1:1:128j, -1:1:128j]
+    return Image.fromarray((np.asarray(picture(seed)) * 0.3 + 120 * (np.hypot(x, y) < 0.9)).astype(np.uint8))
 
 
 def as_jpeg(image: Image.Image) -> Image.Image:
@@ -44,6 +50,8 @@ def test_picture_vector__copies_are_alike_and_others_are_not():
     for kind, change in COPIES.items():
         assert cosine(picture(0), change(picture(0))) > 0.96 or kind == "flipped"
     assert max(cosine(picture(0), picture(seed)) for seed in range(1, 20)) < 0.6
+    discs = [disc(seed) for seed in range(10)]
+    assert max(cosine(discs[0], other) for other in discs[1:]) < 0.96 < cosine(discs[0], as_jpeg(discs[0]))
     assert picture_vector(np.full((50, 60), 7, np.uint8)) is None
 
 
