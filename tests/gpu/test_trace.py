@@ -106,11 +106,12 @@ def test_trace__touches_and_holds_less_than_the_published_trainer(column):
     assert figures_at_depth(size, True)["peak_gb"] < (0.85 if backbone == "vitl16" else 0.7) * checkpointed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_figures__grow_by_the_same_with_every_block(checkpointing):
-    size = replace(tiny_size(), changes={"drop_path": 0.3, "depth": 7})
+    size = replace(tiny_size(), changes={"drop_path": 0.3, "depth": 4})
     whole = trace_step(size, checkpointing).figures()
-    for name, value in figures_at_depth(size, checkpointing).items():
+    for name, value in figures_at_depth(size, checkpointing, (1, 2)).items():
         assert value == pytest.approx(whole[name], rel=0.01), name  # which rows drop path keeps differs a little
 
 

@@ -74,9 +74,9 @@ class Traced:
             ways[way] += number
         return {
             "kernels": ledger.kernels.total(),
-            "gb_touched": round(ledger.bytes.total() / 1e9, 3),
-            "gb_touched_compiled": round(ledger.compiled.total() / 1e9, 3),
-            "peak_gb": round(self.peak / 1e9, 3),
+            "gb_touched": round(ledger.bytes.total() / 1e9, 6),
+            "gb_touched_compiled": round(ledger.compiled.total() / 1e9, 6),
+            "peak_gb": round(self.peak / 1e9, 6),
             "host_waits": ledger.waits.total(),
             "device_copies": {"to device": ways["to device"], "to host": ways["to host"]},
             "by_phase": {
