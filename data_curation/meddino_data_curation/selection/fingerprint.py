@@ -107,7 +107,7 @@ def picture_vector(grey: NDArray[Any]) -> Bytes | None:
     return _as_bytes(dctn(even, norm="ortho")[waves, waves])
 
 
-def _as_bytes(coefficients: NDArray[np.float32]) -> Bytes | None:
+def _as_bytes(coefficients: NDArray[np.floating]) -> Bytes | None:
     flat = coefficients.reshape(-1)[1:]
     length = float(np.linalg.norm(flat))
     if length < 1e-3:

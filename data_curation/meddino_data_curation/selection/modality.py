@@ -20,7 +20,9 @@ from meddino_data_curation.selection.hounsfield import (
 SourceModality = Literal["ct", "mr", "image", "auto"]
 PICTURE = "picture"
 """Stands where DICOM has the code of a modality, for files that hold a picture; the format of such candidates."""
-_OF_CODE: dict[str, Modality] = {"CT": "ct", "MR": "mr", PICTURE: "image"}
+_OF_CODE: dict[str, Modality] = {
+    "CT": "ct", "MR": "mr", PICTURE: "image", **dict.fromkeys(("CR", "DX", "MG", "US", "OP", "OPT"), "image"),
+}  # fmt: skip
 _MIN_VALUES = 33  # fewer different ones are labels, whatever their size
 _INT16 = np.iinfo(np.int16)
 
@@ -90,7 +92,7 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
         raise VolumeError(f"voxels are {voxels.dtype}; intensities are numbers")
     if voxels.dtype.kind == "f":
         refuse_unfinite(voxels)
-    return _recognise_mr(voxels, said) if modality == "mr" else _recognise_image(voxels)
+    return _recognise_mr(voxels, said) if modality == "mr" else _recognise_image(voxels, has_range=code in ("", PICTURE))
 
 
 def _recognise_mr(voxels: NDArray[Any], said: Modality | None) -> Recognised:
@@ -107,13 +109,14 @@ def _recognise_mr(voxels: NDArray[Any], said: Modality | None) -> Recognised:
     return Recognised("mr", 0, (low, high), "; ".join(notes))
 
 
-def _recognise_image(voxels: NDArray[Any]) -> Recognised:
+def _recognise_image(voxels: NDArray[Any], has_range: bool) -> Recognised:
     if voxels.dtype not in (np.uint8, np.uint16):
         raise VolumeError(f"values are {voxels.dtype}; a picture has 8 or 16 bits of brightness")
     sample = spread_sample(voxels)
     if sample.min() == sample.max():
         raise VolumeError(f"every pixel is {sample.min():g}: a blank picture")
-    return Recognised("image", 0, value_range("image", voxels))
+    # DICOM's types are wider than what is shown: its own percentiles say where black and white are.
+    return Recognised("image", 0, value_range("image", voxels) if has_range else value_range("mr", sample))
 
 
 def _refuse_labels(sample: NDArray[np.float64]) -> None:

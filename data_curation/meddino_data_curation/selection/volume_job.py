@@ -88,6 +88,14 @@ def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> s
     return str(record.row["status"])
 
 
+def _as_uint16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Return a DICOM picture's brightness as whole numbers from 0: its rescale may have moved it below."""
+    lifted = np.rint(values - min(0.0, float(values.min())))
+    if lifted.max() > np.iinfo(np.uint16).max:
+        raise VolumeError(f"brightness up to {lifted.max():g}; 16 bits hold 65535")
+    return lifted.astype(np.uint16)
+
+
 def _reject(row: dict[str, Any], reason: str, work: WorkFolder) -> None:
     row.update(status="rejected", reason=reason, num_slices_kept=0)
     work.piece(row["volume_id"]).unlink(missing_ok=True)
@@ -218,12 +226,12 @@ class _Curation:
         try:
             picture = read_picture(path)
         except VolumeError as error:
-            raise VolumeError(str(error).replace(str(path), path.name)) from error
+            raise VolumeError(str(error).replace(f" {path}", "")) from error  # names may be a patient's
         except (OSError, *PICTURE_ERRORS) as error:
             raise VolumeError("picture cannot be read: it is truncated or damaged") from error
-        planes = np.moveaxis(picture.values, 1, -1)
+        planes = np.moveaxis(picture.values if picture.values.dtype.kind == "u" else _as_uint16(picture.values), 1, -1)
         planes = planes[..., 0] if planes.shape[-1] == 1 else planes
-        self._recognise(planes, PICTURE)
+        self._recognise(planes, picture.modality or PICTURE)
         self.has_spacing = False
         shape = (planes.shape[0], planes.shape[1], planes.shape[2])
         return AxialVolume(planes, Geometry(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL_LPS))

@@ -19,7 +19,7 @@ _CODES = {"ct": "CT", "mr": "MR"}  # DICOM's, by the modality of a source
 
 @dataclass(frozen=True)
 class DicomCandidate(Candidate):
-    """A stack of parallel slices; None where the files are refused."""
+    """A stack of parallel slices; None where the files are refused, or one picture."""
 
     stack: DicomStack | None = None
 
@@ -42,7 +42,12 @@ class _SeriesMaker:
     def candidates(self) -> list[DicomCandidate]:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
         usable: dict[str, list[DicomHeader]] = defaultdict(list)
+        pictures = []
         for header in self.series.headers:
+            if header.picture is not None and self.source.modality in ("image", "auto"):
+                base = {**self._base([header], f"picture {header.instance_uid}"), "format": "picture"}
+                pictures.append(DicomCandidate(**base, problem=header.picture))  # type: ignore[arg-type]
+                continue
             wanted = _CODES.get(self.source.modality) or header.modality or "CT"
             (refused[why] if (why := header.why_not(wanted)) else usable[header.modality]).append(header)
         made = [
@@ -53,7 +58,7 @@ class _SeriesMaker:
             stack = part.stack
             base = self._base(part.headers, part.name)
             made.append(DicomCandidate(**base, notes=stack.notes, problem=stack.problem, stack=stack))  # type: ignore[arg-type]
-        return made
+        return [*pictures, *made]
 
     def _base(self, headers: Sequence[DicomHeader], part: str) -> dict[str, object]:
         first, uid, patient = headers[0], self.series.uid, self.series.patient

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from pydicom.uid import (
+    ComputedRadiographyImageStorage,
     CTImageStorage,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForProcessing,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
     EnhancedCTImageStorage,
     EnhancedMRImageStorage,
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
     MRImageStorage,
+    OphthalmicPhotography8BitImageStorage,
+    OphthalmicPhotography16BitImageStorage,
+    OphthalmicTomographyImageStorage,
+    UltrasoundImageStorage,
 )
 
 from meddino.volumes.dicom.elements import NO_DICOM, integer, number, read_elements, text
@@ -32,6 +41,17 @@ _VOLUME_KINDS = {
     MRImageStorage: "MR",
     EnhancedMRImageStorage: "MR",
     LegacyConvertedEnhancedMRImageStorage: "MR",
+}
+_PICTURE_KINDS = {
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    DigitalXRayImageStorageForProcessing,
+    DigitalMammographyXRayImageStorageForPresentation,
+    DigitalMammographyXRayImageStorageForProcessing,
+    UltrasoundImageStorage,
+    OphthalmicPhotography8BitImageStorage,
+    OphthalmicPhotography16BitImageStorage,
+    OphthalmicTomographyImageStorage,
 }
 _HOUNSFIELD = {"", "HU", "US"}  # US: unspecified
 _RESCALE_TYPES = {"OD", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # the standard's other words
@@ -61,6 +81,7 @@ class DicomHeader:
         cols: Pixels.
         frames: One for a plain file; empty where refused.
         tilt_deg: Gantry tilt as the header says.
+        picture: Why a picture (CR, DX, MG, US, OP, OPT) is of no use, or ""; None for another object.
     """
 
     path: Path
@@ -82,6 +103,7 @@ class DicomHeader:
     cols: int
     frames: tuple[Frame, ...]
     tilt_deg: float
+    picture: str | None = None
 
     def why_not(self, modality: str) -> str:
         """Return why this is no slice of a volume of a modality ("CT" or "MR"), or ""; never header text."""
@@ -143,6 +165,7 @@ def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader
         cols=integer(dataset, "Columns"),
         frames=frames if not refusal else (),
         tilt_deg=number(dataset, "GantryDetectorTilt", most=90),
+        picture=_picture_refusal(dataset) if kind in _PICTURE_KINDS else None,
     )
 
 
@@ -159,6 +182,15 @@ def _refusal(dataset: Any, kind: str, modality: str) -> str:
         (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
         (integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
         ("ModalityLUTSequence" in dataset and modality == "CT", "DICOM: its values go through a table, not a rescale to HU"),
+        (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
+    )
+    return next((reason for applies, reason in reasons if applies), "")
+
+
+def _picture_refusal(dataset: Any) -> str:
+    reasons = (
+        (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
+        (integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture; export it as PNG or TIFF"),
         (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
     )
     return next((reason for applies, reason in reasons if applies), "")
