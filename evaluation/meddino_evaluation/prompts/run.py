@@ -1,6 +1,5 @@
 """`meddino-eval prompt`: a decoder is trained for each fold and seed, then test cases are read once and measured."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -32,7 +31,7 @@ from meddino_evaluation.segmentation.training.fitting import weights_path
 from meddino_evaluation.segmentation.training.map_cache import MapCache
 from meddino_evaluation.tasks.definition import TaskDefinition
 from meddino_evaluation.tasks.prepare import prepare_task
-from meddino_evaluation.tasks.run import headline
+from meddino_evaluation.tasks.run import add_headline
 
 logger = get_logger(__name__)
 NO_TESTS: Mapping[str, Path] = MappingProxyType({})
@@ -43,8 +42,7 @@ def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides:
     prepared = prepare_task(task, root, out / "data")
     config = load_config(PromptConfig, [], [*prepared.overrides, *overrides])
     metrics = prompt(config, model, prepared.data, out, tests=prepared.tests)
-    more = {"task": task.name, "headline": headline(task.metric, metrics["test"])}
-    write_json(out / "metrics.json", json.loads((out / "metrics.json").read_text(encoding="utf-8")) | more)
+    add_headline(task, metrics["test"], out)
 
 
 def prompt(

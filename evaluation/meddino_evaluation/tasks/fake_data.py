@@ -1,4 +1,4 @@
-"""Tiny fake copies of the segmentation tasks in their real layout: for tests, and to try a command without the data."""
+"""Tiny fake copies of tasks in their real layout: for tests, and to try a command without the data."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,9 @@ from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
 from meddino.volumes.geometry import geometry_from_xyz
 from meddino.volumes.writing import write_volume
-from meddino_evaluation.tasks.definition import OfTask, load_task
+from meddino_evaluation.classification import fake_data as classification
+from meddino_evaluation.detection import fake_data as detection
+from meddino_evaluation.tasks.definition import LabelledLayout, OfTask, load_task
 
 _SIZE = 48
 
@@ -29,8 +31,11 @@ def make_fake(name: str, root: Path, patients: int = 6, seed: int = 0) -> None:
         ConfigError: There is no generator for that name.
     """
     if name not in FAKES:
-        task = load_task(name)
-        name = task.layout.task if isinstance(task.layout, OfTask) else name
+        layout = load_task(name).layout
+        if isinstance(layout, LabelledLayout):
+            classification.make_fake(layout.dataset, root, patients, seed)
+            return
+        name = layout.task if isinstance(layout, OfTask) else name
     if name not in FAKES:
         raise ConfigError(f"no fake copy of '{name}'; there are: {', '.join(sorted(FAKES))}")
     for number in range(patients):
@@ -161,7 +166,7 @@ def _prostate_sites(root: Path, number: int, rng: np.random.Generator) -> None:
         _volume(root / site / f"Case{number:02d}_{end}.nii.gz", seg, 1.0 + 0.5 * place)
 
 
-FAKES: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
+LABEL_MAP_FAKES: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
     "isic2018": _isic2018,
     "jsrt": _jsrt,
     "kvasir_seg": _kvasir_seg,
@@ -173,3 +178,6 @@ FAKES: dict[str, Callable[[Path, int, np.random.Generator], None]] = {
     "prostate_sites": _prostate_sites,
 }
 """One generator for each task with label maps: writes one patient."""
+
+FAKES = LABEL_MAP_FAKES | detection.FAKES
+"""Those of detection too; classification has its own."""

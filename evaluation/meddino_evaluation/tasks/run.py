@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from meddino.core.config import load_config
@@ -13,6 +14,7 @@ from meddino_evaluation.tasks.definition import TaskDefinition
 from meddino_evaluation.tasks.prepare import prepare_task
 
 RECIPE = "lvm_med_segmentation"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:
@@ -32,8 +34,23 @@ def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides:
     config = load_config(SegmentConfig, [RECIPE], [*prepared.overrides, *overrides], kind="evaluation")
     metrics = segment(config, model, prepared.data, out, tests=prepared.tests)
     headlines = {site: headline(task.metric, part["test"]) for site, part in metrics["external"].items()}
-    more = {"task": task.name, "headline": headline(task.metric, metrics["test"]), "headline_by_site": headlines}
-    write_json(out / "metrics.json", json.loads((out / "metrics.json").read_text(encoding="utf-8")) | more)
+    add_headline(task, metrics["test"], out, {"headline_by_site": headlines})
+
+
+def add_headline(task: TaskDefinition, test: Mapping[str, Any], out: Path, more: Mapping[str, Any] = NOTHING) -> None:
+    """Add to metrics.json which task it is, what its data ask of whoever uses them, and its one number."""
+    about = {
+        "title": task.title,
+        "citation": task.citation,
+        "licence": task.licence,
+        "where": task.where,
+        "split_rule": task.split_rule,
+        "notes": task.notes,
+        "published": [one.model_dump(mode="json") for one in task.published],
+    }
+    content = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    content |= {"task": task.name, "about": about, "headline": headline(task.metric, test), **more}
+    write_json(out / "metrics.json", content)
 
 
 def headline(metric: str, test: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import pytest
 from meddino_evaluation.data.dataset import check_grids
 from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.tasks.definition import LabelMapLayout, MaskSource, TaskDefinition, load_task
-from meddino_evaluation.tasks.fake_data import FAKES, make_fake
+from meddino_evaluation.tasks.fake_data import LABEL_MAP_FAKES, make_fake
 from meddino_evaluation.tasks.prepare import prepare_task
 from PIL import Image
 
@@ -14,7 +14,7 @@ from meddino.core.errors import ConfigError, VolumeError
 CASES = {"drive": 6, "jsrt": 2, "prostate_sites": 2}
 
 
-@pytest.mark.parametrize("name", sorted(FAKES))
+@pytest.mark.parametrize("name", sorted(LABEL_MAP_FAKES))
 def test_prepare_task__every_fake_copy_becomes_a_data_set_with_all_its_labels(name, tmp_path, fake_root):
     task = load_task(name)
     found = prepare_task(task, fake_root(name), tmp_path / "data")
@@ -31,6 +31,12 @@ def test_prepare_task__every_fake_copy_becomes_a_data_set_with_all_its_labels(na
     assert array.shape == (len(dataset.channel_names), *grid.shape)
     # What the fake made brighter is where the labels are: images and masks were not mixed up or turned.
     assert array[0][label > 0].mean() > array[0][label == 0].mean() + 20
+
+
+@pytest.mark.parametrize("name", ["kvasir_detection", "fgadr", "buid_boxes"])
+def test_make_fake__tasks_of_other_kinds_have_one_too(name, tmp_path):
+    make_fake(name, tmp_path, 2)
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 def test_prepare_task__publishers_test_part_is_the_test(tmp_path, fake_root):

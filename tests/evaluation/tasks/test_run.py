@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.cli import main
 from meddino_evaluation.tasks.definition import load_task
-from meddino_evaluation.tasks.fake_data import FAKES
+from meddino_evaluation.tasks.fake_data import LABEL_MAP_FAKES
 from meddino_evaluation.tasks.run import run_task
 from PIL import Image
 
@@ -25,7 +25,7 @@ def run_fake(name, root, out, *overrides, model=MODEL):
         return json.loads((out / "metrics.json").read_text()), list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("name", sorted(set(FAKES) - {"isic2018", "prostate_sites", "brats2018"}))
+@pytest.mark.parametrize("name", sorted(set(LABEL_MAP_FAKES) - {"isic2018", "prostate_sites", "brats2018"}))
 def test_run_task__goes_from_published_files_to_a_headline(name, tmp_path, fake_root):
     quick = ("training.steps=2", "metrics.surface=false", "data.size_px=32", "training.crop_px=32")
     metrics, rows = run_fake(name, fake_root(name), tmp_path, *quick)
@@ -74,7 +74,7 @@ def test_segment__takes_a_task(tmp_path, capsys, fake_root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(FAKES))
+@pytest.mark.parametrize("name", sorted(LABEL_MAP_FAKES))
 @pytest.mark.parametrize("model", [MODEL, "random:resnet50", "none"])
 def test_run_task__every_task_with_a_vision_transformer_a_resnet_and_transunet(name, model, tmp_path, fake_root):
     head = {"none": "whole_transunet", MODEL: "primus"}.get(model, "unet")
