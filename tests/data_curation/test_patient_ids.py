@@ -10,6 +10,7 @@ from meddino_data_curation.sources.patient_ids import (
     means_the_same_everywhere,
     normal_id,
     patient_id,
+    told_by_name,
     without_common_names,
 )
 
@@ -81,6 +82,8 @@ def test_without_common_names__a_name_in_every_folder_is_nobodys(tmp_path):
     assert len({item.patient_key for item in after}) == 24
     assert {item.patient_is_known for item in after if "thorax" in item.source_path} == {False}
     assert {item.patient_is_known for item in after if "PAT" in item.source_path} == {True}
+    assert told_by_name(after, [source]) == 12
+    assert told_by_name(after, [source.model_copy(update={"patient_pattern": "^([^/]+)/"})]) == 0
 
 
 def test_discover__an_optional_group_that_matched_nothing_is_no_crash(tmp_path):

@@ -23,7 +23,7 @@ from meddino_data_curation.progress import progress
 from meddino_data_curation.selection.volume_job import VolumeJob
 from meddino_data_curation.sources.discovery import Discovery, discover
 from meddino_data_curation.sources.licences import NOT_STATED, needs_decision
-from meddino_data_curation.sources.patient_ids import without_common_names
+from meddino_data_curation.sources.patient_ids import told_by_name, without_common_names
 from meddino_data_curation.worker_pool import run_volumes, worker_count
 
 _logger = get_logger(__name__)
@@ -93,6 +93,12 @@ def build(
         _logger.info("%d of %d volumes are known already", len(named) - len(fresh), len(named))
         if not fresh:
             return False
+    if count := told_by_name(fresh, config.sources):
+        _logger.info(
+            "%d volumes: the file's name stands for the patient; if a folder or a part of the name does, say so with "
+            "the source's patient_pattern (docs/curation.md, Sources)",
+            count,
+        )
     found.candidates = sorted(fresh, key=lambda item: (item.source, item.source_path))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
     if listed_before is not None and listed.digest != listed_before:

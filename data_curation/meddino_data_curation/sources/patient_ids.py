@@ -109,6 +109,15 @@ def patient_id(salt: Salt, source: str, written: str, origin: Origin, stand_in: 
     return PatientId(key_inside(salt, source, written), is_known=False)
 
 
+def told_by_name(candidates: Sequence["Candidate"], sources: Sequence["SourceConfig"]) -> int:
+    """Return of how many volumes nothing but the file's name tells the patient."""
+    return sum(item.patient_is_named and _is_told_by_name(item, sources) for item in candidates)
+
+
+def _is_told_by_name(item: "Candidate", sources: Sequence["SourceConfig"]) -> bool:
+    return item.format != "dicom" and not sources[item.source].patient_pattern
+
+
 def without_common_names(candidates: Sequence["Candidate"], sources: Sequence["SourceConfig"], salt: Salt) -> list["Candidate"]:
     """Take patients back that were read from file names which stand in many folders: `<patient>/thorax_5mm.nii.gz`.
 
@@ -118,7 +127,7 @@ def without_common_names(candidates: Sequence["Candidate"], sources: Sequence["S
         salt: Of the corpus.
     """
     folders: dict[tuple[int, str | None], set[str]] = defaultdict(set)
-    named = [item.format != "dicom" and not sources[item.source].patient_pattern for item in candidates]
+    named = [_is_told_by_name(item, sources) for item in candidates]
     for candidate, is_named in zip(candidates, named, strict=True):
         if is_named:
             folders[candidate.source, candidate.patient_key].add(str(PurePosixPath(candidate.source_path).parent))
