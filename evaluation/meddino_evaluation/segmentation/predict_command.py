@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 import meddino
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         write_table(arguments.out / TABLE, inputs)
     write_table(arguments.out / TABLE, inputs)
-    console.print(end_table(inputs, bundle.labels.names))
+    console.print(end_table(inputs))
     counts = Counter(item.status for item in inputs)
     for status in ("skipped", "refused"):
         for item in [one for one in inputs if one.status == status][:20]:
@@ -174,14 +175,13 @@ def skip_other_modalities(inputs: Sequence[Input], modality: Modality) -> None:
         raise ConfigError(f"no {wanted} among the input: {', '.join(f'{item.name}: {item.reason}' for item in others[:5])}")
 
 
-def end_table(inputs: Sequence[Input], labels: Sequence[str]) -> Table:
-    """Return what was found in each volume, for the screen."""
-    table = Table("input", "status", *labels, "notes")
+def end_table(inputs: Sequence[Input]) -> Table:
+    """Return what was found in each volume, for the screen: with a column a label, few of them would be too wide for it."""
+    table = Table("input", "status", "found, or why not")
     for item in inputs:
         if item.status != "skipped":
-            table.add_row(
-                item.name, item.status, *(item.measured.get(label, "-") for label in labels), item.reason or item.notes
-            )
+            found = [*(f"{label} {value}" for label, value in item.measured.items()), *filter(None, (item.notes,))]
+            table.add_row(*(Text(words) for words in (item.name, item.status, item.reason or "; ".join(found))))
     return table
 
 

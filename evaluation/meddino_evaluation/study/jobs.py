@@ -61,7 +61,8 @@ def run_jobs(jobs: Sequence[Job], root: Path, part: tuple[int, int] | None = Non
             job.run(folder)
         except MedDINOError as error:
             write_text(folder / "error.txt", f"{error}\n")
-            _log.error("job %s cannot run: %s", job.title, error)
+            reason = "for the same reason as one before" if str(error) in problems else str(error)
+            _log.error("job %s cannot run: %s", job.title, reason)
             problems.setdefault(str(error), []).append(job.folder)
         else:
             (folder / "error.txt").unlink(missing_ok=True)

@@ -68,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     if part is None or len(found) == len(jobs):
         # In an array every task tries; the one that finds all jobs done writes the tables.
         write_study(arguments.kind, config, found, arguments.out, problems, arguments.figures, columns)
-        sys.stdout.write((arguments.out / "results_compact.md").read_text(encoding="utf-8"))
+        if found:
+            sys.stdout.write((arguments.out / "results_compact.md").read_text(encoding="utf-8"))
         sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
     else:
         sys.stdout.write(f"{len(found)} of {len(jobs)} jobs are done; tables are written when all are\n")
