@@ -29,12 +29,11 @@ def add_reading_commands(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from meddino.core.logging import OutputConsole
     from meddino_data_curation.arguments import curation_config
     from meddino_data_curation.corpus.explain import explain
 
-    explain(curation_config(arguments.inputs, arguments.config, []), Console(width=160))
+    explain(curation_config(arguments.inputs, arguments.config, []), OutputConsole(width=160))
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -49,11 +48,10 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from meddino.core.logging import OutputConsole
     from meddino_data_curation.corpus.show import show
 
-    show(arguments.corpus, Console())
+    show(arguments.corpus, OutputConsole())
 
 
 def _sample(arguments: argparse.Namespace) -> None:

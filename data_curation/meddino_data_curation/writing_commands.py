@@ -55,11 +55,10 @@ def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from meddino.core.logging import OutputConsole
     from meddino_data_curation.arguments import run_plan
 
-    run_plan(arguments, Console())
+    run_plan(arguments, OutputConsole())
 
 
 def _add_merge_and_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

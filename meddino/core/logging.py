@@ -1,5 +1,6 @@
 """Logging to stderr through rich; stdout is left to what a command was asked to print."""
 
+import errno
 import logging
 import sys
 
@@ -7,6 +8,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 console = Console(stderr=True)
+
+
+class OutputConsole(Console):
+    """Tables on stdout. Where nobody reads them (`| head`) it raises as other writes do; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the command end as `meddino.core.command` decides."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads stdout")
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from meddino.core.command import EXIT_RUN_AGAIN, SAID_FOLDER
+from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER
 from meddino.core.logging import get_logger
 from meddino.distributed.exit_codes import Ending, judge, read_return_code
 
@@ -198,7 +198,8 @@ def launch(command: Sequence[str], count: int, grace_s: float = OTHERS_GRACE_S) 
         step = LocalProcesses(command, [{**variables, SAID_FOLDER: said} for variables in _environments(count)])
         endings, because = watch(step, signals, grace_s)
     for ending in endings:
-        if not _stopped_well([ending]):
+        # Wrong input was said by the process that met it first.
+        if ending.exit_code != EXIT_WRONG_INPUT and not _stopped_well([ending]):
             logger.error("process %s of %d: %s", ending.who, count, ending.how)
     return judge(endings, step.exit_code() or 0, because).exit_code
 

@@ -109,7 +109,14 @@ raise SystemExit(run_command(command_parser("meddino-x", "Tests.", "meddino-x"),
 """
 
 
-@pytest.mark.parametrize("body", ["[write_line('x' * 1000) for _ in range(1000)]", "print('x' * 1000000)"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[write_line('x' * 1000) for _ in range(1000)]",
+        "print('x' * 1000000)",
+        "from meddino.core.logging import OutputConsole; [OutputConsole(width=2000).print('x' * 1000) for _ in range(1000)]",
+    ],
+)
 def test_run_command__ends_quietly_where_its_reader_has_read_enough(body):
     line = f'{sys.executable} -c "$CODE" | head -c 10; echo ${{PIPESTATUS[0]}}'
     run = subprocess.run(
