@@ -1,6 +1,5 @@
 """Volumes over processes. A process that dies takes nothing with it but the volume it was reading."""
 
-import functools
 import logging
 import multiprocessing
 import os
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from meddino.core.errors import VolumeError
-from meddino.core.logging import get_logger
+from meddino.distributed.launcher import have_semaphores
 from meddino_data_curation.config import CurationConfig
 from meddino_data_curation.corpus.work_folder import WorkFolder
 from meddino_data_curation.selection.volume_job import VolumeJob, curate_volume, record_crash
 
-_logger = get_logger(__name__)
 _QUEUED_PER_WORKER = 3
 _ITEMS_AT_ONCE = 200
 
@@ -35,22 +33,7 @@ def cores() -> int:
 def worker_count(config: CurationConfig) -> int:
     """Return how many processes a curation takes: one where there is no room for what several talk through."""
     wanted = config.workers or cores()
-    return wanted if wanted == 1 or _have_semaphores() else 1
-
-
-@functools.cache
-def _have_semaphores() -> bool:
-    """Tell, once, whether processes could talk to each other: their semaphores lie in /dev/shm, which may be full."""
-    try:
-        multiprocessing.get_context("forkserver").Lock()
-    except OSError as error:
-        _logger.warning(
-            "/dev/shm: %s; one process does everything, which is slower. Free some there, or give a container more "
-            "(docker run --shm-size 256m)",
-            error.strerror or error,
-        )
-        return False
-    return True
+    return wanted if wanted == 1 or have_semaphores(wanted) else 1
 
 
 def run_volumes(

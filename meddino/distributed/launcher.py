@@ -4,6 +4,8 @@ torchrun starts processes as well, but whatever they end with, it ends with 1, a
 """
 
 import ctypes
+import functools
+import multiprocessing
 import os
 import signal
 import socket
@@ -27,6 +29,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, sign
 OTHERS_GRACE_S = 30.0
 POLL_S = 0.1
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Of a pool and its common queues, with some to spare; of one more worker.
+_SEMAPHORES, _OF_A_WORKER = 16, 4
 logger = get_logger(__name__)
 
 
@@ -240,6 +244,26 @@ def _environments(count: int) -> Iterator[dict[str, str]]:
 def _stopped_well(endings: Sequence[Ending]) -> bool:
     """Tell whether all that ended did so at a safe point; their peers then do too, and are not to be hurried."""
     return all(ending.exit_code == EXIT_RUN_AGAIN for ending in endings)
+
+
+@functools.cache
+def have_semaphores(workers: int) -> bool:
+    """Tell, and say so if not, whether so many workers can be talked to: semaphores lie in /dev/shm, which may be full.
+
+    Args:
+        workers: Processes that this one would start with queues to them.
+    """
+    try:
+        held = [multiprocessing.get_context("fork").Lock() for _ in range(_SEMAPHORES + workers * _OF_A_WORKER)]
+        del held
+    except OSError as error:
+        logger.warning(
+            "no room for workers in /dev/shm (%s): one process does everything, which is slower; free some there, or give a "
+            "container more (docker run --shm-size=8g)",
+            error.strerror or error,
+        )
+        return False
+    return True
 
 
 def end_with(parent: int) -> None:

@@ -1,5 +1,8 @@
 """Several processes on one machine: one exit code, signals to all, nobody left behind. The commands here train nothing."""
 
+import errno
+import logging
+import multiprocessing
 import signal
 import sys
 import time
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from meddino.distributed.exit_codes import Ending
-from meddino.distributed.launcher import Signals, launch, watch
+from meddino.distributed.launcher import Signals, have_semaphores, launch, watch
 from tests.processes import Started
 
 
@@ -135,3 +138,19 @@ sys.exit(run_command(command_parser("toy", "toy", "toy"), [], work))
     begun = float(told.split("raised ")[1].split()[0])
     assert "MemoryError: out of memory on purpose" in told and ended - begun < 10
     assert [each.returncode for each in started] == [75, 1] and "another one ended" in started[0].stderr
+
+
+def test_have_semaphores__says_where_there_is_no_room_for_workers(monkeypatch, caplog):
+    have_semaphores.cache_clear()
+    assert have_semaphores(4)
+
+    class Full:
+        def Lock(self):  # noqa: N802 - multiprocessing's name
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: Full())
+    with caplog.at_level(logging.WARNING):
+        assert not have_semaphores(5)
+        assert not have_semaphores(5)
+    assert caplog.text.count("--shm-size") == 1
+    have_semaphores.cache_clear()

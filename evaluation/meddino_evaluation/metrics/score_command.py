@@ -105,6 +105,10 @@ def score_folders(
         logger.warning(
             "case %s: there is no prediction of it; %s", case, "left out" if missing == "skip" else "counts as empty"
         )
+    surplus = sorted(predictions.keys() - references.keys())
+    if surplus:
+        more = " ..." if len(surplus) > 5 else ""
+        logger.warning("%d predictions have no reference and are not scored: %s%s", len(surplus), ", ".join(surplus[:5]), more)
     write_cases(out / "cases.csv", rows, ("case", "label", *METRICS))
     metrics = {
         "format": "meddino-scores",
@@ -121,7 +125,7 @@ def score_folders(
         },
         "failed": failed,
         "notes": notes,
-        "without_reference": sorted(predictions.keys() - references.keys()),
+        "without_reference": surplus,
         "test": summarise([{**row, "seed": 0, "site": "", "patient": row["case"]} for row in rows], 2000),
     }
     write_json(out / "metrics.json", metrics)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from meddino.core.errors import ShardError
 from meddino.data.intensity import Modality
 from meddino.distributed.collectives import world_size
+from meddino.distributed.launcher import have_semaphores
 from meddino.distributed.process_group import processes_here
 from meddino_pretrain.data.batches import Collate, RawBatch
 from meddino_pretrain.data.config import LoaderConfig
@@ -221,7 +222,7 @@ class Loader:
         """
         wanted = _MicroBatches(self.first_step, self.last_step, self.maker.share.accumulation)
         workers = min(self.config.workers, len(wanted))
-        helped = self._helped(wanted, workers) if workers else None
+        helped = self._helped(wanted, workers) if workers and have_semaphores(workers) else None
         try:
             for number in wanted:
                 start = time.perf_counter()
