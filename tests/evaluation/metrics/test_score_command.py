@@ -114,14 +114,14 @@ def test_score__a_missing_prediction_counts_as_empty_unless_told_to_skip(tmp_pat
     assert "over 1 of 2 cases; 1 without a prediction left out" in capsys.readouterr().out
 
 
-def test_score__a_prediction_without_a_reference_is_told(tmp_path, caplog):
+def test_score__a_prediction_without_a_reference_is_told(tmp_path, capsys):
     _, ref = boxes()
     save(tmp_path / "ref/a.nii.gz", ref)
     for name in ("a", "A", "b"):
         save(tmp_path / f"pred/{name}.nii.gz", ref)
     code, metrics = score(tmp_path)
     assert (code, metrics["without_reference"]) == (0, ["A", "b"])
-    assert "2 predictions have no reference and are not scored: A, b" in caplog.text
+    assert "2 predictions have no reference and are not scored: A, b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("declared", [False, True])
