@@ -35,7 +35,7 @@ def fake_vindr(root: Path, number: int, rng: np.random.Generator) -> None:
     """Add one radiograph to a fake VinDr-CXR: three readers drew boxes in training, the test has their consensus."""
     pixels, box = _bright_square(rng)
     part, name = "test" if number % _TRAINED == 0 else "train", f"{number:032x}"
-    finding = _FINDINGS[number // _TRAINED % len(_FINDINGS)] if number % 7 else "No finding"
+    finding = _FINDINGS[number % len(_FINDINGS)] if number % 7 else "No finding"
     elements = {"SOPInstanceUID": uid_of("vindr", name), "StudyInstanceUID": uid_of("study", name), "PatientID": name}
     (root / part).mkdir(parents=True, exist_ok=True)
     write_radiograph(root / part / f"{name}.dicom", elements, pixels.astype(np.uint16) * 16)

@@ -54,21 +54,26 @@ def write_task_study(found: Found, missing: Sequence[TaskDefinition], problems: 
     return results
 
 
-def headlines(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (setting, metric with mean, deviation and interval) of a metrics.json: by protocol, or all and by site."""
+def headlines(task: TaskDefinition, content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (setting, metric with mean, deviation and interval) of a metrics.json: by protocol, or by site."""
     if content.get("format") == "meddino-classification":
         for entry in content["results"]:
             yield entry["protocol"], {"metric": "accuracy", **entry["metrics"]["accuracy"]}
         return
-    yield "overfit, no result" if content.get("overfit") else "", content["headline"]
+    yield "overfit, no result" if content.get("overfit") else own_setting(task), content["headline"]
     yield from content.get("headline_by_site", {}).items()
+
+
+def own_setting(task: TaskDefinition) -> str:
+    """Return the setting of a task's own test: the sites that are trained on, or "" where none is special."""
+    return "+".join(task.train_sites)
 
 
 def results_table(found: Found) -> Table:
     """Return one row for each task, setting and model."""
     rows = []
     for job, content in found:
-        for setting, values in headlines(content):
+        for setting, values in headlines(job.task, content):
             first = (job.task.name, job.task.kind, setting or "–", values["metric"], model_name(job.model))
             rows.append((*first, metric_text(values), published_text(job.task, values["metric"], setting)))
     return Table(HEADER, tuple(rows)).best_in_bold(("task", "setting", "metric"), ["measured"])
@@ -157,7 +162,7 @@ def _classification(model: _Side, first: _Side, jobs: Path) -> list[tuple[str, s
 def _segmentation(model: _Side, first: _Side, jobs: Path) -> list[tuple[str, str, PairedResult]]:
     """Compare the mean over cases, of the task's own test and of every other site."""
     folders = [jobs / job.folder for job, _ in (model, first)]
-    parts = {"": folders} | {
+    parts = {own_setting(model[0].task): folders} | {
         site: [folder / "external" / site for folder in folders] for site in model[1].get("headline_by_site", {})
     }
     metric, found = model[0].task.metric, []
