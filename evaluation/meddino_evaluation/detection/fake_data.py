@@ -22,8 +22,11 @@ def fake_kvasir(root: Path, number: int, rng: np.random.Generator) -> None:
     pixels, box = _bright_square(rng)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    name = f"cju{number:022d}"
+    name = f"cjv{number:022d}"  # beside the pictures of the task kvasir_seg, which lie in the same folder
     Image.fromarray(np.stack([pixels, pixels // 2, pixels // 3], -1)).save(folder / "images" / f"{name}.jpg")
+    mask = np.zeros((_SIZE, _SIZE), dtype=np.uint8)
+    mask[box[1] : box[3], box[0] : box[2]] = 255
+    Image.fromarray(mask).save(folder / "masks" / f"{name}.jpg")
     path = folder / "kavsir_bboxes.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
     corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))

@@ -76,10 +76,8 @@ def chosen_tasks(names: Sequence[str]) -> list[TaskDefinition]:
 
 def data_folder(task: TaskDefinition, root: Path) -> Path:
     """Return where the data of a task lie under the root of a study."""
-    layout = task.layout
-    if isinstance(layout, OfTask):
-        return data_folder(load_task(layout.task), root)
-    return root / (task.folder or task.name)
+    name = task.layout.task if isinstance(task.layout, OfTask) else task.name
+    return root / (task.folder or name)
 
 
 def list_task_jobs(

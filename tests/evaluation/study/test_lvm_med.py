@@ -1,16 +1,13 @@
 import csv
 import json
 
-import numpy as np
 import pytest
-from meddino_evaluation.classification.fake_data import make_fake
 from meddino_evaluation.cli import main
-from meddino_evaluation.detection.fake_data import FAKES
 from meddino_evaluation.study.lvm_med import RUNNERS, TaskJob, chosen_tasks, data_folder, list_task_jobs
-from meddino_evaluation.study.lvm_med_tables import PUBLISHED, published_text
-from meddino_evaluation.tasks.definition import load_task
+from meddino_evaluation.study.lvm_med_tables import PUBLISHED, own_setting, published_text
+from meddino_evaluation.tasks.definition import load_task, task_names
+from meddino_evaluation.tasks.fake_data import make_fake
 
-from meddino.core.config import shipped_configs
 from meddino.core.errors import ConfigError
 
 QUICK = [
@@ -29,8 +26,7 @@ def study(root, out, *more, models=("random:vitnano8", "other=random:vitnano8"))
 def root(tmp_path_factory):
     """Data of two of the tasks."""
     folder = tmp_path_factory.mktemp("tasks")
-    for number in range(12):
-        FAKES["kvasir_detection"](folder / "kvasir_seg", number, np.random.default_rng(number))
+    make_fake("kvasir_detection", folder / "kvasir_seg", 12)
     make_fake("brain_tumor_mri", folder / "brain_tumor_mri", 6)
     return folder
 
@@ -110,9 +106,40 @@ def test_list_task_jobs__another_setting_is_another_job_another_citation_is_not(
 
 
 def test_shipped__every_task_has_a_runner_and_published_numbers_find_their_row():
-    for path in (shipped_configs() / "evaluation" / "tasks").glob("*.yaml"):
-        task = load_task(path.stem)
+    for name in task_names():
+        task = load_task(name)
         assert task.kind in RUNNERS
         for one in task.published:
             assert f"{one.value:.2f} %" in published_text(task, one.metric, one.setting)
             assert 0 <= one.value <= 100
+            # The settings in which a study's rows come: protocols, sites, or the one that needs no name.
+            protocols = {"linear", "mlp", "finetune", "finetune_mlp"} if task.kind == "classification" else {own_setting(task)}
+            sites = {"RUNMC", "BIDMC", "HK"} if task.train_sites else set()
+            assert one.setting in protocols | sites, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_study_lvm_med__every_task_from_its_fake_copy_to_one_table(tmp_path):
+    root = tmp_path / "root"
+    for name in task_names():
+        folder = data_folder(load_task(name), root)
+        if load_task(name).kind != "prompts":
+            make_fake(name, folder, 10 if load_task(name).kind == "detection" else 4)
+    slices = ["data.size_px=32", "training.crop_px=32", "training.steps=2", "training.batch_size=2", "encoder.mode=frozen"]
+    slices += [
+        "head.name=linear",
+        "training.selection=last",
+        "seeds=[0]",
+        "splits.folds=2",
+        "device=cpu",
+        "metrics.surface=false",
+    ]
+    prompts = ["size_px=48", "decoder.mlp_dim=64", "decoder.layers=1", "training.steps=2", "training.batch_size=2", "seeds=[0]"]
+    words = [f"{kind}:{one}" for kind in ("segmentation2d", "segmentation_slices") for one in slices]
+    words += [f"prompts:{one}" for one in [*prompts, "device=cpu", "splits.folds=2"]]
+    assert study(root, tmp_path / "out", *words, models=("random:vitnano8",)) == 0
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert {row["task"] for row in rows} == set(task_names())
+    assert [row["setting"] for row in rows if row["task"] == "prostate_sites"] == ["BMC", "BIDMC", "HK", "RUNMC"]
+    assert (tmp_path / "out/missing.csv").read_text().count("\n") == 1
