@@ -58,6 +58,7 @@ def test_branch__a_finished_stage_is_extended_at_a_lower_rate(branch, original, 
     assert records[:6] == trace(original)
     assert records[7]["lr"] == pytest.approx(0.0001)
     assert (original / "run.json").read_bytes() == before
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["stages"][STAGE]["steps"] == 8  # the report's "of"
     assert branch(*change) == 0  # the same command again finds it done
 
 

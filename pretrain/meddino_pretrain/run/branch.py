@@ -49,7 +49,11 @@ def branch_run(source: Path, out: Path, config: PretrainConfig) -> None:
         for path in (run / stage / "metrics.jsonl", run / stage / SNAPSHOTS, *run.glob("*.safetensors"), *run.glob("*.txt")):
             _copy(path, partial / path.relative_to(run))
         info = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        stages = {name: start for name, start in info["stages"].items() if name in (*earlier, stage)}
+        stages = {
+            name: {**start, "steps": config.stages[name].steps}
+            for name, start in info["stages"].items()
+            if name in (*earlier, stage)
+        }
         write_text(partial / "config.yaml", to_yaml(config))
         write_json(
             partial / "run.json", {**info, "id": secrets.token_hex(6), "changes": [], "stages": stages, BRANCHED: origin}

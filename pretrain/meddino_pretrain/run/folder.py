@@ -173,7 +173,7 @@ def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list
     if refused:
         raise ConfigError(
             f"run {folder} was begun with another recipe; differences (begun -> now): {'; '.join(refused)}; "
-            "give the recipe it was begun with, or another --out"
+            "give the recipe it was begun with, or another --out (which --branch-from begins at a checkpoint of this run)"
         )
     for line in changed:
         logger.info("goes on with another %s", line)
