@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from meddino.core.config import StrictConfig
 from meddino_pretrain.methods.config import Action, Chart, Fraction, KeptBackbone, MethodConfig, Terms, check_ascending
 
+GLOBAL_CROPS = 2
+
 
 class LossesConfig(StrictConfig):
     """Weights of the terms."""
@@ -30,6 +32,23 @@ class LossesConfig(StrictConfig):
     """Weight of feature distillation to the backbone that the stage began with; ours: 0, for none."""
     distill_to_init: Literal["l2", "gram"] = "l2"
     """l2: the tokens themselves stay near; gram: only the patches' similarities, as in Gram anchoring."""
+
+    def weights(self, num_local: int) -> dict[str, float]:
+        """Return what each term is multiplied by in the total, by its name, in the order in which they are added.
+
+        Args:
+            num_local: Local crops of each slice; every pair of a teacher crop and another student crop weighs the same.
+        """
+        global_pairs, local_pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1), GLOBAL_CROPS * num_local
+        pairs = global_pairs + local_pairs
+        return {
+            "dino_global": self.dino_weight * global_pairs / pairs,
+            "dino_local": self.dino_weight * self.dino_local_multiplier * local_pairs / pairs,
+            "ibot": self.ibot_weight,
+            "koleo": self.koleo_weight * GLOBAL_CROPS,
+            "gram": self.gram_weight,
+            "distill_to_init": self.distill_to_init_weight,
+        }
 
 
 class HeadConfig(StrictConfig):
@@ -179,7 +198,7 @@ class DINOv3Config(MethodConfig):
         """See `MethodConfig`."""
         ln_k = math.log(self.heads.dino.prototypes)
         return Terms(
-            losses=("dino_global", "dino_local", "ibot", "koleo", "gram", "distill_to_init"),
+            losses=tuple(self.losses.weights(self.crops.num_local)),
             charts=(
                 Chart(
                     "entropy of the targets; at ln K they say nothing",

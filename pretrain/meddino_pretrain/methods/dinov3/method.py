@@ -24,17 +24,16 @@ from meddino_pretrain.data.batches import Batch, RawBatch
 from meddino_pretrain.data.sampler import SampleOrder
 from meddino_pretrain.data.views import ViewSpec
 from meddino_pretrain.methods.base import KeptChoice, Method, ProbeOutput, StageSetting, count_flops, on_meta
-from meddino_pretrain.methods.dinov3.config import DINOv3Config, HeadConfig
+from meddino_pretrain.methods.dinov3.config import GLOBAL_CROPS, DINOv3Config, HeadConfig
 from meddino_pretrain.methods.dinov3.gram_choice import choose_gram_teacher
 from meddino_pretrain.methods.dinov3.network import (
     DINOv3Network,
     InitialTokens,
     KoLeoGradient,
     Targets,
-    TermWeights,
     mean_koleo,
 )
-from meddino_pretrain.methods.dinov3.views import GLOBAL, GLOBAL_CROPS, GRAM, LOCAL, MASK_INDICES, add_masks, crop_views
+from meddino_pretrain.methods.dinov3.views import GLOBAL, GRAM, LOCAL, MASK_INDICES, add_masks, crop_views
 from meddino_pretrain.methods.ema import update_teacher
 from meddino_pretrain.schedules import StepValues, cosine, linear
 
@@ -215,31 +214,16 @@ class DINOv3(Method):
         losses = self.config.losses
         with self.machine.autocast():
             gram, initial = self._gram_tokens(batch), self._initial_tokens(batch)
-        fixed = (self._weights(batch), losses.student_temperature, losses.gram_negatives)
+        weights = losses.weights(_num_local(batch))
+        fixed = (weights, losses.student_temperature, losses.gram_negatives)
         return Targets(plan, cls, patches, gram, initial, koleo, *fixed)
-
-    def _weights(self, batch: Batch) -> TermWeights:
-        losses = self.config.losses
-        num_local = batch.shapes[LOCAL][0] // len(batch.keys) if LOCAL in batch.views else 0
-        # Every pair of a teacher crop and another student crop weighs the same.
-        global_pairs, local_pairs = GLOBAL_CROPS * (GLOBAL_CROPS - 1), GLOBAL_CROPS * num_local
-        pairs = global_pairs + local_pairs
-        return TermWeights(
-            dino_global=losses.dino_weight * global_pairs / pairs,
-            dino_local=losses.dino_weight * losses.dino_local_multiplier * local_pairs / pairs,
-            ibot=losses.ibot_weight,
-            koleo=losses.koleo_weight * GLOBAL_CROPS,
-            gram=losses.gram_weight,
-            distill_to_init=losses.distill_to_init_weight,
-        )
 
     def _plan(self, batch: Batch, step: int) -> DropPathPlan:
         share = self.setting.share
         samples = share.samples(batch.micro_step)
         groups = [CropIndices.of_samples(GLOBAL_CROPS, samples, share.global_batch)]
         if LOCAL in batch.views:
-            num_local = batch.shapes[LOCAL][0] // len(batch.keys)
-            groups.append(CropIndices.of_samples(num_local, samples, share.global_batch))
+            groups.append(CropIndices.of_samples(_num_local(batch), samples, share.global_batch))
         return DropPathPlan(self.setting.seed, step, tuple(groups))
 
     def _initial_tokens(self, batch: Batch) -> InitialTokens | None:
@@ -273,6 +257,10 @@ class DINOv3(Method):
             (gradient,) = torch.autograd.grad(value, leaf)
         shares = gradient.view_as(stacked) * len(batches)
         return [KoLeoGradient(value.detach(), shares[:, number].flatten(0, 1)) for number in range(len(batches))]
+
+
+def _num_local(batch: Batch) -> int:
+    return batch.shapes[LOCAL][0] // len(batch.keys) if LOCAL in batch.views else 0
 
 
 def _head(in_dim: int, config: HeadConfig) -> ProjectionHead:

@@ -1,5 +1,6 @@
 """Backbone and two heads: what student and teacher both are, and what each computes from a batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,7 +20,8 @@ from meddino.losses.sinkhorn import SinkhornTargets
 from meddino.models.backbone import BackboneOutput
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_pretrain.data.batches import Batch
-from meddino_pretrain.methods.dinov3.views import GLOBAL, GLOBAL_CROPS, LOCAL, MASK_INDICES, MASK_WEIGHTS, MASKS
+from meddino_pretrain.methods.dinov3.config import GLOBAL_CROPS
+from meddino_pretrain.methods.dinov3.views import GLOBAL, LOCAL, MASK_INDICES, MASK_WEIGHTS, MASKS
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Targets:
         gram_tokens: [2 B, N, D] patch tokens of the Gram teacher at the student's grid, or None.
         initial: What the student is to stay near to, or None.
         koleo: Given where the batch is cut into several micro-batches; else KoLeo is computed in place.
-        weights: Of the terms.
+        weights: What each term is multiplied by in the total; see `LossesConfig.weights`.
         student_temperature: Of the student's softmax.
         gram_negatives: What becomes of negative similarities.
     """
@@ -81,21 +83,9 @@ class Targets:
     gram_tokens: Float[Tensor, "gb n d"] | None
     initial: InitialTokens | None
     koleo: KoLeoGradient | None
-    weights: "TermWeights"
+    weights: Mapping[str, float]
     student_temperature: float
     gram_negatives: Negatives
-
-
-@dataclass(frozen=True)
-class TermWeights:
-    """What each term is multiplied by in the total."""
-
-    dino_global: float
-    dino_local: float
-    ibot: float
-    koleo: float
-    gram: float
-    distill_to_init: float
 
 
 class DINOv3Network(nn.Module):
@@ -127,8 +117,8 @@ class DINOv3Network(nn.Module):
             self.dino_head.last_layer.weight,
             targets.cls,
             temperature,
-            weights.dino_global,
-            weights.dino_local,
+            weights["dino_global"],
+            weights["dino_local"],
         )
         masked = seen.patch_tokens.flatten(0, 1)[batch.extras[MASK_INDICES]]
         ibot = ibot_term(
@@ -139,15 +129,15 @@ class DINOv3Network(nn.Module):
             len(seen.cls_token),
             temperature,
         )
-        koleo = self._koleo(seen.cls_token, targets.koleo)
-        total = dino.weighted + weights.ibot * ibot + weights.koleo * koleo
-        terms = {"dino_global": dino.global_crops, "dino_local": dino.local_crops, "ibot": ibot, "koleo": koleo}
+        terms = {"ibot": ibot, "koleo": self._koleo(seen.cls_token, targets.koleo)}
         if targets.gram_tokens is not None:
             terms["gram"] = gram_loss(seen.patch_tokens, targets.gram_tokens, negatives=targets.gram_negatives)
-            total = total + weights.gram * terms["gram"]
         if targets.initial is not None:
             terms["distill_to_init"] = targets.initial.loss(seen, batch.extras[MASKS])
-            total = total + weights.distill_to_init * terms["distill_to_init"]
+        total = dino.weighted
+        for name, term in terms.items():
+            total = total + weights[name] * term
+        terms = {"dino_global": dino.global_crops, "dino_local": dino.local_crops, **terms}
         return {**{name: term.detach() for name, term in terms.items()}, "total": total}
 
     @torch.no_grad()

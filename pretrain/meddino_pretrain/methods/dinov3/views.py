@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from meddino_pretrain.data.batches import RawBatch
 from meddino_pretrain.data.sampler import SampleOrder
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
-from meddino_pretrain.methods.dinov3.config import CropsConfig, MaskingConfig
+from meddino_pretrain.methods.dinov3.config import GLOBAL_CROPS, CropsConfig, MaskingConfig
 from meddino_pretrain.methods.dinov3.masking import masks_for_crops
 
-GLOBAL_CROPS = 2
 GLOBAL, LOCAL, GRAM = "global_crops", "local_crops", "gram_teacher_crops"
 MASKS, MASK_INDICES, MASK_WEIGHTS = "masks", "mask_indices", "mask_weights"
 
