@@ -4,6 +4,7 @@ A model's input contract is one member; it travels in every export. This module 
 `meddino.data.model_input` computes by them.
 """
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -12,19 +13,8 @@ from meddino.core.config import StrictConfig, check_config
 
 Modality = Literal["ct", "mr", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-WHAT_VALUES_ARE: dict[Modality, str] = {
-    "ct": "CT in Hounsfield units",
-    "mr": "MR in arbitrary units",
-    "image": "pictures in 8 or 16 bits of brightness",
-}
-"""What the stored values of a modality are, for messages."""
-
-GIVEN: dict[Modality, str] = {
-    "ct": "axial slices in Hounsfield units",
-    "mr": "axial slices of MR, scaled so that the volume's 0.5 and 99.5 percentiles are 0 and 1",
-    "image": "pictures of medicine, scaled so that black and white are 0 and 1",
-}
-"""What a model of a modality is given, in the words of its card."""
+Units = Literal["hounsfield", "arbitrary", "brightness"]
+"""Hounsfield units; arbitrary: a volume's own range says what is dark and bright; brightness: the range of 8 or 16 bits."""
 
 Window = Literal["soft_tissue", "lung", "bone", "brain"]
 CT_WINDOWS_HU: dict[Window, tuple[float, float]] = {
@@ -135,21 +125,21 @@ class MRIntensity(StrictConfig):
         )
 
 
-class ImageIntensity(StrictConfig):
+class BrightnessIntensity(StrictConfig):
     """Brightness in 8 or 16 bits, grey or RGB: the range of the stored type becomes [0, 1], then normalised.
 
     Grey is repeated to the channels; RGB becomes grey (its mean) where the model has one channel.
     """
 
-    modality: Literal["image"] = "image"
-    """Brightness, grey or RGB."""
+    modality: str
+    """A modality whose units are brightness."""
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), min_length=1)
     """Subtracted from each channel's values in [0, 1]; ImageNet's, as DINOv3's weights expect."""
     std: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.229, 0.224, 0.225), min_length=1)
     """Divisor of each channel after that; ImageNet's."""
 
     @model_validator(mode="after")
-    def _channels_agree(self) -> "ImageIntensity":
+    def _channels_agree(self) -> "BrightnessIntensity":
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise ValueError(f"mean has {len(self.mean)} and std {len(self.std)} channels; both have 1 or both have 3")
         return self
@@ -183,6 +173,13 @@ class ImageIntensity(StrictConfig):
         )
 
 
+class ImageIntensity(BrightnessIntensity):
+    """Pictures of medicine: radiographs, fundus, dermoscopy, endoscopy, pathology."""
+
+    modality: Literal["image"] = "image"
+    """Brightness, grey or RGB."""
+
+
 def _modality_of(given: Any) -> Any:
     """Return the tag of a member; runs and exports written before there were others name none: they are CT."""
     if isinstance(given, dict):
@@ -190,17 +187,69 @@ def _modality_of(given: Any) -> Any:
     return getattr(given, "modality", None)
 
 
+_NAMES = f"{', '.join(MODALITIES[:-1])} or {MODALITIES[-1]}"
+
 Intensity = Annotated[
     Annotated[CTIntensity, Tag("ct")] | Annotated[MRIntensity, Tag("mr")] | Annotated[ImageIntensity, Tag("image")],
-    Discriminator(_modality_of, custom_error_type="modality", custom_error_message="modality must be ct, mr or image"),
+    Discriminator(_modality_of, custom_error_type="modality", custom_error_message=f"modality must be {_NAMES}"),
 ]
 """A model's input contract, or one of those that a run trains with."""
 
-MEMBERS: dict[Modality, type[CTIntensity] | type[MRIntensity] | type[ImageIntensity]] = {
-    "ct": CTIntensity,
-    "mr": MRIntensity,
-    "image": ImageIntensity,
+
+@dataclass(frozen=True)
+class Member:
+    """What is said of a modality wherever it is read, trained on, or told about.
+
+    Attributes:
+        contract: Its input contract.
+        units: Of its stored values: how they are recognised, ranged and refused.
+        dicom_codes: DICOM's codes of the modality; of volumes exactly one, of pictures any of them.
+        values_are: What stored values are, for messages.
+        given: What a model of it is given, in the words of its card.
+        seen: What it sees, for the card's first line.
+        tag: Of the card, as hubs have it.
+    """
+
+    contract: type[CTIntensity] | type[MRIntensity] | type[BrightnessIntensity]
+    units: Units
+    dicom_codes: tuple[str, ...]
+    values_are: str
+    given: str
+    seen: str
+    tag: str
+
+
+MEMBERS: dict[Modality, Member] = {
+    "ct": Member(
+        CTIntensity,
+        "hounsfield",
+        ("CT",),
+        "CT in Hounsfield units",
+        given="axial slices in Hounsfield units",
+        seen="axial CT slices",
+        tag="computed-tomography",
+    ),
+    "mr": Member(
+        MRIntensity,
+        "arbitrary",
+        ("MR",),
+        "MR in arbitrary units",
+        given="axial slices of MR, scaled so that the volume's 0.5 and 99.5 percentiles are 0 and 1",
+        seen="axial MR slices",
+        tag="magnetic-resonance-imaging",
+    ),
+    "image": Member(
+        ImageIntensity,
+        "brightness",
+        ("CR", "DX", "MG", "US", "OP", "OPT"),
+        "pictures in 8 or 16 bits of brightness",
+        given="pictures of medicine, scaled so that black and white are 0 and 1",
+        seen="medical pictures",
+        tag="medical-imaging",
+    ),
 }
+OF_DICOM_CODE: dict[str, Modality] = {code: name for name, member in MEMBERS.items() for code in member.dicom_codes}
+"""Modality behind DICOM's code of one."""
 
 
 class _Contract(StrictConfig):

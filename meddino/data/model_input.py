@@ -11,10 +11,10 @@ from torch import Tensor
 from meddino.core.errors import ConfigError
 from meddino.data.intensity import (
     CT_WINDOWS_HU,
+    MEMBERS,
     RANGE_PERCENTILES,
-    WHAT_VALUES_ARE,
+    BrightnessIntensity,
     CTIntensity,
-    ImageIntensity,
     Intensity,
     Modality,
     Window,
@@ -45,14 +45,14 @@ def normalise_channels(values: Float[Tensor, "*batch c h w"], intensity: Intensi
     """Normalise values that are clipped already, and bring their channels to the contract's.
 
     Args:
-        values: Hounsfield units, or values in [0, 1]; one channel, or RGB for an image's contract.
+        values: Hounsfield units, or values in [0, 1]; one channel, or RGB for a contract of brightness.
         intensity: The model's input contract.
 
     Raises:
         ConfigError: The channels fit neither one nor the contract's.
     """
     channels = values.shape[-3]
-    if isinstance(intensity, ImageIntensity):
+    if isinstance(intensity, BrightnessIntensity):
         if channels not in (1, 3):
             raise ConfigError(f"{channels} channels come in; a picture is grey (1) or RGB (3)")
         if intensity.channels == 1 and channels == 3:
@@ -77,13 +77,14 @@ def value_range(modality: Modality, values: NDArray[Any]) -> tuple[float, float]
     """Return the stored values that become 0 and 1.
 
     Args:
-        modality: MR: the 0.5 and 99.5 percentiles of `values`. Image: the stored type's range where it is 8 or 16 bits wide,
-            else percentiles as for MR. CT: nothing is stretched, so (0, 1).
+        modality: Arbitrary units (MR): the 0.5 and 99.5 percentiles of `values`. Brightness: the stored type's range where it
+            is 8 or 16 bits wide, else percentiles as for MR. Hounsfield units: nothing is stretched, so (0, 1).
         values: Of the whole volume.
     """
-    if modality == "ct":
+    units = MEMBERS[modality].units
+    if units == "hounsfield":
         return 0.0, 1.0
-    if modality == "image" and values.dtype in (np.uint8, np.uint16):
+    if units == "brightness" and values.dtype in (np.uint8, np.uint16):
         return 0.0, float(np.iinfo(values.dtype).max)
     low, high = (float(end) for end in np.percentile(values, RANGE_PERCENTILES))
     if low == high:  # nearly everything is background: what is left is still shown
@@ -157,4 +158,4 @@ def check_modality(model: Modality, data: Modality, where: str) -> str:
     """Return what to tell people where a model is given another modality than it was made for, or ""."""
     if model == data:
         return ""
-    return f"{where}: the model's input contract is for {WHAT_VALUES_ARE[model]}, the data are {WHAT_VALUES_ARE[data]}"
+    return f"{where}: the model's input contract is for {MEMBERS[model].values_are}, the data are {MEMBERS[data].values_are}"

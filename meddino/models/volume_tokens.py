@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meddino.core.errors import ConfigError, VolumeError
-from meddino.data.intensity import Intensity, Modality
+from meddino.data.intensity import OF_DICOM_CODE, Intensity
 from meddino.data.model_input import check_modality, is_foreground, normalise, value_range
 from meddino.models.backbone import Backbone
 from meddino.models.patch_maps import share_of_patch
@@ -22,7 +22,6 @@ from meddino.volumes.orientation import to_axial_lps, turn_to_lps
 from meddino.volumes.volume import AxialVolume, Volume
 
 _TILT_TOLD_DEG = 1.0
-DICOM_MODALITIES: dict[str, Modality] = {"CT": "ct", "MR": "mr"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,7 +94,7 @@ def turned(volume: Volume, contract: Intensity) -> tuple[AxialVolume, float]:
         ConfigError: Its file says that it is of another modality than the model's.
         VolumeError: It holds values that are no numbers.
     """
-    said = DICOM_MODALITIES.get(volume.modality)
+    said = OF_DICOM_CODE.get(volume.modality)
     if said is not None and (mismatch := check_modality(contract.modality, said, "volume")):
         raise ConfigError(mismatch)
     if volume.voxels.dtype.kind not in "iufb":

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
-from meddino.data.intensity import WHAT_VALUES_ARE, Modality
+from meddino.data.intensity import MEMBERS, OF_DICOM_CODE, Modality
 from meddino.data.model_input import stored_type, value_range
 from meddino_data_curation.config import HounsfieldConfig
 from meddino_data_curation.selection.hounsfield import (
@@ -17,12 +17,9 @@ from meddino_data_curation.selection.hounsfield import (
     spread_sample,
 )
 
-SourceModality = Literal["ct", "mr", "image", "auto"]
+SourceModality = Modality | Literal["auto"]
 PICTURE = "picture"
 """Stands where DICOM has the code of a modality, for files that hold a picture; the format of such candidates."""
-_OF_CODE: dict[str, Modality] = {
-    "CT": "ct", "MR": "mr", PICTURE: "image", **dict.fromkeys(("CR", "DX", "MG", "US", "OP", "OPT"), "image"),
-}  # fmt: skip
 _MIN_VALUES = 33  # fewer different ones are labels, whatever their size
 _INT16 = np.iinfo(np.int16)
 
@@ -79,12 +76,12 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
     Raises:
         VolumeError: It is another modality than wanted, or nothing that can be used; the message says what.
     """
-    said = _OF_CODE.get(code)
+    said = _picture_of(wanted) if code == PICTURE else OF_DICOM_CODE.get(code)
     if code and said is None:
         raise VolumeError(f"DICOM: modality is {code if code.isalpha() and len(code) <= 4 else 'unknown'}")
     modality = (said or "ct") if wanted == "auto" else wanted
     if said is not None and said != modality:
-        raise VolumeError(f"the source says modality {modality}, the file is {WHAT_VALUES_ARE[said]}")
+        raise VolumeError(f"the source says modality {modality}, the file is {MEMBERS[said].values_are}")
     if modality == "ct":
         verdict = recognise_hounsfield(voxels, config)
         return Recognised("ct", verdict.offset, None, verdict.note)
@@ -92,31 +89,42 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
         raise VolumeError(f"voxels are {voxels.dtype}; intensities are numbers")
     if voxels.dtype.kind == "f":
         refuse_unfinite(voxels)
-    return _recognise_mr(voxels, said) if modality == "mr" else _recognise_image(voxels, has_range=code in ("", PICTURE))
+    if MEMBERS[modality].units == "brightness":
+        return _recognise_brightness(voxels, modality, has_range=code in ("", PICTURE))
+    return _recognise_arbitrary(voxels, modality, said)
 
 
-def _recognise_mr(voxels: NDArray[Any], said: Modality | None) -> Recognised:
+def takes_pictures(wanted: SourceModality) -> bool:
+    """Return whether picture files are a source's: brightness is all that they hold."""
+    return wanted == "auto" or MEMBERS[wanted].units == "brightness"
+
+
+def _picture_of(wanted: SourceModality) -> Modality:
+    return wanted if wanted != "auto" and takes_pictures(wanted) else "image"
+
+
+def _recognise_arbitrary(voxels: NDArray[Any], modality: Modality, said: Modality | None) -> Recognised:
     sample = spread_sample(voxels)
     _refuse_labels(sample)
     if said is None and sample.min() < 0 and looks_like_hounsfield(sample):
-        raise VolumeError("the source says modality mr, its values look like CT in Hounsfield units")
+        raise VolumeError(f"the source says modality {modality}, its values look like CT in Hounsfield units")
     notes = []
-    low, high = value_range("mr", sample)
+    low, high = value_range(modality, sample)
     if stored_type(voxels.dtype) == np.float32 and voxels.dtype.kind in "iu" and np.abs(sample).max() > 2**24:
         notes.append("whole numbers beyond 2^24 stored as float32, rounded")
     if voxels.dtype == np.float64:
         notes.append("float64 stored as float32, rounded")
-    return Recognised("mr", 0, (low, high), "; ".join(notes))
+    return Recognised(modality, 0, (low, high), "; ".join(notes))
 
 
-def _recognise_image(voxels: NDArray[Any], has_range: bool) -> Recognised:
+def _recognise_brightness(voxels: NDArray[Any], modality: Modality, has_range: bool) -> Recognised:
     if voxels.dtype not in (np.uint8, np.uint16):
         raise VolumeError(f"values are {voxels.dtype}; a picture has 8 or 16 bits of brightness")
     sample = spread_sample(voxels)
     if sample.min() == sample.max():
         raise VolumeError(f"every pixel is {sample.min():g}: a blank picture")
     # DICOM's types are wider than what is shown: its own percentiles say where black and white are.
-    return Recognised("image", 0, value_range("image", voxels) if has_range else value_range("mr", sample))
+    return Recognised(modality, 0, value_range(modality, voxels) if has_range else value_range("mr", sample))
 
 
 def _refuse_labels(sample: NDArray[np.float64]) -> None:

@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from meddino.data.intensity import Modality
+from meddino.data.intensity import MEMBERS, Modality
 from meddino_data_curation.config import InplaneConfig, SlicesConfig
 from meddino_data_curation.selection.inplane import shape_at_spacing
 
 AIR_HU = -1000
 _BODY_ABOVE_HU = -350
-_MR_BODY_ABOVE = 0.1  # share of the volume's range: noise of the air lies below
+_BODY_ABOVE = 0.1  # share of the volume's range: noise of the air lies below
 _PICTURE_DIFFERS = 0.05  # share of the range by which what is shown differs from the commonest grey
 _MASK_PX = 160  # longer side of the grid the body is looked for on
 _SAMPLE_PX = 128  # about the longer side of the grid whose pixels stand for the slice's
@@ -66,8 +66,8 @@ def _shown(stored: NDArray[Any], modality: Modality, value_range: tuple[float, f
     if value_range is None:
         return np.asarray(coarse > _BODY_ABOVE_HU)
     low, high = value_range
-    if modality == "mr":
-        return np.asarray(coarse > low + _MR_BODY_ABOVE * (high - low))
+    if MEMBERS[modality].units == "arbitrary":
+        return np.asarray(coarse > low + _BODY_ABOVE * (high - low))
     unit = (_grey(coarse) - low) / max(high - low, 1e-12)
     counts = np.bincount(np.rint(np.clip(unit, 0, 1) * 63).astype(np.intp).ravel(), minlength=64)
     return np.asarray(np.abs(unit - counts.argmax() / 63) > _PICTURE_DIFFERS)

@@ -5,16 +5,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from meddino.data.intensity import MEMBERS
 from meddino.volumes.dicom.grouping import DicomSeries, group_series
 from meddino.volumes.dicom.headers import DicomHeader
 from meddino.volumes.dicom.patients import is_nobody
 from meddino.volumes.dicom.stacking import DicomStack, split_series
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
+from meddino_data_curation.selection.modality import takes_pictures
 from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.patient_ids import named_in_path, patient_id
-
-_CODES = {"ct": "CT", "mr": "MR"}  # DICOM's, by the modality of a source
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,19 @@ def dicom_candidates(
 class _SeriesMaker:
     def __init__(self, source_number: int, source: SourceConfig, salt: Salt, series: DicomSeries) -> None:
         self.source_number, self.source, self.salt, self.series = source_number, source, salt, series
+        # Pictures have many codes: what the header says is asked for.
+        self.code = "" if takes_pictures(source.modality) else MEMBERS[source.modality].dicom_codes[0]
 
     def candidates(self) -> list[DicomCandidate]:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
         usable: dict[str, list[DicomHeader]] = defaultdict(list)
         pictures = []
         for header in self.series.headers:
-            if header.picture is not None and self.source.modality in ("image", "auto"):
+            if header.picture is not None and takes_pictures(self.source.modality):
                 base = {**self._base([header], f"picture {header.instance_uid}"), "format": "picture"}
                 pictures.append(DicomCandidate(**base, problem=header.picture))  # type: ignore[arg-type]
                 continue
-            wanted = _CODES.get(self.source.modality) or header.modality or "CT"
+            wanted = self.code or header.modality or "CT"
             (refused[why] if (why := header.why_not(wanted)) else usable[header.modality]).append(header)
         made = [
             DicomCandidate(**self._base(files, f"refused: {reason}"), problem=reason, notes=self.series.notes)  # type: ignore[arg-type]

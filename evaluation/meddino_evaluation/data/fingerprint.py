@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meddino.core.errors import VolumeError
-from meddino.data.intensity import CTIntensity, ImageIntensity, Intensity, Modality, MRIntensity
+from meddino.data.intensity import MEMBERS, CTIntensity, Intensity, Modality, read_intensity
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
 from meddino_evaluation.data.prepare import PreparedCase
@@ -47,6 +47,8 @@ def foreground_contract(cases: Sequence[PreparedCase], channels: int, modality: 
     mean, std = float(everything.mean()), max(float(everything.std()), 1e-8)
     if modality == "ct":
         return CTIntensity(hu_min=low, hu_max=high, mean=mean, std=std, channels=channels)
-    if modality == "mr":
-        return MRIntensity(mean=mean, std=std, channels=channels)
-    return ImageIntensity(mean=(mean,) * channels, std=(std,) * channels)
+    if MEMBERS[modality].units == "brightness":
+        values = {"mean": [mean] * channels, "std": [std] * channels}
+    else:
+        values = {"mean": mean, "std": std, "channels": channels}
+    return read_intensity({"modality": modality, **values}, "the training cases' foreground")

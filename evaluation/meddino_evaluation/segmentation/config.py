@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
 from meddino.core.machine_config import Precision
+from meddino.data.intensity import Modality
 
 EncoderMode = Literal["frozen", "finetune", "lora", "bitfit", "partial"]
 HeadName = Literal["primus", "linear", "unet", "dino_unet", "whole_unet", "whole_transunet", "whole_segformer"]
@@ -21,7 +22,7 @@ class DataConfig(StrictConfig):
     """Image channels that are read; with "all" their number must be the model's."""
     neighbour_slices: int = Field(0, ge=0, le=8)
     """2.5D: this many slices on either side come in as channels; 0 is the paper's 2D [P]."""
-    modality: Literal["auto", "ct", "mr", "image"] = "auto"
+    modality: Modality | Literal["auto"] = "auto"
     """What the images' values mean; auto: as the names of the channels say (MR, T1, T2, ...), else ct."""
     intensity: Literal["contract", "fingerprint"] = "contract"
     """Clip and normalise by the model's input contract, or by the training cases' foreground as nnU-Net does for CT [N]."""

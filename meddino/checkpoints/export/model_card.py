@@ -1,10 +1,8 @@
 """MODEL_CARD.md: what a person needs to know before using the weights. Made from config.json's content alone."""
 
 from meddino.checkpoints.export.model_folder import OWN_LICENCE, Architecture, Lineage, ModelConfig, TimmArchitecture
-from meddino.data.intensity import GIVEN, Intensity, Modality
+from meddino.data.intensity import MEMBERS, Intensity, Modality
 
-_SHOWN: dict[Modality, str] = {"ct": "axial CT slices", "mr": "axial MR slices", "image": "medical pictures"}
-_TAGS: dict[Modality, str] = {"ct": "computed-tomography", "mr": "magnetic-resonance-imaging", "image": "medical-imaging"}
 _AXIAL = "Axial slices, rows from front to back, columns from the patient's right to left (LPS)"
 DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
@@ -16,7 +14,7 @@ def model_card(config: ModelConfig) -> str:
     parts = [
         _front_matter(config.lineage, contract.modality),
         f"# MedDINO {config.architecture.name}",
-        f"A {kind} for {_SHOWN[contract.modality]} ({config.weights.role}'s backbone), pretrained by self-supervision.",
+        f"A {kind} for {MEMBERS[contract.modality].seen} ({config.weights.role}'s backbone), pretrained by self-supervision.",
         "Research use; not a medical device. It was never tested for diagnosis.",
         _section(
             "Architecture",
@@ -44,7 +42,7 @@ def _front_matter(lineage: Lineage, modality: Modality) -> str:
     lines = ["---", f"license: {licence}"]
     if licence == "other":
         lines.append(f"license_name: {lineage.licence}")
-    return "\n".join([*lines, f"tags: [{_TAGS[modality]}, self-supervised-learning, vision-transformer]", "---"])
+    return "\n".join([*lines, f"tags: [{MEMBERS[modality].tag}, self-supervised-learning, vision-transformer]", "---"])
 
 
 def _section(title: str, lines: list[str]) -> str:
@@ -75,7 +73,7 @@ def _input(config: ModelConfig) -> str:
         [
             contract.in_words,
             f"{sides} in training [px]: {seen}",
-            *([] if contract.modality == "image" else [_AXIAL]),
+            *([] if MEMBERS[contract.modality].units == "brightness" else [_AXIAL]),
         ],
     )
 
@@ -122,7 +120,7 @@ def _usage(contract: Intensity) -> str:
         "import meddino, torch",
         "",
         'model = meddino.load("this/folder")',
-        f"stored = torch.zeros(1, 256, 256)                        # {GIVEN[contract.modality]}",
+        f"stored = torch.zeros(1, 256, 256)                        # {MEMBERS[contract.modality].given}",
         f"images = model.preprocess(stored)                        # [1, {contract.channels}, 256, 256] by the input contract",
         "features = model.forward_features(images)                # .cls_token, .patch_tokens",
         "maps = model.get_intermediate_layers(images, n=4, reshape=True)  # patch maps of the last four blocks",

@@ -14,7 +14,7 @@ from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.infer_architecture import RELEASED_NORM_EPS
 from meddino.checkpoints.weights.key_formats import to_timm
 from meddino.core.files import write_json, write_text
-from meddino.data.intensity import GIVEN
+from meddino.data.intensity import MEMBERS
 from meddino.models.timm_backbone import TimmBackbone
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
@@ -149,6 +149,6 @@ def _readme(name: str, arguments: dict[str, Any], model: Model, norm_eps: float)
         f"tokens = model.forward_features(images){told}",
         "```",
         "",
-        f"`stored` is [batch, rows, columns]: {GIVEN[contract.modality]}. Licence and lineage: ../MODEL_CARD.md.",
+        f"`stored` is [batch, rows, columns]: {MEMBERS[contract.modality].given}. Licence and lineage: ../MODEL_CARD.md.",
     ]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,7 @@ from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.key_formats import to_transformers
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_json, write_text
-from meddino.data.intensity import GIVEN
+from meddino.data.intensity import MEMBERS
 from meddino.layers.feed_forward import SWIGLU_MULTIPLES
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 
@@ -169,7 +169,7 @@ def _readme(model: Model) -> str:
         "tokens = model(pixel_values=pixels).last_hidden_state            # CLS, registers, patches",
         "```",
         "",
-        f"`stored` is [rows, columns]: {GIVEN[contract.modality]}.",
+        f"`stored` is [rows, columns]: {MEMBERS[contract.modality].given}.",
         "Without `trust_remote_code` the processor is transformers' own and only normalises: clip to "
         f"{list(contract.shown_range)} and repeat to [{contract.channels}, rows, columns] yourself. The code that",
         f"`trust_remote_code` runs is `{PROCESSOR_MODULE}.py` here, some twenty lines. Licence and lineage: ../MODEL_CARD.md.",

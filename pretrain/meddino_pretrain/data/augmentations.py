@@ -2,8 +2,12 @@
 
 Each modality has a function that draws and one that applies: CT random windows in Hounsfield units, MR bias fields and gamma,
 pictures brightness, contrast and colour. What is drawn is a row of numbers a view, which `meddino_pretrain.data.intensities`
-carries along.
+carries along; `CHANGES` at the end says which functions are whose.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +15,7 @@ from jaxtyping import Float, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from meddino.data.intensity import CTIntensity
+from meddino.data.intensity import CTIntensity, Modality
 from meddino.data.model_input import normalise, stretch_window
 from meddino_pretrain.data.config import CTAugment, ImageAugment, MRAugment
 from meddino_pretrain.data.distortions import between
@@ -176,3 +180,37 @@ def change_image(unit: Float[Tensor, "b c h w"], rows: Float[Tensor, "b 4"]) -> 
     turned = torch.stack([cos * colour[:, 0] - sin * colour[:, 1], sin * colour[:, 0] + cos * colour[:, 1]], dim=1)
     rgb = torch.einsum("ck,bkhw->bchw", to_rgb, torch.cat([luma, turned], dim=1))
     return rgb.clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What chance does to the intensities of a modality.
+
+    Attributes:
+        columns: Numbers that are drawn for a view.
+        draw: Its section of `AugmentConfig`, the contract, the sample's own generator, the views -> [views, columns].
+        chosen: A window of CT [HU] and a change of contrast -> the numbers of a view of which nothing else is changed.
+        change: Values in [0, 1] and what was drawn -> values in [0, 1]; None for CT, whose windows come first (`apply_ct`).
+    """
+
+    columns: int
+    draw: Callable[[Any, Any, np.random.Generator, int], NDArray[np.float32]]
+    chosen: Callable[[tuple[float, float], float], tuple[float, ...]]
+    change: Callable[[Tensor, Tensor], Tensor] | None
+
+
+CHANGES: dict[Modality, Changes] = {
+    "ct": Changes(CT_COLUMNS, draw_ct, lambda window, gamma: (*window, gamma, 1.0), None),
+    "mr": Changes(
+        MR_COLUMNS,
+        lambda config, _contract, rng, views: draw_mr(config, rng, views),
+        lambda _window, gamma: (gamma, 0.0, 0.0, 0.0, 0.0, 0.0),
+        change_mr,
+    ),
+    "image": Changes(
+        IMAGE_COLUMNS,
+        lambda config, _contract, rng, views: draw_image(config, rng, views),
+        lambda _window, contrast: (1.0, contrast, 1.0, 0.0),
+        change_image,
+    ),
+}

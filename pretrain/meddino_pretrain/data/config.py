@@ -130,7 +130,7 @@ def _with_tuples(values: Any) -> Any:
 
 
 class AugmentConfig(StrictConfig):
-    """What chance does to intensities, by modality. Only the modalities of the corpus are read."""
+    """What chance does to intensities, a field by each modality's name. Only the modalities of the corpus are read."""
 
     ct: CTAugment = CTAugment()
     mr: MRAugment = MRAugment()
@@ -140,7 +140,7 @@ class AugmentConfig(StrictConfig):
     @classmethod
     def _keys_of_ct_alone(cls, values: Any) -> Any:
         """Read recipes and runs written when all was CT: its keys stood here."""
-        if isinstance(values, dict) and values and not values.keys() & {"ct", "mr", "image"}:
+        if isinstance(values, dict) and values and not values.keys() & cls.model_fields.keys():
             values = {"ct": values}
         # What such a validator returns counts as Python's and no longer as JSON's, in which a list may be a tuple.
         return _with_tuples(values)

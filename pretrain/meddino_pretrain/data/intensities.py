@@ -16,14 +16,14 @@ from torch import Tensor
 
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
-from meddino.data.intensity import MODALITIES, CTIntensity, ImageIntensity, Intensity, Modality, MRIntensity
+from meddino.data.intensity import MODALITIES, BrightnessIntensity, CTIntensity, Intensity, Modality
 from meddino.data.model_input import normalise_channels, to_unit
-from meddino_pretrain.data import augmentations
+from meddino_pretrain.data.augmentations import CHANGES, apply_ct
 from meddino_pretrain.data.config import AugmentConfig, Distortions
 from meddino_pretrain.data.distortions import distort_slice
 
 _OWN = 3  # columns before what a modality draws: its number, lowest and highest value of the range
-COLUMNS = _OWN + max(augmentations.CT_COLUMNS, augmentations.MR_COLUMNS, augmentations.IMAGE_COLUMNS)
+COLUMNS = _OWN + max(changes.columns for changes in CHANGES.values())
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Intensities:
     @property
     def host_channels(self) -> tuple[int, ...]:
         """Axes of a view on the host before its rows: (3,) where pictures may have colour, else none."""
-        return (3,) if any(isinstance(one, ImageIntensity) and one.channels == 3 for one in self.contracts) else ()
+        return (3,) if any(isinstance(one, BrightnessIntensity) and one.channels == 3 for one in self.contracts) else ()
 
     def contract(self, modality: Modality) -> Intensity:
         """Return the contract of a modality.
@@ -120,13 +120,8 @@ class Intensities:
             float32 [views, COLUMNS].
         """
         rng = numpy_rng(seed, "intensity", number)
-        match self.contract(stored.modality):
-            case CTIntensity() as contract:
-                return _rows(stored, augmentations.draw_ct(self.augment.ct, contract, rng, views))
-            case MRIntensity():
-                return _rows(stored, augmentations.draw_mr(self.augment.mr, rng, views))
-            case ImageIntensity():
-                return _rows(stored, augmentations.draw_image(self.augment.image, rng, views))
+        config, contract = getattr(self.augment, stored.modality), self.contract(stored.modality)
+        return _rows(stored, CHANGES[stored.modality].draw(config, contract, rng, views))
 
     def plain(self, stored: StoredSlice) -> NDArray[np.float32]:
         """Return the row [1, COLUMNS] of a slice as the model's user would give it."""
@@ -135,13 +130,7 @@ class Intensities:
 
     def chosen(self, stored: StoredSlice, ct_window: tuple[float, float], contrast: float) -> NDArray[np.float32]:
         """Return the row [1, COLUMNS] of a view with a window (CT) and a change of contrast (a gamma; of pictures a factor)."""
-        match self.contract(stored.modality):
-            case CTIntensity():
-                own: tuple[float, ...] = (*ct_window, contrast, 1.0)
-            case MRIntensity():
-                own = (contrast, 0.0, 0.0, 0.0, 0.0, 0.0)
-            case ImageIntensity():
-                own = (1.0, contrast, 1.0, 0.0)
+        own = CHANGES[self.contract(stored.modality).modality].chosen(ct_window, contrast)
         return _rows(stored, np.array([own], dtype=np.float32))
 
     def apply(
@@ -165,18 +154,14 @@ class Intensities:
         return images
 
     def _apply(self, modality: Modality, values: Tensor, rows: Tensor, undistorted: bool) -> Tensor:
+        contract, changes = self.contract(modality), CHANGES[modality]
+        drawn = rows[:, _OWN : _OWN + changes.columns]
         grey = values if values.ndim == 3 else values[:, 0]  # on the host grey is repeated where others have colour
-        match self.contract(modality):
-            case CTIntensity() as contract:
-                return augmentations.apply_ct(grey, rows[:, _OWN : _OWN + augmentations.CT_COLUMNS], contract, undistorted)
-            case MRIntensity() as contract:
-                unit = to_unit(grey[:, None], rows[:, 1:_OWN])
-                drawn = rows[:, _OWN : _OWN + augmentations.MR_COLUMNS]
-                return normalise_channels(unit if undistorted else augmentations.change_mr(unit, drawn), contract)
-            case ImageIntensity() as contract:
-                unit = to_unit(values if values.ndim == 4 else values[:, None], rows[:, 1:_OWN])
-                drawn = rows[:, _OWN : _OWN + augmentations.IMAGE_COLUMNS]
-                return normalise_channels(unit if undistorted else augmentations.change_image(unit, drawn), contract)
+        if isinstance(contract, CTIntensity):
+            return apply_ct(grey, drawn, contract, undistorted)
+        has_colour = isinstance(contract, BrightnessIntensity) and values.ndim == 4
+        unit = to_unit(values if has_colour else grey[:, None], rows[:, 1:_OWN])
+        return normalise_channels(unit if undistorted or changes.change is None else changes.change(unit, drawn), contract)
 
 
 def _rows(stored: StoredSlice, own: NDArray[np.float32]) -> NDArray[np.float32]:
