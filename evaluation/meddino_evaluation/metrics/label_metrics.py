@@ -7,7 +7,7 @@ IoU and NSD are 0 and the distances are undefined: there is no surface to measur
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 
 from meddino_evaluation.data.labels import IGNORED, LabelScheme
 from meddino_evaluation.metrics.surfaces import assd_mm, border_distances, hd95_mm, surface_dice
-
-METRICS = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref", "volume_difference_ml")
-"""Columns of cases.csv after case and label."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,28 @@ class LabelRow:
     def values(self) -> dict[str, Any]:
         """Return the row as a dict."""
         return asdict(self)
+
+
+METRICS = tuple(field.name for field in fields(LabelRow))[2:]
+"""Columns of cases.csv after case and label."""
+
+TITLES = {
+    "dice": "Dice",
+    "iou": "IoU",
+    "nsd": "NSD",
+    "hd95_mm": "HD95 [mm]",
+    "assd_mm": "ASSD [mm]",
+    "volume_difference_ml": "volume difference [ml]",
+    "volume_error_ml": "volume error [ml]",
+    "hd95_px": "HD95 [px]",
+    "assd_px": "ASSD [px]",
+    "area_difference_px": "area difference [px]",
+    "area_error_px": "area error [px]",
+}
+"""What is averaged over cases, by its title; of pictures in pixels. An error is a difference without its sign: signs cancel."""
+
+AVERAGED = tuple(name for name in TITLES if not name.endswith("_px"))
+"""What is averaged, before `tables.in_pixels` gives the names of pictures."""
 
 
 def score_case(

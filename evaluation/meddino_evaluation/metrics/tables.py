@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from meddino.core.files import atomic_write
-from meddino_evaluation.metrics.label_metrics import case_means, mean_over_cases, pooled_overlap
+from meddino_evaluation.metrics.label_metrics import AVERAGED, case_means, mean_over_cases, pooled_overlap
 from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std, span_of
-
-AVERAGED = ("dice", "iou", "nsd", "hd95_mm", "assd_mm", "volume_difference_ml", "volume_error_ml")
-"""What is averaged over cases. The error is the difference without its sign: differences of both signs cancel."""
 
 IN_PIXELS = {
     "hd95_mm": ("hd95_px", 1.0),

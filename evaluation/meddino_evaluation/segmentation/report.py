@@ -23,22 +23,8 @@ from meddino.core.html import (
 )
 from meddino.core.html_charts import apart, case_plot, chart, in_columns, png
 from meddino.data.intensity import window_text
-from meddino_evaluation.metrics.label_metrics import case_means
+from meddino_evaluation.metrics.label_metrics import TITLES, case_means
 from meddino_evaluation.segmentation.experiment import Experiment
-
-METRIC_TITLES = {
-    "dice": "Dice",
-    "iou": "IoU",
-    "nsd": "NSD",
-    "hd95_mm": "HD95 [mm]",
-    "assd_mm": "ASSD [mm]",
-    "volume_difference_ml": "volume difference [ml]",
-    "volume_error_ml": "volume error [ml]",
-    "hd95_px": "HD95 [px]",
-    "assd_px": "ASSD [px]",
-    "area_difference_px": "area difference [px]",
-    "area_error_px": "area error [px]",
-}
 
 
 def picture_path(out: Path, fold: int, case: str) -> Path:
@@ -123,11 +109,11 @@ def _note(tolerance: str) -> str:
 
 
 def _measured(parts: Sequence[dict[str, Any]]) -> list[str]:
-    return [metric for metric in METRIC_TITLES if any(metric in part and part[metric]["mean"] is not None for part in parts)]
+    return [metric for metric in TITLES if any(metric in part and part[metric]["mean"] is not None for part in parts)]
 
 
 def _missing(test: dict[str, Any], measured: Sequence[str]) -> Markup:
-    names = [title for metric, title in METRIC_TITLES.items() if metric in test and metric not in measured]
+    names = [title for metric, title in TITLES.items() if metric in test and metric not in measured]
     if not names:
         return Markup("")
     return text(f"Not here: {', '.join(names)}. metrics.surface=false leaves surfaces out, or no case has a value.")
@@ -135,9 +121,7 @@ def _missing(test: dict[str, Any], measured: Sequence[str]) -> Markup:
 
 def _summary(test: dict[str, Any]) -> Markup:
     measured = _measured([test])
-    rows = [
-        [METRIC_TITLES[name], test[name]["mean"], test[name]["std"], _interval(test[name]["interval_95"])] for name in measured
-    ]
+    rows = [[TITLES[name], test[name]["mean"], test[name]["std"], _interval(test[name]["interval_95"])] for name in measured]
     dash = "one seed has no deviation; fewer than six patients, or all alike, have no interval that could hold what it says"
     return join(table(("metric", "mean", "std over seeds", "95 % over patients"), rows, dash), _missing(test, measured))
 
@@ -156,7 +140,7 @@ def _by(parts: dict[str, Any], what: str, pooled: Mapping[str, str] | None = Non
         ]
         for name, part in parts.items()
     ]
-    header = (what, "cases", *(METRIC_TITLES[metric] for metric in measured), *more.values())
+    header = (what, "cases", *(TITLES[metric] for metric in measured), *more.values())
     return table(header, rows, "no case has a value")
 
 

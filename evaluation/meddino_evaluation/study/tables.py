@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,8 @@ from meddino_evaluation.study.plots import forest_plots, has_shares, study_plots
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = ("kappa", "auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "brier", "ece")
+# The tables of a study are wide as they are: the log loss says little that Brier's score does not.
+_COLUMNS = [name for name in dict.fromkeys([*METRICS["ordinal"], *chain(*METRICS.values())]) if name != "log_loss"]
 
 
 def write_study(
