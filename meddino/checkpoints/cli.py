@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from meddino.checkpoints.export import FORMATS
 from meddino.core.command import command_parser, run_command
 from meddino.core.errors import ConfigError
 from meddino.data.remote import corpus_location
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run, a training checkpoint or an exported model"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="MODEL", help="folder to make")
-    parser.add_argument("--to", default="safetensors", metavar="FORMATS", help="comma-separated: safetensors, timm, hf, onnx")
+    parser.add_argument(
+        "--to", default="safetensors", metavar="FORMATS", help=f"comma-separated: safetensors, {', '.join(FORMATS)}"
+    )
     parser.add_argument("--stage", help="of a run: export this stage's last checkpoint (default: the last finished stage)")
     parser.add_argument("--network", choices=["teacher", "student"], default="teacher", help="which network of the trainer")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16"], default="fp32", help="of the weights")

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from meddino.checkpoints.export import FORMATS
 from meddino.checkpoints.export.comparison import check_slices, largest_difference, outputs
 from meddino.checkpoints.export.foreign_options import ForeignOptions
 from meddino.checkpoints.export.model import Model, assemble, load
@@ -24,9 +26,6 @@ from meddino.checkpoints.export.model_folder import (
     write_weights,
 )
 from meddino.checkpoints.export.source import ExportSource, Role, read_source
-from meddino.checkpoints.export.to_onnx import export_onnx
-from meddino.checkpoints.export.to_timm import export_timm
-from meddino.checkpoints.export.to_transformers import export_transformers
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_directory, check_free_space, sha256_file, write_text
 from meddino.core.logging import get_logger
@@ -37,13 +36,6 @@ DTYPES: dict[ExportDtype, torch.dtype] = {"fp32": torch.float32, "fp16": torch.f
 HEADS_FILE = "heads.safetensors"
 
 _log = get_logger(__name__)
-
-# Writes its files into a folder, loads them with their library and compares.
-FORMATS: dict[str, Callable[[Path, Model, ForeignOptions], None]] = {
-    "timm": export_timm,
-    "hf": export_transformers,
-    "onnx": export_onnx,
-}
 
 
 def export_model(
@@ -99,9 +91,15 @@ def export_model(
         for name in formats:
             if name != "safetensors":
                 (partial / name).mkdir()
-                FORMATS[name](partial / name, expected, options)
+                _writer(name)(partial / name, expected, options)
     _log.info("exported %s (%s parameters) to %s", config.architecture.name, f"{config.weights.parameters:,}", out)
     return out
+
+
+def _writer(name: str) -> Callable[[Path, Model, ForeignOptions], None]:
+    module, function = FORMATS[name].split(":")
+    found: Callable[[Path, Model, ForeignOptions], None] = getattr(import_module(module), function)
+    return found
 
 
 def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str, Any], command: str) -> ModelConfig:
