@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from meddino.checkpoints.export.model_folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    Architecture,
+    AnyArchitecture,
     FileRecord,
     Lineage,
     ModelConfig,
     ParentRecord,
-    TimmArchitecture,
     WeightsRecord,
     architecture_of_config,
     check_names,
@@ -300,7 +299,7 @@ def random_model(
 
 def _config_of(
     tensors: dict[str, Tensor],
-    architecture: Architecture | TimmArchitecture,
+    architecture: AnyArchitecture,
     contract: Intensity,
     resolutions_px_seen: tuple[int, ...],
     lineage: Lineage,

@@ -1,6 +1,6 @@
 """MODEL_CARD.md: what a person needs to know before using the weights. Made from config.json's content alone."""
 
-from meddino.checkpoints.export.model_folder import OWN_LICENCE, Architecture, Lineage, ModelConfig, TimmArchitecture
+from meddino.checkpoints.export.model_folder import OWN_LICENCE, Lineage, ModelConfig
 from meddino.data.intensity import MEMBERS, Intensity, Modality
 
 _AXIAL = "Axial slices, rows from front to back, columns from the patient's right to left (LPS)"
@@ -9,8 +9,7 @@ DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-
 
 def model_card(config: ModelConfig) -> str:
     """Return the card as Markdown. Equal configs give equal text; there is no date in it."""
-    kind = "vision transformer" if isinstance(config.architecture, Architecture) else "network"
-    contract = config.input_contract
+    contract, kind = config.input_contract, config.architecture.kind
     parts = [
         _front_matter(config.lineage, contract.modality),
         f"# MedDINO {config.architecture.name}",
@@ -19,7 +18,7 @@ def model_card(config: ModelConfig) -> str:
         _section(
             "Architecture",
             [
-                _shape(config.architecture),
+                config.architecture.in_words,
                 f"{config.weights.parameters:,} parameters, {config.weights.dtype}, SHA-256 of `{config.weights.file}`: "
                 f"`{config.weights.sha256}`",
             ],
@@ -49,24 +48,9 @@ def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"## {title}", "", *(f"- {line}" for line in lines)])
 
 
-def _shape(architecture: Architecture | TimmArchitecture) -> str:
-    if isinstance(architecture, TimmArchitecture):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in architecture.arguments.items())
-        return (
-            f"timm's {architecture.timm}{f' with {arguments}' if arguments else ''} (timm {architecture.timm_version}), width "
-            f"{architecture.embed_dim}, one patch token every {architecture.patch_size} px"
-        )
-    return (
-        f"{architecture.depth} blocks, {architecture.num_heads} heads, width {architecture.embed_dim}, patch "
-        f"{architecture.patch_size} px, {architecture.num_registers} register tokens, {architecture.ffn_layer} x "
-        f"{architecture.ffn_ratio:g}"
-    )
-
-
 def _input(config: ModelConfig) -> str:
     contract = config.input_contract
-    any_side = "Sides of the crops" if isinstance(config.architecture, TimmArchitecture) else ""
-    sides = any_side or f"Sides that are multiples of {config.architecture.patch_size} px; sides of the crops"
+    sides = f"{config.architecture.sides}; sides of the crops" if config.architecture.sides else "Sides of the crops"
     seen = ", ".join(map(str, config.resolutions_px_seen)) or "not recorded"
     return _section(
         "Input contract",

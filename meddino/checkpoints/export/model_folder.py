@@ -44,6 +44,24 @@ class Architecture(ViTConfig):
         """Return it without the name."""
         return ViTConfig(**self.model_dump(exclude={"name"}))
 
+    @property
+    def kind(self) -> str:
+        """What it is, for the card."""
+        return "vision transformer"
+
+    @property
+    def in_words(self) -> str:
+        """Its sizes, for the card."""
+        return (
+            f"{self.depth} blocks, {self.num_heads} heads, width {self.embed_dim}, patch {self.patch_size} px, "
+            f"{self.num_registers} register tokens, {self.ffn_layer} x {self.ffn_ratio:g}"
+        )
+
+    @property
+    def sides(self) -> str:
+        """Which sides of images it takes, for the card; "" for any."""
+        return f"Sides that are multiples of {self.patch_size} px"
+
 
 class TimmArchitecture(TimmConfig):
     """The same for a model of timm."""
@@ -55,6 +73,25 @@ class TimmArchitecture(TimmConfig):
         """Return it without the name."""
         return TimmConfig(**self.model_dump(exclude={"name"}))
 
+    @property
+    def kind(self) -> str:
+        """See `Architecture`."""
+        return "network"
+
+    @property
+    def in_words(self) -> str:
+        """See `Architecture`."""
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+        return (
+            f"timm's {self.timm}{f' with {arguments}' if arguments else ''} (timm {self.timm_version}), width "
+            f"{self.embed_dim}, one patch token every {self.patch_size} px"
+        )
+
+    @property
+    def sides(self) -> str:
+        """See `Architecture`."""
+        return ""
+
 
 def _kind_of(values: Any) -> str:
     return "timm" if isinstance(values, TimmConfig) or (isinstance(values, dict) and "timm" in values) else "vit"
@@ -65,7 +102,7 @@ AnyArchitecture = Annotated[
 ]
 
 
-def read_architecture(values: Any, where: str) -> Architecture | TimmArchitecture:
+def read_architecture(values: Any, where: str) -> AnyArchitecture:
     """Check an architecture as checkpoints and exports carry it.
 
     Raises:
@@ -76,7 +113,7 @@ def read_architecture(values: Any, where: str) -> Architecture | TimmArchitectur
     return check_config(Architecture, values, where=where)
 
 
-def architecture_of_config(config: BackboneConfig, name: str) -> Architecture | TimmArchitecture:
+def architecture_of_config(config: BackboneConfig, name: str) -> AnyArchitecture:
     """Return an architecture under a name."""
     if isinstance(config, TimmConfig):
         return TimmArchitecture(**config.model_dump(), name=name)

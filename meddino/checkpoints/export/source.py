@@ -9,9 +9,8 @@ from torch import Tensor
 from meddino.checkpoints.export.lineage import find_volume_list
 from meddino.checkpoints.export.model_folder import (
     DINOV3_LICENCE,
-    Architecture,
+    AnyArchitecture,
     Lineage,
-    TimmArchitecture,
     is_model_folder,
     read_architecture,
     read_config,
@@ -43,7 +42,7 @@ class ExportSource:
 
     tensors: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
-    architecture: Architecture | TimmArchitecture
+    architecture: AnyArchitecture
     contract: Intensity
     resolutions_px_seen: tuple[int, ...]
     lineage: Lineage
