@@ -11,13 +11,13 @@ from meddino.core.files import atomic_write
 from meddino.volumes.archives import archive_of, files_below, is_packed_folder, problem_of
 from meddino.volumes.channels import case_names
 from meddino.volumes.dicom.headers import read_header
-from meddino.volumes.file_kinds import is_companion
+from meddino.volumes.file_kinds import VOLUME_SUFFIXES, is_companion
 from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import FoundSeries, find_series, read_volume
 from meddino.volumes.volume import Volume
 from meddino_evaluation.data.pictures import pixel_grid, read_planes
 
-ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd")
+ENDINGS = tuple(VOLUME_SUFFIXES)
 COLUMNS = ("name", "status", "reason", "notes", "input", "series_uid", "patient", "output", "picture", "measured")
 
 

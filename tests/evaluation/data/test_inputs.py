@@ -5,6 +5,7 @@ import os
 import numpy as np
 from meddino_evaluation.data.inputs import find_inputs, write_table
 
+from meddino.volumes.file_kinds import VOLUME_SUFFIXES
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.dicom_files import write_series
 from tests.volumes.test_archives import pack
@@ -46,3 +47,10 @@ def test_find_inputs__two_files_of_one_case_are_refused_by_name(tmp_path):
     became = {item.files[0].name: item.status for item in found}
     assert became == {"a.nii": "refused", "a.nii.gz": "refused", "b.nii.gz": ""}
     assert "a.nii and a.nii.gz" in found[0].reason and found[0].reason == found[1].reason
+
+
+def test_find_inputs__takes_every_format_that_is_read(tmp_path):
+    for number, ending in enumerate(VOLUME_SUFFIXES):
+        write_volume(tmp_path / f"{number}{ending}", make_hu(0))
+    taken = {item.name for item in find_inputs([tmp_path], tmp_path / "out", 1) if item.status == ""}
+    assert taken == {str(number) for number in range(len(VOLUME_SUFFIXES))}
