@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
-from meddino.data.intensity import Modality
+from meddino.data.intensity import MEMBERS, Modality
 from meddino.data.sample import Codec
 from meddino.volumes.limits import ReadLimits
 from meddino_data_curation.sources.licences import NOT_STATED
@@ -75,6 +75,11 @@ class SourceConfig(StrictConfig):
     def licence_text(self) -> str:
         """What manifests and reports say of the licence."""
         return NOT_STATED if self.licence is None else self.licence
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether picture files are read: brightness is all that they hold."""
+        return self.modality == "auto" or MEMBERS[self.modality].units == "brightness"
 
     @field_validator("name")
     @classmethod

@@ -201,7 +201,6 @@ class Member:
     """What is said of a modality wherever it is read, trained on, or told about.
 
     Attributes:
-        contract: Its input contract.
         units: Of its stored values: how they are recognised, ranged and refused.
         dicom_codes: DICOM's codes of the modality; of volumes exactly one, of pictures any of them.
         values_are: What stored values are, for messages.
@@ -210,7 +209,6 @@ class Member:
         tag: Of the card, as hubs have it.
     """
 
-    contract: type[CTIntensity] | type[MRIntensity] | type[BrightnessIntensity]
     units: Units
     dicom_codes: tuple[str, ...]
     values_are: str
@@ -221,7 +219,6 @@ class Member:
 
 MEMBERS: dict[Modality, Member] = {
     "ct": Member(
-        CTIntensity,
         "hounsfield",
         ("CT",),
         "CT in Hounsfield units",
@@ -230,7 +227,6 @@ MEMBERS: dict[Modality, Member] = {
         tag="computed-tomography",
     ),
     "mr": Member(
-        MRIntensity,
         "arbitrary",
         ("MR",),
         "MR in arbitrary units",
@@ -239,7 +235,6 @@ MEMBERS: dict[Modality, Member] = {
         tag="magnetic-resonance-imaging",
     ),
     "image": Member(
-        ImageIntensity,
         "brightness",
         ("CR", "DX", "MG", "US", "OP", "OPT"),
         "pictures in 8 or 16 bits of brightness",

@@ -94,13 +94,9 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
     return _recognise_arbitrary(voxels, modality, said)
 
 
-def takes_pictures(wanted: SourceModality) -> bool:
-    """Return whether picture files are a source's: brightness is all that they hold."""
-    return wanted == "auto" or MEMBERS[wanted].units == "brightness"
-
-
 def _picture_of(wanted: SourceModality) -> Modality:
-    return wanted if wanted != "auto" and takes_pictures(wanted) else "image"
+    """Return what a picture file says it is: of the modality that is wanted, where that has brightness."""
+    return wanted if wanted != "auto" and MEMBERS[wanted].units == "brightness" else "image"
 
 
 def _recognise_arbitrary(voxels: NDArray[Any], modality: Modality, said: Modality | None) -> Recognised:

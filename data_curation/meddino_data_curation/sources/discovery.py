@@ -25,7 +25,6 @@ from meddino.volumes.pictures import is_picture
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.progress import progress
-from meddino_data_curation.selection.modality import takes_pictures
 from meddino_data_curation.sources.candidates import (
     Candidate,
     FoundFile,
@@ -111,7 +110,7 @@ class _Sorting:
     def takes(self, file: FoundFile) -> bool:
         """Take a file whose name or state says what it is; False for one that has to be opened."""
         suffix = volume_suffix(file.path.name)
-        if takes_pictures(self.source.modality) and is_picture(file.path.name):
+        if self.source.takes_pictures and is_picture(file.path.name):
             self._volume(file, "picture")
         elif is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
             self.found.files["DICOMDIR (not needed)" if file.path.name == "DICOMDIR" else "other"] += 1
