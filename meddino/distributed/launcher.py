@@ -19,12 +19,12 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol
 
-from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER
+from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER, STOP_SIGNALS
 from meddino.core.logging import get_logger
 from meddino.distributed.exit_codes import Ending, judge, read_return_code
 
 LAUNCHER_PID = "MEDDINO_LAUNCHER_PID"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+FORWARDED = (signal.SIGINT, *STOP_SIGNALS)
 # After one has died: time for the others to notice, to save what they are saving and to end by themselves.
 OTHERS_GRACE_S = 30.0
 POLL_S = 0.1

@@ -29,6 +29,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from meddino.core.command import STOP_SIGNALS
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.logging import get_logger
 from meddino.distributed.launcher import end_with
@@ -187,7 +188,7 @@ def _begin_worker(worker: int, trainer: int) -> None:
     end_with(trainer)
     # A scheduler signals every process of a job. The trainer answers by finishing its step and saving, for which it needs its
     # workers; they end when it ends. torch's worker loop would die of SIGTERM and take the trainer along.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    for name in {signal.SIGINT, *STOP_SIGNALS} - {signal.SIGTERM}:
         signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _only_the_second_one_counts)
 
