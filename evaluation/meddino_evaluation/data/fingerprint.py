@@ -1,6 +1,7 @@
 """What preprocessing learns from the training cases alone: in-plane spacing and the intensities of the foreground."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def foreground_contract(cases: Sequence[PreparedCase], channels: int, modality: 
     if modality == "ct":
         return CTIntensity(hu_min=low, hu_max=high, mean=mean, std=std, channels=channels)
     if MEMBERS[modality].units == "brightness":
-        values = {"mean": [mean] * channels, "std": [std] * channels}
+        scale: dict[str, Any] = {"mean": [mean] * channels, "std": [std] * channels}
     else:
-        values = {"mean": mean, "std": std, "channels": channels}
-    return read_intensity({"modality": modality, **values}, "the training cases' foreground")
+        scale = {"mean": mean, "std": std, "channels": channels}
+    return read_intensity({"modality": modality, **scale}, "the training cases' foreground")
