@@ -28,14 +28,14 @@ def paths(cells: list[str]) -> Iterator[Path]:
             yield found
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", [*rows()], ids=lambda row: row[0])
 def test_table__every_path_is_there(row):
     named = list(paths(row))
     assert len(row) == 3 and named
     assert [path for path in named if not path.exists()] == []
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", [*rows()], ids=lambda row: row[0])
 def test_table__every_name_is_there(row):
     words = [word for word in re.findall(r"`([A-Za-z_]\w+)`", " ".join(row[1:])) if not PATH.fullmatch(word)]
     assert [word for word in words if not re.search(rf"\b{word}\b", TEXT)] == []

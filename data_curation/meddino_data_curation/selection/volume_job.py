@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.data.content import ContentHash, slice_hash
-from meddino.data.intensity import MEMBERS
 from meddino.data.sample import encode_slice
 from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.formats.itk import read_volume_file
