@@ -12,7 +12,6 @@ from meddino.volumes.dicom.patients import is_nobody
 from meddino.volumes.dicom.stacking import DicomStack, split_series
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
-from meddino_data_curation.selection.modality import takes_pictures
 from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.patient_ids import named_in_path, patient_id
 
@@ -39,14 +38,14 @@ class _SeriesMaker:
     def __init__(self, source_number: int, source: SourceConfig, salt: Salt, series: DicomSeries) -> None:
         self.source_number, self.source, self.salt, self.series = source_number, source, salt, series
         # Pictures have many codes: what the header says is asked for.
-        self.code = "" if takes_pictures(source.modality) else MEMBERS[source.modality].dicom_codes[0]
+        self.code = "" if source.takes_pictures or source.modality == "auto" else MEMBERS[source.modality].dicom_codes[0]
 
     def candidates(self) -> list[DicomCandidate]:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
         usable: dict[str, list[DicomHeader]] = defaultdict(list)
         pictures = []
         for header in self.series.headers:
-            if header.picture is not None and takes_pictures(self.source.modality):
+            if header.picture is not None and self.source.takes_pictures:
                 base = {**self._base([header], f"picture {header.instance_uid}"), "format": "picture"}
                 pictures.append(DicomCandidate(**base, problem=header.picture))  # type: ignore[arg-type]
                 continue
