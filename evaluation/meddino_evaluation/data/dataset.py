@@ -158,8 +158,18 @@ def _hash(path: Path) -> str:
     return hashlib.sha256("".join(sorted(map(sha256_file, filter(Path.is_file, path.rglob("*"))))).encode()).hexdigest()
 
 
-def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> None:
-    """Refuse a label map that lies elsewhere than its image.
+def check_same_grid(
+    image: Geometry, label: Geometry, case: str, path: Path, first: str = "image", second: str = "label map"
+) -> None:
+    """Refuse a label map that lies elsewhere than its image, or than the label map that it is compared with.
+
+    Args:
+        image: Grid of the image.
+        label: Grid of the label map.
+        case: Its name.
+        path: The label map.
+        first: What the one is, for the message.
+        second: What the other is.
 
     Raises:
         VolumeError: Says how the grids differ.
@@ -173,11 +183,12 @@ def check_same_grid(image: Geometry, label: Geometry, case: str, path: Path) -> 
         )
     turned = ""
     if not np.allclose(image.axes, label.axes, atol=1e-3):
-        turned = f"; their directions differ: image {_directions(image)}, label {_directions(label)}"
+        turned = f"; their directions differ: {first} {_directions(image)}, {second} {_directions(label)}"
     raise VolumeError(
-        f"case {case}: image and label map {path.name} lie on different grids: image {list(image.shape)} voxels of "
-        f"{np.round(image.spacing_mm, 4).tolist()} mm at {np.round(image.origin_mm, 2).tolist()}, label {list(label.shape)} of "
-        f"{np.round(label.spacing_mm, 4).tolist()} mm at {np.round(label.origin_mm, 2).tolist()}; resample one onto the other"
+        f"case {case}: {first} and {second} {path.name} lie on different grids: {first} {list(image.shape)} voxels of "
+        f"{np.round(image.spacing_mm, 4).tolist()} mm at {np.round(image.origin_mm, 2).tolist()}, "
+        f"{second} {list(label.shape)} of {np.round(label.spacing_mm, 4).tolist()} mm at "
+        f"{np.round(label.origin_mm, 2).tolist()}; resample one onto the other"
         f"{turned}"
     )
 

@@ -143,7 +143,7 @@ def _score(
         if not grid.matches(own_grid, tolerance_mm=0.1):
             turned = in_orientation_of(predicted, own_grid, grid)
             if turned is None:
-                check_same_grid(grid, own_grid, case, pred)
+                check_same_grid(grid, own_grid, case, pred, "reference", "prediction")
             else:
                 notes[case] = "the directions of prediction and reference differ; compared in the reference's orientation"
                 logger.warning("case %s: %s", case, notes[case])
