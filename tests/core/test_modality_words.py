@@ -28,6 +28,8 @@ CT = {
     "evaluation/meddino_evaluation/classification/dataset_config.py": "the window of a CT data set",
     "evaluation/meddino_evaluation/classification/recognise.py": "recognition of CT",
     "evaluation/meddino_evaluation/adaptation/features.py": "the window of a CT data set",
+    "evaluation/meddino_evaluation/detection/config.py": "the window of a CT data set",
+    "evaluation/meddino_evaluation/detection/dataset.py": "the window of a CT data set",
     "evaluation/meddino_evaluation/visualization/": "the window of a CT data set",
     "evaluation/meddino_evaluation/data/fingerprint.py": "nnU-Net's normalisation of CT",
     "evaluation/meddino_evaluation/nnunet/": "nnU-Net's normalisation of CT",

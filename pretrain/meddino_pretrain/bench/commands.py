@@ -17,7 +17,6 @@ def step(argv: Sequence[str]) -> int:
         "meddino-pretrain bench step --backbone vits16 --batch 4 --global-size 224 --local-size 96 --locals 8",
     )
     add_size_arguments(parser)
-    parser.add_argument("--drop-path", type=float, default=0.0, help="share of samples each residual branch leaves out")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers in the backward pass")
     parser.add_argument(
         "--compile",
@@ -37,6 +36,7 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """Let a command say what a step holds; `step_size` reads it."""
     parser.add_argument("--backbone", default="vits16", help="name of a backbone")
     parser.add_argument("--batch", type=int, default=4, help="images in a step")
+    parser.add_argument("--drop-path", type=float, default=0.0, help="share of samples each residual branch leaves out")
     add_method_arguments(parser)
 
 

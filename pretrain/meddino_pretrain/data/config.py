@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from meddino.core.config import StrictConfig
+from meddino.data.intensity import Modality
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -135,6 +136,11 @@ class AugmentConfig(StrictConfig):
     ct: CTAugment = CTAugment()
     mr: MRAugment = MRAugment()
     image: ImageAugment = ImageAugment()
+
+    def of(self, modality: Modality) -> CTAugment | MRAugment | ImageAugment:
+        """Return what chance does to a modality."""
+        own: dict[Modality, CTAugment | MRAugment | ImageAugment] = {"ct": self.ct, "mr": self.mr, "image": self.image}
+        return own[modality]
 
     @model_validator(mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from meddino.core.seeds import numpy_rng
 from meddino.data.intensity import MODALITIES, BrightnessIntensity, CTIntensity, Intensity, Modality
 from meddino.data.model_input import normalise_channels, to_unit
 from meddino_pretrain.data.augmentations import CHANGES, apply_ct
-from meddino_pretrain.data.config import AugmentConfig, Distortions
+from meddino_pretrain.data.config import AugmentConfig
 from meddino_pretrain.data.distortions import distort_slice
 
 _OWN = 3  # columns before what a modality draws: its number, lowest and highest value of the range
@@ -104,8 +104,7 @@ class Intensities:
 
     def distort(self, stored: StoredSlice, seed: int, number: int) -> NDArray[Any]:
         """Return a slice's values after low resolution, smoothing and noise, each by chance; see `distort_slice`."""
-        config: Distortions = getattr(self.augment, stored.modality)
-        return distort_slice(stored.values, config, stored.span, seed, number)
+        return distort_slice(stored.values, self.augment.of(stored.modality), stored.span, seed, number)
 
     def draw(self, stored: StoredSlice, seed: int, number: int, views: int) -> NDArray[np.float32]:
         """Draw what happens to the intensities of each view of a sample.
@@ -120,7 +119,7 @@ class Intensities:
             float32 [views, COLUMNS].
         """
         rng = numpy_rng(seed, "intensity", number)
-        config, contract = getattr(self.augment, stored.modality), self.contract(stored.modality)
+        config, contract = self.augment.of(stored.modality), self.contract(stored.modality)
         return _rows(stored, CHANGES[stored.modality].draw(config, contract, rng, views))
 
     def plain(self, stored: StoredSlice) -> NDArray[np.float32]:
