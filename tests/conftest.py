@@ -16,7 +16,7 @@ from tests.processes import Started
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Shapes in public signatures are checked in tests, and cost nothing in training.
-install_import_hook(["meddino.data", "meddino.layers", "meddino.models", "meddino.losses"], "beartype.beartype")
+install_import_hook(["meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm"], "beartype.beartype")
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"

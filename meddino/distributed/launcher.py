@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER, STOP_SIGNALS
 from meddino.core.logging import get_logger
@@ -34,6 +34,7 @@ _SEMAPHORES, _OF_A_WORKER = 16, 4
 logger = get_logger(__name__)
 
 
+@runtime_checkable
 class Step(Protocol):
     """Processes that run together and end together."""
 

@@ -1,7 +1,7 @@
 """A volume as its file has it, and a volume turned to the corpus's orientation."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,7 @@ class Volume:
         return f"Volume({', '.join(facts)}){notes}"
 
 
+@runtime_checkable
 class Planes(Protocol):
     """Axial slices by number: an array, or what computes them one at a time."""
 

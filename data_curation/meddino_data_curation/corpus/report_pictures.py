@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from markupsafe import Markup
@@ -22,6 +22,7 @@ _GAP_PX = 6
 _SAMPLED_SLICES = 5  # of a volume, for its histogram
 
 
+@runtime_checkable
 class Records(Protocol):
     """What a report is drawn from: the work folder of a build, or the slices of a finished corpus."""
 

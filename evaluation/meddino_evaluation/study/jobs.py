@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import sha256_file, write_text
@@ -15,6 +15,7 @@ DONE = "metrics.json"
 _log = get_logger(__name__)
 
 
+@runtime_checkable
 class Job(Protocol):
     """One training with its test."""
 

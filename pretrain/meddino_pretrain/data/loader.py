@@ -39,6 +39,7 @@ MAX_TRIED = 100
 
 
 @runtime_checkable
+@runtime_checkable
 class SliceSource(Protocol):
     """What the loader needs of a corpus; `meddino.data.corpus.Corpus` is one."""
 
