@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import beartype
 import pytest
 from jaxtyping import install_import_hook
 
@@ -15,8 +16,12 @@ from tests.processes import Started
 # Two torch processes with full thread pools slow each other many times over; tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Shapes in public signatures are checked in tests, and cost nothing in training.
-install_import_hook(["meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm"], "beartype.beartype")
+# Shapes and types of every signature are checked in tests, and cost nothing in training. An int may stand for a float, as mypy
+# has it; the hook takes its checker by a name in a module, so this one gets a name there.
+vars(beartype)["as_mypy"] = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+install_import_hook(
+    ["meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm"], "beartype.as_mypy"
+)
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"

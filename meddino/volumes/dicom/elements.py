@@ -46,7 +46,7 @@ def read_elements(path: Path, tags: Sequence[str], use: Callable[[Any], T | None
         return None
 
 
-def open_dataset(stream: IO[bytes]) -> tuple[Any, IO[bytes]]:
+def open_dataset(stream: IO[bytes]) -> tuple[Any, IO[bytes] | io.BytesIO]:
     """Read all elements before the pixels.
 
     Args:
@@ -82,7 +82,7 @@ def _at_pixels(tag: Any, vr: str | None, length: int) -> bool:
     return bool(tag >= _PIXELS)
 
 
-def _inflated(stream: IO[bytes]) -> tuple[Any, IO[bytes]] | None:
+def _inflated(stream: IO[bytes]) -> tuple[Any, io.BytesIO] | None:
     """Return meta and content of a deflated file, None of another; the stream is left at its beginning."""
     head = stream.read(4096)
     stream.seek(0)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -229,7 +230,7 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[IO[bytes] | BufferedIOBase]:
     """Open a file, unpacked if it is packed with gzip."""
     with open_file(path) as stream:
         yield igzip.open(stream, "rb") if _is_packed(path) else stream  # type: ignore[no-untyped-call]
@@ -251,7 +252,7 @@ def _read_as(header: NiftiHeader) -> np.dtype[Any]:
     return np.dtype(np.float32)
 
 
-def _read_blocks(stream: IO[bytes], header: NiftiHeader, voxels: NDArray[Any]) -> None:
+def _read_blocks(stream: IO[bytes] | BufferedIOBase, header: NiftiHeader, voxels: NDArray[Any]) -> None:
     """Fill the voxels block by block, rescaled on the way: no second copy of the volume is ever held."""
     as_stored = voxels.dtype == header.dtype and header.slope == 1.0 and header.intercept == 0.0
     per_block = _BLOCK_BYTES // header.dtype.itemsize
@@ -277,9 +278,9 @@ def _read_blocks(stream: IO[bytes], header: NiftiHeader, voxels: NDArray[Any]) -
             target += voxels.dtype.type(header.intercept)
 
 
-def _fill(stream: IO[bytes], view: memoryview) -> int:
+def _fill(stream: IO[bytes] | BufferedIOBase, view: memoryview) -> int:
     done = 0
-    while done < len(view) and (got := stream.readinto(view[done:])):  # type: ignore[attr-defined]
+    while done < len(view) and (got := stream.readinto(view[done:])):  # type: ignore[union-attr]
         done += got
     return done
 
