@@ -3,7 +3,7 @@
 [P] is the MedDINOv3 paper (arXiv 2509.02379), [R] its code, [N] nnU-Net; the values are those of shared settings there.
 """
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -40,7 +40,7 @@ class DataConfig(StrictConfig):
     """Regular expression; its first group in the case name is the patient. null: patients.csv, else a case is a patient."""
 
     @model_validator(mode="after")
-    def _check_target(self) -> Self:
+    def _check_target(self) -> "DataConfig":
         for kind, key in (("spacing", "spacing_mm"), ("size", "size_px")):
             if self.resample == kind and getattr(self, key) is None:
                 raise ValueError(f"resample={kind} needs data.{key}")
@@ -201,7 +201,7 @@ class SegmentConfig(StrictConfig):
     """"auto" is bf16 on a GPU and fp32 on the CPU."""
 
     @model_validator(mode="after")
-    def _check_selection(self) -> Self:
+    def _check_selection(self) -> "SegmentConfig":
         if len(set(self.seeds)) != len(self.seeds) or len(set(self.splits.run_folds)) != len(self.splits.run_folds):
             raise ValueError("seeds and splits.run_folds must not repeat")
         selects = self.training.selection == "best_val"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -113,7 +113,7 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def build(cls, config: Any, backbone: Backbone, setting: StageSetting) -> Self:
+    def build(cls, config: Any, backbone: Backbone, setting: StageSetting) -> "Method":
         """Make the networks, with fresh weights on the current default device.
 
         Args:

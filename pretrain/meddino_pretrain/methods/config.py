@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -96,7 +96,7 @@ class MethodConfig(StrictConfig):
         """The earlier stage's backbone that the method needs beside its own; None if it needs none."""
         return None
 
-    def after_choice(self, action: Action) -> Self | None:
+    def after_choice(self, action: Action) -> "MethodConfig | None":
         """Return the config that a stage runs with after `Method.choose_kept` has decided; None leaves the stage out."""
         return None if action == "skip" else self
 

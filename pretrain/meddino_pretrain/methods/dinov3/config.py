@@ -1,7 +1,7 @@
 """What a recipe says about DINOv3: terms, heads, crops, masks, the EMA teacher and the Gram teacher."""
 
 import math
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -186,7 +186,7 @@ class DINOv3Config(MethodConfig):
     """The earlier teacher of Gram anchoring; null where losses.gram_weight is 0."""
 
     @model_validator(mode="after")
-    def _gram_is_consistent(self) -> Self:
+    def _gram_is_consistent(self) -> "DINOv3Config":
         if (self.losses.gram_weight > 0) != (self.gram_teacher is not None):
             raise ValueError("gram_teacher must be set where losses.gram_weight is above 0, and null where it is 0")
         if (self.crops.sizes[0].gram_px is not None) != (self.gram_teacher is not None):
@@ -231,7 +231,7 @@ class DINOv3Config(MethodConfig):
             return None
         return KeptBackbone(gram.stage, None if gram.step == "auto" else gram.step, gram.choice.slices)
 
-    def after_choice(self, action: Action) -> Self | None:
+    def after_choice(self, action: Action) -> "MethodConfig | None":
         """See `MethodConfig`."""
         if action == "light" and self.gram_teacher is not None:
             weight = self.losses.gram_weight * self.gram_teacher.light_multiplier

@@ -4,7 +4,6 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -89,7 +88,7 @@ class DINOv3(Method):
         return add_masks(config.masking, patch_px, raw, order)
 
     @classmethod
-    def build(cls, config: DINOv3Config, backbone: Backbone, setting: StageSetting) -> Self:
+    def build(cls, config: DINOv3Config, backbone: Backbone, setting: StageSetting) -> "DINOv3":
         """See `Method`."""
         if not isinstance(backbone, VisionTransformer):
             raise ConfigError(

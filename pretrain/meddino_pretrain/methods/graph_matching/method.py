@@ -1,7 +1,6 @@
 """LVM-Med's method: the graphs of two views are matched, and each node shall be matched with itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ class GraphMatching(Method):
         return multi_crop_views(config.crops, with_boxes=True)
 
     @classmethod
-    def build(cls, config: GraphMatchingConfig, backbone: Backbone, setting: StageSetting) -> Self:
+    def build(cls, config: GraphMatchingConfig, backbone: Backbone, setting: StageSetting) -> "GraphMatching":
         """See `Method`."""
         check_graphs(config.graph.nodes, setting.share)
         return cls(GraphMatchingNetwork(without_masks(backbone), config), config, setting)

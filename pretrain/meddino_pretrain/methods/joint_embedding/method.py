@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
 
 import torch
 from torch import nn
@@ -46,7 +45,7 @@ class JointEmbedding(Method):
         return multi_crop_views(config.crops, config.objective == "vicregl", frozen=int(config.has_teacher))
 
     @classmethod
-    def build(cls, config: JointEmbeddingConfig, backbone: Backbone, setting: StageSetting) -> Self:
+    def build(cls, config: JointEmbeddingConfig, backbone: Backbone, setting: StageSetting) -> "JointEmbedding":
         """See `Method`."""
         if setting.share.micro_batch < 2:
             raise ConfigError(
