@@ -65,7 +65,7 @@ class _Opened:
 
     members: dict[str, Member]
     problem: str
-    open: Callable[[str], IO[bytes]]
+    open: Callable[[str], io.BufferedIOBase]
     close: Callable[[], None]
 
 
@@ -166,7 +166,7 @@ def file_size(path: Path) -> int:
 class _MemberStream(io.RawIOBase):
     """A file of an archive; what is wrong with its data is an EOFError, as of a file that is cut off."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
         self.name = ""  # pydicom asks every stream for one
 
@@ -260,7 +260,13 @@ def _zip(path: Path) -> _Opened:
             problem = "its archive says that it unpacks to more than it can hold"
         name = _add(members, info.filename, info.file_size, problem)
         infos[name] = info
-    return _Opened(members, "", lambda name: file.open(infos[name]), file.close)
+
+    def open_member(name: str) -> io.BufferedIOBase:
+        opened = file.open(infos[name])
+        assert isinstance(opened, io.BufferedIOBase)  # the standard library's own
+        return opened
+
+    return _Opened(members, "", open_member, file.close)
 
 
 def _zip_index_bytes(stream: IO[bytes]) -> int:
@@ -299,9 +305,9 @@ def _tar(path: Path) -> _Opened:
             raise
         problem = "archive is truncated or damaged"
 
-    def open_member(name: str) -> IO[bytes]:
+    def open_member(name: str) -> io.BufferedIOBase:
         opened = file.extractfile(infos[name])
-        assert opened is not None  # a regular file
+        assert isinstance(opened, io.BufferedIOBase)  # a regular file
         return opened
 
     return _Opened(members, problem, open_member, stream.close)

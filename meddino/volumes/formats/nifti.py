@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from isal import igzip
@@ -230,10 +230,10 @@ def first_bytes(path: Path, count: int) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes] | BufferedIOBase]:
+def _opened(path: Path) -> Iterator[BufferedIOBase]:
     """Open a file, unpacked if it is packed with gzip."""
     with open_file(path) as stream:
-        yield igzip.open(stream, "rb") if _is_packed(path) else stream  # type: ignore[no-untyped-call]
+        yield igzip.open(stream, "rb") if _is_packed(path) else stream  # type: ignore[no-untyped-call,misc]
 
 
 def _is_packed(path: Path) -> bool:
@@ -252,7 +252,7 @@ def _read_as(header: NiftiHeader) -> np.dtype[Any]:
     return np.dtype(np.float32)
 
 
-def _read_blocks(stream: IO[bytes] | BufferedIOBase, header: NiftiHeader, voxels: NDArray[Any]) -> None:
+def _read_blocks(stream: BufferedIOBase, header: NiftiHeader, voxels: NDArray[Any]) -> None:
     """Fill the voxels block by block, rescaled on the way: no second copy of the volume is ever held."""
     as_stored = voxels.dtype == header.dtype and header.slope == 1.0 and header.intercept == 0.0
     per_block = _BLOCK_BYTES // header.dtype.itemsize
@@ -278,9 +278,9 @@ def _read_blocks(stream: IO[bytes] | BufferedIOBase, header: NiftiHeader, voxels
             target += voxels.dtype.type(header.intercept)
 
 
-def _fill(stream: IO[bytes] | BufferedIOBase, view: memoryview) -> int:
+def _fill(stream: BufferedIOBase, view: memoryview) -> int:
     done = 0
-    while done < len(view) and (got := stream.readinto(view[done:])):  # type: ignore[union-attr]
+    while done < len(view) and (got := stream.readinto(view[done:])):
         done += got
     return done
 

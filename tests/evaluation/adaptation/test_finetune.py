@@ -1,5 +1,5 @@
 import copy
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -153,7 +153,8 @@ def test_load_state__an_encoder_that_an_earlier_version_trained(tmp_path):
     taken = {}
     for names in (earlier, wanted):
         save_file(dict(zip(names, wanted.values(), strict=True)), tmp_path / "w.safetensors")
-        module = SimpleNamespace(load_state_dict=lambda tensors, strict: taken.update(tensors))
+        module = create_autospec(torch.nn.Module, instance=True)
+        module.load_state_dict.side_effect = lambda tensors, strict: taken.update(tensors)
         load_state(module, tmp_path / "w.safetensors", wanted)
         assert taken.keys() == wanted.keys()
 

@@ -1,11 +1,12 @@
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import _overlap, choose_splits
+from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.splits import Split, check_twins, draw_splits, load_split, save_split
 
 from meddino.core.errors import ConfigError
@@ -109,7 +110,8 @@ def test_check_twins__the_same_image_on_two_sides(fake_set):
 
 
 def test_overlap__each_part_with_volumes_of_the_corpus_is_named():
-    seen = SimpleNamespace(look=lambda name, *hashes: "seen" in hashes)
+    seen = create_autospec(LeakageCheck, instance=True)
+    seen.look.side_effect = lambda name, *hashes: "seen" in hashes
     notes = _overlap(Split(0, ("n1", "n2"), (), ("n3",)), {"n1": ("new", "seen"), "n2": ("new",), "n3": ("seen",)}, seen)
     assert [[name in one for name in ("n1", "n2", "n3")] for one in notes] == [[True, False, False], [False, False, True]]
 
