@@ -168,7 +168,7 @@ class _MemberStream(io.RawIOBase):
 
     def __init__(self, stream: io.BufferedIOBase) -> None:
         self._stream = stream
-        self.name = ""  # pydicom asks every stream for one
+        self.name, self.mode = "", "rb"  # pydicom asks every stream for a name
 
     def readable(self) -> bool:
         return True

@@ -1,5 +1,7 @@
 """What an export is compared on and how strictly: slices of a corpus, absolute differences, weights in a file beside."""
 
+import sys
+
 import jaxtyping
 import pytest
 import torch
@@ -32,8 +34,9 @@ def test_check_slices__of_a_corpus(corpus):
 
 def test_export__compares_on_a_corpus(make_checkpoint, corpus, tmp_path, capsys, monkeypatch):
     seen = []
-    plain = export_model.__globals__["check_slices"]
-    monkeypatch.setitem(export_model.__globals__, "check_slices", lambda *given: seen.append(given) or plain(*given))
+    module = sys.modules[export_model.__module__]
+    plain = module.check_slices
+    monkeypatch.setattr(module, "check_slices", lambda *given: seen.append(given) or plain(*given))
     assert main([str(make_checkpoint()), "--out", str(tmp_path / "m"), "--corpus", str(corpus)]) == 0
     assert seen == [(8, corpus, "ct")] and (tmp_path / "m" / "config.json").is_file()
     assert main([str(make_checkpoint()), "--out", str(tmp_path / "n"), "--corpus", str(tmp_path / "none")]) == 2

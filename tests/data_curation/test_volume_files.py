@@ -109,7 +109,7 @@ def test_nifti__oblique_axes_are_resampled_upright_and_values_lie_where_they_wer
     for index in np.random.default_rng(0).integers(0, [x, y, z], (400, 3)):
         place = np.asarray(upright.geometry.origin_mm) + index * np.asarray(upright.geometry.spacing_mm)[::-1]
         stored = np.asarray(image.TransformPhysicalPointToContinuousIndex(place.tolist()))
-        value = upright.planes[index[2]][index[1], index[0]]
+        value = upright.planes[int(index[2])][index[1], index[0]]
         if (stored > 0).all() and (stored < np.array([59, 49, 39])).all():
             assert value == pytest.approx(2 * stored[2] + 3 * stored[1] - stored[0], abs=0.51)
             checked += 1
