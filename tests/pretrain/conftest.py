@@ -5,21 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 
 from meddino.data.corpus import Corpus
 from tests.data.tiny_corpus import write_corpus
-
-# Shapes and types are checked here where tensors come into being; the trainer's own modules are not tensor functions.
-CHECKED = {
-    "data": "augmentations batches crops distortions intensities loader sampler views",
-    "methods.dinov3": "gram_choice masking network views",
-    "monitoring": "feature_metrics fixed_slices patch_quality pictures",
-}
-install_import_hook(
-    [f"meddino_pretrain.{room}.{module}" for room, modules in CHECKED.items() for module in modules.split()],
-    "beartype.beartype",
-)
 
 
 def disc_slice(number: int, rows: int, cols: int) -> np.ndarray:

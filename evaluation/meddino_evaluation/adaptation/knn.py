@@ -1,6 +1,7 @@
 """Nearest neighbours on frozen features: weighted kNN, ML-kNN for several labels, and retrieval."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def knn_probabilities(
     neighbours: Sequence[int],
     temperature: float = 0.07,
     dtype: torch.dtype = torch.float64,
-) -> dict[int, Probabilities]:
+) -> dict[int, NDArray[Any]]:
     """Return class probabilities by weighted votes of the nearest training cases, for several k at once.
 
     Args:

@@ -1,7 +1,7 @@
 """Features in two dimensions, coloured by label: t-SNE."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FEWEST_CASES = 4
 
 
-def tsne(features: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+def tsne(features: NDArray[np.float64], seed: int = 0) -> NDArray[np.float32]:
     """Return two coordinates a case.
 
     Args:
@@ -31,11 +31,11 @@ def tsne(features: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
         raise ConfigError(f"t-SNE of {len(features)} cases; at least {FEWEST_CASES} are needed")
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     perplexity = min(30.0, (len(unit) - 1) / 3)
-    places: NDArray[np.float64] = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(unit)
+    places: NDArray[np.float32] = TSNE(init="pca", perplexity=perplexity, random_state=seed).fit_transform(unit)
     return places
 
 
-def embedding_figure(places: NDArray[np.float64], labels: Sequence[str], title: str) -> "Figure":
+def embedding_figure(places: NDArray[np.floating[Any]], labels: Sequence[str], title: str) -> "Figure":
     """Draw cases as dots coloured by label."""
     drawing, axes = new_figure(7.0, 6.0)
     for label in dict.fromkeys(sorted(labels)):

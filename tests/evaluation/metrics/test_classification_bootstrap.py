@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.metrics.classification import classification_metric
 from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric
-from meddino_evaluation.metrics.statistics import Resampling
+from meddino_evaluation.metrics.statistics import SHARE, Resampling
 
 
 def _case(kind="binary", classes=2, rows=40, seed=0):
@@ -22,7 +22,7 @@ def test_metric_intervals__one_run_equals_the_plain_bootstrap():
     drawing = Resampling(len(truth), groups, resamples=200, seed=9)
     samples = [np.repeat(np.arange(len(truth)), counts) for counts in drawing.weights()]
     loop = np.array([classification_metric("auroc", "binary", truth[rows], p[rows]) for rows in samples])
-    slow = drawing.interval(classification_metric("auroc", "binary", truth, p), loop)
+    slow = drawing.interval(classification_metric("auroc", "binary", truth, p), loop, SHARE)
     assert (fast.estimate, fast.low, fast.high) == pytest.approx((slow.estimate, slow.low, slow.high))
 
 

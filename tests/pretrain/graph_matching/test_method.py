@@ -1,7 +1,5 @@
 """The method as a whole: it learns, says what it cannot cut, and draws the same on any number of processes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from meddino_pretrain.data.batches import Batch
@@ -13,6 +11,7 @@ from meddino_pretrain.methods.graph_matching.config import AffinityConfig, Graph
 from meddino_pretrain.methods.graph_matching.method import GraphMatching
 from meddino_pretrain.methods.graph_matching.network import GraphTarget, view_pairs
 from meddino_pretrain.methods.multi_crop import LARGE, SMALL
+from meddino_pretrain.schedules import StepValues
 from torch import nn
 
 from meddino.core.device import find_machine
@@ -21,6 +20,7 @@ from meddino.core.seeds import numpy_rng
 from meddino.losses.matching import EdgeAffinities, MatchingSetting, matching_loss
 from meddino.models.registry import build_backbone
 
+VALUES = StepValues(0.01, 0.0)
 SMALL_GRAPHS = GraphConfig(nodes=4, neighbours=2, dim=8)
 CROPS = MultiCropConfig(large_px=32, small_px=16)
 
@@ -80,7 +80,7 @@ CONFIG = GraphMatchingConfig(graph=SMALL_GRAPHS, crops=CROPS)
 
 def gradients_of(method, batches):
     total = {}
-    values = SimpleNamespace(own={})
+    values = VALUES
     for losses in method.losses(batches, values, 3):
         (losses["total"] / len(batches)).backward()
         for name, value in losses.items():
@@ -104,10 +104,10 @@ def test_method__micro_batches_hold_the_same_graphs_as_the_whole_batch():
 
 def test_method__noise_belongs_to_the_graph_whoever_computes_it():
     one, second = method_of(CONFIG), method_of(CONFIG, accumulation=2)
-    whole = next(one.targets([batch_of(range(8))], None, 5)).noise
-    part = list(second.targets([batch_of(range(4), 0), batch_of(range(4, 8), 1)], None, 5))[1].noise
+    whole = next(one.targets([batch_of(range(8))], VALUES, 5)).noise
+    part = list(second.targets([batch_of(range(4), 0), batch_of(range(4, 8), 1)], VALUES, 5))[1].noise
     assert whole.shape == (5, 2, 4, 4) and torch.equal(whole[:, 1:], part)
-    assert not torch.equal(whole, next(one.targets([batch_of(range(8))], None, 6)).noise)
+    assert not torch.equal(whole, next(one.targets([batch_of(range(8))], VALUES, 6)).noise)
 
 
 def test_view_pairs__have_a_large_crop_each():
@@ -134,7 +134,7 @@ def test_method__every_ablation_trains_on_every_kind_of_backbone(backbone, chang
     assert terms.keys() == {"hamming", "accuracy", "total"}
     assert gradients["projector.weight"].abs().max() > 0
     assert list(method.trainable()) == ["backbone", "projector"] + ["messages"] * ("graph" not in change)
-    target = next(method.targets([batch_of(range(8))], None, 0))
+    target = next(method.targets([batch_of(range(8))], VALUES, 0))
     assert isinstance(target, GraphTarget) and (target.noise is None) == ("matching" in change)
 
 

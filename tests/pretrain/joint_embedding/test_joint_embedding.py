@@ -1,7 +1,6 @@
 """Each objective trains on each kind of backbone; its loss is that of its paper, written as a loop."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from meddino_pretrain.methods.config import MultiCropConfig
 from meddino_pretrain.methods.joint_embedding.config import JointEmbeddingConfig
 from meddino_pretrain.methods.joint_embedding.method import JointEmbedding
 from meddino_pretrain.methods.joint_embedding.objectives import Embeddings, build_loss, objective_loss
+from meddino_pretrain.schedules import StepValues
 from torch.nn.functional import normalize
 
 from meddino.core.device import find_machine
@@ -44,7 +44,7 @@ def test_objective__takes_two_steps_and_the_same_again(objective, backbone, chan
         method = method_of(objective, backbone, **changes)
         optimizer, found = torch.optim.SGD(method.model.parameters(), 0.01), []
         for step in range(2):
-            values = SimpleNamespace(own=method.scheduled(step))
+            values = StepValues(0.01, 0.0, own=method.scheduled(step))
             for losses in method.losses([batch_of(range(8))], values, step):
                 optimizer.zero_grad()
                 losses["total"].backward()

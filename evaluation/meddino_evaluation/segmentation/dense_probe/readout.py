@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def _fit_knn(train: PatchSet, val: PatchSet, test: PatchSet, name: str, config: 
     x = train.features[name]
     ks = tuple(k for k in config.neighbours if k <= len(x)) or (len(x),)
 
-    def votes(queries: PatchSet, neighbours: Sequence[int]) -> dict[int, NDArray[np.float64]]:
+    def votes(queries: PatchSet, neighbours: Sequence[int]) -> dict[int, NDArray[Any]]:
         of = queries.features[name]
         return knn_probabilities(x, train.labels, of, classes=classes, neighbours=neighbours, dtype=torch.float32)
 

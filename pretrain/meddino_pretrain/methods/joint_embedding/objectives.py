@@ -29,8 +29,8 @@ class Embeddings:
     large: Sequence[Float[Tensor, "b d"]]
     small: Sequence[Float[Tensor, "b d"]] = ()
     teacher: Sequence[Float[Tensor, "b d"]] = ()
-    cells: Sequence[Float[Tensor, "b r c d"]] = ()
-    places: Sequence[Float[Tensor, "b r c 2"]] = ()
+    cells: Sequence[Float[Tensor, "b _ _ d"]] = ()
+    places: Sequence[Float[Tensor, "b _ _ 2"]] = ()
 
 
 def build_loss(config: JointEmbeddingConfig) -> nn.Module:

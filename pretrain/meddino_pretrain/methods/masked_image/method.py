@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Self
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class MaskedImage(Method):
         return replace(raw, extras={name: torch.from_numpy(part.astype(np.int64)) for name, part in parts.items()})
 
     @classmethod
-    def build(cls, config: MaskedImageConfig, backbone: Backbone, setting: StageSetting) -> Self:
+    def build(cls, config: MaskedImageConfig, backbone: Backbone, setting: StageSetting) -> "MaskedImage":
         """See `Method`."""
         if not isinstance(backbone, VisionTransformer):
             raise ConfigError(
