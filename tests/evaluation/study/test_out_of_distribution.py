@@ -24,7 +24,7 @@ def test_drops__each_site_beside_the_own_test_part_and_two_models_on_the_same_ca
         *(("A", "robust?"), ("A", "brittle?"), ("B", "robust?"), ("B", "brittle?")),
     ]
     means = [inside[0].mean(0), there["A"][0].mean(0)]
-    cases = [one.by_case("dice") for one in (own[0], sets["A"][0])]
+    cases = [dict(sorted(one.by_case("dice").items())) for one in (own[0], sets["A"][0])]
     values = [np.array(list(one.values())) for one in cases]
     row = found["drops"][0]
     expected = unpaired_means(*values, groups_a=list(cases[0]), groups_b=list(cases[1]), resamples=500)

@@ -118,5 +118,5 @@ def _fit_logistic(train: PatchSet, val: PatchSet, test: PatchSet, name: str, con
     return Fitted(name, "logistic", model.strength, scores[best], model.probabilities(z, "multiclass").argmax(1))
 
 
-def _score(probabilities: NDArray[np.float64], val: PatchSet, classes: int) -> float:
+def _score(probabilities: NDArray[Any], val: PatchSet, classes: int) -> float:
     return macro_f1(count_patches(probabilities.argmax(1), val, int(val.patients.max()) + 1, classes))
