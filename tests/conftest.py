@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 vars(beartype)["as_mypy"] = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 install_import_hook(
     [
-        *("meddino", "meddino_data_curation", "meddino_slurm"),
+        *("meddino", "meddino_data_curation"),
         *("meddino_evaluation.backbones", "meddino_evaluation.data", "meddino_evaluation.metrics"),
         # The trainer's other modules are no functions of tensors, and tests build them from doubles.
         *("meddino_pretrain.methods", "meddino_pretrain.data"),
