@@ -167,6 +167,7 @@ def open_experiment(config: SegmentConfig, model: str, data: Path, corpus: Path 
     check_grids(dataset)
     leakage = LeakageCheck(source.lineage, corpus, source.name)
     experiment = Experiment(config, dataset, source, machine, choose_splits(config, dataset), leakage)
+    _check_neighbours(experiment)
     experiment.source = widened(source, experiment.input_channels)
     source.backbone.to(machine.device)
     return experiment
@@ -193,6 +194,16 @@ def check_fit(config: SegmentConfig, source: EncoderSource) -> None:
     if config.encoder.mode != "frozen" and not blocks:
         raise ConfigError(
             f"encoder.mode={config.encoder.mode}: --model none has nothing that could learn; use encoder.mode=frozen"
+        )
+
+
+def _check_neighbours(experiment: Experiment) -> None:
+    """Refuse slices beside each other as channels that the model does not have: its colours would be repeated over them."""
+    source, slices, entering = experiment.source, 2 * experiment.config.data.neighbour_slices + 1, experiment.input_channels
+    if slices > 1 and entering != source.contract.channels:
+        raise ConfigError(
+            f"{len(experiment.channels)} image channels x {slices} slices are {entering} input channels, but model "
+            f"{source.name} takes 1 (repeated) or {source.contract.channels}; see data.channels and data.neighbour_slices"
         )
 
 

@@ -9,6 +9,7 @@ from meddino_pretrain.methods.base import StageSetting, shapes_of
 from meddino_pretrain.methods.masked_image.config import DecoderConfig, MaskedImageConfig
 from meddino_pretrain.methods.masked_image.method import MaskedImage
 from meddino_pretrain.methods.masked_image.network import CROPS, MASKED, VISIBLE, patch_pixels, reconstruction_loss
+from meddino_pretrain.schedules import StepValues
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ConfigError
@@ -93,7 +94,7 @@ def test_method__learns_what_it_is_shown():
     method, batch = method_of(), batch_of()
     optimizer, found = torch.optim.AdamW(method.model.parameters(), 5e-3), []
     for step in range(25):
-        for losses in method.losses([batch], None, step):
+        for losses in method.losses([batch], StepValues(2e-3, 0.0), step):
             optimizer.zero_grad()
             losses["total"].backward()
             found.append(losses["total"].item())
