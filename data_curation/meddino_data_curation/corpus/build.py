@@ -21,6 +21,7 @@ from meddino_data_curation.held_out.exclusions import ExclusionMatch, apply_list
 from meddino_data_curation.privacy import Salt, load_salt, private_folder, write_source_map
 from meddino_data_curation.progress import progress
 from meddino_data_curation.selection.volume_job import VolumeJob
+from meddino_data_curation.sources.candidates import Candidate
 from meddino_data_curation.sources.discovery import Discovery, discover
 from meddino_data_curation.sources.licences import NOT_STATED, needs_decision
 from meddino_data_curation.sources.patient_ids import told_by_name, without_common_names
@@ -93,12 +94,7 @@ def build(
         _logger.info("%d of %d volumes are known already", len(named) - len(fresh), len(named))
         if not fresh:
             return False
-    if count := told_by_name(fresh, config.sources):
-        _logger.info(
-            "%d volumes: the file's name stands for the patient; if a folder or a part of the name does, say so with "
-            "the source's patient_pattern (docs/curation.md, Sources)",
-            count,
-        )
+    _tell_of_patients(fresh, config)
     found.candidates = sorted(fresh, key=lambda item: (item.source, item.source_path))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
     if listed_before is not None and listed.digest != listed_before:
@@ -128,6 +124,15 @@ def build(
         work.remove()
     _tell("new volumes" if known else str(corpus), info["totals"], found)
     return True
+
+
+def _tell_of_patients(fresh: Sequence[Candidate], config: CurationConfig) -> None:
+    if count := told_by_name(fresh, config.sources):
+        _logger.info(
+            "%d volumes: the file's name stands for the patient; if a folder or a part of the name does, say so with "
+            "the source's patient_pattern (docs/curation.md, Sources)",
+            count,
+        )
 
 
 def _note_part(part: Part, inputs: str, listed: ExclusionMatch, corpus: Path, work: WorkFolder) -> None:

@@ -101,14 +101,8 @@ def score_folders(
             failed[case] = str(error)
     if not rows:
         raise ConfigError(f"no case of {ref} could be scored: {next(iter(failed.values()), 'there is no prediction')}")
-    for case in without:
-        logger.warning(
-            "case %s: there is no prediction of it; %s", case, "left out" if missing == "skip" else "counts as empty"
-        )
     surplus = sorted(predictions.keys() - references.keys())
-    if surplus:
-        more = " ..." if len(surplus) > 5 else ""
-        logger.warning("%d predictions have no reference and are not scored: %s%s", len(surplus), ", ".join(surplus[:5]), more)
+    _tell_of_single_ones(without, surplus, missing)
     write_cases(out / "cases.csv", rows, ("case", "label", *METRICS))
     metrics = {
         "format": "meddino-scores",
@@ -130,6 +124,16 @@ def score_folders(
     }
     write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def _tell_of_single_ones(without: Sequence[str], surplus: Sequence[str], missing: Missing) -> None:
+    for case in without:
+        logger.warning(
+            "case %s: there is no prediction of it; %s", case, "left out" if missing == "skip" else "counts as empty"
+        )
+    if surplus:
+        more = " ..." if len(surplus) > 5 else ""
+        logger.warning("%d predictions have no reference and are not scored: %s%s", len(surplus), ", ".join(surplus[:5]), more)
 
 
 def _score(

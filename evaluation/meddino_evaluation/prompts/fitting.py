@@ -1,8 +1,6 @@
 """Training of one mask decoder on the maps of a held image encoder."""
 
 import hashlib
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from meddino_evaluation.prompts.config import PromptConfig
 from meddino_evaluation.prompts.masks import drawn_prompt, encoded, squared, targets_of, training_mask
 from meddino_evaluation.prompts.network import PromptNetwork
 from meddino_evaluation.segmentation.experiment import Experiment
-from meddino_evaluation.segmentation.training.fitting import weights_path
+from meddino_evaluation.segmentation.training.fitting import log_step, open_log, weights_path
 from meddino_evaluation.segmentation.training.losses import SMOOTH
 from meddino_evaluation.segmentation.training.map_cache import MapCache
 
@@ -78,17 +76,13 @@ def fit_decoder(
         training.steps,
         clip_norm=training.clip_norm,
     )
-    log = out / "logs" / f"fold-{split.number}_seed-{seed}.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
     network.train()
-    with log.open("w", encoding="utf-8") as stream:
+    with open_log(out, split.number, seed) as stream:
 
         def on_step(record: StepRecord) -> bool:
             clock.tick()
             if record.step % training.log_every_steps == 0 or record.step + 1 == training.steps:
-                stream.write(json.dumps(asdict(record)) + "\n")
-                words = (split.number, seed, record.step + 1, training.steps, record.loss, clock.text())
-                logger.info("fold %d, seed %d, step %d/%d: loss %.4f%s", *words)
+                log_step(stream, record, f"fold {split.number}, seed {seed}", training.steps, clock)
             return True
 
         loop.fit(on_step)

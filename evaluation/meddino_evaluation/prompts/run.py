@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from meddino_evaluation.segmentation.inference.held_out import HeldOutRow, HeldO
 from meddino_evaluation.segmentation.overlay import overlay_png
 from meddino_evaluation.segmentation.report import picture_path
 from meddino_evaluation.segmentation.results import write_results
+from meddino_evaluation.segmentation.run import NO_TESTS
 from meddino_evaluation.segmentation.training.fitting import weights_path
 from meddino_evaluation.segmentation.training.map_cache import MapCache
 from meddino_evaluation.tasks.definition import TaskDefinition
@@ -34,7 +34,6 @@ from meddino_evaluation.tasks.prepare import prepare_task
 from meddino_evaluation.tasks.run import add_headline
 
 logger = get_logger(__name__)
-NO_TESTS: Mapping[str, Path] = MappingProxyType({})
 
 
 def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:

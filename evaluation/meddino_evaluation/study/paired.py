@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from meddino_evaluation.backbones.load import model_name
 from meddino_evaluation.classification.results import Run, read_per_case
 from meddino_evaluation.metrics.classification_bootstrap import paired_metric
-from meddino_evaluation.metrics.statistics import PairedResult, can_be_significant, delong, wilcoxon_signed_rank
+from meddino_evaluation.metrics.delong import delong
+from meddino_evaluation.metrics.statistics import PairedResult, can_be_significant, wilcoxon_signed_rank
 from meddino_evaluation.study.classification_jobs import ClassificationJob
 from meddino_evaluation.study.config import StudyConfig
 

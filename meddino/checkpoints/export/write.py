@@ -1,9 +1,9 @@
 """From a run or a training checkpoint to a folder that can be shared, compared with its source before it is called done."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
@@ -91,15 +91,9 @@ def export_model(
         for name in formats:
             if name != "safetensors":
                 (partial / name).mkdir()
-                _writer(name)(partial / name, expected, options)
+                resolve_name(FORMATS[name])(partial / name, expected, options)
     _log.info("exported %s (%s parameters) to %s", config.architecture.name, f"{config.weights.parameters:,}", out)
     return out
-
-
-def _writer(name: str) -> Callable[[Path, Model, ForeignOptions], None]:
-    module, function = FORMATS[name].split(":")
-    found: Callable[[Path, Model, ForeignOptions], None] = getattr(import_module(module), function)
-    return found
 
 
 def _write_own(folder: Path, found: ExportSource, heads: bool, metrics: dict[str, Any], command: str) -> ModelConfig:

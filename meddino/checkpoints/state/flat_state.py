@@ -16,7 +16,6 @@ WRAPPER_PARTS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_
 
 
 @runtime_checkable
-@runtime_checkable
 class Stateful(Protocol):
     """An object that gives and takes its state as nested mappings."""
 

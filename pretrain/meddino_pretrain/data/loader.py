@@ -39,7 +39,6 @@ MAX_TRIED = 100
 
 
 @runtime_checkable
-@runtime_checkable
 class SliceSource(Protocol):
     """What the loader needs of a corpus; `meddino.data.corpus.Corpus` is one."""
 

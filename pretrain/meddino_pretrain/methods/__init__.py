@@ -1,7 +1,7 @@
 """Self-supervised methods, one folder each, all behind the protocol of `base`. A row here and a recipe make one usable."""
 
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class MethodRow:
 
     def config_class(self) -> "type[MethodConfig]":
         """Import the config."""
-        found: type[MethodConfig] = _load(self.config)
+        found: type[MethodConfig] = resolve_name(self.config)
         return found
 
 
@@ -52,11 +52,5 @@ METHODS: dict[str, MethodRow] = {
 
 def method_class(config: "MethodConfig") -> "type[Method]":
     """Import the method that a config belongs to."""
-    found: type[Method] = _load(METHODS[config.name].method)  # type: ignore[attr-defined]
-    return found
-
-
-def _load(place: str) -> type:
-    module, name = place.split(":")
-    found: type = getattr(import_module(module), name)
+    found: type[Method] = resolve_name(METHODS[config.name].method)  # type: ignore[attr-defined]
     return found

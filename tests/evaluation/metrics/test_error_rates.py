@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric
-from meddino_evaluation.metrics.statistics import SHARE, bootstrap_mean, delong, paired_means, span_of, wilcoxon_signed_rank
+from meddino_evaluation.metrics.delong import delong
+from meddino_evaluation.metrics.statistics import SHARE, bootstrap_mean, paired_means, span_of, wilcoxon_signed_rank
 from meddino_evaluation.segmentation.dense_probe.run import _interval
 from scipy import stats
 

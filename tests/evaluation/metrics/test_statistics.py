@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
+from meddino_evaluation.metrics.delong import delong
 from meddino_evaluation.metrics.statistics import (
     Resampling,
     bootstrap_mean,
     can_be_significant,
-    delong,
     holm,
     mean_and_std,
     paired_means,

@@ -157,6 +157,9 @@ def load_bundle(results: Path, folds: Sequence[int] | None, seeds: Sequence[int]
         members.append(Member(networks, labels, sliding_window(config), config.data.neighbour_slices, machine))
     kept = tuple(name for name in labels.names if all(name in one for one in components))
     rules = tuple(GridRule(**parts[fold]["rule"]) for fold in folds)
-    files = [path, results / "config.yaml", *(weights_path(results, fold, seed) for fold in folds for seed in seeds)]
-    identity = hashlib.sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()
+    identity = _identity([path, results / "config.yaml", *(weights_path(results, f, seed) for f in folds for seed in seeds)])
     return Bundle(tuple(members), rules, labels, content["channels"], kept, identity, content.get("flat", False))
+
+
+def _identity(files: Sequence[Path]) -> str:
+    return hashlib.sha256(" ".join(map(sha256_file, files)).encode()).hexdigest()

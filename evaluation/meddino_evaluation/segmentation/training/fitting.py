@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -144,9 +145,7 @@ class Fitting:
         if start:
             logger.info("%s: going on after step %d", name, start)
             self.clock.left -= start
-        log = self.out / "logs" / f"fold-{self.split.number}_seed-{seed}.jsonl"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a" if start else "w", encoding="utf-8") as stream:
+        with open_log(self.out, self.split.number, seed, goes_on=bool(start)) as stream:
 
             def on_step(record: StepRecord) -> bool:
                 done = record.step + 1
@@ -157,9 +156,7 @@ class Fitting:
                         "%d steps timed%s; peak memory %.1f GiB", Clock.TIMED_STEPS, self.clock.text(), peak_memory_gib()
                     )
                 if record.step % training.log_every_steps == 0 or last:
-                    stream.write(json.dumps(asdict(record)) + "\n")
-                    left = self.clock.text()
-                    logger.info("%s, step %d/%d: loss %.4f%s", name, done, training.steps, record.loss, left)
+                    log_step(stream, record, name, training.steps, self.clock)
                 if best is not None and (done % training.val_every_steps == 0 or last):
                     dice = self._validate(network)
                     stream.write(json.dumps({"step": record.step, "val_dice": dice}) + "\n")
@@ -249,6 +246,19 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def open_log(out: Path, fold: int, seed: int, goes_on: bool = False) -> IO[str]:
+    """Open the log of a training, one JSON line a noted step; one that goes on is added to."""
+    log = out / "logs" / f"fold-{fold}_seed-{seed}.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("a" if goes_on else "w", encoding="utf-8")
+
+
+def log_step(stream: IO[str], record: StepRecord, name: str, steps: int, clock: Clock) -> None:
+    """Write a step into the log, and say it with the time that is left."""
+    stream.write(json.dumps(asdict(record)) + "\n")
+    logger.info("%s, step %d/%d: loss %.4f%s", name, record.step + 1, steps, record.loss, clock.text())
 
 
 def weights_path(out: Path, fold: int, seed: int) -> Path:
