@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from meddino_pretrain.data.intensities import Intensities
+from meddino_pretrain.monitoring.feature_metrics import patch_consistency, snapshot_scores
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.monitoring.patch_quality import patch_consistency, snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import ShardError

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods.dinov3.config import GramChoiceConfig
 from meddino_pretrain.methods.dinov3.gram_choice import choose_gram_teacher
+from meddino_pretrain.monitoring.feature_metrics import snapshot_scores
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 
 from meddino.core.device import find_machine
 from meddino.core.errors import CheckpointError

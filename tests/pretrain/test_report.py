@@ -10,8 +10,7 @@ from meddino_pretrain.monitoring import history as history_module
 from meddino_pretrain.monitoring.history import POINTS, History
 from meddino_pretrain.monitoring.metrics import read_metrics
 from meddino_pretrain.monitoring.monitor import Monitor
-from meddino_pretrain.monitoring.report import RunReport
-from meddino_pretrain.monitoring.report_curves import stage_charts
+from meddino_pretrain.monitoring.report import RunReport, stage_charts
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.core.config import load_config

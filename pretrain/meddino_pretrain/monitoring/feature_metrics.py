@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -15,11 +15,12 @@ from meddino.core.device import Machine
 from meddino.core.errors import CheckpointError
 from meddino.core.files import atomic_write
 from meddino.distributed.collectives import is_main
+from meddino.models.backbone import Backbone
 from meddino_pretrain.methods.base import ProbeOutput
 from meddino_pretrain.monitoring.config import ProbeConfig
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices
-from meddino_pretrain.monitoring.patch_quality import CHUNK, patch_consistency
 
+_CHUNK = 4  # slices in one forward pass: small enough for any machine that can train
 _PATCHES_FOR_RANK = 2048
 _NEIGHBOURS = 3
 
@@ -59,13 +60,13 @@ class FeatureProbe:
         """
         uses: dict[str, AssignmentUse] = {}
         cls_parts, patch_parts, scores = [], [], []
-        for start in range(0, len(self.fixed), CHUNK):
+        for start in range(0, len(self.fixed), _CHUNK):
             first, second = (self._seen(see, view, start) for view in (self.fixed.first_view, self.fixed.second_view))
             for name, logits in first.assignments.items():
                 uses.setdefault(name, AssignmentUse()).add(logits)
             cls_parts.append(first.cls_token.float().cpu())
             if first.patch_map is not None and second.patch_map is not None:
-                body = self.fixed.body[start : start + CHUNK]
+                body = self.fixed.body[start : start + _CHUNK]
                 scores.append(patch_consistency(first.patch_map, second.patch_map, body).cpu())
                 patch_parts.append(first.patch_map.float().flatten(2).transpose(1, 2).contiguous().cpu())
         tokens = {"cls_tokens": torch.cat(cls_parts)}
@@ -79,7 +80,7 @@ class FeatureProbe:
 
     def _seen(self, see: Callable[[Tensor], ProbeOutput], view: Tensor, start: int) -> ProbeOutput:
         with self.machine.autocast():
-            return see(view[start : start + CHUNK].to(self.machine.device, self.machine.weight_dtype))
+            return see(view[start : start + _CHUNK].to(self.machine.device, self.machine.weight_dtype))
 
     def _first_probe(self, tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._first is None and self.reference.is_file():
@@ -213,3 +214,59 @@ def _read_first_probe(path: Path, tokens: dict[str, Tensor]) -> dict[str, Tensor
             f"{path} holds features {shapes}, the run now gives {wanted}; of other slices or another model: delete it"
         )
     return first
+
+
+def patch_consistency(
+    first: Float[Tensor, "n d h w"], second_mirrored: Float[Tensor, "n d h w"], body: Bool[Tensor, "n y x"] | None = None
+) -> Float[Tensor, " n"]:
+    """Score how surely a patch is found again in another view of its slice.
+
+    For each patch of the first view: the share of the second view's other patches that are less similar to it (cosine)
+    than its own counterpart; ties count half. 1 is perfect, 0.5 is chance, and chance is what features give that
+    collapsed, drown in noise, or know only where a patch lies (the second view is mirrored).
+
+    Args:
+        first: Patch map of the first view.
+        second_mirrored: Patch map of the mirrored second view; turned back here.
+        body: Where the first view shows the body, at any resolution. Only patches that are at least half body count, for
+            air cannot be told from air; None, or a slice without two such patches: all count.
+
+    Returns:
+        One score a slice, the mean over its patches.
+    """
+    # Contiguous: sums over channels must not depend on how the backbone laid its tokens out.
+    one = F.normalize(first.float().contiguous().flatten(2).transpose(1, 2), dim=-1)
+    other = F.normalize(second_mirrored.float().flip(-1).contiguous().flatten(2).transpose(1, 2), dim=-1)
+    kept = torch.ones(one.shape[:2], dtype=torch.bool, device=one.device)
+    if body is not None:
+        kept = F.adaptive_avg_pool2d(body.float(), (first.shape[-2], first.shape[-1])).flatten(1).to(one.device) >= 0.5
+        kept[kept.sum(1) < 2] = True
+    scores = []
+    for a, b, chosen in zip(one, other, kept, strict=True):  # a slice at a time: patches x patches is the largest thing here
+        similarity = a[chosen] @ b[chosen].T
+        own = similarity.diagonal().unsqueeze(1)
+        # Rounding must not decide between patches that are equal: a collapsed model would win or lose by luck.
+        below = (similarity < own - 1e-6).float() + 0.5 * ((similarity - own).abs() <= 1e-6).float()
+        others = len(similarity) - 1
+        scores.append(((below.sum(1) - 0.5) / others).mean() if others else own.new_tensor(0.5))
+    return torch.stack(scores)
+
+
+@torch.no_grad()
+def snapshot_scores(backbone: Backbone, fixed: FixedSlices, machine: Machine) -> Float[Tensor, " n"]:
+    """Score a backbone's patch tokens on fixed slices; see `patch_consistency`.
+
+    Args:
+        backbone: In evaluation mode.
+        fixed: The slices.
+        machine: Where the backbone is.
+    """
+    scores = []
+    for start in range(0, len(fixed), _CHUNK):
+        maps = []
+        for view in (fixed.first_view, fixed.second_view):
+            with machine.autocast():
+                output = backbone.tokens(view[start : start + _CHUNK].to(machine.device, machine.weight_dtype))
+            maps.append(output.patch_map)
+        scores.append(patch_consistency(maps[0], maps[1], fixed.body[start : start + _CHUNK]).cpu())
+    return torch.cat(scores)

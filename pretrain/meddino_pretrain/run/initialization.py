@@ -17,8 +17,8 @@ from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import KeptChoice, Method, backbones_in
 from meddino_pretrain.methods.config import KeptBackbone
+from meddino_pretrain.monitoring.feature_metrics import snapshot_scores
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.monitoring.patch_quality import snapshot_scores
 from meddino_pretrain.run.checkpoints import corrupt_keys, last_checkpoint, snapshot_folder
 from meddino_pretrain.run.config import InitConfig
 from meddino_pretrain.run.folder import RunFolder
