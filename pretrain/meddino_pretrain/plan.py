@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from meddino.core.device import Machine
-from meddino.core.errors import ConfigError
+from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import check_free_space
 from meddino.data.joined_corpus import open_corpora
 from meddino_pretrain.build import build_method
@@ -347,6 +347,7 @@ def show_plan(
     stages: Sequence[str],
     machine: PlannedMachine,
     corpus_comes: bool = False,
+    any_disk: bool = False,
 ) -> Iterator[str]:
     """Check all that a run needs and yield what it would take, as lines for people.
 
@@ -357,6 +358,7 @@ def show_plan(
         stages: Only these; all if empty.
         machine: What it would run on.
         corpus_comes: A corpus may not be there yet.
+        any_disk: A lack of room for the checkpoints is a line, no refusal.
 
     Raises:
         MedDINOError: What the run itself would end with: wrong corpus or weights, no room in memory or on the disk.
@@ -378,5 +380,16 @@ def show_plan(
         sample_order(found, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
         seen = sum(config.stages[each.name].global_batch * each.steps for each in plans)
         yield f"corpus: {len(found):,} slices, each is seen about {seen / len(found):,.0f} times"
-    check_free_space(out, int(sum(each.disk_bytes for each in plans)), "the run's checkpoints")
     yield from plan_lines(plans, machine)
+    try:
+        _check_room(out, sum(each.disk_bytes for each in plans))
+    except MedDINOError as error:
+        if not any_disk:
+            raise
+        yield f"disk: {error}"
+
+
+def _check_room(out: Path, disk_bytes: float) -> None:
+    """Refuse a run whose checkpoints have no room beside what it wrote before."""
+    written = sum(path.stat().st_size for path in out.rglob("*.safetensors")) if out.is_dir() else 0
+    check_free_space(out, max(0, int(disk_bytes) - written), "the run's checkpoints")

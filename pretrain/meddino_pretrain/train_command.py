@@ -41,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", metavar="NxP[xGPU]", help="for these machines: nodes x processes x kind of GPU, e.g. 4x8xh100"
     )
     plan.add_argument("--corpus-comes", action="store_true", help="the corpus is still being made")
+    plan.add_argument("--any-disk", action="store_true", help="tell a lack of room on the disk instead of refusing")
 
 
 def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
     """Train, or say what it would take."""
     if arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes} must be at least 1")
-    if not arguments.plan and (arguments.machine or arguments.corpus_comes):
-        raise ConfigError("--machine and --corpus-comes belong to --plan")
+    if not arguments.plan and (arguments.machine or arguments.corpus_comes or arguments.any_disk):
+        raise ConfigError("--machine, --corpus-comes and --any-disk belong to --plan")
     if arguments.plan:
         _plan(arguments)
         return None
@@ -92,5 +93,6 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
     machine = named_machine(arguments.machine) if arguments.machine else this_machine(config, arguments.processes)
-    for line in show_plan(config, arguments.corpus, arguments.out, arguments.stage, machine, arguments.corpus_comes):
+    assumed = (arguments.corpus_comes, arguments.any_disk)
+    for line in show_plan(config, arguments.corpus, arguments.out, arguments.stage, machine, *assumed):
         write_line(line)

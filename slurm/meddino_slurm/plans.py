@@ -109,7 +109,7 @@ def ask_pretrain(arguments: Sequence[str]) -> str:
     return run.stdout
 
 
-def own_checks(site: SiteConfig, command: str, arguments: Sequence[str], waits: bool) -> str:
+def own_checks(site: SiteConfig, command: str, arguments: Sequence[str], waits: bool, show_only: bool) -> str:
     """Let the command look at what it was given: recipe, corpus, weights, batch, memory, time and disk.
 
     Args:
@@ -117,6 +117,7 @@ def own_checks(site: SiteConfig, command: str, arguments: Sequence[str], waits: 
         command: Which command; those without checks of their own are taken as they are.
         arguments: As for the command itself.
         waits: Whether other jobs run before it, which may still make its corpus.
+        show_only: Whether nothing is submitted now: a full disk is told then, since it may have room when it is.
 
     Returns:
         What the command says, for people; empty where it has nothing to say.
@@ -130,4 +131,5 @@ def own_checks(site: SiteConfig, command: str, arguments: Sequence[str], waits: 
     machine = [f"{resources.nodes}x{resources.tasks_per_node}"]
     if resources.gpus_per_node and site.gpu is not None:
         machine.append(site.gpu)
-    return ask_pretrain([*arguments, "--plan", "--machine", "x".join(machine), *(["--corpus-comes"] if waits else [])])
+    assumed = [*(["--corpus-comes"] if waits else []), *(["--any-disk"] if show_only else [])]
+    return ask_pretrain([*arguments, "--plan", "--machine", "x".join(machine), *assumed])

@@ -25,7 +25,8 @@ def submit_command(arguments: argparse.Namespace, site: SiteConfig) -> None:
         slurm.check_slurm()
         slurm.check_partition(site.partition_for(arguments.command))
     if not arguments.unchecked:
-        said = own_checks(site, arguments.command, arguments.arguments, waits=bool(arguments.after))
+        waits = bool(arguments.after)
+        said = own_checks(site, arguments.command, arguments.arguments, waits, show_only=arguments.dry_run)
         write_line("".join(f"# {line}\n" for line in said.splitlines()), end="")
     planned = _plan(arguments, site)
     if executor != "slurm":

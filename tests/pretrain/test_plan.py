@@ -1,6 +1,7 @@
 """What a run would take, against docs/scaling.md, and what is refused before it begins."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from meddino_pretrain.cli import main
@@ -93,3 +94,22 @@ def test_plan_command__wrong_input_is_one_line(words, said, tmp_path, monkeypatc
 def test_plan_command__a_corpus_that_comes_is_not_asked_for(tmp_path, capsys):
     assert main([str(TINY), "--corpus", str(tmp_path / "c"), "--out", str(tmp_path / "r"), "--plan", "--corpus-comes"]) == 0
     assert "not there yet" in capsys.readouterr().out
+
+
+def test_plan_command__a_full_disk_is_refused_after_the_plan_or_told(make_corpus_once, tmp_path, monkeypatch, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(words) == 2
+    refused = capsys.readouterr()
+    assert "no room for the run's checkpoints" in refused.err and all(name in refused.out for name in NAMES)
+    assert main([*words, "--any-disk"]) == 0
+    assert "disk: no room for the run's checkpoints" in capsys.readouterr().out
+
+
+def test_plan_command__what_a_run_wrote_before_needs_no_room_again(make_corpus_once, tmp_path, monkeypatch):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "model.safetensors").open("wb") as file:
+        file.truncate(2**34)
+    assert main(words) == 0
