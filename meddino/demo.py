@@ -5,6 +5,7 @@ command go on from where it was.
 """
 
 import argparse
+import json
 import os
 import secrets
 import shlex
@@ -50,6 +51,8 @@ class Plan:
         out: Folder of everything it makes.
         volumes: CT volumes to pretrain on.
         dataset: nnU-Net raw dataset to segment.
+        others: Further CT datasets beside it, which stay out of the corpus too.
+        left_out: Names of datasets of another modality, each with its channels.
         seed: Of all commands.
         is_phantom: The embedded cohort is made first, and is what `volumes` and `dataset` name.
     """
@@ -59,11 +62,19 @@ class Plan:
     dataset: Path
     seed: int
     is_phantom: bool
+    others: tuple[Path, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     def held_out(self) -> list[str]:
         """Return the options that keep what is segmented later out of the corpus."""
-        folders = [self.dataset / name for name in ("imagesTr", "imagesTs")]
+        folders = [dataset / name for dataset in (self.dataset, *self.others) for name in ("imagesTr", "imagesTs")]
         return [word for folder in folders if self.is_phantom or folder.exists() for word in ("--exclude", str(folder))]
+
+    def told(self) -> list[str]:
+        """Return what was chosen among several datasets, as lines for people."""
+        lines = [f"{self.dataset.name} is segmented"] if self.others or self.left_out else []
+        lines += [f"{dataset.name} stays out of the corpus too" for dataset in self.others]
+        return [*lines, *(f"{name} is left out: no channel is CT" for name in self.left_out)]
 
     def probe(self) -> tuple[str, ...]:
         """Return the command that compares the export's patch tokens with pixels and with random weights."""
@@ -142,8 +153,20 @@ def make_plan(data: Path | None, out: Path, seed: int) -> Plan:
             "segmentation/ folder; the last step needs one"
         )
     volumes = data / "ct" if (data / "ct").is_dir() else data
+    channels = {dataset: _channels(dataset) for dataset in datasets}
+    # nnU-Net's own rule: CT is what a channel calls so. Where none does, the names say nothing.
+    of_ct = [dataset for dataset in datasets if "ct" in map(str.lower, channels[dataset])] or datasets
+    left_out = tuple(f"{dataset.name} ({', '.join(channels[dataset])})" for dataset in datasets if dataset not in of_ct)
     # The last one: where a folder holds several, later numbers are the users' own in nnU-Net's numbering.
-    return Plan(out, volumes, datasets[-1], seed, is_phantom=False)
+    return Plan(out, volumes, of_ct[-1], seed, is_phantom=False, others=tuple(of_ct[:-1]), left_out=left_out)
+
+
+def _channels(dataset: Path) -> list[str]:
+    file = dataset / "dataset.json"
+    try:
+        return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))["channel_names"].values()]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise MedDINOError(f"{file}: no object with 'channel_names' in it ({type(error).__name__})") from error
 
 
 def run_steps(plan: Plan) -> dict[str, float]:
@@ -157,6 +180,8 @@ def run_steps(plan: Plan) -> dict[str, float]:
     """
     (plan.out / "logs").mkdir(parents=True, exist_ok=True)
     write_salt(salt_file(plan.is_phantom, plan.out), plan.is_phantom)
+    for line in plan.told():
+        console.print(line, soft_wrap=True)
     seconds: dict[str, float] = {}
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         for number, step in enumerate(plan.steps(), start=1):
