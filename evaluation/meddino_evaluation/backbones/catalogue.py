@@ -17,6 +17,7 @@ class Entry:
         library: What builds it.
         arguments: For the builder.
         prefixes: Where in a weights file the image encoder lies; the first that occurs is taken, else the whole file.
+        takes_unit: Pictures go in as values from 0 to 1; False: with the mean and deviation that the library states.
     """
 
     architecture: str
@@ -25,13 +26,14 @@ class Entry:
     library: Literal["timm", "transformers", "meddino"] = "timm"
     arguments: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     prefixes: tuple[str, ...] = ()
+    takes_unit: bool = False
 
 
 _DINOV2 = "https://github.com/facebookresearch/dinov2"
 _DINOV3 = "https://ai.meta.com/resources/models-and-libraries/dinov3-downloads/ (on request)"
 _TORCHVISION = "https://pytorch.org/vision/stable/models.html (ImageNet-1k)"
 _VISUAL = ("visual.trunk.", "visual.", "module.visual.")
-_SAM = ("image_encoder.", "module.image_encoder.")
+_SAM = ("image_encoder.", "module.image_encoder.", "vision_encoder.")
 _MSN_LARGE = MappingProxyType(
     {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096, "patch_size": 16}
 )
@@ -76,7 +78,9 @@ CATALOGUE: dict[str, Entry] = {
     "sam_vitb16": Entry(
         "samvit_base_patch16.sa1b", "https://github.com/facebookresearch/segment-anything", "Apache-2.0", prefixes=_SAM
     ),
-    "medsam_vitb16": Entry("samvit_base_patch16", "https://github.com/bowang-lab/MedSAM", "Apache-2.0", prefixes=_SAM),
+    "medsam_vitb16": Entry(
+        "samvit_base_patch16", "https://github.com/bowang-lab/MedSAM", "Apache-2.0", prefixes=_SAM, takes_unit=True
+    ),
     "biomedclip_vitb16": Entry(
         "vit_base_patch16_224",
         "https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",

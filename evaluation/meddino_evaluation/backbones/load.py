@@ -1,6 +1,7 @@
 """A backbone from what a user writes: an export, a name of the catalogue, a weights file, or random weights."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -111,6 +112,9 @@ def _built(spec: str, name: str) -> tuple[Backbone, Entry, nn.Module]:
     entry = CATALOGUE.get(name) or Entry(name.removeprefix("timm:"), "timm", "see timm")
     if entry.library == "timm":
         timms = TimmBackbone(timm_config(entry.architecture, **entry.arguments))
-        return Backbone(spec, timms, timm_contract(timms)), entry, timms.model
+        contract = timm_contract(timms)
+        if entry.takes_unit:
+            contract = replace(contract, mean=(0.0,) * contract.channels, std=(1.0,) * contract.channels)
+        return Backbone(spec, timms, contract), entry, timms.model
     network = TransformersNetwork(spec, build_transformers(entry.architecture, entry.arguments))
     return Backbone(spec, network, network.contract), entry, network.model

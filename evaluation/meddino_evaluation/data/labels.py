@@ -1,6 +1,6 @@
 """What the numbers in a label map mean: classes, regions that overlap, and voxels to ignore."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,10 @@ class LabelScheme:
     def num_outputs(self) -> int:
         """Channels of a head: one a region, or background and one a class."""
         return len(self.names) if self.has_regions else len(self.names) + 1
+
+    def absent(self, present: Collection[int]) -> list[str]:
+        """Return the names of the labels of which no value is among some that occur."""
+        return [name for name, group in zip(self.names, self.values, strict=True) if not set(group) & set(present)]
 
     @property
     def allowed(self) -> frozenset[int]:

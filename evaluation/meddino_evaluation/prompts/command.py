@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the results; the same command again goes on there")
     parser.add_argument("--corpus", type=corpus_location, help="corpus that the model learned from: its volumes are marked")
     add_test_argument(parser)
-    parser.add_argument("--config", help="YAML file or shipped name; the defaults (docs/tasks.md) if left out")
+    parser.add_argument("--config", default="prompt", help="YAML file or shipped name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, e.g. size_px=256 seeds=[0]")
 
 
@@ -27,8 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.prompts.run import prompt
 
     data, tests, overrides = data_of(arguments)
-    sources = [] if arguments.config is None else [arguments.config]
-    config = load_config(PromptConfig, sources, overrides, kind="evaluation")
+    config = load_config(PromptConfig, [arguments.config], overrides, kind="evaluation")
     metrics = prompt(config, arguments.model, data, arguments.out, arguments.corpus, tests)
     lines = [f"{metrics['model']['name']}: {summary_line(metrics)}"]
     lines += [f"{name}: {summary_line(part)}" for name, part in metrics["external"].items()]

@@ -22,7 +22,7 @@ from meddino_evaluation.prompts.config import PromptConfig
 from meddino_evaluation.prompts.masks import drawn_prompt, encoded, squared, targets_of, training_mask
 from meddino_evaluation.prompts.network import PromptNetwork
 from meddino_evaluation.segmentation.experiment import Experiment
-from meddino_evaluation.segmentation.training.fitting import log_step, open_log, weights_path
+from meddino_evaluation.segmentation.training.fitting import log_step, open_log, tell_absent, weights_path
 from meddino_evaluation.segmentation.training.losses import SMOOTH
 from meddino_evaluation.segmentation.training.map_cache import MapCache
 
@@ -45,7 +45,9 @@ def fit_decoder(
     rule = GridRule(size_px=config.size_px)
     cases = [experiment.prepare(name, rule) for name in experiment.training_cases(split, seed)]
     targets = targets_of(cases, labels)
-    logger.info("fold %d, seed %d: %d masks in %d cases", split.number, seed, len(targets), len(cases))
+    name = f"fold {split.number}, seed {seed}"
+    logger.info("%s: %d masks in %d cases", name, len(targets), len(cases))
+    tell_absent(experiment, {value for case in cases for values in case.present for value in values}, name)
 
     def loss_of(step: int) -> Tensor:
         rng = numpy_rng(seed, "prompt batch", step)
@@ -82,7 +84,7 @@ def fit_decoder(
         def on_step(record: StepRecord) -> bool:
             clock.tick()
             if record.step % training.log_every_steps == 0 or record.step + 1 == training.steps:
-                log_step(stream, record, f"fold {split.number}, seed {seed}", training.steps, clock)
+                log_step(stream, record, name, training.steps, clock)
             return True
 
         loop.fit(on_step)

@@ -39,9 +39,8 @@ logger = get_logger(__name__)
 def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:
     """Run a task of kind prompts (or the data of a segmentation from prompts); see `tasks.run.run_task`."""
     prepared = prepare_task(task, root, out / "data")
-    config = load_config(PromptConfig, [], [*prepared.overrides, *overrides])
-    metrics = prompt(config, model, prepared.data, out, tests=prepared.tests)
-    add_headline(task, metrics["test"], out)
+    config = load_config(PromptConfig, ["prompt"], [*prepared.overrides, *overrides], kind="evaluation")
+    add_headline(task, prompt(config, model, prepared.data, out, tests=prepared.tests), out)
 
 
 def prompt(

@@ -6,6 +6,7 @@ from typing import Any
 
 import meddino
 from meddino.core.files import write_json, write_text
+from meddino.core.logging import get_logger
 from meddino_evaluation.metrics.label_metrics import METRICS
 from meddino_evaluation.metrics.tables import IN_PIXELS, in_pixels, summarise, write_cases
 from meddino_evaluation.segmentation.experiment import Experiment
@@ -13,6 +14,7 @@ from meddino_evaluation.segmentation.inference.held_out import HeldOutSet
 from meddino_evaluation.segmentation.overlay import label_colours
 from meddino_evaluation.segmentation.report import report_html
 
+logger = get_logger(__name__)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
 
@@ -50,6 +52,10 @@ def write_results(
 def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> dict[str, Any]:
     plain: list[dict[str, Any]] = [row.values() for row in tested.rows]
     dataset, test = tested.dataset, summarise(plain, experiment.config.metrics.bootstrap)
+    undefined = [name for name, part in test["by_label"].items() if part["dice"]["mean"] is None]
+    if undefined:
+        where = tested.name or "the test part"
+        logger.warning("%s: no case and no prediction holds the labels %s: their metrics are undefined", where, undefined)
     if dataset.flat:
         write_cases(tested.out / "cases.csv", in_pixels(plain), [IN_PIXELS.get(name, (name, 1))[0] for name in COLUMNS])
         test = in_pixels(test)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from meddino.core.config import load_config
@@ -14,7 +13,6 @@ from meddino_evaluation.tasks.definition import TaskDefinition
 from meddino_evaluation.tasks.prepare import prepare_task
 
 RECIPE = "lvm_med_segmentation"
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides: Sequence[str] = ()) -> None:
@@ -32,13 +30,11 @@ def run_task(task: TaskDefinition, model: str, root: Path, out: Path, overrides:
     """
     prepared = prepare_task(task, root, out / "data")
     config = load_config(SegmentConfig, [RECIPE], [*prepared.overrides, *overrides], kind="evaluation")
-    metrics = segment(config, model, prepared.data, out, tests=prepared.tests)
-    headlines = {site: headline(task.metric, part["test"]) for site, part in metrics["external"].items()}
-    add_headline(task, metrics["test"], out, {"headline_by_site": headlines})
+    add_headline(task, segment(config, model, prepared.data, out, tests=prepared.tests), out)
 
 
-def add_headline(task: TaskDefinition, test: Mapping[str, Any], out: Path, more: Mapping[str, Any] = NOTHING) -> None:
-    """Add to metrics.json which task it is, what its data ask of whoever uses them, and its one number."""
+def add_headline(task: TaskDefinition, metrics: Mapping[str, Any], out: Path) -> None:
+    """Add to metrics.json which task it is, what its data ask of whoever uses them, and its one number, also by site."""
     about = {
         "title": task.title,
         "citation": task.citation,
@@ -49,7 +45,8 @@ def add_headline(task: TaskDefinition, test: Mapping[str, Any], out: Path, more:
         "published": [one.model_dump(mode="json") for one in task.published],
     }
     content = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    content |= {"task": task.name, "about": about, "headline": headline(task.metric, test), **more}
+    content |= {"task": task.name, "about": about, "headline": headline(task.metric, metrics["test"])}
+    content["headline_by_site"] = {site: headline(task.metric, part["test"]) for site, part in metrics["external"].items()}
     write_json(out / "metrics.json", content)
 
 

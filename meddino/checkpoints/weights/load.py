@@ -1,6 +1,7 @@
 """Backbone weights from wherever they come: complete, or every gap named, with a report of coverage."""
 
 import fnmatch
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,17 @@ from meddino.models.timm_backbone import TIMM_PREFIX, TimmBackbone, TimmConfig
 from meddino.models.vision_transformer import ROPE_DTYPES, VisionTransformer, ViTConfig
 
 _log = get_logger(__name__)
+_SAM_NAMES = (
+    (r"\.mlp\.lin", ".mlp.fc"),
+    (r"^layers\.", "blocks."),
+    (r"^(blocks\.\d+)\.layer_norm", r"\1.norm"),
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^neck\.conv1\.", "neck.0."),
+    (r"^neck\.layer_norm1\.", "neck.1."),
+    (r"^neck\.conv2\.", "neck.2."),
+    (r"^neck\.layer_norm2\.", "neck.3."),
+)
+"""Names of SAM's image encoder, its own or transformers', to timm's, in this order."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +133,9 @@ def _load_timm_weights(
 
 def timm_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a file's tensors under the names of a timm model, by timm's own rules for the files it knows."""
-    if any(".mlp.lin1." in name for name in tensors):  # SAM's official names
-        tensors = {name.replace(".mlp.lin", ".mlp.fc"): value for name, value in tensors.items()}
+    if any(".mlp.lin1." in name for name in tensors):  # SAM's image encoder, under its own names or transformers'
+        for pattern, replacement in _SAM_NAMES:
+            tensors = {re.sub(pattern, replacement, name): value for name, value in tensors.items()}
     module = sys.modules.get(type(model).__module__)
     rename = getattr(module, "checkpoint_filter_fn", None)
     if rename is None or not type(model).__module__.startswith("timm."):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.classification.results import finite
@@ -19,6 +20,7 @@ from PIL import Image
 
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 from tests.evaluation.detection.conftest import QUICK, write_table
+from tests.evaluation.segmentation.test_leakage import build
 
 
 def detect(data, out, *more, model="random:vitnano8"):
@@ -190,6 +192,36 @@ def test_read_image__slices_of_a_volume_by_number(tmp_path):
         read_image(f"{tmp_path}/v.npy#9", "ct")
     with pytest.raises(VolumeError, match="name one of them"):
         read_image(f"{tmp_path}/v.npy", "ct")
+
+
+def test_detect__images_of_the_pretraining_corpus_are_refused_by_name_or_said(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "scans").mkdir()
+    rows = []
+    for patient in range(6):
+        voxels = rng.normal(-200, 200, (2, 64, 64))
+        voxels[:, 20:40, 10:30] = 600
+        image = sitk.GetImageFromArray(voxels.astype(np.int16))
+        sitk.WriteImage(image, str(tmp_path / f"scan{patient}.nii.gz"))
+        if patient < 2:  # in another guise of file
+            sitk.WriteImage(
+                sitk.DICOMOrient(sitk.Cast(image, sitk.sitkFloat32), "RAS"), str(tmp_path / f"scans/{patient}.nrrd")
+            )
+        box = dict(zip(("x1", "y1", "x2", "y2"), (10, 20, 30, 40), strict=True))
+        rows += [{"image": f"scan{patient}.nii.gz#{z}", "label": "a", "patient": f"p{patient}", **box} for z in (0, 1)]
+    write_table(tmp_path / "boxes.csv", rows)
+    assert build(tmp_path / "scans", tmp_path / "corpus", tmp_path) == 0
+    capsys.readouterr()
+    words = [tmp_path / "boxes.csv", tmp_path / "out", f"split.corpus={tmp_path / 'corpus'}"]
+    assert detect(*words) == 2
+    error = capsys.readouterr().err
+    assert "4 of 12 images were seen (without boxes) in pretraining: scan0.nii.gz#0, scan0.nii.gz#1, scan1.nii.gz#0" in error
+    assert detect(*words, "split.allow_pretraining_overlap=true") == 0
+    content = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert any("4 of 12 images were seen" in note for note in content["notes"])
+    assert content["leakage"]["test_cases_in_pretraining"] == [
+        f"scan{patient}.nii.gz#{z}" for patient in (0, 1) for z in (0, 1)
+    ]
 
 
 def test_choose_splits__patients_on_two_sides_are_refused(table_set, tmp_path):

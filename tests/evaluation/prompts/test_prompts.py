@@ -2,14 +2,12 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from meddino_evaluation.adaptation.fitting import FitLoop, load_state
 from meddino_evaluation.backbones.adapter import state_hash
-from meddino_evaluation.backbones.catalogue import CATALOGUE
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.cli import main
 from meddino_evaluation.data.dataset import LabelledDataset
@@ -17,13 +15,13 @@ from meddino_evaluation.prompts.config import DecoderConfig, PromptsConfig
 from meddino_evaluation.prompts.drawing import Prompt, box_of, moved_out, points_in
 from meddino_evaluation.prompts.fitting import mask_loss
 from meddino_evaluation.prompts.masks import drawn_prompt
-from meddino_evaluation.prompts.network import PromptNetwork, renamed
+from meddino_evaluation.prompts.network import PromptNetwork
 from meddino_evaluation.prompts.run import run_task
 from meddino_evaluation.tasks.definition import load_task
 from meddino_evaluation.tasks.fake_data import make_fake
 from PIL import Image
 
-from meddino.core.errors import CheckpointError, ConfigError
+from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
 
 MODEL = "random:vitnano8"
@@ -128,55 +126,6 @@ def test_prompt_network__gives_what_transformers_sam_gives_from_the_same_parts()
                 for box, point in zip(boxes, points, strict=True)
             ]
             torch.testing.assert_close(network(maps, prompts), expected)
-
-
-ORIGINAL_NAMES = {
-    "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix": "prompt_encoder.shared_embedding.positional_embedding",
-    "prompt_encoder.point_embeddings.3.weight": "prompt_encoder.point_embed.3.weight",
-    "prompt_encoder.not_a_point_embed.weight": "prompt_encoder.not_a_point_embed.weight",
-    "prompt_encoder.mask_downscaling.0.weight": "prompt_encoder.mask_embed.conv1.weight",
-    "prompt_encoder.mask_downscaling.4.bias": "prompt_encoder.mask_embed.layer_norm2.bias",
-    "mask_decoder.transformer.layers.1.cross_attn_token_to_image.q_proj.weight": (
-        "mask_decoder.transformer.layers.1.cross_attn_token_to_image.q_proj.weight"
-    ),
-    "mask_decoder.transformer.layers.0.norm4.weight": "mask_decoder.transformer.layers.0.layer_norm4.weight",
-    "mask_decoder.transformer.norm_final_attn.bias": "mask_decoder.transformer.layer_norm_final_attn.bias",
-    "mask_decoder.output_upscaling.1.weight": "mask_decoder.upscale_layer_norm.weight",
-    "mask_decoder.output_hypernetworks_mlps.2.layers.0.weight": "mask_decoder.output_hypernetworks_mlps.2.proj_in.weight",
-    "mask_decoder.output_hypernetworks_mlps.2.layers.1.weight": "mask_decoder.output_hypernetworks_mlps.2.layers.0.weight",
-    "mask_decoder.iou_prediction_head.layers.2.bias": "mask_decoder.iou_prediction_head.proj_out.bias",
-}
-
-
-def test_renamed__sams_own_names_become_transformers():
-    given = {name: torch.tensor(float(place)) for place, name in enumerate(ORIGINAL_NAMES)}
-    assert {name: float(value) for name, value in renamed(given).items()} == {
-        name: float(place) for place, name in enumerate(ORIGINAL_NAMES.values())
-    }
-    assert renamed(renamed(given)) == renamed(given)
-
-
-def test_load_sam__a_decoder_from_a_file_is_the_one_in_it_and_another_shape_is_named(tmp_path):
-    donor = small_network(seed=5)
-    state = {name: value for name, value in donor.own_state().items() if not name.startswith("neck")}
-    torch.save(state, tmp_path / "sam.pth")
-    backbone = load_backbone(MODEL)
-    config = SMALL.model_copy(update={"weights": str(tmp_path / "sam.pth")})
-    network = PromptNetwork(backbone, backbone.contract, 48, config, 0)
-    assert state_hash(network.mask_decoder) == state_hash(donor.mask_decoder)
-    assert state_hash(network.prompt_encoder) == state_hash(donor.prompt_encoder)
-    with pytest.raises(CheckpointError, match=r"is no SAM that fits: .* mask_decoder"):
-        PromptNetwork(backbone, backbone.contract, 48, config.model_copy(update={"mlp_dim": 16}), 0)
-
-
-def test_prompt_network__sams_own_encoder_keeps_its_neck(monkeypatch):
-    small = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 64, "global_attn_indexes": (0,)}
-    monkeypatch.setitem(CATALOGUE, "sam_vitb16", replace(CATALOGUE["sam_vitb16"], arguments=small))
-    network = small_network("random:sam_vitb16", 64)
-    assert list(network.parts) == ["mask_decoder"]
-    maps = network.maps(torch.zeros(1, 3, 64, 64))[0]
-    assert maps.shape == (1, 256, 4, 4)
-    assert network(maps, [Prompt((0.0, 0.0, 9.0, 9.0))]).shape == (1, 64, 64)
 
 
 def test_check_model__sizes_that_do_not_fit_are_named():

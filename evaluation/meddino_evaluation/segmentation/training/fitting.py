@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -83,6 +83,7 @@ class Fitting:
         loop = self._loop(network, sampler, training, seed)
         name = f"fold {self.split.number}, seed {seed}"
         logger.info("%s: %d cases, %d labelled slices, %d steps", name, len(cases), len(slices), training.steps)
+        tell_absent(experiment, sampler.values, name)
         parts = {"head": network.head} | ({"encoder": network.backbone} if network.trains_encoder else {})
         freeze = FreezeCheck(network.backbone, parts)
         best = BestCheckpoint(network.learned_state, network) if training.selection == "best_val" else None
@@ -253,6 +254,13 @@ def open_log(out: Path, fold: int, seed: int, goes_on: bool = False) -> IO[str]:
     log = out / "logs" / f"fold-{fold}_seed-{seed}.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
     return log.open("a" if goes_on else "w", encoding="utf-8")
+
+
+def tell_absent(experiment: Experiment, present: Collection[int], name: str) -> None:
+    """Name the labels that no training slice holds: nothing can learn them."""
+    absent = experiment.dataset.labels.absent(present)
+    if absent:
+        logger.warning("%s: no training slice holds the labels %s: nothing can learn them", name, absent)
 
 
 def log_step(stream: IO[str], record: StepRecord, name: str, steps: int, clock: Clock) -> None:
