@@ -136,8 +136,10 @@ def written(sam, kind, folder):
     return path
 
 
-@pytest.mark.parametrize("kind", ["torch", "parallel", "safetensors", "transformers"])
-@pytest.mark.parametrize("name", ["sam_vitb16", "medsam_vitb16"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sam_vitb16", "torch"), ("sam_vitb16", "safetensors"), ("sam_vitb16", "transformers"), ("medsam_vitb16", "parallel")],
+)
 def test_sam_file__encoder_prompts_and_decoder_give_what_sam_gives(sam, name, kind, tmp_path):
     path = written(sam, kind, tmp_path)
     backbone = load_backbone(f"{name}@{path}")
@@ -151,8 +153,8 @@ def test_sam_file__encoder_prompts_and_decoder_give_what_sam_gives(sam, name, ki
         found = network(network.maps(pixels)[0], [Prompt(box) for box in boxes])
         masks = sam(pixel_values=pixels, input_boxes=torch.tensor(boxes)[:, None], multimask_output=False).pred_masks[:, 0]
     expected = torch.nn.functional.interpolate(masks, size=(64, 64), mode="bilinear", align_corners=False)[:, 0]
-    assert expected.std() > 0.01
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
