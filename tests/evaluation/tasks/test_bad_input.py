@@ -46,9 +46,9 @@ def test_a_picture_of_one_value_is_named_in_training_and_left_out_of_the_test_by
     assert command()[0] == 0
     failed = json.loads((tmp_path / "out/metrics.json").read_text())["failed"]
     assert failed.keys() == {"p3"} and "p3.png is empty: every pixel is 7" in failed["p3"]
-    save(pictures / "images/p1.png", np.full((48, 48), 7))
+    save(pictures / "images/p1.png", np.full((48, 48), 8))
     code, lines = command()
-    assert code == 2 and "p1.png is empty: every pixel is 7" in lines[-1]
+    assert code == 2 and "p1.png is empty: every pixel is 8" in lines[-1]
 
 
 def test_a_mask_of_another_size_is_named_with_both_sizes(pictures, command):
