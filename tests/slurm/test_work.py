@@ -96,8 +96,9 @@ def test_plan_parts__refuses(command, arguments, parts, message):
         plan_parts(profile(), command, arguments, parts)
 
 
-def test_plan_parts__of_a_study(tmp_path):
-    line = ["compare", "--config", "study_acceptance", "--out", str(tmp_path / "study")]
+@pytest.mark.parametrize("study", [("compare", "--config", "study_acceptance"), ("lvm-med", "--models", "m", "--root", "data")])
+def test_plan_parts__of_a_study(study, tmp_path):
+    line = [*study, "--out", str(tmp_path / "study")]
     array, merge = plan_parts(profile(), "study", line, 2)
     assert [work.key for work in array.works] == ["study-1-of-2", "study-2-of-2"]
     assert array.works[0].argv[1:] == ("study", *line, "--part", "1/2")

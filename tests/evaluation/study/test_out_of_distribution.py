@@ -1,10 +1,13 @@
+import csv
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from meddino_evaluation.cli import main
 from meddino_evaluation.metrics.statistics import holm
 from meddino_evaluation.metrics.unpaired import unpaired_means
 from meddino_evaluation.study.out_of_distribution import drop_pair_table, drop_table, drops
+from meddino_evaluation.tasks.fake_data import make_fake
 
 from tests.evaluation.segmentation.test_compare import variant
 
@@ -43,3 +46,22 @@ def test_drops__one_model_has_no_pair():
     one = variant("only", np.full((1, 8), 0.5) + np.arange(8) / 100)
     found = drops([one], {"A": [replace(one, name="only")]}, resamples=100)
     assert found["pairs"] == [] and found["drops"][0]["difference"] == pytest.approx(0)
+
+
+def test_compare__two_backbones_on_one_site_and_all_others_side_by_side_from_the_tables_of_cases(tmp_path):
+    make_fake("prostate_sites", tmp_path / "root", 4)
+    models = ["--model", "vit=random:vitnano8", "--model", "resnet=random:timm:test_resnet"]
+    words = ["compare", "--task", "prostate_sites", "--data", str(tmp_path / "root"), "--out", str(tmp_path / "out"), *models]
+    size = ["data.resample=size", "data.size_px=48", "training.crop_px=48", "training.steps=3", "training.batch_size=2"]
+    assert main([*words, "--config", "minutes", *size, "splits.folds=2", "metrics.bootstrap=100", "device=cpu"]) == 0
+    rows = list(csv.DictReader((tmp_path / "out/drops.csv").open()))
+    assert [(row["test set"], row["model"].partition(",")[0]) for row in rows] == [
+        (site, model) for site in ("BIDMC", "HK", "RUNMC") for model in ("vit", "resnet")
+    ]
+    for row in rows:
+        (run,) = (tmp_path / "out/runs").glob(f"{row['model'].partition(',')[0]}_frozen-*")
+        for table, column in (("cases.csv", "Dice in distribution"), (f"external/{row['test set']}/cases.csv", "Dice there")):
+            dice = [float(case["dice"]) for case in csv.DictReader((run / table).open())]
+            assert float(row[column]) == pytest.approx(np.mean(dice), abs=6e-4)
+    assert len(list(csv.DictReader((tmp_path / "out/drop_pairs.csv").open()))) == 3
+    assert "In and out of distribution" in (tmp_path / "out/report.html").read_text()
