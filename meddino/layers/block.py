@@ -121,11 +121,11 @@ class _AddRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, rows: Tensor, scales: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, scales)
+        # Inputs without a gradient, not saved tensors: a block that is recomputed ends with the last of those, before this.
+        ctx.rows, ctx.scales = rows, scales
         return x.index_add(0, rows, (residual * scales).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, scales = ctx.saved_tensors
-        return grads[0], grads[0].index_select(0, rows) * scales, None, None
+        return grads[0], grads[0].index_select(0, ctx.rows) * ctx.scales, None, None

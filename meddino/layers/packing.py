@@ -51,6 +51,19 @@ class KeptTokens:
     scales: Tensor
     groups: tuple[CropGroup, ...]
 
+    def by_group(self, groups: Sequence[CropGroup]) -> "list[KeptTokens]":
+        """Return what is kept of each group, whose tokens then stand alone.
+
+        Args:
+            groups: How all tokens are packed.
+        """
+        found, start, offset = [], 0, 0
+        for own, group in zip(self.groups, groups, strict=True):
+            stop = start + own.batch * own.tokens
+            found.append(KeptTokens(self.rows[start:stop] - offset, self.scales[start:stop], (own,)))
+            start, offset = stop, offset + group.batch * group.tokens
+        return found
+
 
 def kept_tokens(kept: Sequence[KeptSamples], groups: Sequence[CropGroup], like: Tensor) -> list[KeptTokens]:
     """Return the rows of every branch, computed for all of them at once.

@@ -16,7 +16,7 @@ from meddino.losses.sinkhorn import SinkhornTargets, row_chunks
 
 # Rows of one matrix product: fewer would read the prototypes' weight too often, more would hold more logits than needed.
 PRODUCT_ROWS = {"cpu": 64}
-PRODUCT_ROWS_ACCELERATOR = 2048
+PRODUCT_ROWS_ACCELERATOR = 1024
 # Prototypes of one product that is added to a gradient: the product, and the copy of its transposed factor that oneDNN
 # makes, stay this small, and in the cache.
 PRODUCT_PROTOTYPES = {"cpu": 2048}

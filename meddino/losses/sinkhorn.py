@@ -106,7 +106,9 @@ class SinkhornTargets:
 
 
 @torch.no_grad()
-def sinkhorn_targets(logits: TeacherLogits, temperature: float, iterations: int = 3) -> SinkhornTargets:
+def sinkhorn_targets(
+    logits: TeacherLogits, temperature: float, iterations: int = 3, *, give_up_kernel: bool = False
+) -> SinkhornTargets:
     """Balance teacher logits over the batches of all processes.
 
         Q = exp(logits / temperature).T; Q = Q / Q.sum()        # [K, n]
@@ -120,6 +122,7 @@ def sinkhorn_targets(logits: TeacherLogits, temperature: float, iterations: int 
             than a chunk of them exists: five passes compute them again (measured in operations: two in a hundred of a step).
         temperature: Teacher temperature, > 0.
         iterations: Rounds of prototypes first, then rows; >= 1.
+        give_up_kernel: Where memory is short: whoever asks for rows of the targets computes them again.
 
     Raises:
         ValueError: If there are no iterations or the temperature is not positive.
@@ -133,10 +136,10 @@ def sinkhorn_targets(logits: TeacherLogits, temperature: float, iterations: int 
     if iterations < 1 or temperature <= 0:
         raise ValueError(f"Sinkhorn needs iterations >= 1 and temperature > 0, not {iterations} and {temperature}")
     with torch.autocast(logits.bottleneck.device.type, enabled=False):  # on accelerators it takes products of vectors to bf16
-        return _balanced(logits, temperature, iterations)
+        return _balanced(logits, temperature, iterations, give_up_kernel)
 
 
-def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> SinkhornTargets:
+def _balanced(logits: TeacherLogits, temperature: float, iterations: int, give_up_kernel: bool) -> SinkhornTargets:
     rows, prototypes, device = len(logits), logits.count, logits.bottleneck.device
     dtype = loss_dtype(logits.bottleneck)
     keeps = rows * prototypes * dtype.itemsize <= KEPT_BYTES.get(device.type, KEPT_BYTES_ACCELERATOR)
@@ -169,7 +172,8 @@ def _balanced(logits: TeacherLogits, temperature: float, iterations: int) -> Sin
             row_scale[part] = 1 / (total_rows * torch.mv(kernel, column_scale))
             if round_number < iterations - 1:
                 column_sum += torch.mv(kernel.t(), row_scale[part])
-    return SinkhornTargets(logits, kept, column_max, row_max, temperature, row_scale * total_rows, column_scale)
+    held = None if give_up_kernel else kept
+    return SinkhornTargets(logits, held, column_max, row_max, temperature, row_scale * total_rows, column_scale)
 
 
 @compilable

@@ -71,6 +71,7 @@ class Backbone(nn.Module, ABC):
         patch_size: Pixels between patch tokens: a vision transformer's patch, a convolutional network's stride.
         multiple_px: Image sides must be multiples of this.
         depth: Number of blocks that `get_intermediate_layers` can give.
+        recomputes: Whether all activations are computed again in the backward pass; see `recompute_activations`.
     """
 
     config: StrictConfig
@@ -78,6 +79,7 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     multiple_px: int
     depth: int
+    recomputes: bool = False
 
     def tokens(
         self, images: Float[Tensor, "batch channels height width"], *, plan: DropPathPlan | None = None
@@ -128,6 +130,7 @@ class Backbone(nn.Module, ABC):
         Args:
             selective: Keep what products and attention gave: little is computed again, for less memory saved.
         """
+        self.recomputes = not selective
         for part in self.parts():
             # Bound to the part, not closed over it: a deep copy then recomputes the copy.
             part.forward = partial(_recomputed, part.forward, part, selective)
@@ -187,7 +190,17 @@ def _recomputed(forward: Any, part: nn.Module, selective: bool, *arguments: Any,
     elif selective:
         again["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_recomputed)
     # Nothing random may happen inside a part that is not decided before: drop path's plan is an argument.
-    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=_is_random(part), **again, **named)
+    kept = {"use_reentrant": False, "preserve_rng_state": _is_random(part), **again}
+    return checkpoint(_without_weight_cache, forward, *arguments, **kept, **named)
+
+
+def _without_weight_cache(forward: Any, *arguments: Any, **named: Any) -> Any:
+    """Run a part whose weights' narrow copies are not kept: autocast would hold those of all parts until the step's end."""
+    device = arguments[0].device.type
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return forward(*arguments, **named)
+    with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
+        return forward(*arguments, **named)
 
 
 class _Nothing:

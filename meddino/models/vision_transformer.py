@@ -1,6 +1,7 @@
 """The DINOv3 vision transformer under its official parameter names, with a packed forward over crops of several sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ from meddino.layers.patch_embedding import PatchEmbedding
 from meddino.layers.rotary_embedding import RotaryEmbedding
 from meddino.models.backbone import Backbone, BackboneOutput, LayerGroup
 
+# Where a block is computed again for all its crops: a CPU's own branches hold little.
+ALL_GROUPS_AT_ONCE = ("cpu",)
 ROPE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -244,6 +247,12 @@ class VisionTransformer(Backbone):
             for owner, inside in names.items()
         ]
 
+    def recompute_activations(self, selective: bool = False) -> None:
+        """See `Backbone.recompute_activations`; a block computed again takes one group of crops at a time, but on a CPU."""
+        super().recompute_activations(selective)
+        for block in () if selective else self.blocks:
+            block.forward = partial(_group_by_group, block.forward)
+
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
@@ -295,6 +304,21 @@ class VisionTransformer(Backbone):
                 first = own_norm(split_groups(x, groups)[number][:, :prefix])
             outputs.append(BackboneOutput(first[:, 0], first[:, 1:], tokens[:, prefix:], grid))
         return outputs
+
+
+def _group_by_group(
+    forward: Callable[..., Tensor],
+    x: Tensor,
+    groups: Sequence[CropGroup],
+    kept: tuple[KeptTokens, KeptTokens] | None = None,
+) -> Tensor:
+    """Run a block for one group of crops after the other, so that its backward pass holds what a single one takes."""
+    if len(groups) == 1 or x.device.type in ALL_GROUPS_AT_ONCE:
+        return forward(x, groups, kept)
+    parts = torch.split(x, [group.batch * group.tokens for group in groups])
+    branches = [each.by_group(groups) for each in kept] if kept else []
+    owns = list(zip(*branches, strict=True)) if kept else [None] * len(groups)
+    return torch.cat([forward(part, (group,), own) for part, group, own in zip(parts, groups, owns, strict=True)])
 
 
 def _build_block(config: ViTConfig) -> TransformerBlock:

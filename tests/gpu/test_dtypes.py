@@ -1,7 +1,10 @@
 """In which types a network computes in bfloat16: the residual stream of student and teacher, forward and back, and its ends."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from meddino.models.registry import build_backbone
 
@@ -34,3 +37,31 @@ def test_stream__is_as_wide_as_the_weights_without_autocast(precision, wanted):
         block.register_forward_hook(lambda _block, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
     backbone(torch.randn(2, 3, 16, 16, dtype=precision))
     assert seen == [(wanted, wanted)] * 2
+
+
+class Copies(TorchDispatchMode):
+    """Notes narrow copies of matrices of one shape."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.made, self.alive = shape, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and tuple(out.shape) == self.shape:
+            self.made += 1
+            self.alive.add(key := out.untyped_storage()._cdata)
+            weakref.finalize(out.untyped_storage(), self.alive.discard, key)
+        return out
+
+
+@pytest.mark.parametrize(("recomputed", "held", "made"), [(False, 3, 3), (True, 0, 6)])
+def test_recompute_activations__no_narrow_copy_of_a_weight_is_held_until_it_is_needed_again(recomputed, held, made):
+    backbone = build_backbone("vitnano8", depth=3).train()
+    if recomputed:
+        backbone.recompute_activations()
+    with torch.autocast("cpu", torch.bfloat16), Copies(tuple(backbone.blocks[0].mlp.fc1.weight.shape)) as copies:
+        output = backbone(torch.randn(2, 3, 16, 16)).patch_tokens
+        assert len(copies.alive) == held
+        output.sum().backward()
+    assert copies.made == made and not copies.alive

@@ -16,7 +16,7 @@ from meddino.core.config import load_config
 from meddino.core.seeds import numpy_rng
 from meddino.data.intensity import CTIntensity
 from tests.gpu.tiny import tiny_size
-from tests.gpu.trace_step import figures_at_depth, recipe_size, trace_step, with_crops
+from tests.gpu.trace_step import figures_at_depth, figures_of, recipe_size, trace_step, with_crops
 from tests.gpu.tracing import Ledger, meta_device
 
 # Recipe, processes, memory of the card that its comments name [bytes]; stage, what is changed.
@@ -40,7 +40,7 @@ SPARE = 0.92
 
 @pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, False), (2, "selective")])
 def test_trace__one_copy_each_way_and_no_other_wait(accumulation, checkpointing):
-    figures = trace_step(tiny_size(accumulation), checkpointing).figures()
+    figures = figures_of(trace_step(tiny_size(accumulation), checkpointing))
     assert figures["host_waits"] == 0
     # Drop path's indices, in KoLeo's pass over the micro-batches too; the numbers of the step's record.
     passes = 1 if accumulation == 1 else 2 * accumulation
@@ -58,7 +58,7 @@ def test_apply_ct__is_a_few_kernels_whatever_the_number_of_views():
 
 
 def test_trace__losses_compute_in_float32_but_for_products():
-    ledger = trace_step(tiny_size(), compiled=False).ledger
+    ledger = trace_step(tiny_size(), compiled=False)
     narrow = {
         (file, name)
         for file, name, dtype in ledger.dtypes
@@ -95,8 +95,8 @@ def test_trace__touches_and_holds_less_than_the_published_trainer(column):
     parser = argparse.ArgumentParser()
     add_size_arguments(parser)
     words = ["--backbone", backbone, "--batch", batch, "--global-size", global_px, "--local-size", local_px, "--locals", 8]
-    given = parser.parse_args([str(word) for word in words] + ["--gram"] * (gram_px is not None))
-    size = step_size(argparse.Namespace(**vars(given), drop_path=0.2))
+    words += ["--drop-path", 0.2, *["--gram"] * (gram_px is not None)]
+    size = step_size(parser.parse_args([str(word) for word in words]))
     size = size if gram_px is None else with_crops(size, gram_px=gram_px)
     kernels, touched, compiled, peak, checkpointed = THEIRS[column]
     ours = figures_at_depth(size)
@@ -110,7 +110,7 @@ def test_trace__touches_and_holds_less_than_the_published_trainer(column):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_figures__grow_by_the_same_with_every_block(checkpointing):
     size = replace(tiny_size(), changes={"drop_path": 0.3, "depth": 4})
-    whole = trace_step(size, checkpointing).figures()
+    whole = figures_of(trace_step(size, checkpointing))
     for name, value in figures_at_depth(size, checkpointing, (1, 2)).items():
         assert value == pytest.approx(whole[name], rel=0.01), name  # which rows drop path keeps differs a little
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 from meddino.core.device import Machine
 from meddino.losses import prototype_cross_entropy, sinkhorn
 from meddino.models.registry import build_backbone
-from tests.gpu.tracing import Autocast, Ledger, as_compiled, in_phase, meta_device
+from tests.gpu.tracing import Ledger, as_compiled, in_phase, meta_device
 
 META = torch.device("meta")
 # Whose functions are told apart while a step is traced.
@@ -55,34 +55,27 @@ class Parts:
         return self.values
 
 
-@dataclass(frozen=True)
-class Traced:
-    """The counts of one step, its tensors' memory, and in which phase that was."""
+def figures_of(ledger: Ledger) -> dict[str, Any]:
+    """Return the counts of a step; by phase: kernels, GB touched, the same compiled, peak GB."""
 
-    ledger: Ledger
-    peak: int
-    at: str
+    def gb(number: float) -> float:
+        return round(number / 1e9, 6)
 
-    def figures(self) -> dict[str, Any]:
-        ledger = self.ledger
-
-        def gb(counter: Counter[str], phase: str) -> float:
-            return round(counter[phase] / 1e9, 2)
-
-        ways = Counter[str]()
-        for (way, *_), number in ledger.copies.items():
-            ways[way] += number
-        return {
-            "kernels": ledger.kernels.total(),
-            "gb_touched": round(ledger.bytes.total() / 1e9, 6),
-            "gb_touched_compiled": round(ledger.compiled.total() / 1e9, 6),
-            "peak_gb": round(self.peak / 1e9, 6),
-            "host_waits": ledger.waits.total(),
-            "device_copies": {"to device": ways["to device"], "to host": ways["to host"]},
-            "by_phase": {
-                phase: [ledger.kernels[phase], gb(ledger.bytes, phase), gb(ledger.compiled, phase)] for phase in ledger.kernels
-            },
-        }
+    ways = Counter[str]()
+    for (way, *_), number in ledger.copies.items():
+        ways[way] += number
+    return {
+        "kernels": ledger.kernels.total(),
+        "gb_touched": gb(ledger.bytes.total()),
+        "gb_touched_compiled": gb(ledger.compiled.total()),
+        "peak_gb": gb(ledger.peak),
+        "host_waits": ledger.waits.total(),
+        "device_copies": {"to device": ways["to device"], "to host": ways["to host"]},
+        "by_phase": {
+            phase: [ledger.kernels[phase], gb(ledger.bytes[phase]), gb(ledger.compiled[phase]), gb(held)]
+            for phase, (held, _) in ledger.peaks.items()
+        },
+    }
 
 
 def recipe_size(config: PretrainConfig, stage: str, processes: int) -> StepSize:
@@ -108,14 +101,21 @@ def with_crops(size: StepSize, **px: int | None) -> StepSize:
 
 
 def figures_at_depth(size: StepSize, checkpointing: bool | str = False, depths: tuple[int, int] = (2, 4)) -> dict[str, float]:
-    """Return the totals of a step's figures from two shallower networks: every block adds the same (a test shows it)."""
-    few, more = (trace_step(replace(size, changes={**size.changes, "depth": depth}), checkpointing) for depth in depths)
-    assert few.at == more.at, f"peak in {few.at} with {depths[0]} blocks, in {more.at} with {depths[1]}"
+    """Return the totals of a step's figures from two shallower networks: every block adds the same (a test shows it).
+
+    To the peak of each phase too; which of them is the highest may change with the depth.
+    """
+    shallower = [replace(size, changes={**size.changes, "depth": depth}) for depth in depths]
+    few, more = (figures_of(trace_step(each, checkpointing)) for each in shallower)
     with META:
         steps = (build_backbone(size.backbone, **size.changes).depth - depths[0]) / (depths[1] - depths[0])
-    first, second = few.figures(), more.figures()
-    names = ("kernels", "gb_touched", "gb_touched_compiled", "peak_gb")
-    return {name: first[name] + steps * (second[name] - first[name]) for name in names}
+
+    def whole(first: float, second: float) -> float:
+        return first + steps * (second - first)
+
+    totals = {name: whole(few[name], more[name]) for name in ("kernels", "gb_touched", "gb_touched_compiled")}
+    peaks = [whole(few["by_phase"][phase][-1], more["by_phase"][phase][-1]) for phase in few["by_phase"]]
+    return {**totals, "peak_gb": max(peaks)}
 
 
 def micro_batches(size: StepSize, patch_size: int) -> list[Batch]:
@@ -173,7 +173,7 @@ def watched(ledger: Ledger, method: Method, optimizer: torch.optim.Optimizer) ->
     return trainer
 
 
-def trace_step(size: StepSize, checkpointing: bool | str = False, half: bool = True, compiled: bool = True) -> Traced:
+def trace_step(size: StepSize, checkpointing: bool | str = False, half: bool = True, compiled: bool = True) -> Ledger:
     """Take two steps of the trainer on shapes and return the counts of the second.
 
     Args:
@@ -183,7 +183,6 @@ def trace_step(size: StepSize, checkpointing: bool | str = False, half: bool = T
         compiled: Count what the product compiles as compiled, beside the eager counts.
     """
     ledger = Ledger()
-    Autocast.reuse = not checkpointing
     own = [(module, dict(vars(module))) for module in PATCHED]
     with warnings.catch_warnings(), meta_device(ledger):
         warnings.simplefilter("ignore")
@@ -216,14 +215,13 @@ def trace_step(size: StepSize, checkpointing: bool | str = False, half: bool = T
                 for name, value in names.items():
                     if vars(module).get(name) is not value:
                         setattr(module, name, value)
-    return Traced(ledger, ledger.peak, ledger.peak_at)
+    return ledger
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Trace one step and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_arguments(parser)
-    parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument("--gram-size", type=int)
     parser.add_argument("--checkpointing", nargs="?", const=True, default=False, choices=["selective"])
     parser.add_argument("--accumulation", type=int, default=1)
@@ -234,12 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.gram:
         size = with_crops(size, gram_px=given.gram_size)
     size = replace(size, accumulation=given.accumulation)
-    traced = trace_step(size, given.checkpointing)
-    sys.stdout.write(json.dumps(traced.figures()) + "\n")
-    ledger = traced.ledger
+    ledger = trace_step(size, given.checkpointing)
+    sys.stdout.write(json.dumps(figures_of(ledger)) + "\n")
     for (phase, where, name), cost in ledger.lines.most_common(given.lines):
         sys.stdout.write(f"{cost / 1e9:8.1f} GB  {phase} | {where} | {name}\n")
-    for label, held in ledger.alive.most_common(min(given.lines, 20)):
+    for label, held in ledger.alive(ledger.peak_at).most_common(given.lines):
         sys.stdout.write(f"{held / 1e9:8.2f} GB alive at the peak ({ledger.peak_at})  {label}\n")
     if given.lines:
         sys.stdout.write(f"waits {dict(ledger.waits)}\ncopies {dict(ledger.copies)}\n")

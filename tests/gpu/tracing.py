@@ -106,13 +106,12 @@ def span(tensor: Tensor) -> int:
 class Autocast(TorchFunctionMode):
     """Casts to bfloat16 as `torch.autocast("cuda")` would; weights' copies are kept until the outermost block ends."""
 
-    depth: list[bool] = []  # of nested blocks: whether each casts
+    depth: list[tuple[bool, bool]] = []  # of nested blocks: whether each casts, and whether it keeps weights' copies
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    reuse = True  # where blocks are recomputed, torch's checkpointing wants the same operations the second time
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.depth and self.depth[-1]:
+        if self.depth and self.depth[-1][0]:
             dtype = torch.bfloat16 if func in TO_HALF else torch.float32 if func in TO_FLOAT else None
             if dtype is not None:
                 args, kwargs = tree_map(lambda each: self.cast(each, dtype), (args, kwargs))
@@ -125,17 +124,19 @@ class Autocast(TorchFunctionMode):
             return value
         if not (value.is_leaf and value.requires_grad and dtype == torch.bfloat16):
             return value.to(dtype)
-        if id(value) in self.kept and self.reuse:
-            return self.kept[id(value)][1]
-        copied = value.to(dtype)
-        self.kept.setdefault(id(value), (value, copied))
-        return copied
+        if not self.depth[-1][1]:
+            return value.to(dtype)
+        if id(value) not in self.kept:
+            self.kept[id(value)] = (value, value.to(dtype))
+        return self.kept[id(value)][1]
 
 
 @contextlib.contextmanager
-def autocast(device_type: str, dtype: torch.dtype = torch.bfloat16, enabled: bool = True, **_: Any) -> Iterator[None]:
+def autocast(
+    device_type: str, dtype: torch.dtype = torch.bfloat16, enabled: bool = True, cache_enabled: bool = True
+) -> Iterator[None]:
     """Stand for `torch.autocast`."""
-    Autocast.depth.append(enabled)
+    Autocast.depth.append((enabled, cache_enabled and (not Autocast.depth or Autocast.depth[-1][1])))
     try:
         yield
     finally:
@@ -158,8 +159,7 @@ class Ledger(TorchDispatchMode):
         for name in ("kernels", "bytes", "compiled", "waits", "copies", "lines", "dtypes"):
             setattr(self, name, collections.Counter())
         self.inputs, self.made, self.stretch = {}, {}, None
-        self.peak, self.peak_at, self.alive = self.live, "start", collections.Counter()
-        self.noted = 0
+        self.peaks, self.gone = {"start": (self.live, self.number)}, []
 
     @property
     def compiling(self) -> bool:
@@ -241,16 +241,33 @@ class Ledger(TorchDispatchMode):
         self.sizes[key] = (storage.nbytes(), f"{self.phase} | {self.where() if storage.nbytes() > 2**23 else 'small'}")
         self.live += storage.nbytes()
         weakref.finalize(storage, self.drop, key)
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.phase
-            if self.peak > 1.01 * self.noted:
-                self.noted, self.alive = self.peak, collections.Counter()
-                for size, label in self.sizes.values():
-                    self.alive[label] += size
+        if self.live > self.peaks.get(self.phase, (0, 0))[0]:
+            self.peaks[self.phase] = self.live, self.number
 
     def drop(self, key: int) -> None:
-        self.live -= self.sizes.pop(key, (0, ""))[0]
-        self.numbers.pop(key, None)
+        size, label = self.sizes.pop(key, (0, ""))
+        self.live -= size
+        self.gone.append((self.numbers.pop(key, 0), self.number, size, label))
+
+    @property
+    def peak_at(self) -> str:
+        """The phase in which most was held."""
+        return max(self.peaks, key=lambda phase: self.peaks[phase][0])
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were held at once."""
+        return self.peaks[self.peak_at][0]
+
+    def alive(self, phase: str) -> collections.Counter[str]:
+        """Return the bytes that were held at a phase's peak, by phase and line that made them."""
+        peak = self.peaks[phase][1]
+        held = [(self.numbers[key], *each) for key, each in self.sizes.items()]
+        held += [(born, size, label) for born, died, size, label in self.gone if died >= peak]
+        found = collections.Counter[str]()
+        for born, size, label in held:
+            found[label] += size if born <= peak else 0
+        return found
 
     def where(self) -> str:
         frame = sys._getframe(2)
@@ -343,7 +360,7 @@ def meta_device(ledger: Ledger) -> Iterator[None]:
     supported = [*_foreach_utils._get_foreach_kernels_supported_devices(), "meta"]
     places: list[tuple[Any, str, Any]] = [
         (torch, "autocast", autocast),
-        (torch, "is_autocast_enabled", lambda *_: bool(Autocast.depth and Autocast.depth[-1])),
+        (torch, "is_autocast_enabled", lambda *_: bool(Autocast.depth and Autocast.depth[-1][0])),
         (torch, "get_autocast_dtype", lambda *_: torch.bfloat16),
         (torch.utils.checkpoint, "_get_autocast_kwargs", lambda *_args, **_kwargs: (None, {"enabled": False})),
     ]

@@ -81,6 +81,10 @@ def test_sinkhorn_targets__computed_again_in_chunks_are_those_that_are_kept(monk
     torch.testing.assert_close(again.probabilities(), kept.probabilities(), atol=1e-7, rtol=1e-6)
     torch.testing.assert_close(again.rows(2, 5).probabilities(slice(0, 2)), kept.probabilities()[2:5][:2])
     torch.testing.assert_close(kept.probabilities(), assignments(logits.bottleneck @ logits.prototypes.t(), 0.1))
+    monkeypatch.undo()
+    given_up = sinkhorn_targets(logits, 0.1, give_up_kernel=True)
+    assert given_up.kept is None
+    torch.testing.assert_close(given_up.probabilities(), kept.probabilities(), atol=1e-7, rtol=1e-6)
 
 
 def test_sinkhorn_targets__hold_no_more_than_a_chunk_of_logits(monkeypatch):

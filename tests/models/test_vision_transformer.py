@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from meddino.layers.drop_path import CropIndices, DropPathPlan
+from meddino.models import vision_transformer
 from meddino.models.vision_transformer import VisionTransformer, ViTConfig
 from tests.reference import plain
 from tests.reference.backbones import compare_backbone
@@ -140,6 +141,26 @@ def test_activation_checkpointing__same_gradients():
         gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
     for one, other in zip(*gradients, strict=True):
         assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.3])
+def test_activation_checkpointing__one_group_of_crops_after_the_other_gives_the_same_gradients(monkeypatch, drop_path):
+    monkeypatch.setattr(vision_transformer, "ALL_GROUPS_AT_ONCE", ())
+    model = tiny(drop_path=drop_path).double().train()  # in which only a mistake shows
+    crops = [torch.randn(3, 3, 8, 8).double(), torch.randn(2, 3, 4, 4).double()]
+    draws, seen, gradients = DropPathPlan(1, 2, (CropIndices((0, 1, 2), 3), CropIndices((0, 1), 2))), [], []
+    for recompute in (False, True):
+        if recompute:
+            for block in model.blocks:
+                block.attn.register_forward_hook(lambda _module, arguments, _output: seen.append(len(arguments[1])))
+            model.recompute_activations()
+        loss = sum(
+            output.cls_token.square().sum() + output.patch_tokens.sum() for output in model.forward_crops(crops, plan=draws)
+        )
+        gradients.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    assert seen == [1] * 4 * model.depth  # two groups, forward and once more
+    for one, other in zip(*gradients, strict=True):
+        assert one is other is None or torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])

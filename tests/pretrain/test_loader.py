@@ -237,6 +237,15 @@ def test_loader__steps_and_seeds_differ(make_corpus):
     assert not torch.equal(first.views["global_crops"], other.views["global_crops"])
 
 
+def test_batch__a_view_that_is_taken_is_not_held_and_the_same_when_made_again(make_corpus):
+    raw = next(iter(loader_of(make_corpus())))
+    batch = to_model_input(raw, crop_views(CROPS), find_machine("cpu"), INTENSITIES)
+    kept = batch.views["global_crops"]
+    assert batch.views["global_crops"] is kept and batch.take("global_crops") is kept
+    again = batch.take("global_crops")
+    assert again is not kept and torch.equal(again, kept)
+
+
 def test_loader__sends_its_dataset_to_a_spawned_process(make_corpus):
     maker = loader_of(make_corpus()).maker
     maker.make(0, 0)  # files are open now

@@ -87,6 +87,12 @@ class ModelInput(Mapping[str, Tensor]):
             self._kept[name] = made
         return self._kept[name]
 
+    def take(self, name: str) -> Tensor:
+        """Return a kind of view to whoever asks for it last: nobody else holds it any more."""
+        made = self[name]
+        self._kept.pop(name, None)
+        return made
+
     def __contains__(self, name: object) -> bool:
         return name in self.shapes
 
@@ -120,6 +126,10 @@ class Batch:
     extras: dict[str, Shaped[Tensor, "..."]] = field(default_factory=dict)
     corrupt: list[tuple[str, str]] = field(default_factory=list)
     data_wait_s: float = 0.0
+
+    def take(self, name: str) -> Float[Tensor, "_rows _c _h _w"]:
+        """Return a kind of view that is not asked for again in this step, so that it lives no longer than it is used."""
+        return self.views.take(name) if isinstance(self.views, ModelInput) else self.views[name]
 
     @property
     def shapes(self) -> Mapping[str, torch.Size]:

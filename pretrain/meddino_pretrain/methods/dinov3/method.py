@@ -160,7 +160,9 @@ class DINOv3(Method):
         # Sinkhorn's equal shares hold over the whole batch: all micro-batches here, all processes inside.
         dtype = self.machine.compute_dtype
         cls = _joint_targets(self.teacher.dino_head, [part for part, _ in bottlenecks], self._temperature, dtype)
-        patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], self._temperature, dtype)
+        # Gigabytes are in the patches' alone.
+        spare = self.student.backbone.recomputes and self.machine.is_accelerator
+        patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], self._temperature, dtype, spare)
         self._observed = _observe(cls)
         koleo = self._koleo_gradients(batches, plans)
         shared = [[*each] for each in (plans, cls, patches, koleo)]
@@ -235,7 +237,7 @@ class DINOv3(Method):
     def _gram_tokens(self, batch: Batch) -> Tensor | None:
         if self.config.losses.gram_weight == 0 or self.gram_teacher is None or GRAM not in batch.views:
             return None
-        seen = self.gram_teacher(batch.views[GRAM])
+        seen = self.gram_teacher(batch.take(GRAM))
         side = self.student.backbone.patch_size
         height, width = batch.shapes[GLOBAL][-2:]
         tokens = at_least_float32(seen.patch_tokens)
@@ -268,11 +270,14 @@ def _head(in_dim: int, config: HeadConfig) -> ProjectionHead:
     )
 
 
-def _joint_targets(head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype) -> list[SinkhornTargets]:
+def _joint_targets(
+    head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype, spare: bool = False
+) -> list[SinkhornTargets]:
     """Balance the teacher's logits of all micro-batches together, and return each one's targets."""
     bottleneck = parts[0] if len(parts) == 1 else torch.cat(parts)
     # Gathered here: inside the network's own forward FSDP2 lends a weight that is gone afterwards.
-    joint = sinkhorn_targets(TeacherLogits(bottleneck, whole(head.last_layer.weight), dtype), temperature)
+    logits = TeacherLogits(bottleneck, whole(head.last_layer.weight), dtype)
+    joint = sinkhorn_targets(logits, temperature, give_up_kernel=spare)
     ends = list(itertools.accumulate(len(part) for part in parts))
     return [joint.rows(end - len(part), end) for end, part in zip(ends, parts, strict=True)]
 

@@ -101,10 +101,10 @@ class DINOv3Network(nn.Module):
 
     def forward(self, batch: Batch, targets: Targets) -> dict[str, Float[Tensor, ""]]:
         """Return the student's terms on one micro-batch, unweighted, and their weighted "total", which has the gradient."""
-        groups, masks = [batch.views[GLOBAL]], [batch.extras[MASKS], None]
-        if LOCAL in batch.views:
-            groups.append(batch.views[LOCAL])
-        outputs = self.backbone.forward_crops(groups, masks[: len(groups)], plan=targets.plan)
+        kinds = [GLOBAL, LOCAL] if LOCAL in batch.views else [GLOBAL]
+        masks = [batch.extras[MASKS], None][: len(kinds)]
+        # No name for the crops: they are gone when the losses begin.
+        outputs = self.backbone.forward_crops([batch.take(kind) for kind in kinds], masks, plan=targets.plan)
         seen, weights, temperature = outputs[0], targets.weights, targets.student_temperature
         # The heads stop at the bottleneck: the losses go from there to the prototypes a chunk of rows at a time.
         # Rows without gaps: compiled heads would take other strides for another kind of input.
