@@ -235,6 +235,7 @@ def test_choose_splits__patients_on_two_sides_are_refused(table_set, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_lungdx__one_patient_is_overfitted_and_the_table_says_so(shared_data, tmp_path):
     boxes = json.loads((shared_data / "detection/lungdx/Lung_Dx-A0001_B_boxes.json").read_text())
     volume = shared_data / "ct/lungdx/Lung_Dx-A0001_B_256.nii.gz"
