@@ -26,7 +26,7 @@ from meddino_evaluation.data.inputs import Input, find_inputs, write_table
 from meddino_evaluation.data.pictures import write_mask_picture
 from meddino_evaluation.prompts.config import BUNDLE_FILE
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
-from meddino_evaluation.segmentation.overlay import mask_overlay_png
+from meddino_evaluation.segmentation.overlay import label_colours, mask_overlay_png
 
 logger = get_logger(__name__)
 TABLE = "predictions.csv"
@@ -176,12 +176,20 @@ def skip_other_modalities(inputs: Sequence[Input], modality: Modality) -> None:
 
 
 def end_table(inputs: Sequence[Input]) -> Table:
-    """Return what was found in each volume, for the screen: with a column a label, few of them would be too wide for it."""
+    """Return what was found in each volume, for the screen: with a column a label, few of them would be too wide for it.
+
+    Labels stand in the colours that they have in the pictures.
+    """
     table = Table("input", "status", "found, or why not")
     for item in inputs:
         if item.status != "skipped":
-            found = [*(f"{label} {value}" for label, value in item.measured.items()), *filter(None, (item.notes,))]
-            table.add_row(*(Text(words) for words in (item.name, item.status, item.reason or "; ".join(found))))
+            colours = label_colours(tuple(item.measured))
+            found = [
+                Text(f"{label} {value}", style="rgb({:.0f},{:.0f},{:.0f})".format(*colours[label]))
+                for label, value in item.measured.items()
+            ]
+            said = Text(item.reason) if item.reason else Text("; ").join([*found, *map(Text, filter(None, (item.notes,)))])
+            table.add_row(Text(item.name), Text(item.status), said)
     return table
 
 

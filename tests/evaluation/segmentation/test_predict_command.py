@@ -1,4 +1,5 @@
 import csv
+import io
 import shutil
 
 import numpy as np
@@ -7,10 +8,13 @@ import pytest
 import SimpleITK as sitk
 import torch
 from meddino_evaluation.cli import main
+from meddino_evaluation.data.inputs import Input
 from meddino_evaluation.data.prepare import prepare_volume
 from meddino_evaluation.segmentation import predict_command
 from meddino_evaluation.segmentation.inference.bundle import load_bundle
+from meddino_evaluation.segmentation.overlay import COLOURS
 from meddino_evaluation.segmentation.run import segment
+from rich.console import Console
 
 from meddino.volumes.read import read_volume
 from tests.data_curation.dicom_files import write_series
@@ -79,6 +83,17 @@ def test_predict__mixed_inputs_at_any_depth_all_end_in_the_table(trained, tmp_pa
     (folder / "broken.nii.gz").unlink()
     assert main(arguments) == 0
     assert set(status) - set(table_of(out)) == {"broken"}  # and nothing of the output was taken for input
+
+
+def test_end_table__labels_have_the_colours_of_the_pictures():
+    stream = io.StringIO()
+    screen = Console(file=stream, force_terminal=True, color_system="truecolor", width=120)
+    found = Input("one", (), status="predicted", measured={"bright": "2 ml", "dark": "1 ml"}, notes="a note")
+    screen.print(predict_command.end_table([found, Input("two", (), status="refused", reason="why not")]))
+    said = stream.getvalue()
+    for place, words in enumerate(("bright 2 ml", "dark 1 ml")):
+        assert f"38;2;{';'.join(f'{value:.0f}' for value in COLOURS[place])}m{words}" in said
+    assert "a note" in said and "why not" in said
 
 
 def test_predict__goes_on_where_it_was_stopped_and_only_there(trained, tmp_path, monkeypatch):
