@@ -18,10 +18,12 @@ COUNTED = """
     import torch._dynamo.utils as counted
     from meddino.core import compilation
     from meddino.core.device import find_machine
+    from meddino.models import vision_transformer
     from meddino_pretrain.bench.step import random_batches
     from tests.gpu.tiny import tiny_size, tiny_step
 
     compilation.BACKEND = "eager"
+    vision_transformer.ALL_GROUPS_AT_ONCE = ()  # as on a GPU
     step = tiny_step({precision!r}, compile=True, activation_checkpointing={checkpointing!r})
     graphs = []
     for sizes in ({{}}, {{}}, {{"global_px": 48, "local_px": 24}}, {{"global_px": 40, "local_px": 32}}):
@@ -33,7 +35,8 @@ COUNTED = """
 
 
 @pytest.mark.parametrize(
-    ("precision", "checkpointing"), [("bf16", False), pytest.param("fp32", "selective", marks=pytest.mark.slow)]
+    ("precision", "checkpointing"),
+    [("bf16", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("fp32", "selective"), ("bf16", True)))],
 )
 def test_compile__no_break_and_no_recompilation_between_crop_sizes(run_ranks, precision, checkpointing):
     (said,) = run_ranks(COUNTED.format(precision=precision, checkpointing=checkpointing), 1)

@@ -20,8 +20,10 @@ CODE = """
     import json, sys
     import torch, torch.distributed as dist
     from meddino.core import compilation
+    from meddino.models import vision_transformer
     from tests.gpu.tiny import gradients, tiny_step
     compilation.BACKEND = "aot_eager"
+    vision_transformer.ALL_GROUPS_AT_ONCE = ()  # as on a GPU
     if {parallel!r} != "none":
         dist.init_process_group("gloo")
     for number, (accumulation, checkpointing, compiled) in enumerate({ways!r}):
