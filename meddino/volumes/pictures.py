@@ -1,7 +1,9 @@
 """Images of strangers that are no 3D volumes: pictures, NumPy arrays, MATLAB 7.3, single DICOM pictures. No pickle is run."""
 
+import math
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
+from meddino.volumes.archives import archive_of, open_file
 
 MAX_PIXELS = 2**28
 """A header that promises more pixels in one 2D image is refused before memory is taken."""
 MAX_VOXELS = 2**32
+MAX_ARRAY_BYTES = 2**32
+"""A larger array of an .npz, which is unpacked as a whole, is refused before memory is taken."""
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-ARRAY_SUFFIXES = (".npz", ".npy", ".mat")
+ARRAYS_SUFFIX = ".npz"
+ARRAY_SUFFIXES = (ARRAYS_SUFFIX, ".npy", ".mat")
+MAX_PICTURES = 2**20
+"""Of one array."""
+_LEAST_SIDE_PX = 8  # shorter sides are those of labels and boxes
 # What the libraries behind these formats raise for damaged files.
 PICTURE_ERRORS = (ValueError, KeyError, RuntimeError, SyntaxError, zipfile.BadZipFile, EOFError)
 
@@ -27,16 +36,36 @@ class Picture:
         values: [S, C, H, W], the file's own type; C is 1 or 3. MONOCHROME1 is turned over, so that more is brighter.
         value_range: Values of black and white where the file's type says them, else None.
         modality: DICOM's code where the file says it, else "".
+        note: What of the file was left out, or "".
     """
 
     values: NDArray[Any]
     value_range: tuple[float, float] | None = None
     modality: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class PictureArrays:
+    """What an .npz holds, by the headers of its arrays.
+
+    Attributes:
+        keys: Of its pictures, as `read_picture` takes them.
+        others: Arrays of other shapes: labels, boxes, names.
+    """
+
+    keys: tuple[str, ...]
+    others: int
 
 
 def is_picture(name: str) -> bool:
     """Tell by its name whether a file is a picture; not what macOS leaves beside one."""
     return name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith("._")
+
+
+def is_picture_arrays(name: str) -> bool:
+    """Tell by its name whether a file may hold several pictures as arrays."""
+    return name.lower().endswith(ARRAYS_SUFFIX) and not name.startswith("._")
 
 
 def read_picture(path: Path, key: str = "") -> Picture:
@@ -63,17 +92,29 @@ def read_picture(path: Path, key: str = "") -> Picture:
 def _picture(path: Path) -> Picture:
     from PIL import Image
 
-    with Image.open(path) as picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise VolumeError(f"image {path} is {picture.width} x {picture.height}; at most {MAX_PIXELS} pixels are read")
-        if picture.mode in ("I;16", "I;16B", "I"):
-            return Picture(np.asarray(picture)[None, None], (0.0, 65535.0))
-        grey = picture.mode in ("L", "1", "LA")
-        pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    return Picture((pixels[None] if grey else pixels.transpose(2, 0, 1))[None], (0.0, 255.0))
+    try:
+        with open_file(path) as stream, Image.open(stream) as picture:
+            return _pixels(picture, path)
+    except Image.DecompressionBombError as error:
+        raise VolumeError(f"image {path} has more pixels than are read") from error
+
+
+def _pixels(picture: Any, path: Path) -> Picture:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise VolumeError(f"image {path} is {picture.width} x {picture.height}; at most {MAX_PIXELS} pixels are read")
+    if picture.mode == "F":
+        raise VolumeError(f"image {path} holds floating point values; a picture has 8 or 16 bits of brightness")
+    pages = getattr(picture, "n_frames", 1)
+    note = f"the first of {pages} pages; the others are left out" if pages > 1 else ""
+    if picture.mode in ("I;16", "I;16B", "I"):
+        return Picture(np.asarray(picture)[None, None], (0.0, 65535.0), note=note)
+    grey = picture.mode in ("L", "1", "LA")
+    pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+    return Picture((pixels[None] if grey else pixels.transpose(2, 0, 1))[None], (0.0, 255.0), note=note)
 
 
 def _dicom(path: Path) -> Picture:
+    from meddino.volumes.dicom.colour import is_colour, read_colour
     from meddino.volumes.dicom.elements import integer, number, read_elements, text
     from meddino.volumes.dicom.stored_values import open_frames
 
@@ -85,8 +126,13 @@ def _dicom(path: Path) -> Picture:
     rows, cols, count = integer(dataset, "Rows"), integer(dataset, "Columns"), max(integer(dataset, "NumberOfFrames", 1), 1)
     if rows * cols > MAX_PIXELS or rows * cols * count > MAX_VOXELS:
         raise VolumeError(f"image {path}: {count} x {rows} x {cols} values are more than are read")
-    if integer(dataset, "SamplesPerPixel", 1) != 1:
-        raise VolumeError(f"image {path} is a DICOM colour picture; export it as PNG or TIFF")
+    if is_colour(dataset):
+        if 3 * rows * cols * count > MAX_VOXELS:
+            raise VolumeError(f"image {path}: {count} x {rows} x {cols} x 3 values are more than are read")
+        colours = read_colour(path, (count, rows, cols))
+        if colours is None:
+            raise VolumeError(f"image {path}: its pixels cannot be read (truncated, damaged or an unknown compression)")
+        return Picture(colours.values.transpose(0, 3, 1, 2), (0.0, colours.white), text(dataset, "Modality"))
     frames = open_frames(path)
     stored = [None if frames is None else frames[index] for index in range(count)]
     if any(frame is None or frame.shape != (rows, cols) for frame in stored):
@@ -103,19 +149,93 @@ def _array(path: Path, key: str) -> NDArray[Any]:
         mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         return _checked(mapped, str(path))
     name, _, item = key.partition("#")
-    with np.load(path, allow_pickle=False) as archive:
-        if name not in archive.files:
-            raise VolumeError(f"image {path}#{key}: the file holds {', '.join(archive.files[:8])}, not '{name}'")
-        _check_npz_size(path, name)
-        array: NDArray[Any] = archive[name]
-    return _checked(array[int(item)] if item else array, f"{path}#{key}")
+    array = _unpacked(path, name, _stamp(path))
+    if item:
+        number = int(item)
+        if array.ndim < 3 or not 0 <= number < len(array):
+            raise VolumeError(f"image {path}#{key}: the array has shape {array.shape} and no such item")
+        array = array[number : number + 1]
+    return _checked(array, f"{path}#{key}")
 
 
-def _check_npz_size(path: Path, name: str) -> None:
-    with zipfile.ZipFile(path) as archive:
-        size = archive.getinfo(f"{name}.npy").file_size
-    if size > MAX_VOXELS * 4:
-        raise VolumeError(f"array {path}#{name} unpacks to {size} bytes; that is more than is read")
+def _stamp(path: Path) -> tuple[int, int]:
+    status = (archive_of(path) or path).stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)  # the pictures of an array are read one after the other
+def _unpacked(path: Path, name: str, stamp: tuple[int, int]) -> NDArray[Any]:
+    """Return an array of an .npz whose header, directory and limits agree on its size."""
+    with open_file(path) as stream, zipfile.ZipFile(stream) as archive:
+        names = [member.filename.removesuffix(".npy") for member in archive.infolist()]
+        if name not in names:
+            raise VolumeError(f"image {path}#{name}: the file holds {', '.join(names[:8])}, not '{name}'")
+        member = archive.getinfo(f"{name}.npy" if f"{name}.npy" in archive.namelist() else name)
+        shape, dtype = _checked_header(archive, member)
+        if math.prod(shape) > MAX_VOXELS:
+            raise VolumeError(f"array {path}#{name}: shape {shape} of {dtype} is no image or volume")
+        with archive.open(member) as packed:
+            array: NDArray[Any] = np.lib.format.read_array(packed, allow_pickle=False)
+    array.flags.writeable = False  # others are given the same one
+    return array
+
+
+def _checked_header(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and type of an array, before memory is taken for it."""
+    if member.file_size > MAX_ARRAY_BYTES:
+        raise VolumeError(f"an array unpacks to {member.file_size} bytes; at most {MAX_ARRAY_BYTES} are read")
+    with archive.open(member) as packed:
+        version = np.lib.format.read_magic(packed)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(packed)
+        if dtype.hasobject:
+            raise ValueError("it holds objects, which would have to be unpickled")
+        if math.prod(shape) * dtype.itemsize != member.file_size - packed.tell():
+            raise VolumeError(f"an array is damaged: shape {list(shape)} of {dtype} is not what the file holds")
+    return shape, dtype
+
+
+def find_picture_arrays(path: Path) -> PictureArrays:
+    """Return the pictures of an .npz, told by its arrays' headers alone.
+
+    Pictures are whole numbers of 8 or 16 bits in an array [H, W], [H, W, 3], [N, H, W], [N, H, W, 1 or 3] or
+    [N, 1 or 3, H, W], and no side is shorter than 8 px.
+
+    Raises:
+        VolumeError: An array of such a shape holds other numbers.
+        OSError, PICTURE_ERRORS: It cannot be read.
+    """
+    keys: list[str] = []
+    others = 0
+    with open_file(path) as stream, zipfile.ZipFile(stream) as archive:
+        for member in archive.infolist():
+            shape, dtype = _checked_header(archive, member)
+            count = _pictures_of_shape(shape)
+            if count is None:
+                others += 1
+                continue
+            if dtype not in (np.uint8, np.uint16):
+                raise VolumeError(f"values of an array are {dtype}; a picture has 8 or 16 bits of brightness")
+            if count > MAX_PICTURES:
+                raise VolumeError(f"an array of {count} pictures; at most {MAX_PICTURES} are read")
+            name = member.filename.removesuffix(".npy")
+            keys += [f"{name}#{number}" for number in range(count)] if count else [name]
+    return PictureArrays(tuple(keys), others)
+
+
+def _pictures_of_shape(shape: tuple[int, ...]) -> int | None:
+    """Return how many pictures an array along its first axis holds, 0 where it is one picture, None where it holds none."""
+    if len(shape) == 2 or (len(shape) == 3 and shape[-1] == 3):
+        count, sides = 0, shape[:2]
+    elif len(shape) == 3:
+        count, sides = shape[0], shape[1:]
+    elif len(shape) == 4 and shape[-1] in (1, 3):
+        count, sides = shape[0], shape[1:3]
+    elif len(shape) == 4 and shape[1] in (1, 3):
+        count, sides = shape[0], shape[2:]
+    else:
+        return None
+    return count if min(sides) >= _LEAST_SIDE_PX else None
 
 
 def _checked(array: NDArray[Any], where: str) -> NDArray[Any]:

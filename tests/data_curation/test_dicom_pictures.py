@@ -52,3 +52,37 @@ def test_build__dicom_pictures_are_read_with_their_own_range_and_burned_in_text_
         values, (low, high) = corpus.read(index), corpus.value_range(index)
         assert values.dtype == np.uint16 and any(np.array_equal(values, brightness(seed)) for seed in range(3))
         assert low > 0 and 3000 < high < 4001
+
+
+def test_build__colour_dicom_and_the_pictures_of_an_npz_are_read_one_by_one(tmp_path):
+    scans, rng = tmp_path / "scans", np.random.default_rng(5)
+    scans.mkdir()
+    colours = [np.stack([brightness(10 * seed + c) // 17 for c in range(3)], axis=-1).astype(np.uint8) for seed in range(4)]
+    changes = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB", "BitsAllocated": 8}
+    item = ct_slice(brightness(0), 0.0, SOPClassUID=UltrasoundImageStorage, Modality="US", BitsStored=8, HighBit=7, **changes)
+    item.PixelData = colours[0].tobytes()
+    item.save_as(scans / "us.dcm", enforce_file_format=True)
+    write(scans, "cmyk.dcm", 1, UltrasoundImageStorage, "US", SamplesPerPixel=4, PhotometricInterpretation="CMYK")
+    np.savez_compressed(scans / "Smith_John.npz", images=np.stack(colours[1:]), labels=np.zeros((3, 1), np.uint8))
+    np.savez(scans / "floats.npz", images=rng.normal(size=(2, 64, 64)))
+    (scans / "broken.npz").write_bytes(b"PK no archive")
+    config = {"sources": [{"name": "own", "path": str(scans), "modality": "image"}], "workers": 1}
+    (tmp_path / "sources.yaml").write_text(json.dumps(config))
+    assert main(["build", "--config", str(tmp_path / "sources.yaml"), "--out", str(tmp_path / "corpus")]) == 0
+    rows = pq.read_table(tmp_path / "corpus" / "volumes.parquet").to_pylist()
+    reasons = sorted(row["reason"] for row in rows if row["reason"])
+    for found, words in zip(reasons, ("kind of colour that is not read", "arrays cannot be read", "float64"), strict=True):
+        assert words in found
+    accepted = [row for row in rows if row["status"] == "accepted"]
+    assert len(accepted) == 4 and len({row["patient_key"] for row in accepted}) == 4 and "Smith" not in str(rows)
+    assert sum("hold no pictures: 1" in (row["notes"] or "") for row in accepted) == 3
+    corpus = Corpus(tmp_path / "corpus")
+    read = [corpus.read(index) for index in range(4)]
+    for colour in colours:
+        assert any(np.array_equal(colour, each) for each in read)
+    assert {corpus.value_range(index) for index in range(4)} == {(0.0, 255.0)}
+    (tmp_path / "list.txt").write_text("Smith_John.npz#images#1\n")
+    arguments = ["--config", str(tmp_path / "sources.yaml"), "--exclude", str(tmp_path / "list.txt")]
+    assert main(["build", "--out", str(tmp_path / "less"), *arguments]) == 0
+    less = Corpus(tmp_path / "less")
+    assert len(less) == 3 and not any(np.array_equal(colours[2], less.read(index)) for index in range(3))

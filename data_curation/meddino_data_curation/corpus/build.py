@@ -264,8 +264,8 @@ def _run_all(
 ) -> None:
     if not jobs:
         return
-    # Large ones first: the last worker then never sits alone over one.
-    largest_first = sorted(jobs, key=lambda job: (-_size(job), job.candidate.volume_id))
+    # Large ones first: the last worker then never sits alone over one. Pictures of one array together: it is unpacked once.
+    largest_first = sorted(jobs, key=_work_order)
     workers = min(worker_count(config), len(jobs))
     with progress("curating volumes", len(jobs)) as advance:
         run_volumes(largest_first, config, corpus, workers, _watch(config, Counter(finished), advance))
@@ -283,6 +283,11 @@ def _watch(config: CurationConfig, status: Counter[str], advance: Callable[[], N
             )
 
     return on_done
+
+
+def _work_order(job: VolumeJob) -> tuple[int, str, str, str]:
+    candidate = job.candidate
+    return -_size(job), str(candidate.files[0]) if candidate.key else "", candidate.key, candidate.volume_id
 
 
 def _size(job: VolumeJob) -> int:

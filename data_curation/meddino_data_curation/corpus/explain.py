@@ -62,7 +62,8 @@ def _print_volume(candidate: Candidate, record: VolumeRecord | None, config: Cur
     name = (
         candidate.files[0].name if len(candidate.files) == 1 else f"{len(candidate.files)} files, {candidate.files[0].name} ..."
     )
-    console.print(f"\n{candidate.format}: {_printable(name)}", markup=False)
+    key = f"#{candidate.key}" if candidate.key else ""
+    console.print(f"\n{candidate.format}: {_printable(name + key)}", markup=False)
     lines: list[tuple[str, str]] = []
     if isinstance(candidate, DicomCandidate) and candidate.stack is not None:
         lines += _facts(candidate.stack)

@@ -4,7 +4,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
@@ -203,7 +202,7 @@ class _Curation:
     def _read(self) -> AxialVolume:
         candidate, config = self.job.candidate, self.config
         if candidate.format == PICTURE:
-            return self._read_picture(candidate.files[0])
+            return self._read_picture(candidate)
         if isinstance(candidate, DicomCandidate) and candidate.stack is not None:
             volume = read_dicom_volume(candidate.stack, config.limits)
         else:
@@ -221,20 +220,26 @@ class _Curation:
         self.pixel_mm = axial.geometry.spacing_mm[1:]
         return axial
 
-    def _read_picture(self, path: Path) -> AxialVolume:
+    def _read_picture(self, candidate: Candidate) -> AxialVolume:
         """Return a picture as a volume of one slice, whose pixels are squares of unknown size."""
+        path = candidate.files[0]
         try:
-            picture = read_picture(path)
+            picture = read_picture(path, candidate.key)
         except VolumeError as error:
-            raise VolumeError(str(error).replace(f" {path}", "")) from error  # names may be a patient's
+            words = str(error)
+            for name in (f"{path}#{candidate.key}", f"{path}#{candidate.key.partition('#')[0]}", path):
+                words = words.replace(f" {name}", "")  # names may be a patient's
+            raise VolumeError(words) from error
         except (OSError, *PICTURE_ERRORS) as error:
             raise VolumeError("picture cannot be read: it is truncated or damaged") from error
         planes = np.moveaxis(picture.values if picture.values.dtype.kind == "u" else _as_uint16(picture.values), 1, -1)
         planes = planes[..., 0] if planes.shape[-1] == 1 else planes
-        self._recognise(planes, picture.modality or PICTURE)
+        fills_type = picture.value_range is not None and picture.value_range[1] == np.iinfo(planes.dtype).max
+        self._recognise(planes, PICTURE if fills_type else picture.modality or PICTURE)
         self.has_spacing = False
         shape = (planes.shape[0], planes.shape[1], planes.shape[2])
-        return AxialVolume(planes, Geometry(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL_LPS))
+        notes = (*candidate.notes, *([picture.note] if picture.note else []))
+        return AxialVolume(planes, Geometry(shape, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), AXIAL_LPS), notes=notes)
 
     def _recognise(self, voxels: NDArray[Any], code: str) -> None:
         self.values = recognise(voxels, self.job.modality, code, self.config.hounsfield)

@@ -25,7 +25,7 @@ class Candidate:
     Attributes:
         volume_id: Salted hash of where it comes from.
         source: Index into the config's sources.
-        format: "nifti", "nrrd", "metaimage" or "dicom".
+        format: "nifti", "nrrd", "metaimage", "dicom" or "picture".
         files: Absolute paths, in a fixed order; of a header with files of voxels, the header comes first.
         source_path: What the private source map says: path inside the source, or the series.
         patient_key: Salted hash of the patient, or None where nothing tells.
@@ -36,6 +36,7 @@ class Candidate:
         patient: The patient's id as written; only ever hashed with the salt.
         patient_is_known: Whether patient_key means the same person in every source.
         patient_is_named: Whether an id tells the patient; else patient_key stands for a study or a file.
+        key: Of one picture among several in a file.
     """
 
     volume_id: str
@@ -52,6 +53,7 @@ class Candidate:
     patient: str = field(default="", repr=False)
     patient_is_known: bool = False
     patient_is_named: bool = False
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,9 @@ def find_files(source: SourceConfig, in_archives: bool = True) -> Iterator[Found
 
 
 def file_candidate(
-    found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str, case: str = ""
+    found: FoundFile, source_number: int, source: SourceConfig, salt: Salt, format: str, case: str = "", key: str = ""
 ) -> Candidate:
-    """Return the candidate of one volume file.
+    """Return the candidate of one volume file, or of one picture in a file of several.
 
     Args:
         found: The file.
@@ -133,24 +135,27 @@ def file_candidate(
         salt: For the keys.
         format: Of the file.
         case: Its name without ending and without the number of a channel; "" for a file whose name says nothing.
+        key: Of the picture.
     """
+    inside = f"{found.inside}#{key}" if key else found.inside
     voxel_files = _voxel_files(found, format)
     named = named_in_path(source.patient_pattern, found.inside)
     patient = named or case
-    who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=found.inside)
+    who = patient_id(salt, source.name, patient, "pattern" if named else "name", stand_in=inside)
     return Candidate(
-        volume_id=salt.key("volume", source.name, found.inside),
+        volume_id=salt.key("volume", source.name, inside),
         source=source_number,
         format=format,
         files=(found.path, *voxel_files.files),
-        source_path=found.inside,
+        source_path=inside,
         patient_key=who.key,
-        series_key=salt.key("series", source.name, found.inside),
+        series_key=salt.key("series", source.name, inside),
         modified=found.modified + voxel_files.modified,
         problem=found.problem,
         patient=patient,
         patient_is_known=who.is_known,
         patient_is_named=who.is_named,
+        key=key,
     )
 
 

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import PurePosixPath
 
 from meddino.core.errors import VolumeError
@@ -21,7 +22,14 @@ from meddino.volumes.file_kinds import (
     why_not_read,
 )
 from meddino.volumes.formats.nifti import GZIP_ERRORS
-from meddino.volumes.pictures import is_picture
+from meddino.volumes.pictures import (
+    ARRAYS_SUFFIX,
+    PICTURE_ERRORS,
+    PictureArrays,
+    find_picture_arrays,
+    is_picture,
+    is_picture_arrays,
+)
 from meddino_data_curation.config import SourceConfig
 from meddino_data_curation.privacy import Salt
 from meddino_data_curation.progress import progress
@@ -112,6 +120,8 @@ class _Sorting:
         suffix = volume_suffix(file.path.name)
         if self.source.takes_pictures and is_picture(file.path.name):
             self._volume(file, "picture")
+        elif self.source.takes_pictures and is_picture_arrays(file.path.name):
+            self._arrays(file)
         elif is_companion(file.path.name):  # first: macOS puts a "._scan.nii.gz" beside each scan.nii.gz
             self.found.files["DICOMDIR (not needed)" if file.path.name == "DICOMDIR" else "other"] += 1
         elif suffix:
@@ -145,6 +155,25 @@ class _Sorting:
                 self.found.candidates.append(file_candidate(file, self.number, self.source, self.salt, "dicom"))
         self.found.candidates += dicom_candidates(self.headers, self.number, self.source, self.salt)
 
+    def _arrays(self, file: FoundFile) -> None:
+        """Make candidates of the pictures in the arrays of a file; a single one is named by its file."""
+        self.found.files["volume file"] += 1
+        make = partial(file_candidate, source_number=self.number, source=self.source, salt=self.salt, format="picture")
+        problem, arrays = file.problem, PictureArrays((), 0)
+        try:
+            if not problem:
+                arrays = find_picture_arrays(file.path)
+                problem = "" if arrays.keys else "none of its arrays holds pictures"
+        except VolumeError as error:
+            problem = str(error)
+        except (OSError, *PICTURE_ERRORS):
+            problem = "arrays cannot be read: the file is truncated or damaged, or holds objects"
+        if problem:
+            self.found.candidates.append(make(replace(file, problem=problem)))
+        case = _stem(file) if len(arrays.keys) == 1 else ""
+        notes = (f"arrays beside it that hold no pictures: {arrays.others}",) if arrays.others else ()
+        self.found.candidates += [replace(make(file, case=case, key=key), notes=notes) for key in arrays.keys]
+
     def _volume(self, file: FoundFile, format: str) -> None:
         self.found.files["volume file"] += 1
         self.volumes.append((file, format))
@@ -166,7 +195,7 @@ class _Sorting:
 
 def _stem(file: FoundFile) -> str:
     name = PurePosixPath(file.inside).name
-    return name[: len(name) - len(volume_suffix(name) or "")]
+    return name[: len(name) - len(volume_suffix(name) or (ARRAYS_SUFFIX if is_picture_arrays(name) else ""))]
 
 
 def _is_named_dicom(file: FoundFile) -> bool:

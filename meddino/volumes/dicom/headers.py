@@ -23,6 +23,7 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
+from meddino.volumes.dicom.colour import is_colour, is_readable_colour
 from meddino.volumes.dicom.elements import NO_DICOM, integer, number, read_elements, text
 from meddino.volumes.dicom.frames import FRAME_TAGS, Frame, read_frames
 
@@ -190,7 +191,7 @@ def _refusal(dataset: Any, kind: str, modality: str) -> str:
 def _picture_refusal(dataset: Any) -> str:
     reasons = (
         (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
-        (integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture; export it as PNG or TIFF"),
+        (is_colour(dataset) and not is_readable_colour(dataset), "DICOM: a kind of colour that is not read; export it as PNG"),
         (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
     )
     return next((reason for applies, reason in reasons if applies), "")

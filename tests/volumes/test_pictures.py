@@ -1,0 +1,195 @@
+"""Pictures as arrays, in colour DICOM and in archives: every reader's values against another library's, sizes before memory."""
+
+import io
+import pickle
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit, UltrasoundImageStorage
+
+from meddino.core.errors import VolumeError
+from meddino.volumes import pictures
+from meddino.volumes.pictures import PictureArrays, find_picture_arrays, read_picture
+from tests.data_curation.dicom_files import ct_slice
+
+RGB = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+RGB[:, 1::2] = RGB[:, ::2]  # pairs of pixels share their colour, as in 4:2:2
+
+
+def to_ybr(rgb: np.ndarray) -> np.ndarray:
+    """PS3.3 C.7.6.3.1.2, YBR_FULL."""
+    matrix = np.array([[0.299, 0.587, 0.114], [-0.1687, -0.3313, 0.5], [0.5, -0.4187, -0.0813]])
+    return np.clip(np.rint(rgb @ matrix.T + [0, 128, 128]), 0, 255).astype(np.uint8)
+
+
+def in_halves(ybr: np.ndarray) -> bytes:
+    """YBR_FULL_422: two Y, then their common Cb and Cr."""
+    pairs = [[row[col, 0], row[col + 1, 0], row[col, 1], row[col, 2]] for row in ybr for col in range(0, len(row), 2)]
+    return np.array(pairs, np.uint8).tobytes()
+
+
+def write_colour(path, photometric: str, data: bytes, planar: int = 0, syntax=None, **changes):
+    own = {
+        "SOPClassUID": UltrasoundImageStorage, "Modality": "US", "SamplesPerPixel": 3, "BitsAllocated": 8, "BitsStored": 8,
+        "HighBit": 7, "PlanarConfiguration": planar, "PhotometricInterpretation": photometric, **changes,
+    }  # fmt: skip
+    item = ct_slice(np.zeros((24, 20)), 0.0, **own)
+    if syntax is not None:
+        item.file_meta.TransferSyntaxUID = syntax
+    item.PixelData = data
+    item["PixelData"].VR = "OB"
+    item.save_as(path, enforce_file_format=True)
+    return path
+
+
+def as_jpeg(rgb: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(rgb).save(stream, "jpeg", quality=95)
+    return stream.getvalue()
+
+
+def same_rgb(values: np.ndarray, atol: int) -> None:
+    assert values.shape == (1, 3, 24, 20) and values.dtype == np.uint8
+    assert np.abs(values[0].transpose(1, 2, 0).astype(int) - RGB).max() <= atol
+
+
+@pytest.mark.parametrize(
+    ("photometric", "data", "planar", "atol"),
+    [
+        ("RGB", RGB.tobytes(), 0, 0),
+        ("RGB", RGB.transpose(2, 0, 1).tobytes(), 1, 0),
+        ("YBR_FULL", to_ybr(RGB).tobytes(), 0, 2),
+        ("YBR_FULL", to_ybr(RGB).transpose(2, 0, 1).tobytes(), 1, 2),
+        ("YBR_FULL_422", in_halves(to_ybr(RGB)), 0, 2),
+    ],
+)
+def test_read_picture__dicom_colour_is_rgb(tmp_path, photometric, data, planar, atol):
+    picture = read_picture(write_colour(tmp_path / "a.dcm", photometric, data, planar))
+    same_rgb(picture.values, atol)
+    assert (picture.value_range, picture.modality) == ((0.0, 255.0), "US")
+
+
+def test_read_picture__dicom_jpeg_colour_is_what_pillow_sees(tmp_path):
+    packed = as_jpeg(RGB)
+    path = write_colour(tmp_path / "a.dcm", "YBR_FULL_422", encapsulate([packed]), syntax=JPEGBaseline8Bit)
+    seen = np.asarray(Image.open(io.BytesIO(packed)).convert("RGB"))
+    assert np.abs(read_picture(path).values[0].transpose(1, 2, 0).astype(int) - seen).max() <= 2
+
+
+def test_read_picture__dicom_palette_is_colours_and_no_brightness(tmp_path):
+    indices = np.arange(24 * 20, dtype=np.uint8).reshape(24, 20)
+    tables = np.random.default_rng(1).integers(0, 256, (3, 256), dtype=np.uint8)
+    changes = {"SamplesPerPixel": 1, "PlanarConfiguration": 0}
+    for name, table in zip(("Red", "Green", "Blue"), tables, strict=True):
+        changes[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 8]
+        changes[f"{name}PaletteColorLookupTableData"] = table.tobytes()
+    picture = read_picture(write_colour(tmp_path / "a.dcm", "PALETTE COLOR", indices.tobytes(), **changes))
+    assert np.array_equal(picture.values[0], tables[:, indices])
+
+
+@pytest.mark.parametrize(
+    ("photometric", "data", "changes", "words"),
+    [
+        ("RGB", RGB.tobytes()[:100], {}, "truncated"),
+        ("CMYK", RGB.tobytes(), {}, "cannot be read"),
+        ("RGB", RGB.tobytes(), {"Rows": 60000, "Columns": 60000}, "60000 x 60000"),
+    ],
+)
+def test_read_picture__dicom_colour_that_cannot_be_read_is_refused(tmp_path, photometric, data, changes, words):
+    with pytest.raises(VolumeError, match=words):
+        read_picture(write_colour(tmp_path / "a.dcm", photometric, data, **changes))
+
+
+def test_find_picture_arrays__by_shapes_of_every_order(tmp_path):
+    arrays = {
+        "one": np.zeros((9, 8), np.uint8), "rgb": np.zeros((9, 8, 3), np.uint8), "grey": np.zeros((2, 9, 8), np.uint16),
+        "last": np.zeros((2, 9, 8, 3), np.uint8), "first": np.zeros((2, 3, 9, 8), np.uint8), "labels": np.zeros((2, 1)),
+        "names": np.array(["a", "b"]), "boxes": np.zeros((2, 4), np.int64),
+    }  # fmt: skip
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    keys = ("one", "rgb", "grey#0", "grey#1", "last#0", "last#1", "first#0", "first#1")
+    assert find_picture_arrays(tmp_path / "a.npz") == PictureArrays(keys, 3)
+    shapes = [read_picture(tmp_path / "a.npz", key).values.shape for key in keys]
+    assert shapes == [(1, 1, 9, 8), (1, 3, 9, 8), *[(1, 1, 9, 8)] * 2, *[(1, 3, 9, 8)] * 4]
+    with pytest.raises(VolumeError, match=r"grey#2.*no such item"):
+        read_picture(tmp_path / "a.npz", "grey#2")
+
+
+class Calls:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (self.path,)
+
+
+def test_find_picture_arrays__runs_no_pickle(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", pickle.dumps(Calls(tmp_path / "ran")))
+    np.savez(tmp_path / "b.npz", images=np.array([Calls(tmp_path / "ran")] * 9, object))
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=r"magic|pickle"):
+            find_picture_arrays(tmp_path / f"{name}.npz")
+        with pytest.raises(ValueError, match=r"magic|pickle"):
+            read_picture(tmp_path / f"{name}.npz", "images#0")
+    assert not (tmp_path / "ran").exists()
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def test_arrays__a_header_that_promises_more_than_the_file_takes_no_memory(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", header_of((10**6, 1000, 1000)) + bytes(1000))
+    monkeypatch.setattr(pictures, "MAX_ARRAY_BYTES", 2**20)
+    with zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", header_of((64, 512, 512)) + bytes(64 * 512 * 512))
+    tracemalloc.start()
+    for name, words in (("a", "not what the file holds"), ("b", "unpacks to 16777")):
+        for read in (find_picture_arrays, lambda path: read_picture(path, "images#0")):
+            with pytest.raises(VolumeError, match=words):
+                read(tmp_path / f"{name}.npz")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_find_picture_arrays__floats_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 9, 8), np.float32))
+    with pytest.raises(VolumeError, match=r"float32; a picture has 8 or 16 bits"):
+        find_picture_arrays(tmp_path / "a.npz")
+
+
+def test_read_picture__in_an_archive_of_several_pages_and_of_floats(tmp_path):
+    pages = [Image.fromarray(RGB), Image.fromarray(255 - RGB)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    Image.fromarray(np.zeros((9, 8), np.float32)).save(tmp_path / "f.tif")
+    np.savez(tmp_path / "a.npz", images=RGB)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in ("a.tif", "a.npz"):
+            archive.write(tmp_path / name, name)
+    for folder in (tmp_path, tmp_path / "all.zip"):
+        picture = read_picture(folder / "a.tif")
+        same_rgb(picture.values, 0)
+        assert "first of 2 pages" in picture.note
+        assert find_picture_arrays(folder / "a.npz").keys == ("images",)
+        same_rgb(read_picture(folder / "a.npz", "images").values, 0)
+    with pytest.raises(VolumeError, match="floating point"):
+        read_picture(tmp_path / "f.tif")
+
+
+def test_read_picture__more_pixels_than_are_read(tmp_path, monkeypatch):
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(VolumeError, match="more pixels"):
+        read_picture(tmp_path / "a.png")
