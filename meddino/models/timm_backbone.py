@@ -112,7 +112,7 @@ class TimmBackbone(Backbone):
         self.has_prefix = "return_prefix_tokens" in signature
         self.has_cls = self.has_prefix and getattr(self.model, "cls_token", None) is not None
         blocks, info = getattr(self.model, "blocks", None), getattr(self.model, "feature_info", None)
-        self.is_sequence = self.has_prefix or (blocks is not None and getattr(self.model, "pos_embed", None) is not None)
+        self.is_sequence = self.has_prefix or (blocks is not None and hasattr(self.model, "pos_embed"))
         self.depth = len(blocks) if self.is_sequence and blocks is not None else len(info) if info is not None else 1
         self._unused = frozenset(_unused(config))
         for name in self._unused:

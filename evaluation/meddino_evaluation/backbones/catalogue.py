@@ -91,7 +91,13 @@ CATALOGUE: dict[str, Entry] = {
         "resnet50", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 2.0", prefixes=("module.", "encoder.")
     ),
     "lvmmed_vitb16": Entry(
-        "samvit_base_patch16", "https://github.com/duyhominhnguyen/LVM-Med", "CC BY-NC-ND 2.0", prefixes=_SAM
+        "samvit_base_patch16",
+        "https://github.com/duyhominhnguyen/LVM-Med",
+        "CC BY-NC-ND 2.0",
+        arguments=MappingProxyType(
+            {"use_abs_pos": False}
+        ),  # as its authors build it: SAM's encoder without a position embedding
+        prefixes=_SAM,
     ),
 }
 """The lists of DINOv2ForRadiology, the freezing study and LVM-Med; `timm:<name>` and `hf:<folder>` reach all others."""

@@ -20,10 +20,13 @@ from meddino.checkpoints.weights.distcp import is_distcp_folder, read_distcp_fol
 from meddino.core.errors import CheckpointError
 
 # Under which keys trainers keep what is wanted; of DINO-like files the teacher is what one evaluates.
-SECTIONS = ("teacher", "state_dict", "model_state_dict", "model", "student", "module", "network_weights")
+SECTIONS = (
+    "teacher", "state_dict", "model_state_dict", "model", "student", "module", "network_weights",
+    "classy_state_dict", "base_model", "trunk",
+)  # fmt: skip
 MAX_SAFETENSORS_HEADER = 100_000_000
-# Names under which Lightning modules keep a network.
-_LIGHTNING_PARTS = ("model.", "encoder.", "network.", "net.")
+# Names under which Lightning modules, and VISSL's trunk, keep a network.
+_LIGHTNING_PARTS = ("model.", "encoder.", "network.", "net.", "_feature_blocks.")
 SHARD_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
