@@ -1,10 +1,11 @@
 """What methods learn in equal processor time from one corpus: kNN and linear probe of frozen features, a JSON line each.
 
-    python -m tests.benchmarks.bench_methods CORPUS --data ../shared/data/classification --seconds 40 --seeds 3 --out FILE
+    python -m tests.benchmarks.bench_methods CORPUS --data ../shared/data/classification --seconds 120 --seeds 3 --out FILE
 
 All have one backbone (vitnano8), 48 and 24 px, batches of 32, their recipes' rates. Time is the process's own, so that other
 work on the machine does not count. `random` are the weights they all start from. Nothing here reads labels in training;
-the pictures of both tasks may be in the corpus.
+the pictures of both tasks may be in the corpus. The same command again does what is missing in FILE and prints its table: means
+over seeds, and differences from random weights of the same seeds with 95 % intervals over seeds and groups of pictures.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ from meddino_pretrain.optimizer import clip_by_module, set_rates
 from meddino_pretrain.schedules import Schedules
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
@@ -37,6 +38,7 @@ from meddino.core.device import Machine, find_machine
 from meddino.data.joined_corpus import open_corpora
 
 PX, SMALL_PX, BATCH = 48, 24, 32
+DRAWS = 2000
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COMMON = [
     "backbone={name: vitnano8, changes: {layerscale_init: 1.0}}",
@@ -151,8 +153,8 @@ class Task:
                 found.append(torch.cat([seen.cls_token, seen.patch_map.mean((2, 3))], dim=1))
         return torch.cat(found).numpy()
 
-    def scores(self, features: NDArray[np.float32]) -> dict[str, dict[str, float]]:
-        """Return balanced accuracy of kNN and a linear probe over five folds of groups, with 95 % intervals over groups."""
+    def predictions(self, features: NDArray[np.float32]) -> dict[str, list[int]]:
+        """Return what kNN and a linear probe say of each picture, over five folds of groups."""
         models = {
             "knn": make_pipeline(Normalizer(), KNeighborsClassifier(10, weights="distance")),
             "linear": make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=300)),
@@ -162,17 +164,49 @@ class Task:
             predicted = np.empty_like(self.labels)
             for train_rows, test_rows in GroupKFold(5).split(features, self.labels, self.groups):
                 predicted[test_rows] = model.fit(features[train_rows], self.labels[train_rows]).predict(features[test_rows])
-            results[name] = self._with_interval(predicted)
+            results[name] = predicted.tolist()
         return results
 
-    def _with_interval(self, predicted: NDArray[np.int64]) -> dict[str, float]:
-        rng, members = np.random.default_rng(0), [np.flatnonzero(self.groups == group) for group in np.unique(self.groups)]
-        drawn = []
-        for _ in range(500):
-            rows = np.concatenate([members[each] for each in rng.integers(0, len(members), len(members))])
-            drawn.append(balanced_accuracy_score(self.labels[rows], predicted[rows]))
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return {"score": float(balanced_accuracy_score(self.labels, predicted)), "low": float(low), "high": float(high)}
+    def balanced_accuracy(self, predicted: list[int], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return balanced accuracy where groups count so many times each; `counts` is [draws, groups]."""
+        weights, right = counts[:, self.groups], np.asarray(predicted) == self.labels
+        classes = [self.labels == label for label in np.unique(self.labels)]
+        recalls = [weights[:, each & right].sum(axis=1) / weights[:, each].sum(axis=1) for each in classes]
+        return np.mean(recalls, axis=0)
+
+
+def table(rows: list[dict[str, Any]], tasks: list[Task]) -> str:
+    """Return a Markdown table of the finished runs beside random weights of the same seeds."""
+    rng, found = np.random.default_rng(0), {(row["method"], row["seed"]): row for row in rows}
+    draws = {task.name: rng.multinomial(count := task.groups.max() + 1, [1 / count] * count, DRAWS) for task in tasks}
+    measures = [(task, measure) for task in tasks for measure in ("knn", "linear")]
+    lines = [" | ".join(["| weights | seeds | steps", *(f"{task.name} {measure}" for task, measure in measures)]) + " |"]
+    lines.append("|---" * (3 + len(measures)) + "|")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        seeds = [seed for name, seed in found if name == method and ("random", seed) in found]
+        again = rng.integers(0, len(seeds), (DRAWS, len(seeds)))
+        steps = sorted(found[method, seed].get("steps", 0) for seed in seeds)
+        cells = [method, str(len(seeds)), f"{steps[0]} to {steps[-1]}" if steps[-1] else "0"]
+        for task, measure in measures:
+            counts = np.concatenate([np.ones((1, draws[task.name].shape[1])), draws[task.name]])
+            own, base = (
+                np.stack([task.balanced_accuracy(found[name, seed]["predicted"][task.name][measure], counts) for seed in seeds])
+                for name in (method, "random")
+            )
+            cell = f"{own[:, 0].mean():.3f}"
+            if method != "random":
+                gain = (own - base)[:, 1:]
+                low, high = np.percentile(gain[again.T, np.arange(DRAWS)].mean(axis=0), [2.5, 97.5])
+                cell += f", {(own - base)[:, 0].mean():+.3f} ({low:+.3f} to {high:+.3f})"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return what is done; a line that was cut off is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def main() -> None:
@@ -180,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=["random", *METHODS], choices=["random", *METHODS, *SWITCHES])
     parser.add_argument("--out", type=Path, required=True)
@@ -188,17 +222,19 @@ def main() -> None:
     torch.set_num_threads(1)
     machine = find_machine("cpu")
     tasks = [Task(name, arguments.data) for name in ("brain_mri", "pneumoniamnist")]
-    for seed in range(arguments.seeds):
-        for name in arguments.methods:
-            config = recipe_of(name, seed)
-            if name == "random":
-                method, told = build_method(config, next(iter(config.stages.values())), seed, machine), {}
-            else:
-                method, told = train(config, arguments.corpus, arguments.seconds, machine)
-            scores = {task.name: task.scores(task.features(method)) for task in tasks}
-            with arguments.out.open("a") as file:
-                file.write(json.dumps({"method": name, "seed": seed, **told, "scores": scores}) + "\n")
-    sys.stdout.write(f"{arguments.out}\n")
+    done = {(row["method"], row["seed"]) for row in read_rows(arguments.out)}
+    for seed, name in product(range(arguments.seeds), arguments.methods):
+        if (name, seed) in done:
+            continue
+        config = recipe_of(name, seed)
+        if name == "random":
+            method, told = build_method(config, next(iter(config.stages.values())), seed, machine), {}
+        else:
+            method, told = train(config, arguments.corpus, arguments.seconds, machine)
+        predicted = {task.name: task.predictions(task.features(method)) for task in tasks}
+        with arguments.out.open("a") as file:
+            file.write(json.dumps({"method": name, "seed": seed, **told, "predicted": predicted}) + "\n")
+    sys.stdout.write(f"{table(read_rows(arguments.out), tasks)}\n")
 
 
 if __name__ == "__main__":
