@@ -11,12 +11,10 @@ from meddino_evaluation.metrics.figures import add_figures_argument
 if TYPE_CHECKING:
     from meddino_evaluation.tasks.definition import TaskDefinition
 
-DEFAULT_PROTOCOLS = {
-    "knn": "[knn]",
-    "linear": "[logistic,linear,mlp]",
-    "finetune": "[finetune]",
-}
-"""What a command runs unless `protocols=[...]` says otherwise."""
+DEFAULT_PROTOCOLS = {"knn": ("knn",), "linear": ("logistic", "linear", "mlp"), "finetune": ("finetune",)}
+"""What a command runs unless a config or `protocols=[...]` says otherwise."""
+RECIPE = "lvm_med_classification"
+"""Settings of a task, before its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,9 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.classification.retrieval import retrieve
     from meddino_evaluation.metrics.text_table import metric_text
 
-    own = DEFAULT_PROTOCOLS.get(arguments.command)
-    overrides = [*([f"protocols={own}"] if own else []), *arguments.overrides]
-    config = load_config(ClassificationConfig, [arguments.config], overrides, kind="evaluation")
+    config = load_config(ClassificationConfig, [arguments.config], arguments.overrides, kind="evaluation")
+    if arguments.command in DEFAULT_PROTOCOLS and "protocols" not in config.model_fields_set:
+        config = config.model_copy(update={"protocols": DEFAULT_PROTOCOLS[arguments.command]})
     columns = chosen_columns(arguments.columns)
     dataset = open_labelled(arguments.data, arguments.root)
     backbone = load_backbone(arguments.model)
@@ -88,6 +86,6 @@ def run_task(task: "TaskDefinition", model: str, root: Path, out: Path, override
 
     assert isinstance(task.layout, LabelledLayout)  # the definition is refused otherwise
     words = [*task.overrides, *overrides]
-    config = load_config(ClassificationConfig, ["classification"], words, kind="evaluation")
+    config = load_config(ClassificationConfig, [RECIPE], words, kind="evaluation")
     dataset = open_labelled(task.layout.dataset, root)
     write_report(evaluate(load_backbone(model), dataset, config, out), out, dataset, figures=None)

@@ -10,11 +10,13 @@ from meddino_evaluation.adaptation.config import FewShotConfig
 from meddino_evaluation.adaptation.few_shot import few_shot_draws
 from meddino_evaluation.backbones.adapter import state_hash
 from meddino_evaluation.classification import evaluate as evaluate_module
+from meddino_evaluation.classification import report as report_module
 from meddino_evaluation.classification.config import SplitConfig
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import evaluate
 from meddino_evaluation.classification.report import mistakes, write_report
 from meddino_evaluation.classification.results import read_per_case
+from meddino_evaluation.cli import main
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.splits import SealedTest
 from meddino_evaluation.metrics.classification import METRICS, classification_metric
@@ -144,6 +146,44 @@ def test_evaluate__equal_seeds_give_equal_files(fake_set, backbone, quick, tmp_p
     for out in ("a", "b"):
         evaluate(backbone, dataset, quick(protocols=("knn", "linear", "bitfit")), tmp_path / out)
     assert (tmp_path / "a" / "per_case.csv").read_bytes() == (tmp_path / "b" / "per_case.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["linear"], ("logistic", "linear", "mlp")),
+        (["finetune", "split.repeats=2"], ("finetune",)),
+        (["linear", "protocols=[knn]"], ("knn",)),
+        (["linear", "--config", "lvm_med_classification"], ("linear", "mlp", "finetune", "finetune_mlp")),
+    ],
+)
+def test_run__protocols_are_the_commands_unless_a_config_or_the_user_names_some(words, wanted, fake_set, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda backbone, dataset, config, out, few_shot: given.append(config))
+    monkeypatch.setattr(report_module, "write_report", lambda *_: Table(("a",), ()))
+    root = fake_set("pneumoniamnist").root
+    command, *more = words
+    assert (
+        main(
+            [
+                command,
+                "--model",
+                "random:vitnano8",
+                "--data",
+                "pneumoniamnist",
+                "--root",
+                str(root),
+                "--out",
+                str(tmp_path),
+                *more,
+            ]
+        )
+        == 0
+    )
+    assert given[0].protocols == wanted
+    if "--config" in more:
+        assert (given[0].linear.optimizer, given[0].linear.learning_rates) == ("adamw", (5e-4, 1e-3))
+        assert (given[0].finetune.backbone_lr, given[0].statistics.selection) == (5e-4, "accuracy")
 
 
 def test_evaluate__pretraining_overlap_is_refused_or_said(fake_set, backbone, quick, tmp_path, monkeypatch):
