@@ -97,9 +97,9 @@ def find_machine(device: str = "auto", precision: TrainingPrecision = "auto", lo
         torch.accelerator.set_device_index(chosen.index or 0)
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if chosen.type == "cuda" and precision == "bf16":
-        # Where products are asked for in bf16, the few in float32 (Gram's similarities) may be rounded to TF32.
-        torch.set_float32_matmul_precision("high")
+    if chosen.type == "cuda":
+        # Where products are asked for in bf16, the few in float32 (Gram's similarities) may be rounded to TF32; else not.
+        torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     return Machine(chosen, DTYPES[precision])
 
 
