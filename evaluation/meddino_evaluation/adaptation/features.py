@@ -18,14 +18,14 @@ from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import atomic_write, canonical_json
 from meddino.core.logging import get_logger
-from meddino.data.content import slice_hash
+from meddino.data.content import ContentHash, slice_hash
 from meddino.data.intensity import Modality
+from meddino.data.model_input import stored_type
 from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import DatasetConfig
 from meddino_evaluation.classification.images import SliceStack, read_slices
 from meddino_evaluation.data.case import ClassCase
-from meddino_evaluation.data.prepare import content_hash
 
 _log = get_logger(__name__)
 _CASES_A_PART = 64
@@ -118,6 +118,19 @@ def slice_hashes(stack: SliceStack) -> tuple[str, ...]:
     return tuple(found)
 
 
+def corpus_hashes(stack: SliceStack) -> tuple[str, ...]:
+    """Return content hashes as the manifests of a corpus have them: of all slices together, and of each."""
+    if stack.kind == "hu":
+        stored = np.clip(np.rint(stack.values[:, 0]), -32768, 32767).astype(np.int16)
+    else:
+        stored = np.moveaxis(stack.values.astype(stored_type(stack.values.dtype)), 1, -1)
+        stored = stored[..., 0] if stored.shape[-1] == 1 else stored
+    whole = ContentHash(stored.shape, str(stored.dtype))
+    for one in stored:
+        whole.add(one)
+    return (whole.hexdigest(), *map(slice_hash, stored))
+
+
 @dataclass(frozen=True)
 class FeatureTable:
     """Features of some cases.
@@ -170,7 +183,7 @@ class FeatureExtractor:
 
     Attributes:
         slice_hashes: Of each case that was read, the content hash of every slice.
-        content_hashes: Of each CT case that was read, the content hash of its voxels and of each slice, as in a corpus's
+        content_hashes: Of each case that was read, the content hash of its voxels and of each slice, as in a corpus's
             manifests.
     """
 
@@ -200,9 +213,7 @@ class FeatureExtractor:
         for case in cases:
             stack = read_case(case, self.transform)
             self.slice_hashes[case.name] = slice_hashes(stack)
-            if stack.kind == "hu":
-                voxels = np.clip(np.rint(stack.values[:, 0]), -32768, 32767).astype(np.int16)
-                self.content_hashes[case.name] = (content_hash(stack.values), *map(slice_hash, voxels))
+            self.content_hashes[case.name] = corpus_hashes(stack)
             key = hashlib.sha256("".join(self.slice_hashes[case.name]).encode()).hexdigest()
             keys.append(key)
             if key in done or any(one.key == key for one in waiting):

@@ -15,14 +15,12 @@ from torch.nn import functional
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
-from meddino.data.content import slice_hash
 from meddino.data.intensity import Modality
-from meddino_evaluation.adaptation.features import slice_hashes
+from meddino_evaluation.adaptation.features import corpus_hashes, slice_hashes
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import SplitName
 from meddino_evaluation.classification.images import SliceStack, read_slices
 from meddino_evaluation.classification.recognise import kind_of_file
-from meddino_evaluation.data.prepare import content_hash
 from meddino_evaluation.detection.config import DataConfig
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 from meddino_evaluation.detection.readers import BoxCase, read_boxes
@@ -213,7 +211,7 @@ class Pictures:
 
     Attributes:
         cut: Images with boxes that stood out by up to a pixel, and were cut.
-        contents: Of each CT image that was checked, its content hashes as in a corpus's manifests.
+        contents: Of each image that was checked, its content hashes as in a corpus's manifests.
     """
 
     def __init__(self, backbone: Backbone, dataset: DetectionSet, config: DataConfig) -> None:
@@ -239,9 +237,7 @@ class Pictures:
                 unreadable.append(str(error))
                 continue
             hashes[case.name] = slice_hashes(stack)[0]
-            if stack.kind == "hu":
-                voxels = np.clip(np.rint(stack.values[0, 0]), -32768, 32767).astype(np.int16)
-                self.contents[case.name] = (content_hash(stack.values), slice_hash(voxels))
+            self.contents[case.name] = corpus_hashes(stack)
             self._kinds[stack.modality or {"hu": "CT values", "unit": "brightness"}[stack.kind]].append(case.name)
             outside += self._outside(case, stack)
         if unreadable:

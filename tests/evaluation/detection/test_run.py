@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from meddino_data_curation.cli import main as curate
 from meddino_evaluation.backbones.load import load_backbone
 from meddino_evaluation.classification.results import finite
 from meddino_evaluation.cli import main
@@ -20,7 +21,6 @@ from PIL import Image
 
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 from tests.evaluation.detection.conftest import QUICK, write_table
-from tests.evaluation.segmentation.test_leakage import build
 
 
 def detect(data, out, *more, model="random:vitnano8"):
@@ -194,34 +194,60 @@ def test_read_image__slices_of_a_volume_by_number(tmp_path):
         read_image(f"{tmp_path}/v.npy", "ct")
 
 
-def test_detect__images_of_the_pretraining_corpus_are_refused_by_name_or_said(tmp_path, capsys):
+def overlapping_set(kind, root):
+    """A set of 12 images of 6 patients, and below scans/ in another guise of file those of two patients."""
     rng = np.random.default_rng(0)
-    (tmp_path / "scans").mkdir()
+    (root / "scans").mkdir()
     rows = []
     for patient in range(6):
-        voxels = rng.normal(-200, 200, (2, 64, 64))
-        voxels[:, 20:40, 10:30] = 600
-        image = sitk.GetImageFromArray(voxels.astype(np.int16))
-        sitk.WriteImage(image, str(tmp_path / f"scan{patient}.nii.gz"))
-        if patient < 2:  # in another guise of file
-            sitk.WriteImage(
-                sitk.DICOMOrient(sitk.Cast(image, sitk.sitkFloat32), "RAS"), str(tmp_path / f"scans/{patient}.nrrd")
-            )
+        values = np.clip(rng.normal(90, 25, (2, 64, 64)), 1, 254)
+        values[:, 20:40, 10:30] = 230
+        if kind == "image":
+            names = [f"p{patient}_{z}.png" for z in (0, 1)]
+            for z, name in enumerate(names):
+                Image.fromarray(values[z].astype(np.uint8)).save(root / name)
+                if patient < 2:
+                    Image.fromarray(values[z].astype(np.uint8)).save(root / "scans" / f"{patient}_{z}.tif")
+        else:
+            names = [f"scan{patient}.nii.gz#{z}" for z in (0, 1)]
+            image = sitk.GetImageFromArray((values * 4 - (500 if kind == "ct" else 0)).astype(np.int16))
+            sitk.WriteImage(image, str(root / f"scan{patient}.nii.gz"))
+            if patient < 2:
+                turned = sitk.DICOMOrient(sitk.Cast(image, sitk.sitkFloat32) if kind == "ct" else image, "RAS")
+                sitk.WriteImage(turned, str(root / f"scans/{patient}.nrrd"))
         box = dict(zip(("x1", "y1", "x2", "y2"), (10, 20, 30, 40), strict=True))
-        rows += [{"image": f"scan{patient}.nii.gz#{z}", "label": "a", "patient": f"p{patient}", **box} for z in (0, 1)]
-    write_table(tmp_path / "boxes.csv", rows)
-    assert build(tmp_path / "scans", tmp_path / "corpus", tmp_path) == 0
+        rows += [{"image": name, "label": "a", "patient": f"p{patient}", **box} for name in names]
+    write_table(root / "boxes.csv", rows)
+    return [row["image"] for row in rows[:4]]
+
+
+@pytest.mark.parametrize("kind", ["ct", "mr", "image"])
+def test_detect__images_of_the_pretraining_corpus_are_refused_by_name_or_said(kind, tmp_path, capsys):
+    seen = overlapping_set(kind, tmp_path)
+    (tmp_path / "sources.yaml").write_text(f"sources: [{{name: own, path: {tmp_path / 'scans'}, modality: {kind}}}]\n")
+    (tmp_path / "salt").write_text("tests only\n")
+    words = [
+        "build",
+        "--config",
+        tmp_path / "sources.yaml",
+        "--out",
+        tmp_path / "corpus",
+        f"privacy.salt_file={tmp_path / 'salt'}",
+    ]
+    assert (
+        curate([*map(str, words), "slices.min_size_px=8", "slices.min_body_fraction=0", "duplicates.near=false", "workers=1"])
+        == 0
+    )
     capsys.readouterr()
-    words = [tmp_path / "boxes.csv", tmp_path / "out", f"split.corpus={tmp_path / 'corpus'}"]
+    words = [tmp_path / "boxes.csv", tmp_path / "out", f"split.corpus={tmp_path / 'corpus'}", f"data.modality={kind}"]
     assert detect(*words) == 2
     error = capsys.readouterr().err
-    assert "4 of 12 images were seen (without boxes) in pretraining: scan0.nii.gz#0, scan0.nii.gz#1, scan1.nii.gz#0" in error
-    assert detect(*words, "split.allow_pretraining_overlap=true") == 0
-    content = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert any("4 of 12 images were seen" in note for note in content["notes"])
-    assert content["leakage"]["test_cases_in_pretraining"] == [
-        f"scan{patient}.nii.gz#{z}" for patient in (0, 1) for z in (0, 1)
-    ]
+    assert f"4 of 12 images were seen (without boxes) in pretraining: {', '.join(seen[:3])}" in error
+    if kind == "ct":
+        assert detect(*words, "split.allow_pretraining_overlap=true") == 0
+        content = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert any("4 of 12 images were seen" in note for note in content["notes"])
+        assert content["leakage"]["test_cases_in_pretraining"] == seen
 
 
 def test_choose_splits__patients_on_two_sides_are_refused(table_set, tmp_path):
