@@ -210,7 +210,7 @@ def overlapping_set(kind, root):
                     Image.fromarray(values[z].astype(np.uint8)).save(root / "scans" / f"{patient}_{z}.tif")
         else:
             names = [f"scan{patient}.nii.gz#{z}" for z in (0, 1)]
-            image = sitk.GetImageFromArray((values * 4 - (500 if kind == "ct" else 0)).astype(np.int16))
+            image = sitk.GetImageFromArray(((values - 90) * 8 - 200 if kind == "ct" else values * 4).astype(np.int16))
             sitk.WriteImage(image, str(root / f"scan{patient}.nii.gz"))
             if patient < 2:
                 turned = sitk.DICOMOrient(sitk.Cast(image, sitk.sitkFloat32) if kind == "ct" else image, "RAS")
