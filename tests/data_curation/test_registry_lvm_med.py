@@ -66,6 +66,17 @@ def test_plan__pictures_are_found_held_out_and_curated_as_pictures(tmp_path, cap
     ]
 
 
+def test_plan__says_what_was_not_compared_with_a_sets_own_page(tmp_path, capsys):
+    (tmp_path / "HC18" / "training_set").mkdir(parents=True)
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "HC18" / "training_set" / "000_HC.png")
+    assert main(["plan", "--registry", "lvm_med", "--root", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "- hc18, citation and licence not verified here: read its page" in said
+    open_ones = [entry for entry in REGISTRY.values() if entry.caveat]
+    assert said.count("not verified here") == len(open_ones) and all(entry.verified is not None for entry in REGISTRY.values())
+    assert REGISTRY["patch_camelyon"].caveat == "" and REGISTRY["hyper_kvasir"].caveat == "licence not verified here"
+
+
 def test_plan__an_unknown_registry_is_one_line(tmp_path, capsys):
     assert main(["plan", "--registry", "lvmmed", "--root", str(tmp_path)]) == 2
     assert "no registry in" in capsys.readouterr().err

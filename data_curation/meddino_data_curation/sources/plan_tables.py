@@ -35,7 +35,10 @@ def print_plan(found: Sequence[FoundSet], allow: Sequence[str], console: Console
 
 def _wanted(item: FoundSet) -> str:
     entry, licence = item.entry, item.entry.licence
-    return f"- {entry.name} ({entry.title}): {_expected(item)}, {licence.id} ({licence.kind}), {entry.access}: {entry.url}"
+    caveat = f"; {entry.caveat}" if entry.caveat else ""
+    return (
+        f"- {entry.name} ({entry.title}): {_expected(item)}, {licence.id} ({licence.kind}{caveat}), {entry.access}: {entry.url}"
+    )
 
 
 def _expected(item: FoundSet) -> str:
@@ -65,11 +68,13 @@ def _decision(item: FoundSet, allow: Sequence[str]) -> str:
 
 def _notes(there: Sequence[FoundSet]) -> list[str]:
     names = {item.entry.name for item in there}
-    lines = ["\nbasis of the licences that need a decision, and test data:"] if there else []
+    lines = ["\nbasis of the licences that need a decision, what is not verified, and test data:"] if there else []
     for item in there:
         entry = item.entry
         if needs_decision(entry.licence.id):
             lines.append(f"- {entry.name}: {entry.licence.basis}")
+        if entry.caveat:
+            lines.append(f"- {entry.name}, {entry.caveat}: read its page before you rely on it, {entry.url}")
         lines.append(f"- {entry.name}, test data: {entry.held_out_rule}")
         if entry.used:
             lines.append(f"- {entry.name}, used by the paper: {entry.used}")

@@ -100,6 +100,8 @@ class SetEntry(StrictConfig):
     """Regex; its first group is the patient; empty: the file's name."""
     preference: int = Field(ge=0)
     """Of duplicates, the one from the set with the lowest number is kept."""
+    verified: tuple[Literal["citation", "licence"], ...] | None = None
+    """What was compared with the set's own page or article when this was written; null: not recorded."""
     repackages: tuple[str, ...]
     """Sets of this registry whose scans come again in it."""
     not_known: tuple[str, ...]
@@ -109,6 +111,12 @@ class SetEntry(StrictConfig):
     def volumes(self) -> int:
         """How many volumes the set should have, where that is known."""
         return sum(part.volumes or 0 for part in self.parts)
+
+    @property
+    def caveat(self) -> str:
+        """What of citation and licence was not compared with the set's own page, in words; "" where all was."""
+        open_ones = [] if self.verified is None else [what for what in ("citation", "licence") if what not in self.verified]
+        return f"{' and '.join(open_ones)} not verified here" if open_ones else ""
 
     @property
     def full_citation(self) -> str:
