@@ -24,13 +24,17 @@ RESNET = "timm:resnet10t"
 @pytest.fixture
 def trained(tmp_path):
     """A checkpoint of a small ResNet whose statistics are no longer those it was built with."""
+    return trained_resnet(tmp_path, RESNET)
+
+
+def trained_resnet(tmp_path, name: str):
     torch.manual_seed(0)
-    backbone = backbone_from_config(backbone_config(RESNET)).train()
+    backbone = backbone_from_config(backbone_config(name)).train()
     backbone.tokens(torch.randn(4, 3, 32, 32))
     meta = {
         "step": 3,
         "stage": "toy",
-        "backbone": {"name": RESNET, **backbone.config.model_dump(mode="json")},
+        "backbone": {"name": name, **backbone.config.model_dump(mode="json")},
         "input_contract": {},
         "corpus_hash": "abc",
         "lineage": {"stages": [{"stage": "toy", "steps": 3}], "parent": None, "resolutions_px_seen": [32]},
@@ -66,6 +70,23 @@ def test_export__onnx_is_proven_equal(trained, tmp_path, monkeypatch):
     images = np.random.default_rng(0).normal(size=(3, 3, 32, 96)).astype(np.float32)
     (found,) = session.run(["cls_token"], {"images": images})
     np.testing.assert_allclose(found, backbone.tokens(torch.from_numpy(images)).cls_token.detach(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_export__of_a_resnet50_is_the_same_in_safetensors_timm_and_onnx(tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    checkpoint, backbone = trained_resnet(tmp_path, "timm:resnet50")
+    out = export_model(checkpoint, tmp_path / "model", ["safetensors", "timm", "onnx"])
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = backbone.tokens(images)
+        assert torch.equal(meddino.load(out).forward_features(images).patch_tokens, expected.patch_tokens)
+        theirs = timm.create_model("resnet50", checkpoint_path=str(out / "timm/model.safetensors"), num_classes=0).eval()
+        assert torch.equal(theirs.forward_features(images), expected.patch_map)
+    session = onnxruntime.InferenceSession(out / "onnx/model.onnx")
+    (found,) = session.run(["cls_token"], {"images": images.numpy()})
+    np.testing.assert_allclose(found, expected.cls_token, atol=1e-4)
 
 
 def test_export__transformers_has_no_such_model(trained, tmp_path):
