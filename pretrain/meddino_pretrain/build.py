@@ -95,9 +95,12 @@ def build_loader(
             stage.global_batch,
         )
     method = method_class(stage.method)
+    spec = method.views(stage.method)
+    if rank() == 0:
+        _tell_of_small_slices(corpus, max(spec.main_px))
     maker = SampleMaker(
         corpus=corpus,
-        spec=method.views(stage.method),
+        spec=spec,
         collate=partial(method.collate, stage.method, patch_px),
         intensities=Intensities(config.contracts, stage.augment),
         order=sample_order(corpus, config.corpus.sampling, seed, stage.global_batch),
@@ -105,6 +108,19 @@ def build_loader(
         repeat_crop=config.corpus.sampling.repeat_crop,
     )
     return Loader(maker, config.loader, first_step, stage.steps, pin_memory, stopped)
+
+
+def _tell_of_small_slices(corpus: Corpus, crop_px: int) -> None:
+    sides = corpus.shorter_sides_px
+    if count := int((sides < crop_px).sum()):
+        logger.warning(
+            "corpus %s: %d of %d slices are smaller than a crop of %d px (the smallest has %d px): they are enlarged",
+            corpus.root,
+            count,
+            len(sides),
+            crop_px,
+            int(sides.min()),
+        )
 
 
 def steps_of(loader: Loader, machine: Machine) -> Iterator[list[Batch]]:

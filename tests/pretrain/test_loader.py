@@ -25,6 +25,7 @@ from meddino_pretrain.data.loader import Loader, SampleMaker
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
 from meddino_pretrain.data.workers import WorkersLost, choose_sharing, end_worker
+from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes, MaskingConfig
 from meddino_pretrain.methods.dinov3.views import add_masks, crop_views
 
@@ -193,6 +194,21 @@ def test_build_loader__a_corpus_smaller_than_a_batch_says_so(make_corpus, caplog
         loader = build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
     assert "holds 3 slices, a batch 4: each shows slices more than once" in caplog.text
     assert len(next(iter(loader)).keys) == 4
+
+
+def test_build_loader__slices_smaller_than_a_crop_are_told_once(tmp_path, caplog):
+    config = load_config(PretrainConfig, [Path(__file__).with_name("tiny.yaml")], [])
+    stage = config.stages["stage1_pretrain"]
+    crop_px = max(method_class(stage.method).views(stage.method).main_px)
+    slices = [disc_slice(number, crop_px + 8, crop_px - 2 * (number < 3)) for number in range(8)]
+    corpus = Corpus(write_corpus(tmp_path / "corpus", slices))
+    with caplog.at_level(logging.WARNING):
+        build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
+    told = [record.getMessage() for record in caplog.records if "smaller than a crop" in record.getMessage()]
+    assert (
+        len(told) == 1
+        and f"3 of 8 slices are smaller than a crop of {crop_px} px (the smallest has {crop_px - 2} px)" in told[0]
+    )
 
 
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):
