@@ -190,14 +190,15 @@ def _recomputed(forward: Any, part: nn.Module, selective: bool, *arguments: Any,
     elif selective:
         again["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_or_recomputed)
     # Nothing random may happen inside a part that is not decided before: drop path's plan is an argument.
-    kept = {"use_reentrant": False, "preserve_rng_state": _is_random(part), **again}
-    return checkpoint(_without_weight_cache, forward, *arguments, **kept, **named)
+    if not torch.compiler.is_compiling():  # what is compiled has no such copies
+        forward = partial(_without_weight_cache, forward)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=_is_random(part), **again, **named)
 
 
 def _without_weight_cache(forward: Any, *arguments: Any, **named: Any) -> Any:
     """Run a part whose weights' narrow copies are not kept: autocast would hold those of all parts until the step's end."""
     device = arguments[0].device.type
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return forward(*arguments, **named)
     with torch.autocast(device, torch.get_autocast_dtype(device), cache_enabled=False):
         return forward(*arguments, **named)

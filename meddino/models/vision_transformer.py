@@ -313,7 +313,8 @@ def _group_by_group(
     kept: tuple[KeptTokens, KeptTokens] | None = None,
 ) -> Tensor:
     """Run a block for one group of crops after the other, so that its backward pass holds what a single one takes."""
-    if len(groups) == 1 or x.device.type in ALL_GROUPS_AT_ONCE:
+    # Compiled, a block is one graph, and Dynamo cannot put what is computed again into it twice.
+    if len(groups) == 1 or x.device.type in ALL_GROUPS_AT_ONCE or torch.compiler.is_compiling():
         return forward(x, groups, kept)
     parts = torch.split(x, [group.batch * group.tokens for group in groups])
     branches = [each.by_group(groups) for each in kept] if kept else []
