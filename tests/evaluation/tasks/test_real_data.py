@@ -1,4 +1,4 @@
-"""Each kind of task of which ../shared/data holds something real, from its files to numbers: small, so it says nothing of a model."""
+"""Each kind of task of which ../shared/data holds something real, from files to numbers; too small to judge a model."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def test_segment__slices_of_mr_volumes(shared_data, tmp_path):
     data = shared_data / "segmentation/Dataset904_SarcomaMR"
     metrics, rows = run("segment", data, tmp_path, "--config", "minutes", *SLICES, "seeds=[0,1,2]")
     assert (metrics["data"]["modality"], metrics["unit"]) == ("mr", "mm")
-    assert len({row["patient"] for row in rows}) == 4 and metrics["test"]["dice"]["mean"] > 0.1
+    assert len({row["patient"] for row in rows}) == 4 and metrics["test"]["dice"]["mean"] > 0
 
 
 def test_segment__pictures_beside_masks_made_of_the_largest_slice_of_each_patient(shared_data, tmp_path):
@@ -54,7 +54,7 @@ def test_prompt__boxes_and_points_on_ct(kind, shared_data, tmp_path):
     more = ("size_px=64", "splits.folds=3", "metrics.surface=false", f"prompts.kind={kind}")
     metrics, rows = run("prompt", data, tmp_path, *decoder, *more)
     assert metrics["unit"] == "mm" and len({row["patient"] for row in rows}) == 4
-    assert metrics["test"]["dice"]["mean"] > (0.2 if kind == "box" else 0.05)
+    assert metrics["test"]["dice"]["mean"] > 0.3
 
 
 def test_linear__classes_of_mr_slices_in_lvm_meds_settings(shared_data, tmp_path):
