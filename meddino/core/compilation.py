@@ -29,7 +29,21 @@ def compile_modules(modules: Iterable[nn.Module]) -> None:
     order checkpointing, compiling, sharding.
     """
     for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=True, backend=BACKEND)
+        forward = module.forward
+        if isinstance(forward, functools.partial) and hasattr(forward.func, "stays_outside"):
+            compiled = torch.compile(forward.args[0], dynamic=True, backend=BACKEND)
+            module.forward = functools.partial(forward.func, compiled)
+        else:
+            module.forward = torch.compile(forward, dynamic=True, backend=BACKEND)
+
+
+def outside_of_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Mark a function whose first argument is a module's forward pass: `compile_modules` compiles that alone.
+
+    Dynamo cannot put what is computed again into one graph twice.
+    """
+    function.stays_outside = True  # type: ignore[attr-defined]
+    return function
 
 
 def compile_functions(enabled: bool) -> None:

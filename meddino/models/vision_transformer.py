@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from meddino.core.compilation import outside_of_graphs
 from meddino.core.config import StrictConfig
 from meddino.layers.attention import SelfAttention
 from meddino.layers.block import LayerScale, OutputNorm, TransformerBlock
@@ -251,7 +252,7 @@ class VisionTransformer(Backbone):
         """See `Backbone.recompute_activations`; a block computed again takes one group of crops at a time, but on a CPU."""
         super().recompute_activations(selective)
         for block in () if selective else self.blocks:
-            block.forward = partial(_group_by_group, block.forward)
+            block.forward = partial(_group_by_group, block.forward)  # see `compile_modules`
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
@@ -306,6 +307,7 @@ class VisionTransformer(Backbone):
         return outputs
 
 
+@outside_of_graphs
 def _group_by_group(
     forward: Callable[..., Tensor],
     x: Tensor,
@@ -313,8 +315,7 @@ def _group_by_group(
     kept: tuple[KeptTokens, KeptTokens] | None = None,
 ) -> Tensor:
     """Run a block for one group of crops after the other, so that its backward pass holds what a single one takes."""
-    # Compiled, a block is one graph, and Dynamo cannot put what is computed again into it twice.
-    if len(groups) == 1 or x.device.type in ALL_GROUPS_AT_ONCE or torch.compiler.is_compiling():
+    if len(groups) == 1 or x.device.type in ALL_GROUPS_AT_ONCE:
         return forward(x, groups, kept)
     parts = torch.split(x, [group.batch * group.tokens for group in groups])
     branches = [each.by_group(groups) for each in kept] if kept else []
