@@ -80,6 +80,8 @@ def _at_write(place: int, hook: Hook) -> dict[str, int]:
 
 def _signal_at(name: str) -> Hook:
     number = getattr(signal, name)
+    if number == signal.SIGINT:
+        signal.signal(number, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 
     def hook(descriptor: int) -> None:
         # A terminal and a scheduler signal the workers too.

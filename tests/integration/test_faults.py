@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from meddino_evaluation.tasks.fake_data import make_fake as make_task
 
 from meddino.core.files import sha256_file
 from tests.data.tiny_corpus import write_corpus
 from tests.data_curation.conftest import make_hu, write_volume
+from tests.evaluation.detection.conftest import QUICK as QUICK_DETECTOR
+from tests.evaluation.detection.conftest import write_boxes
 from tests.evaluation.segmentation.conftest import write_dataset
 from tests.pretrain.conftest import disc_slice
 from tests.processes import run
@@ -75,10 +78,14 @@ class Command:
 _CURATED = "corpus/**/*"
 _OLD_OR_NEW = "the corpus as it was, or as it will be; volumes that were read"
 _QUICK = "features.image_size_px=32 split.repeats=1 linear.min_steps=5 linear.learning_rates=[0.01] statistics.resamples=20"
-_SEGMENT = (
+_LABELLED = "--model random:vitnano8 --data ct_contrast --root {root}/ct_contrast --out out "
+_NETWORKS = (
     "--config demo training.steps=6 training.batch_size=2 training.crop_px=32 training.crops=grid training.save_every_steps=2 "
-    "labels.train_slices=4 splits.folds=2 head.name=linear seeds=[0,1] inference.mirror=false metrics.surface=false "
-    "encoder.mode=finetune training.lr_head=0.01"
+    "labels.train_slices=4 splits.folds=2 head.name=linear inference.mirror=false metrics.surface=false training.lr_head=0.01"
+)
+_PROMPTS = (
+    "size_px=48 decoder.mlp_dim=64 decoder.layers=1 training.steps=4 training.batch_size=2 seeds=[0,1] splits.folds=2 "
+    "metrics.surface=false metrics.bootstrap=100"
 )
 COMMANDS = {
     "build": Command(
@@ -100,6 +107,14 @@ COMMANDS = {
         "meddino-curate merge", 0, None, "the parts; shards that were copied", "goes on, the same bytes",
         "meddino-curate merge {build}/corpus {more}/corpus --out corpus", (_CURATED,),
     ),
+    "audit": Command(
+        "meddino-curate audit", 0, None, "the corpus as it was", "audits anew, the same bytes",
+        "meddino-curate audit corpus --against {root}/more --salt-file {root}/salt", (_CURATED,), copies=("build", "corpus*"),
+    ),
+    "phantom": Command(
+        "meddino-curate phantom", 0, None, "what stood there before", "makes it anew, the same bytes",
+        "meddino-curate phantom --out cohort --patients 1", ("cohort/**/*",),
+    ),
     "pretrain": Command(
         "meddino-pretrain", 0, 75, "after a signal every step, else up to the last checkpoint", "goes on, the same bytes",
         "meddino-pretrain {recipe} --corpus {root}/tiny --out run --stage stage1_pretrain loader.workers={loaders} "
@@ -112,7 +127,8 @@ COMMANDS = {
     ),
     "segment": Command(
         "meddino-eval segment", 0, None, "networks that are trained, the last `training.save_every_steps`",
-        "goes on, the same bytes", "meddino-eval segment --model random:vitnano8 --data {root}/blobs --out out " + _SEGMENT,
+        "goes on, the same bytes", "meddino-eval segment --model random:vitnano8 --data {root}/blobs --out out "
+        "encoder.mode=finetune seeds=[0,1] " + _NETWORKS,
         ("out/weights/*.safetensors", "out/cases.csv", "out/predictions/**/*"), ("out/weights/fold-0_seed-0.safetensors",),
     ),
     "predict": Command(
@@ -125,11 +141,49 @@ COMMANDS = {
         "meddino-eval probe --model m=random:vitnano8 --data {root}/blobs --out out seeds=[0] bootstrap=100 "
         "data.resample=native train_slices=4 case_slices=2 blocks=[1]", ("out/**/*",),
     ),
+    "prompt": Command(
+        "meddino-eval prompt", 0, None, "decoders that are trained", "goes on, the same bytes",
+        "meddino-eval prompt --model random:vitnano8 --data {root}/blobs --out out " + _PROMPTS,
+        ("out/weights/*.safetensors", "out/cases.csv", "out/predictions/**/*"), ("out/weights/fold-0_seed-0.safetensors",),
+    ),
+    "compare": Command(
+        "meddino-eval compare", 0, None, "runs that are done; of the one under way as `segment`", "goes on, the same bytes",
+        "meddino-eval compare --model m=random:vitnano8 --modes frozen finetune --data {root}/blobs --out out seeds=[0] "
+        + _NETWORKS.replace("steps=6", "steps=2"),
+        ("out/comparison*", "out/runs/*/cases.csv", "out/runs/*/weights/*.safetensors"), ("out/runs/*/metrics.json",),
+    ),
+    "score": Command(
+        "meddino-eval score", 0, None, "what stood there before", "measures anew, the same bytes",
+        "meddino-eval score --pred {predict}/out --ref {root}/blobs/labelsTr --out out", ("out/*",),
+    ),
     "linear": Command(
-        "meddino-eval knn, linear, few-shot, finetune", 0, None, "features of images", "learns anew, the same bytes",
-        "meddino-eval linear --model random:vitnano8 --data ct_contrast --root {root}/ct_contrast --out out "
-        "protocols=[knn,linear] " + _QUICK,
+        "meddino-eval knn, linear", 0, None, "features of images", "learns anew, the same bytes",
+        "meddino-eval linear " + _LABELLED + "protocols=[knn,linear] " + _QUICK,
         ("out/per_case.csv", "out/splits/*"), ("out/features/**/*.safetensors",),
+    ),
+    "few-shot": Command(
+        "meddino-eval few-shot", 0, None, "features of images", "learns anew, the same bytes",
+        "meddino-eval few-shot " + _LABELLED + "few_shot.patients_per_class=[1,2] few_shot.draws=2 " + _QUICK,
+        ("out/per_case.csv", "out/splits/*"), ("out/features/**/*.safetensors",),
+    ),
+    "finetune": Command(
+        "meddino-eval finetune", 0, None, "nothing: a study keeps jobs that are done", "learns anew, the same bytes",
+        "meddino-eval finetune " + _LABELLED + "finetune.epochs=1 " + _QUICK, ("out/per_case.csv", "out/splits/*"),
+    ),
+    "retrieve": Command(
+        "meddino-eval retrieve", 0, None, "features of images", "measures anew, the same bytes",
+        "meddino-eval retrieve " + _LABELLED + _QUICK, ("out/per_case.csv",), ("out/features/**/*.safetensors",),
+    ),
+    "detect": Command(
+        "meddino-eval detect", 0, None, "detectors that are trained, the last `training.val_every_epochs`",
+        "goes on, the same bytes",
+        f"meddino-eval detect --model random:vitnano8 --data {{root}}/boxes/boxes.csv --out out {' '.join(QUICK_DETECTOR)} "
+        "split.repeats=2",
+        ("out/weights/*", "out/per_case.csv", "out/splits/*"), ("out/weights/repeat-0.safetensors",),
+    ),
+    "prepare": Command(
+        "meddino-eval tasks prepare", 0, None, "label maps that are written", "makes it anew, the same bytes",
+        "meddino-eval tasks prepare kvasir_seg --root {root}/kvasir_seg --out out", ("out/**/*",),
     ),
     "study": Command(
         "meddino-eval study", 0, None, "jobs that are done", "goes on, the same bytes",
@@ -157,13 +211,15 @@ class Results:
             write_volume(root / ("in" if seed < 4 else "more") / f"{seed}.nii.gz", make_hu(seed))
         (root / "salt").write_text("a salt for tests of faults\n")
         write_dataset(root / "blobs")
+        write_boxes(root / "boxes")
+        make_task("kvasir_seg", root / "kvasir_seg", 4)
         write_corpus(root / "tiny", [disc_slice(number, 96, 80) for number in range(24)])
         self._made: dict[str, tuple[Path, int]] = {}
 
     def words(self, name: str, fault: str = "") -> list[str]:
         """Return a command with its inputs."""
         text = COMMANDS["build"].words.replace("{root}/in", "{root}/more") if name == "more" else COMMANDS[name].words
-        if name in ("linear", "study"):
+        if name == "study" or "ct_contrast" in text:
             self._labelled_images()
         others = {other: self.of(other)[0] for other in (*COMMANDS, "more") if f"{{{other}}}" in text}
         readers = 2 if fault in ("worker killed", "small /dev/shm") else 1
@@ -245,11 +301,16 @@ def _bytes(folder: Path) -> int:
     return sum(4096 * math.ceil(path.stat().st_size / 4096) for path in folder.rglob("*") if path.is_file())
 
 
+_SLOW = ("audit", "phantom", "compare", "score", "few-shot", "finetune", "detect")
+"""Tried in the slow tests only: others do the same with the same code."""
+
+
 def _trials() -> Iterator[object]:
     for name, command in COMMANDS.items():
         for fault in (*FAULTS, *ALSO):
             if command.code(fault) is not None:
-                yield pytest.param(name, fault, marks=() if fault == "SIGTERM" else pytest.mark.slow)
+                fast = fault == "SIGTERM" and name not in _SLOW
+                yield pytest.param(name, fault, marks=() if fast else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("name", "fault"), list(_trials()))
@@ -262,7 +323,7 @@ def test_fault__ends_as_the_table_says_and_the_same_command_goes_on(results, fol
     here = folder(size)
     prepare(results, name, here)
 
-    ended = attempt(fault, writes // 2, results.words(name, fault), here)
+    ended = attempt(fault, max(1, writes // 2), results.words(name, fault), here)
     assert ended.returncode == command.code(fault), ended.stderr[-3000:]
     assert "Traceback" not in ended.stderr
     if ended.returncode in (2, 75, 130):

@@ -1,7 +1,6 @@
 """The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 
 import meddino
 from meddino.core.errors import ConfigError
-from meddino.core.files import atomic_directory, write_json
+from meddino.core.files import atomic_directory, remove_leftovers, write_json
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.writing import write_volume
 from meddino_data_curation.phantom.dicom import write_dicom_series
@@ -64,7 +63,7 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
     """
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a new or empty folder")
-    strange = sorted(entry.name for entry in out.iterdir() if entry.name not in _OWN) if out.is_dir() else []
+    strange = sorted(entry.name for entry in out.iterdir() if not _is_own(entry.name)) if out.is_dir() else []
     if strange:
         raise ConfigError(f"--out {out} holds other things ('{strange[0]}'); name a new or empty folder")
     description = {"seed": seed, "sizes": asdict(sizes), "tool_version": meddino.__version__}
@@ -82,12 +81,13 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
                 _write_nifti(scan, scan.hu, folder / f"patient_{number:03d}.nii.gz", "RAS" if number % 3 == 1 else "LPS")
     with atomic_directory(out / "segmentation") as folder:
         _write_nnunet(folder / DATASET_NAME, sizes, seed)
-    for leftover in out.glob("*.old"):
-        shutil.rmtree(leftover)
+    remove_leftovers(out)
     write_json(note, description)
 
 
-_OWN = ("ct", "segmentation", "cohort.json")
+def _is_own(name: str) -> bool:
+    """Tell whether an entry is of a cohort; what a killed command left is (`ct.123.partial`)."""
+    return name.partition(".")[0] in ("ct", "segmentation") or name.startswith("cohort.json")
 
 
 def _write_nnunet(folder: Path, sizes: CohortSizes, seed: int) -> None:

@@ -37,7 +37,12 @@ def squares(number, size=64):
 @pytest.fixture(scope="session")
 def table_set(tmp_path_factory):
     """A folder with boxes.csv: 20 images of 10 patients, some without a box."""
-    root = tmp_path_factory.mktemp("boxes")
+    return write_boxes(tmp_path_factory.mktemp("boxes"))
+
+
+def write_boxes(root):
+    """Write boxes.csv and its 20 images of 10 patients, some without a box."""
+    root.mkdir(exist_ok=True)
     rows = []
     for number in range(20):
         pixels, boxes = squares(number)
