@@ -18,7 +18,7 @@ from meddino_evaluation.classification.images import read_slices
 from meddino_evaluation.classification.results import ALL_DATA, Run, read_per_case
 from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
 from meddino_evaluation.metrics.figures import confusion_figure, reliability_figure, roc_figure, save_figures
-from meddino_evaluation.metrics.text_table import Table, metric_text
+from meddino_evaluation.metrics.text_table import INTERVAL, Table, metric_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -197,7 +197,7 @@ def _page(content: dict[str, Any], table: Table, compact: Table, drawn: dict[str
         html.Section(
             "Results",
             html.join(
-                html.text("Mean ± deviation over runs [95 % interval over patients]; of each column the best in bold."),
+                html.text(f"Mean ± deviation over runs {INTERVAL}; of each column the best in bold."),
                 compact.html(UNDEFINED),
                 html.details("every metric", table.html(UNDEFINED)),
             ),

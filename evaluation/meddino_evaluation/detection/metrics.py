@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from meddino.core.errors import ConfigError
 from meddino_evaluation.detection.config import MetricsConfig
 from meddino_evaluation.metrics.classification import mean_of_defined
-from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges, mean_and_std
+from meddino_evaluation.metrics.statistics import SHARE, Interval, PairedResult, Resampling, exchanges, mean_and_std
 
 COCO_IOUS = np.linspace(0.5, 0.95, 10)
 _CELLS = 10**7
@@ -225,7 +226,7 @@ def summarise(
     for name in exact[0]:
         each = [_mean(numbers[name]) for numbers in exact]
         mean, deviation = mean_and_std(each)
-        interval: Interval = drawing.interval(mean, drawn[name])
+        interval: Interval = drawing.interval(mean, drawn[name], SHARE)
         metrics[name] = {"mean": mean, "std": deviation, "low": interval.low, "high": interval.high, "runs": each}
     by_class = {
         label: {name: mean_and_std([numbers[name][place] for numbers in exact])[0] for name in exact[0]}
@@ -287,8 +288,12 @@ def _ap50(
 
 
 def _side_by_side(a: Matches, b: Matches) -> Matches:
-    """Return the detections of two models as if the second had looked at images of its own."""
-    image, scores = np.concatenate([a.image, b.image + len(a.boxes)]), np.concatenate([a.scores, b.scores])
+    """Return the detections of two models as if the second had looked at images of its own.
+
+    By rank, not by score: AP sees no scale, and two scales mixed would.
+    """
+    image = np.concatenate([a.image, b.image + len(a.boxes)])
+    scores = np.concatenate([-stats.rankdata(-one.scores) for one in (a, b)])
     order = np.argsort(-scores, kind="mergesort")
     hits, boxes = np.concatenate([a.hits, b.hits], axis=1), np.concatenate([a.boxes, b.boxes])
     return Matches(image[order], scores[order], hits[:, order], boxes)

@@ -13,7 +13,7 @@ from meddino_evaluation.detection.dataset import DetectionSet, read_image
 from meddino_evaluation.detection.metrics import ImageResult, froc_curve, match
 from meddino_evaluation.detection.run import PER_CASE, read_per_case
 from meddino_evaluation.metrics.figures import save_figures
-from meddino_evaluation.metrics.text_table import Table, metric_text
+from meddino_evaluation.metrics.text_table import INTERVAL, Table, metric_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +118,7 @@ def _page(content: dict[str, Any], table: Table, by_class: Table, pictures: dict
         f"Test images: boxes in green, detections from {_SURE} on in red. These are images of patients: share this page as you "
         "would share them."
     )
-    lead = html.text("Mean ± deviation over runs [interval over patients, percentile bootstrap]. AP as COCO has it.")
+    lead = html.text(f"Mean ± deviation over runs {INTERVAL}. AP as COCO has it.")
     measured = {
         "model hash": content["model"]["hash"],
         "data": f"{data['cases']} images of {data['patients']} patients, boxes: {data['boxes']}",

@@ -13,6 +13,9 @@ from markupsafe import Markup
 from meddino.core import html
 from meddino.core.files import write_text
 
+INTERVAL = "[95 % interval over patients; none for fewer than six, as it could not hold]"
+"""What stands beside a mean in tables, for people."""
+
 
 @dataclass(frozen=True)
 class Table:

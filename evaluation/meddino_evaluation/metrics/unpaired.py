@@ -65,7 +65,7 @@ def unpaired_means(
     found = drawing[0 if len(patients[0]) <= len(patients[1]) else 1].interval(difference, drawn)
     everyone, size = np.concatenate(patients), len(patients[0])
     smallest = 2 / math.comb(len(everyone), size)
-    if smallest > 1 - level:
+    if smallest > 1 - level or min(map(len, patients)) < 2:  # of one patient nothing is known but himself
         return UnpairedResult(difference, found.low, found.high, math.nan)
     rng = numpy_rng(seed, "unpaired")
     shuffled = rng.permuted(np.tile(everyone, (PERMUTATIONS, 1)), axis=1)

@@ -18,6 +18,7 @@ from meddino.core.html import Section, colour_legend, figure, join, page, pictur
 from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
+from meddino_evaluation.metrics.statistics import can_be_significant
 from meddino_evaluation.metrics.text_table import Table
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
@@ -43,7 +44,8 @@ MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
 NOTE = (
     "Dice, averaged over the labels of a case, then over cases; mean and standard deviation over seeds, 95 % bootstrap "
     "interval over patients; p values over patients (sign-flip permutations, exact up to 13 patients; Wilcoxon), after Holm "
-    "over all pairs. Fewer than six patients cannot reach p < 0.05: intervals and p values are left out. "
+    "over all pairs; mean rank and share of resamples of the patients in which a model is first. Fewer than six patients "
+    "cannot reach p < 0.05, and their resamples are hardly different: intervals, p values and ranks are left out. "
     "† the model has seen test volumes in pretraining; "
     "? nobody looked (give --corpus)."
 )
@@ -161,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
     lost = drops(variants, elsewhere) if elsewhere else None
     write_comparison(found, variants, arguments.out, external, arguments.figures, lost)
     for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
-        sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown())
+        sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown() + too_few(one))
     if lost is not None:
         sys.stdout.write(f"\nin and out of distribution:\n{drop_table(lost).markdown()}\n{drop_pair_table(lost).markdown()}")
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
@@ -204,14 +206,25 @@ def main_table(found: dict[str, Any]) -> Table:
             entry["name"] + entry["mark"],
             _text(entry["mean"]) + (f" ± {_text(entry['std_over_seeds'])}" if entry["std_over_seeds"] is not None else ""),
             _interval(entry["interval_95"]),
-            f"{entry['mean_rank']:.2f}",
-            f"{100 * entry['share_first']:.0f} %",
+            _text(entry["mean_rank"], ".2f"),
+            _text(entry["share_first"], ".0%").replace("%", " %"),
             str(entry["cases"]),
             str(entry["seeds"]),
         )
         for entry in found["variants"]
     ]
     return Table(("model", "Dice", "95 % over patients", "mean rank", "first", "cases", "seeds"), tuple(rows))
+
+
+def too_few(found: dict[str, Any]) -> str:
+    """Return a line that says what is left out of the tables and why; "" where nothing is."""
+    patients = found["patients"]
+    if can_be_significant(patients):
+        return ""
+    return (
+        f"dashes: {patients} patient{'s' * (patients != 1)}, and from fewer than six no interval, p value, rank over resamples "
+        "or Kendall's tau could tell anything\n"
+    )
 
 
 def forest_plot(found: dict[str, Any]) -> "Figure":
@@ -250,11 +263,10 @@ def comparison_html(
     lost: dict[str, Any] | None = None,
 ) -> str:
     """Return the report: tables, intervals of differences, every case, and the best, the median and the worst in pictures."""
-    tau = found["ranking_tau"]
-    stable = text(
-        f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
-    )
-    parts = [main_table(found).html(_NO_TEST), *([stable] if tau is not None else []), text(NOTE, "note")]
+    tau, few = found["ranking_tau"], too_few(found)
+    stable = f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
+    said = [few] if few else [] if tau is None else [stable]
+    parts = [main_table(found).html(_NO_TEST), *map(text, said), text(NOTE, "note")]
     sections = [
         Section("Models", join(*parts)),
         *([Section("Pairs", join(pair_table(found).html(_NO_TEST), _forest(found)))] if found["pairs"] else []),

@@ -17,7 +17,7 @@ from meddino_evaluation.detection.run import PER_CASE
 from meddino_evaluation.detection.run import read_per_case as read_detections
 from meddino_evaluation.metrics.classification_bootstrap import paired_metric
 from meddino_evaluation.metrics.statistics import NO_RESULT, PairedResult, holm, paired_means
-from meddino_evaluation.metrics.text_table import Table, metric_text
+from meddino_evaluation.metrics.text_table import INTERVAL, Table, metric_text
 from meddino_evaluation.study.lvm_med import TaskJob, data_folder
 from meddino_evaluation.study.segmentation_runs import read_variant
 from meddino_evaluation.tasks.definition import TaskDefinition
@@ -181,7 +181,7 @@ def _segmentation(model: _Side, first: _Side, jobs: Path) -> list[tuple[str, str
 
 def _page(found: Found, results: Table, comparison: Table, absent: Table, problems: Sequence[str], out: Path) -> str:
     words = (
-        "Measured: mean ± deviation over seeds or runs [interval over patients], between 0 and 1. Published: percent, as "
+        f"Measured: mean ± deviation over seeds or runs {INTERVAL}, between 0 and 1. Published: percent, as "
         "printed by others, on their own splits: to stand beside ours, not to be tested against them."
     )
     notes = sorted({f"{job.task.name}: {note}" for job, content in found for note in _notes(job.task, content)})

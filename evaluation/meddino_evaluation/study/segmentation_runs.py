@@ -18,6 +18,7 @@ from meddino_evaluation.metrics.statistics import (
     SHARE,
     Resampling,
     bootstrap_mean,
+    can_be_significant,
     holm,
     mean_and_std,
     paired_means,
@@ -87,8 +88,9 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
         "variants": mean and standard deviation over seeds, 95 % interval over patients, mean rank, share of resamples in
         which it is first. "pairs": difference, its interval, p of Wilcoxon and of the permutation test, both over patients, and
         both also after Holm over all pairs; "smallest_p" is the least that so many patients can give, "permutations" how many
-        were drawn (0: all were tried). With fewer than six patients intervals and p values are None. "ranking_tau": mean
-        Kendall tau between the ranking and that of a resample.
+        were drawn (0: all were tried). "ranking_tau": mean Kendall tau between the ranking and that of a resample. "patients":
+        how many; with fewer than six all that says how sure a number is (intervals, p values, ranks over resamples, tau) is
+        None: resamples of one patient all agree.
 
     Raises:
         ConfigError: They were run on other data, or share no case.
@@ -103,7 +105,7 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
     patients = [patient_of[case] for case in cases]
     values = np.array([[table[case] for case in cases] for table in tables])
     ranks, tau = rank_stability(values, patients, resamples)
-    entries = []
+    entries: list[dict[str, Any]] = []
     for variant, own, (mean_rank, first) in zip(variants, values, ranks, strict=True):
         interval = bootstrap_mean(own, groups=patients, span=SHARE, resamples=resamples)
         mean, std = mean_and_std([value for value in variant.metrics["test"][metric]["by_seed"] if value is not None])
@@ -120,12 +122,13 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
                 "share_first": first,
             }
         )
-    return {"metric": metric, "variants": entries, "pairs": _pairs(variants, values, patients, resamples), "ranking_tau": tau}
+    pairs = _pairs(variants, values, patients, resamples)
+    return {"metric": metric, "patients": len(set(patients)), "variants": entries, "pairs": pairs, "ranking_tau": tau}
 
 
 def rank_stability(
     values: NDArray[np.float64], patients: Sequence[str], resamples: int
-) -> tuple[list[tuple[float, float]], float | None]:
+) -> tuple[list[tuple[float | None, float | None]], float | None]:
     """Rank variants anew in bootstrap resamples of the patients.
 
     Args:
@@ -135,9 +138,13 @@ def rank_stability(
 
     Returns:
         For each variant its mean rank (1 is best; ties share) and the share of resamples in which it is first (ties share),
-        and the mean Kendall tau to the ranking of all cases (None for one variant).
+        and the mean Kendall tau to the ranking of all cases (None for one variant). All None with too few patients for an
+        interval: their resamples are hardly different.
     """
     from scipy.stats import kendalltau, rankdata
+
+    if not can_be_significant(len(set(patients))):
+        return [(None, None)] * len(values), None
 
     drawing = Resampling(values.shape[1], patients, resamples=resamples)
     means = np.stack([drawing.means(own) for own in values], axis=1)  # [resamples, variants]

@@ -15,7 +15,7 @@ from meddino_evaluation.classification.results import ALL_DATA
 from meddino_evaluation.metrics.classification import LOWER_IS_BETTER, METRICS
 from meddino_evaluation.metrics.figures import save_figures
 from meddino_evaluation.metrics.statistics import holm
-from meddino_evaluation.metrics.text_table import Table, metric_text
+from meddino_evaluation.metrics.text_table import INTERVAL, Table, metric_text
 from meddino_evaluation.study.classification_jobs import StudyKind
 from meddino_evaluation.study.config import StudyConfig
 from meddino_evaluation.study.paired import Comparison, Found, compare_with_first
@@ -113,7 +113,7 @@ def _page(
             "Results",
             html.join(
                 html.text(
-                    "Mean ± standard deviation over runs (splits, seeds, draws) [95 % interval over patients, bootstrap]; "
+                    f"Mean ± standard deviation over runs (splits, seeds, draws) {INTERVAL}; "
                     "of each data set and training the best in bold."
                 ),
                 results[0].html(UNDEFINED),

@@ -40,3 +40,6 @@ def test_unpaired_means__too_few_patients_have_neither_interval_nor_p():
     found = unpaired_means([0.1, 0.2, 0.3], [0.9, 0.8, 0.7])
     assert math.isnan(found.p_value) and math.isnan(found.low)
     assert math.isnan(unpaired_means([], [1.0]).difference)
+    one = unpaired_means([0.1], np.linspace(0.5, 0.9, 40))  # 2 / 41 < 0.05, and still one patient is no hospital
+    assert math.isnan(one.p_value) and math.isnan(one.low)
+    assert unpaired_means([0.1, 0.12], np.linspace(0.5, 0.9, 40)).p_value < 0.05

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.cli import main
 from meddino_evaluation.metrics.statistics import paired_means, wilcoxon_signed_rank
+from meddino_evaluation.study.compare_command import comparison_html, main_table, too_few
 from meddino_evaluation.study.segmentation_runs import Variant, compare, rank_stability
 
 from tests.browser import check_page
@@ -63,6 +64,27 @@ def test_rank_stability__two_models_that_cannot_be_told_apart():
     assert ranks[0][0] + ranks[1][0] == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize("patients", range(1, 8))
+def test_compare__of_fewer_than_six_patients_nothing_says_how_sure_it_is(patients):
+    rng = np.random.default_rng(patients)
+    base = rng.uniform(0.4, 0.8, (3, patients))
+    variants = [variant("good", base + rng.uniform(0.0, 0.2, base.shape)), variant("bad", base)]
+    found = compare(variants, resamples=200)
+    entry, pair = found["variants"][0], found["pairs"][0]
+    sure = [entry["mean_rank"], entry["share_first"], *entry["interval_95"], found["ranking_tau"]]
+    sure += [*pair["interval_95"], pair["p_wilcoxon"], pair["p_wilcoxon_holm"], pair["p_permutation_holm"]]
+    cells = dict(zip(main_table(found).header, main_table(found).rows[0], strict=True))
+    page = comparison_html(found, variants, {})
+    if patients >= 6:
+        assert None not in sure and too_few(found) == "" and cells["first"].endswith(" %")
+        assert "tau between this ranking" in page
+    else:
+        assert set(sure) == {None} and (cells["first"], cells["mean rank"], cells["95 % over patients"]) == ("-", "-", "-")
+        assert f"{patients} patient" in too_few(found) and "fewer than six" in too_few(found)
+        assert "tau between this ranking" not in page and "fewer than six no interval" in page
+    assert entry["mean"] > found["variants"][1]["mean"] and pair["difference"] > 0  # what was measured stands
+
+
 def test_compare__other_data_is_refused_and_marks_are_shown():
     from meddino.core.errors import ConfigError
 
@@ -93,6 +115,7 @@ def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_
     assert main([*arguments, "--figures", "pdf"]) == 0
     said = capsys.readouterr()
     assert "first, finetune" in said.out
+    assert "from fewer than six no interval" in said.out
     assert "job 3 of 3: second, frozen (" in said.err
     assert (out / "figures" / "forest.pdf").stat().st_size > 0
     for name in ("comparison.csv", "comparison.md", "comparison_compact.tex", "pairs.csv", "comparison.json", "report.html"):
