@@ -101,6 +101,11 @@ class Corpus:
         sides = [np.minimum(part._columns["rows"], part._columns["cols"]) for part in self.parts]
         return np.concatenate(sides).astype(np.int64)
 
+    @property
+    def num_colour(self) -> int:
+        """How many slices are pictures in colour."""
+        return sum(int((part._columns["channels"] == 3).sum()) for part in self.parts)
+
     def modality(self, index: int) -> Modality:
         """Return of which modality a slice is."""
         modality: Modality = self.slices.column("modality")[index].as_py()

@@ -98,6 +98,7 @@ def build_loader(
     spec = method.views(stage.method)
     if rank() == 0:
         _tell_of_small_slices(corpus, max(spec.main_px))
+        _tell_of_colour(corpus, config)
     maker = SampleMaker(
         corpus=corpus,
         spec=spec,
@@ -120,6 +121,17 @@ def _tell_of_small_slices(corpus: Corpus, crop_px: int) -> None:
             len(sides),
             crop_px,
             int(sides.min()),
+        )
+
+
+def _tell_of_colour(corpus: Corpus, config: PretrainConfig) -> None:
+    is_grey = any(contract.modality == "image" and contract.channels == 1 for contract in config.contracts)
+    if is_grey and (count := corpus.num_colour):
+        logger.warning(
+            "corpus %s: %d of %d slices are in colour, the recipe's contract for pictures has one channel: they become grey",
+            corpus.root,
+            count,
+            len(corpus),
         )
 
 

@@ -211,6 +211,19 @@ def test_build_loader__slices_smaller_than_a_crop_are_told_once(tmp_path, caplog
     )
 
 
+def test_build_loader__colour_where_the_contract_is_grey_is_told(tmp_path, caplog, monkeypatch):
+    grey = ["input_contract={modality: ct, channels: 1}", "other_contracts=[{modality: image, mean: [0.5], std: [0.25]}]"]
+    corpus = Corpus(write_corpus(tmp_path / "corpus", [disc_slice(number, 96, 80) for number in range(8)]))
+    monkeypatch.setitem(corpus._columns, "channels", np.array([3, 3, 1, 1, 1, 1, 1, 1]))
+    for overrides, told in ((grey, "2 of 8 slices are in colour"), (["other_contracts=[{modality: image}]"], "")):
+        caplog.clear()
+        config = load_config(PretrainConfig, [Path(__file__).with_name("tiny.yaml")], overrides)
+        with caplog.at_level(logging.WARNING):
+            stage = config.stages["stage1_pretrain"]
+            build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
+        assert told in caplog.text and ("in colour" in caplog.text) == bool(told)
+
+
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):
     slices = [disc_slice(number, 96, 80) for number in range(16)]
     old, new = (Corpus(write_corpus(tmp_path / str(schema), slices, schema=schema)) for schema in (1, 2))
