@@ -95,17 +95,6 @@ class Corpus:
         spacing[column.is_valid().to_numpy(zero_copy_only=False)] = column.flatten().to_numpy().reshape(-1, 2)
         return spacing
 
-    @property
-    def shorter_sides_px(self) -> NDArray[np.int64]:
-        """Shorter side of each slice [px]."""
-        sides = [np.minimum(part._columns["rows"], part._columns["cols"]) for part in self.parts]
-        return np.concatenate(sides).astype(np.int64)
-
-    @property
-    def num_colour(self) -> int:
-        """How many slices are pictures in colour."""
-        return sum(int((part._columns["channels"] == 3).sum()) for part in self.parts)
-
     def modality(self, index: int) -> Modality:
         """Return of which modality a slice is."""
         modality: Modality = self.slices.column("modality")[index].as_py()

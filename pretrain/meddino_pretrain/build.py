@@ -95,13 +95,9 @@ def build_loader(
             stage.global_batch,
         )
     method = method_class(stage.method)
-    spec = method.views(stage.method)
-    if rank() == 0:
-        _tell_of_small_slices(corpus, max(spec.main_px))
-        _tell_of_colour(corpus, config)
     maker = SampleMaker(
         corpus=corpus,
-        spec=spec,
+        spec=method.views(stage.method),
         collate=partial(method.collate, stage.method, patch_px),
         intensities=Intensities(config.contracts, stage.augment),
         order=sample_order(corpus, config.corpus.sampling, seed, stage.global_batch),
@@ -109,30 +105,6 @@ def build_loader(
         repeat_crop=config.corpus.sampling.repeat_crop,
     )
     return Loader(maker, config.loader, first_step, stage.steps, pin_memory, stopped)
-
-
-def _tell_of_small_slices(corpus: Corpus, crop_px: int) -> None:
-    sides = corpus.shorter_sides_px
-    if count := int((sides < crop_px).sum()):
-        logger.warning(
-            "corpus %s: %d of %d slices are smaller than a crop of %d px (the smallest has %d px): they are enlarged",
-            corpus.root,
-            count,
-            len(sides),
-            crop_px,
-            int(sides.min()),
-        )
-
-
-def _tell_of_colour(corpus: Corpus, config: PretrainConfig) -> None:
-    is_grey = any(contract.modality == "image" and contract.channels == 1 for contract in config.contracts)
-    if is_grey and (count := corpus.num_colour):
-        logger.warning(
-            "corpus %s: %d of %d slices are in colour, the recipe's contract for pictures has one channel: they become grey",
-            corpus.root,
-            count,
-            len(corpus),
-        )
 
 
 def steps_of(loader: Loader, machine: Machine) -> Iterator[list[Batch]]:

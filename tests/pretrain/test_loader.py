@@ -25,7 +25,6 @@ from meddino_pretrain.data.loader import Loader, SampleMaker
 from meddino_pretrain.data.sampler import BatchShare, SampleOrder
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
 from meddino_pretrain.data.workers import WorkersLost, choose_sharing, end_worker
-from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.dinov3.config import CropsConfig, CropSizes, MaskingConfig
 from meddino_pretrain.methods.dinov3.views import add_masks, crop_views
 
@@ -194,34 +193,6 @@ def test_build_loader__a_corpus_smaller_than_a_batch_says_so(make_corpus, caplog
         loader = build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
     assert "holds 3 slices, a batch 4: each shows slices more than once" in caplog.text
     assert len(next(iter(loader)).keys) == 4
-
-
-def test_build_loader__slices_smaller_than_a_crop_are_told_once(tmp_path, caplog):
-    config = load_config(PretrainConfig, [Path(__file__).with_name("tiny.yaml")], [])
-    stage = config.stages["stage1_pretrain"]
-    crop_px = max(method_class(stage.method).views(stage.method).main_px)
-    slices = [disc_slice(number, crop_px + 8, crop_px - 2 * (number < 3)) for number in range(8)]
-    corpus = Corpus(write_corpus(tmp_path / "corpus", slices))
-    with caplog.at_level(logging.WARNING):
-        build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
-    told = [record.getMessage() for record in caplog.records if "smaller than a crop" in record.getMessage()]
-    assert (
-        len(told) == 1
-        and f"3 of 8 slices are smaller than a crop of {crop_px} px (the smallest has {crop_px - 2} px)" in told[0]
-    )
-
-
-def test_build_loader__colour_where_the_contract_is_grey_is_told(tmp_path, caplog, monkeypatch):
-    grey = ["input_contract={modality: ct, channels: 1}", "other_contracts=[{modality: image, mean: [0.5], std: [0.25]}]"]
-    corpus = Corpus(write_corpus(tmp_path / "corpus", [disc_slice(number, 96, 80) for number in range(8)]))
-    monkeypatch.setitem(corpus._columns, "channels", np.array([3, 3, 1, 1, 1, 1, 1, 1]))
-    for overrides, told in ((grey, "2 of 8 slices are in colour"), (["other_contracts=[{modality: image}]"], "")):
-        caplog.clear()
-        config = load_config(PretrainConfig, [Path(__file__).with_name("tiny.yaml")], overrides)
-        with caplog.at_level(logging.WARNING):
-            stage = config.stages["stage1_pretrain"]
-            build_loader(config, stage, 0, corpus, 8, pin_memory=False, first_step=0, stopped=lambda: False)
-        assert told in caplog.text and ("in colour" in caplog.text) == bool(told)
 
 
 def test_loader__a_corpus_of_schema_1_trains_as_one_of_today(tmp_path):
