@@ -149,3 +149,40 @@ def test_paired_ap50__difference_of_both_and_no_difference_of_one_model():
     same = paired_ap50([good], [good], 2, resamples=200)
     assert same.difference == 0
     assert same.p_value == 1
+
+
+def two_detectors(rng, patients):
+    """Two models that are equally good on one image of each patient; the second's scores are on another scale."""
+    quality, models = rng.normal(size=patients), []
+    for scale, shift in ((1.0, 0.0), (3.0, -2.0)):
+        images = []
+        for number in range(patients):
+            found = [[11.0, 11.0, 30.0, 30.0]] if rng.random() < 0.8 else []
+            logits = [rng.normal() + 1 + quality[number] for _ in found]
+            for place in range(rng.integers(0, 3)):
+                found.append([60.0, 60.0 + 5 * place, 80.0, 80.0 + 5 * place])
+                logits.append(rng.normal())
+            scores, labels = 1 / (1 + np.exp(-(scale * np.array(logits) + shift))), np.ones(len(found), int)
+            box = np.array([[10.0, 10.0, 30.0, 30.0]])
+            images.append(
+                ImageResult(f"i{number}", f"p{number}", box, np.ones(1, int), np.reshape(found, (-1, 4)), labels, scores)
+            )
+        models.append(images)
+    return models
+
+
+def _share_below_5_percent(patients, trials):
+    rng = np.random.default_rng(patients)
+    studies = [two_detectors(rng, patients) for _ in range(trials)]
+    return np.mean([paired_ap50([a], [b], 1, resamples=200).p_value <= 0.05 for a, b in studies])
+
+
+def test_paired_ap50__false_positives_are_at_most_5_percent():
+    assert _share_below_5_percent(8, 40) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 40)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("patients", [6, 10, 16])
+def test_paired_ap50__false_positives_at_each_number_of_patients(patients):
+    assert _share_below_5_percent(patients, 500) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)

@@ -43,3 +43,11 @@ def test_unpaired_means__too_few_patients_have_neither_interval_nor_p():
     one = unpaired_means([0.1], np.linspace(0.5, 0.9, 40))  # 2 / 41 < 0.05, and still one patient is no hospital
     assert math.isnan(one.p_value) and math.isnan(one.low)
     assert unpaired_means([0.1, 0.12], np.linspace(0.5, 0.9, 40)).p_value < 0.05
+
+
+@pytest.mark.parametrize("sizes", [(2, 8), (3, 20), (5, 5), (8, 12)])
+def test_unpaired_means__false_positives_are_at_most_5_percent(sizes):
+    rng, trials = np.random.default_rng(sum(sizes)), 200
+    groups = [[rng.beta(8, 2, size=size).round(2) for size in sizes] for _ in range(trials)]
+    found = np.array([unpaired_means(*each, resamples=20, seed=seed).p_value for seed, each in enumerate(groups)])
+    assert np.mean(found <= 0.05) <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
