@@ -42,6 +42,7 @@ COMMANDS = {
 LOCKED = frozenset(
     {
         "segment",
+        "tasks",
         "prompt",
         "probe",
         "predict",
