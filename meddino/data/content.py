@@ -1,5 +1,7 @@
 """The name of a volume's voxels: the same whatever file, data type or orientation they came in."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -29,8 +31,21 @@ class ContentHash:
         return self._digest.hexdigest(length=16)
 
 
-def slice_hash(values: NDArray[Any]) -> str:
-    """Return the hash of one slice of stored values, [rows, cols] or [rows, cols, channels]: that of a volume of this slice."""
-    content = ContentHash((1, *values.shape), str(values.dtype))
-    content.add(values)
+def volume_hash(slices: Iterable[NDArray[Any]], count: int) -> str:
+    """Return the hash of a volume.
+
+    Args:
+        slices: Stored values, each [rows, cols] or [rows, cols, channels], from the feet up; one at a time is held.
+        count: How many, at least one.
+    """
+    waiting = iter(slices)
+    first = next(waiting)
+    content = ContentHash((count, *first.shape), str(first.dtype))
+    for values in itertools.chain([first], waiting):
+        content.add(values)
     return content.hexdigest()
+
+
+def slice_hash(values: NDArray[Any]) -> str:
+    """Return the hash of one slice of stored values: that of a volume of this slice."""
+    return volume_hash([values], 1)

@@ -18,14 +18,14 @@ from meddino.core.device import Machine
 from meddino.core.errors import MedDINOError, VolumeError
 from meddino.core.files import atomic_write, canonical_json
 from meddino.core.logging import get_logger
-from meddino.data.content import ContentHash, slice_hash
+from meddino.data.content import slice_hash, volume_hash
 from meddino.data.intensity import Modality
-from meddino.data.model_input import stored_type
 from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import DatasetConfig
 from meddino_evaluation.classification.images import SliceStack, read_slices
 from meddino_evaluation.data.case import ClassCase
+from meddino_evaluation.data.prepare import stored_slice
 
 _log = get_logger(__name__)
 _CASES_A_PART = 64
@@ -120,15 +120,9 @@ def slice_hashes(stack: SliceStack) -> tuple[str, ...]:
 
 def corpus_hashes(stack: SliceStack) -> tuple[str, ...]:
     """Return content hashes as the manifests of a corpus have them: of all slices together, and of each."""
-    if stack.kind == "hu":
-        stored = np.clip(np.rint(stack.values[:, 0]), -32768, 32767).astype(np.int16)
-    else:
-        stored = np.moveaxis(stack.values.astype(stored_type(stack.values.dtype)), 1, -1)
-        stored = stored[..., 0] if stored.shape[-1] == 1 else stored
-    whole = ContentHash(stored.shape, str(stored.dtype))
-    for one in stored:
-        whole.add(one)
-    return (whole.hexdigest(), *map(slice_hash, stored))
+    modality: Modality = "ct" if stack.kind == "hu" else "image"
+    stored = [stored_slice(values, modality, colour=stack.values.shape[1] == 3) for values in stack.values]
+    return (volume_hash(stored, len(stored)), *map(slice_hash, stored))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from meddino.core.errors import VolumeError
-from meddino.data.content import ContentHash
+from meddino.data.content import volume_hash
 from meddino.data.intensity import Modality
 from meddino.data.model_input import stored_type, value_range
 from meddino.volumes.geometry import Geometry
@@ -184,19 +184,27 @@ def content_hash(images: NDArray[Any], modality: Modality = "ct") -> str:
     """Name a volume by its voxels, as `meddino-curate` does in volumes.parquet, whatever the file's format.
 
     Args:
-        images: [Z, C, Y, X] in LPS order; the first channel counts.
-        modality: What its values mean; those of CT count as int16, others as they are stored.
+        images: [Z, C, Y, X] in LPS order. The first channel counts, all three of a picture in colour; one whose three channels
+            are alike was grey.
+        modality: What its values mean.
     """
-    if modality != "ct":
-        dtype = stored_type(images.dtype)
-        stored = ContentHash((len(images), images.shape[2], images.shape[3]), str(dtype))
-        for slice_ in images:
-            stored.add(slice_[0].astype(dtype))
-        return stored.hexdigest()
-    content = ContentHash((len(images), images.shape[2], images.shape[3]))
-    for slice_ in images:
-        content.add(np.clip(np.rint(slice_[0]), -32768, 32767).astype(np.int16))
-    return content.hexdigest()
+    colour = modality == "image" and images.shape[1] == 3 and bool((images != images[:, :1]).any())
+    return volume_hash((stored_slice(values, modality, colour) for values in images), len(images))
+
+
+def stored_slice(values: NDArray[Any], modality: Modality, colour: bool) -> NDArray[Any]:
+    """Return a slice as a corpus stores it, [Y, X] or [Y, X, 3].
+
+    Args:
+        values: [C, Y, X].
+        modality: What its values mean; those of CT are kept as int16, others as they are.
+        colour: Whether its three channels count; else the first one does.
+    """
+    if modality == "ct":
+        hounsfield: NDArray[np.int16] = np.clip(np.rint(values[0]), -32768, 32767).astype(np.int16)
+        return hounsfield
+    stored = values.astype(stored_type(values.dtype))
+    return np.moveaxis(stored, 0, -1) if colour else stored[0]
 
 
 def _as_intensities(images: NDArray[Any], name: str) -> NDArray[Any]:

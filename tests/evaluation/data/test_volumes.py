@@ -4,9 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from meddino_evaluation.data.pictures import pixel_grid, read_planes
 from meddino_evaluation.data.prepare import GridRule, prepare_volume
+from PIL import Image
 
 from meddino.core.errors import VolumeError
+from meddino.data.content import slice_hash
 from meddino.volumes.orientation import Turn, turn_to_lps
 from meddino.volumes.read import read_label_map, read_volume
 from meddino.volumes.writing import write_label_map
@@ -131,3 +134,18 @@ def test_turn__every_permutation_and_flip_is_undone():
         for flips in itertools.product((False, True), repeat=3):
             turn = Turn(order, flips)
             np.testing.assert_array_equal(turn.undo(turn.apply(array)), array)
+
+
+@pytest.mark.parametrize("shape", [(7, 9, 3), (7, 9)])
+def test_content_hash__of_a_picture_is_that_of_the_slice_which_a_corpus_stores(shape, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    planes = read_planes(tmp_path / "a.png", 3)
+    case = prepare_volume("a", planes, pixel_grid(7, 9), GridRule(size_px=8), modality="image")
+    assert case.content_hash == slice_hash(pixels)
+
+
+def test_content_hash__of_several_channels_the_first_counts():
+    values = np.random.default_rng(0).integers(0, 2000, (3, 1, 7, 9), dtype=np.uint16)
+    case = prepare_volume("a", values, pixel_grid(7, 9), GridRule(size_px=8), modality="mr")
+    assert case.content_hash == slice_hash(values[0, 0])
