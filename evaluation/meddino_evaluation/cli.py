@@ -42,7 +42,6 @@ COMMANDS = {
 LOCKED = frozenset(
     {
         "segment",
-        "tasks",
         "prompt",
         "probe",
         "predict",
@@ -55,6 +54,7 @@ LOCKED = frozenset(
         "retrieve",
         "study",
         "detect",
+        "tasks",
     }
 )
 """Commands of which two at a time in one folder would mix their results."""

@@ -347,7 +347,7 @@ def show_plan(
     stages: Sequence[str],
     machine: PlannedMachine,
     corpus_comes: bool = False,
-    any_disk: bool = False,
+    warn_disk: bool = False,
 ) -> Iterator[str]:
     """Check all that a run needs and yield what it would take, as lines for people.
 
@@ -358,7 +358,7 @@ def show_plan(
         stages: Only these; all if empty.
         machine: What it would run on.
         corpus_comes: A corpus may not be there yet.
-        any_disk: A lack of room for the checkpoints is a line, no refusal.
+        warn_disk: A lack of room for the checkpoints is a line of the plan, no refusal.
 
     Raises:
         MedDINOError: What the run itself would end with: wrong corpus or weights, no room in memory or on the disk.
@@ -384,7 +384,7 @@ def show_plan(
     try:
         _check_room(out, sum(each.disk_bytes for each in plans))
     except MedDINOError as error:
-        if not any_disk:
+        if not warn_disk:
             raise
         yield f"disk: {error}"
 

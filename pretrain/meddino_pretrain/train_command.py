@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", metavar="NxP[xGPU]", help="for these machines: nodes x processes x kind of GPU, e.g. 4x8xh100"
     )
     plan.add_argument("--corpus-comes", action="store_true", help="the corpus is still being made")
-    plan.add_argument("--any-disk", action="store_true", help="tell a lack of room on the disk instead of refusing")
+    plan.add_argument("--warn-disk", action="store_true", help="a lack of room on the disk is a line of the plan, no refusal")
 
 
 def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
     """Train, or say what it would take."""
     if arguments.processes < 1:
         raise ConfigError(f"--processes {arguments.processes} must be at least 1")
-    if not arguments.plan and (arguments.machine or arguments.corpus_comes or arguments.any_disk):
-        raise ConfigError("--machine, --corpus-comes and --any-disk belong to --plan")
+    if not arguments.plan and (arguments.machine or arguments.corpus_comes or arguments.warn_disk):
+        raise ConfigError("--machine, --corpus-comes and --warn-disk belong to --plan")
     if arguments.plan:
         _plan(arguments)
         return None
@@ -93,6 +93,6 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
     machine = named_machine(arguments.machine) if arguments.machine else this_machine(config, arguments.processes)
-    assumed = (arguments.corpus_comes, arguments.any_disk)
+    assumed = (arguments.corpus_comes, arguments.warn_disk)
     for line in show_plan(config, arguments.corpus, arguments.out, arguments.stage, machine, *assumed):
         write_line(line)

@@ -131,5 +131,5 @@ def own_checks(site: SiteConfig, command: str, arguments: Sequence[str], waits: 
     machine = [f"{resources.nodes}x{resources.tasks_per_node}"]
     if resources.gpus_per_node and site.gpu is not None:
         machine.append(site.gpu)
-    assumed = [*(["--corpus-comes"] if waits else []), *(["--any-disk"] if show_only else [])]
+    assumed = [*(["--corpus-comes"] if waits else []), *(["--warn-disk"] if show_only else [])]
     return ask_pretrain([*arguments, "--plan", "--machine", "x".join(machine), *assumed])

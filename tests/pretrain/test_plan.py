@@ -102,7 +102,7 @@ def test_plan_command__a_full_disk_is_refused_after_the_plan_or_told(make_corpus
     assert main(words) == 2
     refused = capsys.readouterr()
     assert "no room for the run's checkpoints" in refused.err and all(name in refused.out for name in NAMES)
-    assert main([*words, "--any-disk"]) == 0
+    assert main([*words, "--warn-disk"]) == 0
     assert "disk: no room for the run's checkpoints" in capsys.readouterr().out
 
 

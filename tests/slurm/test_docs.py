@@ -89,7 +89,7 @@ def reader_folder(tmp_path_factory, corpus):
 @pytest.mark.parametrize("line", PRETRAIN)
 def test_pretrain_line__would_not_fail_in_the_queue(line, reader_folder, monkeypatch, capsys):
     monkeypatch.chdir(reader_folder)
-    assert pretrain([*shlex.split(line), "--plan", "--machine", "1x8xa100", "--any-disk"]) == 0, capsys.readouterr().err
+    assert pretrain([*shlex.split(line), "--plan", "--machine", "1x8xa100", "--warn-disk"]) == 0, capsys.readouterr().err
     assert "weights" in capsys.readouterr().out or "init.weights" not in line
 
 

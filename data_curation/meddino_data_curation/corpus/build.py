@@ -97,11 +97,7 @@ def build(
     _tell_of_patients(fresh, config)
     found.candidates = sorted(fresh, key=lambda item: (item.source, item.source_path))  # the same with any salt
     listed = apply_lists(found.candidates, exclusions, config, salt, corpus)
-    if listed_before is not None and listed.digest != listed_before:
-        raise ConfigError(
-            "exclusion lists name other volumes than when the parts were built; run this in the folder where the parts ran "
-            "(paths in lists may count from there), or build the parts again"
-        )
+    _check_same_lists(listed, listed_before)
     inputs = _inputs_hash(found, config, exclusions.digest + listed.digest + salt.fingerprint)
     if _is_finished(corpus, inputs):
         return True
@@ -124,6 +120,14 @@ def build(
         work.remove()
     _tell("new volumes" if known else str(corpus), info["totals"], found)
     return True
+
+
+def _check_same_lists(listed: ExclusionMatch, listed_before: str | None) -> None:
+    if listed_before is not None and listed.digest != listed_before:
+        raise ConfigError(
+            "exclusion lists name other volumes than when the parts were built; run this in the folder where the parts ran "
+            "(paths in lists may count from there), or build the parts again"
+        )
 
 
 def _tell_of_patients(fresh: Sequence[Candidate], config: CurationConfig) -> None:

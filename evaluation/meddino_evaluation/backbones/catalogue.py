@@ -94,9 +94,8 @@ CATALOGUE: dict[str, Entry] = {
         "samvit_base_patch16",
         "https://github.com/duyhominhnguyen/LVM-Med",
         "CC BY-NC-ND 2.0",
-        arguments=MappingProxyType(
-            {"use_abs_pos": False}
-        ),  # as its authors build it: SAM's encoder without a position embedding
+        # As its authors build it: SAM's encoder without a position embedding.
+        arguments=MappingProxyType({"use_abs_pos": False}),
         prefixes=_SAM,
     ),
 }

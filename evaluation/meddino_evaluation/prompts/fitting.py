@@ -70,14 +70,8 @@ def fit_decoder(
     optimizer = torch.optim.AdamW(learning, lr=training.lr, weight_decay=training.weight_decay)
     freeze = FreezeCheck(network.backbone, network.parts if training.steps else {})
     before = state_hash(network.prompt_encoder)
-    loop = FitLoop(
-        network,
-        optimizer,
-        linear_decay(optimizer, max(training.steps, 1)),
-        loss_of,
-        training.steps,
-        clip_norm=training.clip_norm,
-    )
+    schedule = linear_decay(optimizer, max(training.steps, 1))
+    loop = FitLoop(network, optimizer, schedule, loss_of, training.steps, clip_norm=training.clip_norm)
     network.train()
     with open_log(out, split.number, seed) as stream:
 

@@ -161,8 +161,8 @@ class DINOv3(Method):
         dtype = self.machine.compute_dtype
         cls = _joint_targets(self.teacher.dino_head, [part for part, _ in bottlenecks], self._temperature, dtype)
         # Gigabytes are in the patches' alone.
-        spare = self.student.backbone.recomputes and self.machine.is_accelerator
-        patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], self._temperature, dtype, spare)
+        give_up = self.student.backbone.recomputes and self.machine.is_accelerator
+        patches = _joint_targets(self.teacher.ibot_head, [part for _, part in bottlenecks], self._temperature, dtype, give_up)
         self._observed = _observe(cls)
         koleo = self._koleo_gradients(batches, plans)
         shared = [[*each] for each in (plans, cls, patches, koleo)]
@@ -271,13 +271,13 @@ def _head(in_dim: int, config: HeadConfig) -> ProjectionHead:
 
 
 def _joint_targets(
-    head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype, spare: bool = False
+    head: ProjectionHead, parts: list[Tensor], temperature: float, dtype: torch.dtype, give_up_kernel: bool = False
 ) -> list[SinkhornTargets]:
     """Balance the teacher's logits of all micro-batches together, and return each one's targets."""
     bottleneck = parts[0] if len(parts) == 1 else torch.cat(parts)
     # Gathered here: inside the network's own forward FSDP2 lends a weight that is gone afterwards.
     logits = TeacherLogits(bottleneck, whole(head.last_layer.weight), dtype)
-    joint = sinkhorn_targets(logits, temperature, give_up_kernel=spare)
+    joint = sinkhorn_targets(logits, temperature, give_up_kernel=give_up_kernel)
     ends = list(itertools.accumulate(len(part) for part in parts))
     return [joint.rows(end - len(part), end) for end, part in zip(ends, parts, strict=True)]
 
