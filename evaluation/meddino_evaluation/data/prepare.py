@@ -201,8 +201,8 @@ def stored_slice(values: NDArray[Any], modality: Modality, colour: bool) -> NDAr
         colour: Whether its three channels count; else the first one does.
     """
     if modality == "ct":
-        hounsfield: NDArray[np.int16] = np.clip(np.rint(values[0]), -32768, 32767).astype(np.int16)
-        return hounsfield
+        whole: NDArray[np.int16] = np.clip(np.rint(values[0]), -32768, 32767).astype(np.int16)
+        return whole
     stored = values.astype(stored_type(values.dtype))
     return np.moveaxis(stored, 0, -1) if colour else stored[0]
 
