@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +19,12 @@ from pathlib import Path
 from rich.live import Live
 from rich.table import Table
 
-from meddino.core.command import command_parser, run_command
-from meddino.core.errors import MedDINOError
-from meddino.core.files import write_json, write_text
+from meddino.core.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, command_parser, run_command
+from meddino.core.errors import MedDINOError, StoppedEarly
+from meddino.core.files import locked_folder, write_json, write_text
 from meddino.core.logging import console
+from meddino.distributed.exit_codes import judge
+from meddino.distributed.launcher import LocalProcesses, Signals, tied, watch
 
 PHANTOM_SALT = "meddino-demo"  # the cohort is public and nobody's: a public salt gives the same bytes everywhere
 POLL_S = 0.25
@@ -175,8 +177,11 @@ def run_steps(plan: Plan) -> dict[str, float]:
     Returns:
         Seconds each took, by the step's name; also kept in `times.json`, where a later run of the same demo adds up.
 
+    A signal goes on to the command that runs, which saves what it can; what it ends with, the demo ends with.
+
     Raises:
-        MedDINOError: A command failed; the message ends with the last lines of its log.
+        MedDINOError: A command failed; in its words, or with the last lines of its log.
+        StoppedEarly: A signal came, or a command wants to be run again.
     """
     (plan.out / "logs").mkdir(parents=True, exist_ok=True)
     write_salt(salt_file(plan.is_phantom, plan.out), plan.is_phantom)
@@ -199,21 +204,33 @@ def _run(step: Step, log: Path, live: Live) -> float:
     program = Path(sys.executable).with_name(step.command[0])
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(step.command)}\n".encode())
-        stream.flush()
-        process = subprocess.Popen([str(program), *step.command[1:]], stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            while process.poll() is None:
-                live.update(_status(log, time.monotonic() - started))
-                time.sleep(POLL_S)
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    signals = Signals()
+    with signals.noted():
+        process = LocalProcesses(tied([str(program), *step.command[1:]]), [os.environ], [log])
+        endings, _ = watch(
+            process, signals, reason_to_end=lambda: live.update(_status(log, time.monotonic() - started)), poll_s=POLL_S
+        )
     live.update("")
-    if process.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise MedDINOError(f"'{step.title}' ended with exit code {process.returncode}; the end of {log}:\n{tail}")
+    code = judge(endings, process.exit_code() or EXIT_DONE).exit_code
+    if code not in (EXIT_DONE, EXIT_RUN_AGAIN, EXIT_INTERRUPTED):
+        raise _failure(step, code, log)
+    if code == EXIT_INTERRUPTED or signal.SIGINT in signals.seen:
+        raise KeyboardInterrupt
+    if signals.seen:
+        raise StoppedEarly(f"stopped by {signal.Signals(min(signals.seen)).name}; the same command again goes on")
+    if code == EXIT_RUN_AGAIN:
+        raise StoppedEarly(f"'{step.title}' was stopped ({endings[0].how}), see {log}; the same command again goes on")
     return round(time.monotonic() - started, 1)
+
+
+def _failure(step: Step, code: int, log: Path) -> MedDINOError:
+    """Return why a command has failed: in its own words where it has said so in a line, else with the end of its log."""
+    lines = log.read_text(errors="replace").splitlines()
+    said = next((line for line in reversed(lines) if line.startswith(step.command[0]) and ": error: " in line), None)
+    if code == EXIT_WRONG_INPUT and said:
+        return MedDINOError(f"'{step.title}': {said.partition(': error: ')[2]} (log: {log})")
+    tail = "\n".join(lines[-15:])
+    return MedDINOError(f"'{step.title}' ended with exit code {code}; the end of {log}:\n{tail}")
 
 
 def _status(log: Path, seconds: float) -> Table:
@@ -242,9 +259,10 @@ def _handle(arguments: argparse.Namespace) -> None:
     from meddino.demo_report import print_table, read_summary, write_report  # imports torch: not before --help
 
     plan = make_plan(arguments.data, arguments.out, arguments.seed)
-    seconds = run_steps(plan)
-    summary = read_summary(plan.out, seconds)
-    write_report(plan.out, summary, [shlex.join(step.command) for step in plan.steps()])
+    with locked_folder(plan.out):
+        seconds = run_steps(plan)
+        summary = read_summary(plan.out, seconds)
+        write_report(plan.out, summary, [shlex.join(step.command) for step in plan.steps()])
     print_table(summary)
     console.print(f"\nreport: {plan.out / 'report.html'}")
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -160,7 +161,7 @@ def watch(
         step: The processes.
         signals: Handed on to them.
         grace_s: How long the others may take after one has died.
-        reason_to_end: Asked again and again: why all must be ended now, or None.
+        reason_to_end: Asked at every look: why all must be ended now, or None.
         poll_s: How often to look.
 
     Returns:
@@ -282,3 +283,14 @@ def end_with(parent: int) -> None:
     prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def tied(command: Sequence[str]) -> list[str]:
+    """Return a command that runs the given one, and that `end_with` ends together with this process.
+
+    Args:
+        command: The path of a program, and its arguments.
+    """
+    # A program of its own: between fork and exec, where `preexec_fn` would do it, a process with threads may not do much.
+    begin = f"import os, sys; from {__name__} import end_with; end_with({os.getpid()}); os.execv(sys.argv[1], sys.argv[1:])"
+    return [sys.executable, "-c", begin, *command]
