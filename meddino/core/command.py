@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from meddino.core.errors import MedDINOError, StoppedEarly
 from meddino.core.files import is_disk_full
@@ -41,6 +42,33 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """Keeps the examples in a description as they are written and shows the defaults."""
 
 
+class _StoreOnce(argparse.Action):
+    """Stores an option's value; a second one would replace the first without a word, so it is refused."""
+
+    _stored_in: argparse.Namespace | None = None
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if self.option_strings and self._stored_in is namespace:
+            parser.error(f"{option_string} is given twice, {getattr(namespace, self.dest)} and {values}; it is allowed once")
+        self._stored_in = namespace
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its subcommands' parsers are of this class as well."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.register("action", None, _StoreOnce)
+        self.register("action", "store", _StoreOnce)
+
+
 def command_parser(program: str, description: str, example: str) -> argparse.ArgumentParser:
     """Return a parser whose --help ends with an example that works.
 
@@ -49,9 +77,7 @@ def command_parser(program: str, description: str, example: str) -> argparse.Arg
         description: One sentence.
         example: One or more lines as a user would type them.
     """
-    parser = argparse.ArgumentParser(
-        prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=HelpFormatter
-    )
+    parser = _Parser(prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=HelpFormatter)
     parser.add_argument("-v", "--verbose", action="store_true", help="also print debug records")
     return parser
 

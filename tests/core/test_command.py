@@ -91,6 +91,20 @@ def test_run_command__overrides_stand_anywhere():
     assert seen == [["a=1", "c=2", "d.e=[3]"]]
 
 
+def test_command_parser__an_option_given_twice_is_refused_and_a_parser_serves_again(capsys):
+    parser = command_parser("prog", "does.", "prog x")
+    command = parser.add_subparsers().add_parser("knn")
+    command.add_argument("--model")
+    command.add_argument("--draw", action="append")
+    command.add_argument("overrides", nargs="*")
+    assert run_command(parser, ["knn", "--model", "a", "--draw", "1", "--draw", "2"], lambda found: None) == 0
+    assert run_command(parser, ["knn", "--model", "b", "x=1"], lambda found: None) == 0
+    with pytest.raises(SystemExit, match="2"):
+        run_command(parser, ["knn", "--model", "a", "--model", "b"], lambda found: None)
+    said = capsys.readouterr().err
+    assert "--model" in said and "twice" in said and "a and b" in said
+
+
 def test_run_command__unknown_option_is_still_refused():
     parser = command_parser("meddino-x", "Do.", "meddino-x")
     parser.add_argument("overrides", nargs="*")
