@@ -48,7 +48,7 @@ def test_audit__of_what_cannot_be_read_is_an_error_and_no_audit(corpus, salt_fil
     truncated(tmp_path / "testset" / "y.nii.gz")
     assert run_audit(corpus, salt_file, tmp_path / "testset", "--name", "testset") == 2
     printed = capsys.readouterr()
-    assert "testset: none of 1 volumes could be read as CT, so nothing was compared" in printed.err
+    assert "testset: none of 1 volumes could be used, so nothing was compared" in printed.err
     assert "testset: 1 MORE COULD NOT BE READ" in printed.out
     assert Corpus(corpus).info["audit"] == []
     assert run_audit(corpus, salt_file, tmp_path / "testset", "--allow-unread") == 2

@@ -84,10 +84,10 @@ def _labels(root):
     ("prepare", "words"),
     [
         (_empty, "no CT volume under"),
-        (_splits, "held-out data is a folder of volumes, a corpus, or a list"),
-        (_truncated, "none of 1 volumes could be read as CT, so nothing was compared"),
+        (_splits, "held-out data is a folder of volumes or pictures, a corpus"),
+        (_truncated, "none of 1 volumes could be used, so nothing was compared"),
         (_partly, "1 of 2 volumes could not be read"),
-        (_labels, "none of 1 volumes could be read as CT"),
+        (_labels, "none of 1 volumes could be used"),
     ],
 )
 def test_exclude__what_is_wrong_with_it_is_told_before_anything_is_curated(tmp_path, salt_file, capsys, prepare, words):

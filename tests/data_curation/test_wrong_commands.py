@@ -1,7 +1,9 @@
 """What a user may get wrong on the command line is one line and exit code 2, never a traceback."""
 
+import numpy as np
 import pytest
 from meddino_data_curation.cli import main
+from PIL import Image
 
 from tests.data_curation.conftest import make_hu, write_volume
 
@@ -59,3 +61,36 @@ def test_build__into_the_folder_one_stands_in(tmp_path, monkeypatch):
     assert (tmp_path / "corpus" / "corpus.json").is_file()
     assert (tmp_path / "corpus.private" / "salt").is_file()
     assert main(["verify", "."]) == 0
+
+
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        (["ct"], "error: no CT volume under 0: 1 files, none of them DICOM, NIfTI, NRRD, MHA or MHD"),
+        (["mr"], "error: no MR volume under 0: 1 files, none of them DICOM, NIfTI, NRRD, MHA or MHD"),
+        (["image"], "error: no picture under 0: 1 files, none of them DICOM, NIfTI, NRRD, MHA, MHD, PNG"),
+        (["auto"], "error: no volume or picture under 0: 1 files, none of them DICOM, NIfTI, NRRD, MHA, MHD, PNG"),
+        (["ct", "mr"], "error: no volume under 0, 1: 2 files, none of them DICOM, NIfTI, NRRD, MHA or MHD"),
+        (["ct", "image"], "error: no volume or picture under 0, 1: 2 files"),
+    ],
+)
+def test_build__says_what_it_looked_for_in_a_source_of_each_modality(kinds, said, tmp_path, monkeypatch, capsys):
+    for number, _ in enumerate(kinds):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "notes.txt").write_text("nothing else here")
+    sources = "".join(f"  - {{name: s{number}, path: '{number}', modality: {kind}}}\n" for number, kind in enumerate(kinds))
+    (tmp_path / "sources.yaml").write_text(f"sources:\n{sources}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "--config", "sources.yaml", "--out", "corpus", "workers=1"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_audit__says_what_it_looked_for_beside_a_corpus_of_pictures(tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "empty").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "sources.yaml").write_text("sources:\n  - {name: pictures, path: in, modality: image}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["build", "--config", "sources.yaml", "--out", "corpus", "workers=1"]) == 0
+    assert main(["audit", "corpus", "--against", "empty"]) == 2
+    assert "no picture under empty: 0 files" in capsys.readouterr().err

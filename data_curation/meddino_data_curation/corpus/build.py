@@ -22,7 +22,7 @@ from meddino_data_curation.privacy import Salt, load_salt, private_folder, write
 from meddino_data_curation.progress import progress
 from meddino_data_curation.selection.volume_job import VolumeJob
 from meddino_data_curation.sources.candidates import Candidate
-from meddino_data_curation.sources.discovery import Discovery, discover
+from meddino_data_curation.sources.discovery import Discovery, discover, nothing_found
 from meddino_data_curation.sources.licences import NOT_STATED, needs_decision
 from meddino_data_curation.sources.patient_ids import told_by_name, without_common_names
 from meddino_data_curation.worker_pool import run_volumes, worker_count
@@ -152,7 +152,7 @@ def _tell(corpus: str, totals: dict[str, int], found: Discovery) -> None:
         corpus, totals["slices"], totals["accepted"], totals["rejected"], totals["duplicate"],
     )  # fmt: skip
     if found.unused:
-        _logger.warning("%d files could not be used: %s", found.unused.total(), _unused_text(found))
+        _logger.warning("%d files could not be used: %s", found.unused.total(), found.told())
 
 
 def check_out(corpus: Path) -> None:
@@ -175,18 +175,11 @@ def _check_found(found: Discovery, config: CurationConfig) -> None:
     if not config.sources:
         raise ConfigError("no source; name a folder of CT volumes, or `sources` in a config")
     if not found.candidates:
-        where = ", ".join(str(source.path) for source in config.sources)
-        seen = sum(found.files.values())
-        unused = f" ({_unused_text(found)})" if found.unused else ""
-        raise ConfigError(f"no CT volume under {where}: {seen} files, none of them DICOM, NIfTI, NRRD, MHA or MHD{unused}")
+        raise ConfigError(nothing_found(config.sources, found))
     with_volumes = {candidate.source for candidate in found.candidates}
     for number, source in enumerate(config.sources):
         if number not in with_volumes:
             _logger.warning("source '%s' holds no file that may be a volume; is its path right, and its include?", source.name)
-
-
-def _unused_text(found: Discovery) -> str:
-    return "; ".join(f"{count} x {kind}" for kind, count in found.unused.most_common())
 
 
 def _check_licences(config: CurationConfig) -> None:

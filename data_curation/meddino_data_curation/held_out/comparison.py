@@ -32,7 +32,7 @@ def unread_problem(name: str, held_out: HeldOutScan, allow_unread: bool, option:
     unread = held_out.unread.total()
     if not held_out.volumes:
         told = _reasons(held_out.unread + held_out.no_ct)
-        return f"{name}: none of {len(held_out.rows)} volumes could be read as CT, so nothing was compared: {told}"
+        return f"{name}: none of {len(held_out.rows)} volumes could be used, so nothing was compared: {told}"
     if unread and not allow_unread:
         return (
             f"{name}: {unread} of {unread + held_out.volumes} volumes could not be read ({_reasons(held_out.unread)}): scans "

@@ -20,7 +20,7 @@ from meddino_data_curation.progress import progress
 from meddino_data_curation.selection.fingerprint import Fingerprint
 from meddino_data_curation.selection.volume_job import VolumeJob
 from meddino_data_curation.sources.candidates import Candidate
-from meddino_data_curation.sources.discovery import Discovery, discover
+from meddino_data_curation.sources.discovery import Discovery, discover, nothing_found
 from meddino_data_curation.sources.patient_ids import RULES_VERSION, key_inside, without_common_names
 from meddino_data_curation.worker_pool import run_volumes, worker_count
 
@@ -104,10 +104,9 @@ def volumes_of(sources: Sequence[SourceConfig], salt: Salt, workers: int) -> tup
     folders = [source for source in sources if not _is_corpus(source)]
     found = discover(folders, salt, workers)
     if folders and not found.candidates:
-        seen = "; ".join(f"{count} files {reason}" for reason, count in sorted(found.unused.items()))
         raise ConfigError(
-            f"no CT volume under {', '.join(str(source.path) for source in folders)}{f' ({seen})' if seen else ''}: "
-            "held-out data is a folder of volumes, a corpus, or a list (.txt, .csv) with an id or path a line"
+            f"{nothing_found(folders, found)}; held-out data is a folder of volumes or pictures, a corpus, or a list (.txt, "
+            ".csv) with an id or path a line"
         )
     return without_common_names(found.candidates, folders, salt), _hidden_in_files(found)
 

@@ -44,6 +44,7 @@ from meddino_data_curation.worker_pool import in_processes
 
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _MANY_FILES = 2000  # headers take 0.7 ms each, starting processes a second
+_VOLUME_FORMATS = "DICOM, NIfTI, NRRD, MHA or MHD"
 _UNUSED = ("unreadable: ", "not read: ")
 
 
@@ -64,6 +65,10 @@ class Discovery:
     def unused(self) -> Counter[str]:
         """How many files may have been meant as a volume or slice and are none, by reason."""
         return Counter({kind: count for kind, count in self.files.items() if kind.startswith(_UNUSED)})
+
+    def told(self) -> str:
+        """Return that for people."""
+        return "; ".join(f"{count} x {kind}" for kind, count in self.unused.most_common())
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,24 @@ def discover(sources: Sequence[SourceConfig], salt: Salt, workers: int = 1) -> D
         sorting.finish()
     found.candidates.sort(key=lambda candidate: candidate.volume_id)
     return found
+
+
+def nothing_found(sources: Sequence[SourceConfig], found: Discovery) -> str:
+    """Say what was looked for in vain under sources, in the words of their modality.
+
+    Args:
+        sources: That hold nothing which may be a volume or a picture.
+        found: There.
+    """
+    looked_for = {source.modality for source in sources}
+    with_pictures = any(source.takes_pictures for source in sources)
+    modality = looked_for.pop() if len(looked_for) == 1 else "auto"
+    volume = "volume" if modality in ("auto", "image") else f"{modality.upper()} volume"
+    what = "picture" if modality == "image" else f"{volume} or picture" if with_pictures else volume
+    formats = "DICOM, NIfTI, NRRD, MHA, MHD, PNG, JPEG, TIFF, BMP, WebP or npz" if with_pictures else _VOLUME_FORMATS
+    where = ", ".join(str(source.path) for source in sources)
+    told = f" ({found.told()})" if found.unused else ""
+    return f"no {what} under {where}: {found.files.total()} files, none of them {formats}{told}"
 
 
 class _Sorting:
