@@ -39,25 +39,8 @@ COMMANDS = {
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 
 
-LOCKED = frozenset(
-    {
-        "segment",
-        "prompt",
-        "probe",
-        "predict",
-        "score",
-        "compare",
-        "knn",
-        "linear",
-        "few-shot",
-        "finetune",
-        "retrieve",
-        "study",
-        "detect",
-        "tasks",
-    }
-)
-"""Commands of which two at a time in one folder would mix their results."""
+UNLOCKED = frozenset({"datasets", "nnunet-plans", "weights", "show", "visualize"})
+"""Commands that two may run at a time in one folder; results of the others would mix."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,10 +76,10 @@ def _handle(arguments: argparse.Namespace) -> None:
 def _works_alone(arguments: argparse.Namespace) -> bool:
     """False where others may write into the same folder: parts of a comparison do on purpose, each on jobs of its own."""
     if not hasattr(arguments, "part"):
-        return arguments.command in LOCKED
+        return arguments.command not in UNLOCKED
     from meddino_evaluation.study.jobs import parse_part
 
-    return arguments.command in LOCKED and parse_part(arguments.part) is None and not arguments.list
+    return arguments.command not in UNLOCKED and parse_part(arguments.part) is None and not arguments.list
 
 
 if __name__ == "__main__":

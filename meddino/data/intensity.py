@@ -204,6 +204,7 @@ class Member:
         units: Of its stored values: how they are recognised, ranged and refused.
         dicom_codes: DICOM's codes of the modality; of volumes exactly one, of pictures any of them.
         values_are: What stored values are, for messages.
+        shown: Which of them are black and white in pictures for people, for captions.
         given: What a model of it is given, in the words of its card.
         seen: What it sees, for the card's first line.
         tag: Of the card, as hubs have it.
@@ -212,6 +213,7 @@ class Member:
     units: Units
     dicom_codes: tuple[str, ...]
     values_are: str
+    shown: str
     given: str
     seen: str
     tag: str
@@ -222,6 +224,7 @@ MEMBERS: dict[Modality, Member] = {
         "hounsfield",
         ("CT",),
         "CT in Hounsfield units",
+        f"CT in the {window_text()}",
         given="axial slices in Hounsfield units",
         seen="axial CT slices",
         tag="computed-tomography",
@@ -230,6 +233,7 @@ MEMBERS: dict[Modality, Member] = {
         "arbitrary",
         ("MR",),
         "MR in arbitrary units",
+        "MR in its volume's range",
         given="axial slices of MR, scaled so that the volume's 0.5 and 99.5 percentiles are 0 and 1",
         seen="axial MR slices",
         tag="magnetic-resonance-imaging",
@@ -238,6 +242,7 @@ MEMBERS: dict[Modality, Member] = {
         "brightness",
         ("CR", "DX", "MG", "US", "OP", "OPT"),
         "pictures in 8 or 16 bits of brightness",
+        "pictures in their type's range",
         given="pictures of medicine, scaled so that black and white are 0 and 1",
         seen="medical pictures",
         tag="medical-imaging",

@@ -86,6 +86,11 @@ def value_range(modality: Modality, values: NDArray[Any]) -> tuple[float, float]
         return 0.0, 1.0
     if units == "brightness" and values.dtype in (np.uint8, np.uint16):
         return 0.0, float(np.iinfo(values.dtype).max)
+    return percentile_range(values)
+
+
+def percentile_range(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the 0.5 and 99.5 percentiles; lowest and highest value where the two are one."""
     low, high = (float(end) for end in np.percentile(values, RANGE_PERCENTILES))
     if low == high:  # nearly everything is background: what is left is still shown
         low, high = float(values.min()), float(values.max())

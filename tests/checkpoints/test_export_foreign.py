@@ -13,11 +13,14 @@ from meddino.checkpoints.export import to_onnx as export_onnx
 from meddino.checkpoints.export import to_timm as export_timm
 from meddino.checkpoints.export import to_transformers as export_transformers
 from meddino.checkpoints.export.comparison import all_tokens, check_sizes
+from meddino.checkpoints.export.foreign_options import ForeignOptions
+from meddino.checkpoints.export.model import Model, random_model
 from meddino.checkpoints.export.to_timm import timm_model
 from meddino.checkpoints.export.to_transformers import transformers_config
 from meddino.checkpoints.export.write import export_model
 from meddino.checkpoints.weights.infer_architecture import architecture_from_transformers
 from meddino.core.errors import CheckpointError
+from meddino.models.backbone import Backbone
 from meddino.models.registry import BACKBONES
 from meddino.models.vision_transformer import ViTConfig
 
@@ -59,6 +62,14 @@ def test_timm__a_user_gets_the_same_tokens(make_checkpoint, tmp_path, config):
         exec(code, names)  # what the folder's own README tells a user to write
         assert close(names["tokens"], all_tokens(model, model.preprocess(hu)))
     assert stat.S_IMODE((out / "timm/model.safetensors").stat().st_mode) == 0o644
+
+
+def test_timm__a_third_kind_of_backbone_is_refused(tmp_path):
+    class Third(Backbone):
+        get_intermediate_layers = intermediate_outputs = layer_groups = None
+
+    with pytest.raises(CheckpointError, match="Third"):
+        export_timm.export_timm(tmp_path, Model(Third(), random_model("vitnano8").config), ForeignOptions(()))
 
 
 def test_timm__released_sizes_have_their_plain_names():

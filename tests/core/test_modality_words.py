@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from meddino.data.intensity import MODALITIES
+
 PROJECT = Path(__file__).resolve().parents[2]
 HU = re.compile(r"(^|_)hu(_|$)|hounsfield", re.IGNORECASE)
 
@@ -35,6 +37,13 @@ CT = {
     "evaluation/meddino_evaluation/nnunet/": "nnU-Net's normalisation of CT",
 }
 
+# Where a modality has its row; a list of them elsewhere would forget the next one.
+ROWS = {
+    "meddino/data/intensity.py",
+    "pretrain/meddino_pretrain/data/augmentations.py",
+    "pretrain/meddino_pretrain/data/config.py",
+}
+
 
 def _names(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
@@ -45,17 +54,30 @@ def _names(tree: ast.AST) -> Iterator[str]:
                 yield name
 
 
-def _of_hu(path: Path) -> list[str]:
-    names = set(_names(ast.parse(path.read_text())))
+def _of_hu(tree: ast.AST) -> list[str]:
+    names = set(_names(tree))
     return sorted(name for name in names if HU.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)))
 
 
+def _lists_modalities(node: ast.AST) -> bool:
+    match node:
+        case ast.Dict(keys=items) | ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items):
+            words = {item.value if isinstance(item, ast.Constant) else None for item in items}
+            return words <= {*MODALITIES, "auto"} and len(words & {*MODALITIES}) > 1
+    return False
+
+
 @pytest.fixture(scope="module")
-def speaking() -> dict[str, list[str]]:
-    """Names that speak of HU, by file."""
+def trees() -> dict[str, ast.AST]:
     packages = ("meddino", "pretrain", "data_curation", "evaluation", "slurm")
     files = [path for package in packages for path in sorted((PROJECT / package).rglob("*.py"))]
-    return {path.relative_to(PROJECT).as_posix(): names for path in files if (names := _of_hu(path))}
+    return {path.relative_to(PROJECT).as_posix(): ast.parse(path.read_text()) for path in files}
+
+
+@pytest.fixture(scope="module")
+def speaking(trees) -> dict[str, list[str]]:
+    """Names that speak of HU, by file."""
+    return {place: names for place, tree in trees.items() if (names := _of_hu(tree))}
 
 
 def test_names__only_what_is_about_ct_speaks_of_hu(speaking):
@@ -65,3 +87,7 @@ def test_names__only_what_is_about_ct_speaks_of_hu(speaking):
 
 def test_ct__every_exception_is_one(speaking):
     assert not [place for place in CT if not any(path.startswith(place) for path in speaking)]
+
+
+def test_modalities__are_listed_where_they_have_a_row_alone(trees):
+    assert {place for place, tree in trees.items() if any(map(_lists_modalities, ast.walk(tree)))} == ROWS

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import MEMBERS, OF_DICOM_CODE, Modality
-from meddino.data.model_input import stored_type, value_range
+from meddino.data.model_input import percentile_range, stored_type, value_range
 from meddino_data_curation.config import HounsfieldConfig
 from meddino_data_curation.selection.hounsfield import (
     looks_like_hounsfield,
@@ -120,7 +120,7 @@ def _recognise_brightness(voxels: NDArray[Any], modality: Modality, has_range: b
     if sample.min() == sample.max():
         raise VolumeError(f"every pixel is {sample.min():g}: a blank picture")
     # DICOM's types are wider than what is shown: its own percentiles say where black and white are.
-    return Recognised(modality, 0, value_range(modality, voxels) if has_range else value_range("mr", sample))
+    return Recognised(modality, 0, value_range(modality, voxels) if has_range else percentile_range(sample))
 
 
 def _refuse_labels(sample: NDArray[np.float64]) -> None:

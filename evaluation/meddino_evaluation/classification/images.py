@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.errors import VolumeError
-from meddino.data.intensity import Modality
+from meddino.data.intensity import MEMBERS, Modality
+from meddino.data.model_input import percentile_range, value_range
 from meddino.volumes.archives import archive_of, is_archive
 from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
 from meddino.volumes.read import FoundSeries, find_series, read_volume
-
-_LOW_PERCENTILE, _HIGH_PERCENTILE = 0.5, 99.5
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,8 @@ def read_slices(source: str, modality: Modality) -> SliceStack:
     Args:
         source: A file; `file.npz#name` for one array of an npz, `file.npz#name#i` for item i of that array,
             `file.mat#path` for one of a MATLAB file; a folder or an archive that holds one volume.
-        modality: "ct": values are Hounsfield units. "mr" and "image": 8 and 16 bit pictures by their full range,
-            everything else (MRI, DICOM radiographs without a window) by its 0.5th and 99.5th percentile.
+        modality: "ct": values are Hounsfield units. Others: 8 bit pictures by their full range, DICOM's by their window; what
+            is left by the range of its modality, pictures (radiographs without a window) by their percentiles.
 
     Raises:
         VolumeError: Missing, unreadable, too large, not finite, or all of one value; names the file.
@@ -101,7 +100,5 @@ def _stack(picture: Picture, modality: Modality) -> SliceStack:
         return SliceStack(values, "unit", *picture.value_range)
     if values.dtype == np.uint8:
         return SliceStack(values, "unit", 0.0, 255.0)
-    low, high = np.percentile(values, [_LOW_PERCENTILE, _HIGH_PERCENTILE])
-    if low == high:
-        low, high = float(values.min()), float(values.max())
-    return SliceStack(values, "unit", float(low), float(high))
+    is_picture = MEMBERS[modality].units == "brightness"
+    return SliceStack(values, "unit", *(percentile_range(values) if is_picture else value_range(modality, values)))

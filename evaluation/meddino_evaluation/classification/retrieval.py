@@ -17,7 +17,7 @@ from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import choose_splits
 from meddino_evaluation.classification.results import finite, write_metrics
 from meddino_evaluation.data.case import labels_array
-from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std, span_of
+from meddino_evaluation.metrics.statistics import SHARE, bootstrap_mean, mean_and_std
 
 
 def retrieve(backbone: Backbone, dataset: LabelledSet, config: ClassificationConfig, out: Path) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _summaries(rows: Sequence[dict[str, Any]], config: ClassificationConfig) -> 
         interval = bootstrap_mean(
             numbers,
             groups=[row["patient"] for row in rows],
-            span=span_of(name),
+            span=SHARE,
             level=config.statistics.level,
             resamples=config.statistics.resamples,
             seed=config.split.seed,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from meddino.core.errors import VolumeError
 from meddino.data.content import volume_hash
-from meddino.data.intensity import Modality
+from meddino.data.intensity import MEMBERS, Modality
 from meddino.data.model_input import stored_type, value_range
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import Turn, turn_to_lps
@@ -188,7 +188,7 @@ def content_hash(images: NDArray[Any], modality: Modality = "ct") -> str:
             are alike was grey.
         modality: What its values mean.
     """
-    colour = modality == "image" and images.shape[1] == 3 and bool((images != images[:, :1]).any())
+    colour = MEMBERS[modality].units == "brightness" and images.shape[1] == 3 and bool((images != images[:, :1]).any())
     return volume_hash((stored_slice(values, modality, colour) for values in images), len(images))
 
 

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from meddino.core.config import StrictConfig
 from meddino.core.machine_config import Precision
+from meddino.data.intensity import Modality
 from meddino_evaluation.classification.config import SplitConfig
 
 DetectorName = Literal["faster_rcnn", "retinanet"]
@@ -17,7 +18,7 @@ class DataConfig(StrictConfig):
 
     image_size_px: int = Field(512, gt=0, le=2048)
     """Side of the square input, pixels; the longer side of a picture is brought to it, the rest is black; 512 [L]."""
-    modality: Literal["auto", "ct", "mr", "image"] = "auto"
+    modality: Modality | Literal["auto"] = "auto"
     """What values mean; auto: as the data set's definition or the first file says."""
     window_hu: tuple[float, float] | None = None
     """Window shown of CT, Hounsfield units; null: the data set's, else the model's."""

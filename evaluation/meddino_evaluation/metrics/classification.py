@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from meddino_evaluation.metrics.statistics import NOT_NEGATIVE, SHARE, Span
+
 TaskKind = Literal["binary", "multiclass", "multilabel", "ordinal"]
 Truth = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
@@ -27,6 +29,13 @@ METRICS: dict[TaskKind, tuple[str, ...]] = {
     "multilabel": ("auroc", "auprc", "accuracy", "f1", "brier", "ece", "log_loss"),
 }
 """What is reported for each kind of task; precision, recall and F1 are weighted by class size."""
+
+SPANS: dict[str, Span] = {
+    **dict.fromkeys(("auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "ece"), SHARE),
+    **dict.fromkeys(("brier", "log_loss"), NOT_NEGATIVE),
+    "kappa": (-1.0, 1.0),
+}
+"""What the values of each can be."""
 
 LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss"})
 UNKNOWN = -1

@@ -8,6 +8,7 @@ from scipy.stats import rankdata
 
 from meddino_evaluation.metrics.classification import (
     METRICS,
+    SPANS,
     Numbers,
     Probabilities,
     TaskKind,
@@ -17,7 +18,7 @@ from meddino_evaluation.metrics.classification import (
     mean_of_defined,
     resampled_metric,
 )
-from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges, span_of
+from meddino_evaluation.metrics.statistics import Interval, PairedResult, Resampling, exchanges
 
 Runs = Sequence[tuple[Sequence[Hashable], Truth, Probabilities]]
 """For each run the patient, the truth and the probabilities of each test case."""
@@ -47,7 +48,7 @@ def metric_intervals(
     """
     drawing = Resampling(*_patients(runs), level=level, resamples=resamples, seed=seed)
     weights = drawing.weights()
-    return {name: drawing.interval(*_over_runs(name, kind, runs, weights), span_of(name)) for name in names or METRICS[kind]}
+    return {name: drawing.interval(*_over_runs(name, kind, runs, weights), SPANS[name]) for name in names or METRICS[kind]}
 
 
 def _patients(runs: Runs) -> tuple[int, list[Hashable]]:

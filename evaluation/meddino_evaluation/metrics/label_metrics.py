@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino_evaluation.data.labels import IGNORED, LabelScheme
+from meddino_evaluation.metrics.statistics import NOT_NEGATIVE, SHARE, UNBOUNDED, Span
 from meddino_evaluation.metrics.surfaces import assd_mm, border_distances, hd95_mm, surface_dice
 
 
@@ -68,8 +69,16 @@ TITLES = {
 }
 """What is averaged over cases, by its title; of pictures in pixels. An error is a difference without its sign: signs cancel."""
 
-AVERAGED = tuple(name for name in TITLES if not name.endswith("_px"))
-"""What is averaged, before `tables.in_pixels` gives the names of pictures."""
+AVERAGED: dict[str, Span] = {
+    "dice": SHARE,
+    "iou": SHARE,
+    "nsd": SHARE,
+    "hd95_mm": NOT_NEGATIVE,
+    "assd_mm": NOT_NEGATIVE,
+    "volume_difference_ml": UNBOUNDED,
+    "volume_error_ml": NOT_NEGATIVE,
+}
+"""What is averaged and what its values can be, before `tables.in_pixels` gives the names of pictures."""
 
 
 def score_case(

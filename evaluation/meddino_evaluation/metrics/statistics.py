@@ -81,15 +81,8 @@ Span = tuple[float, float]
 """Lowest and highest value that a statistic can take."""
 
 UNBOUNDED: Span = (-math.inf, math.inf)
+NOT_NEGATIVE: Span = (0.0, math.inf)
 SHARE: Span = (0.0, 1.0)
-_SPANS = {"kappa": (-1.0, 1.0), "volume_difference_ml": UNBOUNDED} | dict.fromkeys(
-    ("brier", "log_loss", "hd95_mm", "assd_mm", "volume_ml_pred", "volume_ml_ref"), (0.0, math.inf)
-)
-
-
-def span_of(metric: str) -> Span:
-    """Return the span of a metric by its name; what is not known here is a share: Dice, AUROC, accuracy, precision, ..."""
-    return _SPANS.get(metric, SHARE)
 
 
 class Resampling:

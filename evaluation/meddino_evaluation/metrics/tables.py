@@ -8,7 +8,7 @@ from typing import Any
 
 from meddino.core.files import atomic_write
 from meddino_evaluation.metrics.label_metrics import AVERAGED, case_means, mean_over_cases, pooled_overlap
-from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std, span_of
+from meddino_evaluation.metrics.statistics import bootstrap_mean, mean_and_std
 
 IN_PIXELS = {
     "hd95_mm": ("hd95_px", 1.0),
@@ -80,7 +80,7 @@ def patient_interval(rows: Sequence[dict[str, Any]], metric: str, resamples: int
     if not by_case:
         return [None, None]
     values = [sum(found) / len(found) for found in by_case.values()]
-    interval = bootstrap_mean(values, groups=[patient[case] for case in by_case], span=span_of(metric), resamples=resamples)
+    interval = bootstrap_mean(values, groups=[patient[case] for case in by_case], span=AVERAGED[metric], resamples=resamples)
     return [_number(interval.low), _number(interval.high)]
 
 

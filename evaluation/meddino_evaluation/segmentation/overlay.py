@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from meddino.core.html_charts import beside
+from meddino.data.intensity import MEMBERS
 from meddino.data.model_input import to_picture
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.prepare import PreparedCase
@@ -78,7 +79,7 @@ def label_colours(names: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def _grey(case: PreparedCase, z: int) -> Image.Image:
-    image = case.image(z).mean(0) if case.modality == "image" else case.image(z)[0]
+    image = case.image(z).mean(0) if MEMBERS[case.modality].units == "brightness" else case.image(z)[0]
     if case.images.dtype == np.int16:
         return Image.fromarray(to_picture(image, "ct").numpy())
     low, high = torch.quantile(image.flatten()[:: max(1, image.numel() // 100_000)], torch.tensor([0.01, 0.99])).tolist()

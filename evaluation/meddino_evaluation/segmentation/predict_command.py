@@ -19,7 +19,7 @@ import meddino
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
 from meddino.core.files import atomic_write, canonical_json, write_json
 from meddino.core.logging import console, get_logger
-from meddino.data.intensity import Modality
+from meddino.data.intensity import MEMBERS, Modality
 from meddino.volumes.archives import archive_of
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.data.inputs import Input, find_inputs, write_table
@@ -165,7 +165,8 @@ def skip_other_modalities(inputs: Sequence[Input], modality: Modality) -> None:
     Raises:
         ConfigError: There are only such.
     """
-    wanted = {"ct": "CT", "mr": "MR"}.get(modality)
+    member = MEMBERS[modality]
+    wanted = None if member.units == "brightness" else member.dicom_codes[0]
     for item in inputs:
         found = item.series.stack.modality if item.series is not None and item.series.stack is not None else ""
         if wanted is not None and found and found != wanted and not item.status:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meddino.data.intensity import MODALITIES
+
 if TYPE_CHECKING:
     from meddino_evaluation.backbones.adapter import Backbone
 
@@ -15,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, help="folder for the pictures and pages")
     parser.add_argument("--image", help="a picture, DICOM file, volume, or file.npz#key: PCA and similarity maps")
     parser.add_argument("--slice", type=int, help="slice of a volume; the middle one by default")
-    parser.add_argument("--modality", choices=["ct", "image"], default="ct", help="what the values of --image are")
+    parser.add_argument("--modality", choices=MODALITIES, default="ct", help="what the values of --image are")
     parser.add_argument("--size", type=int, help="side the image is resized to, up to 2048 px; the model's own by default")
     parser.add_argument("--patch", metavar="ROW,COLUMN", help="patch of the map; the middle one by default")
     parser.add_argument("--data", help="shipped name or YAML file of a data set: t-SNE of its features")

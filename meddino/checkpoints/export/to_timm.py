@@ -13,6 +13,7 @@ from meddino.checkpoints.export.model import Model
 from meddino.checkpoints.export.model_folder import WEIGHTS_FILE, write_weights
 from meddino.checkpoints.weights.infer_architecture import RELEASED_NORM_EPS
 from meddino.checkpoints.weights.key_formats import to_timm
+from meddino.core.errors import CheckpointError
 from meddino.core.files import write_json, write_text
 from meddino.data.intensity import MEMBERS
 from meddino.models.timm_backbone import TimmBackbone
@@ -46,7 +47,8 @@ def export_timm(folder: Path, model: Model, options: ForeignOptions) -> None:
         tensors = backbone.model.state_dict()
         name, arguments = backbone.config.timm, dict(backbone.config.arguments)
     else:
-        assert isinstance(backbone, VisionTransformer)  # there is no third kind
+        if not isinstance(backbone, VisionTransformer):
+            raise CheckpointError(f"timm has no model for a {type(backbone).__name__}; leave timm out of --to")
         tensors = to_timm(_without_zero_bias(backbone.state_dict()), backbone.config)
         name, arguments = timm_model(backbone.config, has_bias="blocks.0.attn.q_bias" in tensors)
         norm_eps = backbone.config.norm_eps

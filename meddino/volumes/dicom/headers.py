@@ -107,10 +107,10 @@ class DicomHeader:
     picture: str | None = None
 
     def why_not(self, modality: str) -> str:
-        """Return why this is no slice of a volume of a modality ("CT" or "MR"), or ""; never header text."""
+        """Return why this is no slice of a volume of a modality (DICOM's code), or ""; never header text."""
         if self.modality == modality or "Secondary Capture" in self.kind:
             return self.refusal
-        return f"DICOM: not {'a CT' if modality == 'CT' else 'an MR'} image but {self.kind}"
+        return f"DICOM: not {'an MR' if modality == 'MR' else f'a {modality}'} image but {self.kind}"
 
 
 def read_header(path: Path, inside: str, modified: str) -> DicomHeader | None:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from meddino.core.files import write_text
 from meddino.core.html import Section, columns, figure, join, page, table, text
 from meddino.core.html_charts import chart, in_columns
-from meddino.data.intensity import window_text
+from meddino.data.intensity import MEMBERS
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.methods.config import Chart, Terms
 from meddino_pretrain.monitoring.diagnostics import Finding, findings
@@ -205,9 +205,7 @@ def _features(records: Records) -> Markup:
 
 def _shown_range(config: PretrainConfig) -> str:
     """Return which stored values are black and white in pictures of slices, by modality."""
-    modalities = [contract.modality for contract in config.contracts]
-    shown = {"ct": f"CT in the {window_text()}", "mr": "MR in its volume's range", "image": "pictures in their type's range"}
-    return ", ".join(shown[modality] for modality in modalities)
+    return ", ".join(MEMBERS[contract.modality].shown for contract in config.contracts)
 
 
 def _pictures(files: Sequence[Path], shown_range: str) -> list[Markup]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.metrics.classification import (
     METRICS,
+    SPANS,
     classification_metric,
     classification_metrics,
     per_class_auroc,
@@ -132,3 +133,11 @@ def test_selection_score__falls_back_where_auroc_is_undefined():
 def test_metrics__unknown_name():
     with pytest.raises(KeyError):
         classification_metric("kappa", "binary", np.array([0, 1]), np.full((2, 2), 0.5))
+
+
+def test_spans__every_metric_lies_in_its_own():
+    assert set(SPANS) == {name for names in METRICS.values() for name in names}
+    for kind, names in METRICS.items():
+        values = classification_metrics(kind, *_case(kind, 2 if kind == "binary" else 3))
+        assert all(SPANS[name][0] <= values[name] <= SPANS[name][1] for name in names)
+    assert SPANS["kappa"] == (-1.0, 1.0) and SPANS["log_loss"] == (0.0, math.inf)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.metrics.classification_bootstrap import metric_intervals, paired_metric
 from meddino_evaluation.metrics.delong import delong
-from meddino_evaluation.metrics.statistics import SHARE, bootstrap_mean, paired_means, span_of, wilcoxon_signed_rank
+from meddino_evaluation.metrics.statistics import NOT_NEGATIVE, SHARE, bootstrap_mean, paired_means, wilcoxon_signed_rank
 from meddino_evaluation.segmentation.dense_probe.run import _interval
 from scipy import stats
 
@@ -152,7 +152,7 @@ def _auroc_interval(rng: np.random.Generator, n: int) -> tuple[float, float, flo
 
 
 def _distance_interval(rng: np.random.Generator, n: int) -> tuple[float, float, float]:
-    found = bootstrap_mean(rng.gamma(2, 3, size=n), span=span_of("hd95_mm"), resamples=400)
+    found = bootstrap_mean(rng.gamma(2, 3, size=n), span=NOT_NEGATIVE, resamples=400)
     return 6.0, found.low, found.high
 
 

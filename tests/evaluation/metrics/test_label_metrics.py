@@ -5,6 +5,8 @@ import pytest
 import torch
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.metrics.label_metrics import (
+    AVERAGED,
+    TITLES,
     case_means,
     mask_metrics,
     mean_over_cases,
@@ -212,3 +214,10 @@ def test_in_pixels__renames_and_scales_areas_alone():
         "area_error_px": {"mean": 100.0, "std": None, "by_seed": [100.0]},
         "by_label": {"a": {"assd_px": {"mean": 2.0}}},
     }
+
+
+def test_averaged__every_title_has_its_span():
+    assert list(AVERAGED) == [name for name in TITLES if not name.endswith("_px")]
+    assert AVERAGED["dice"] == (0.0, 1.0)
+    assert AVERAGED["hd95_mm"] == AVERAGED["volume_error_ml"] == (0.0, math.inf)
+    assert AVERAGED["volume_difference_ml"] == (-math.inf, math.inf)

@@ -11,7 +11,6 @@ from meddino_evaluation.metrics.statistics import (
     mean_and_std,
     paired_means,
     smallest_p,
-    span_of,
     wilcoxon_signed_rank,
 )
 from scipy import stats
@@ -96,13 +95,6 @@ def test_interval__is_symmetric_on_a_scale_without_ends_and_stays_within_its_spa
     assert span[0] <= wide.low < wide.high <= span[1]
     at_an_end = drawing.interval(span[0], drawn, span)
     assert (at_an_end.low, at_an_end.high) == (span[0], pytest.approx(np.quantile(drawn, 1), abs=0.1))
-
-
-def test_span_of__every_metric_lies_in_its_own():
-    assert span_of("dice") == span_of("auroc") == (0.0, 1.0)
-    assert span_of("kappa") == (-1.0, 1.0)
-    assert span_of("hd95_mm") == span_of("log_loss") == (0.0, math.inf)
-    assert span_of("volume_difference_ml") == (-math.inf, math.inf)
 
 
 def test_interval__undefined_resamples_are_left_out():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from meddino.core.errors import CheckpointError, ConfigError
 from meddino.core.logging import get_logger
-from meddino.data.intensity import CTIntensity, ImageIntensity
+from meddino.data.intensity import BrightnessIntensity, CTIntensity
 from meddino.models.vision_transformer import VisionTransformer
 from meddino_evaluation.backbones.adapter import Backbone, Tokens, state_hash
 from meddino_evaluation.backbones.contract import ImageContract
@@ -99,7 +99,7 @@ def widened(source: EncoderSource, channels: int) -> EncoderSource:
         if source.contract.own is not None
         else (source.contract.mean, source.contract.std)
     )
-    if source.contract.own is not None and not isinstance(source.contract.own, ImageIntensity):
+    if source.contract.own is not None and not isinstance(source.contract.own, BrightnessIntensity):
         contract = replace(source.contract, own=source.contract.own.model_copy(update={"channels": channels}))
     else:
         mean, std = (tuple(ends[place % own] for place in range(channels)) for ends in (means, stds))
