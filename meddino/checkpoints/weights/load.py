@@ -21,7 +21,7 @@ from meddino.core.files import sha256_file
 from meddino.core.logging import get_logger
 from meddino.layers.rotary_embedding import RotaryEmbedding
 from meddino.models.backbone import Backbone
-from meddino.models.registry import BackboneConfig
+from meddino.models.registry import BackboneConfig, backbone_from_config
 from meddino.models.timm_backbone import TIMM_PREFIX, TimmBackbone, TimmConfig
 from meddino.models.vision_transformer import ROPE_DTYPES, VisionTransformer, ViTConfig
 
@@ -84,20 +84,21 @@ def load_backbone_weights(
         CheckpointError: The source cannot be read, or something is missing, unexpected or of another shape and no
             option allows it; the message is the coverage report.
     """
-    if isinstance(config, TimmConfig):
-        return _load_timm_weights(source, config, tolerances or LoadingTolerances(), section)
+    if not isinstance(config, ViTConfig):
+        return _load_by_own_names(source, config, tolerances or LoadingTolerances(), section)
     found = find_weights(source, section, config.num_heads)
     weights = fit(found, config, tolerances or LoadingTolerances())
     _log.info("%s", weights.coverage.text())
     return weights
 
 
-def _load_timm_weights(
-    source: str | Path, config: TimmConfig, tolerances: LoadingTolerances, section: str | None
+def _load_by_own_names(
+    source: str | Path, config: BackboneConfig, tolerances: LoadingTolerances, section: str | None
 ) -> BackboneWeights:
-    """Read weights for a model of timm: our export, run or checkpoint, or any file of timm's or the model's own names."""
-    text = str(source).removeprefix(f"{TIMM_PREFIX}{config.timm}@")
-    path, notes, backbone = Path(text), [], TimmBackbone(config)
+    """Read weights by the backbone's own names: our export, run or checkpoint, or a file; of timm's models timm's names too."""
+    text = str(source).removeprefix(f"{TIMM_PREFIX}{config.timm}@") if isinstance(config, TimmConfig) else str(source)
+    path, notes, backbone = Path(text), [], backbone_from_config(config)
+    model = backbone.model if isinstance(backbone, TimmBackbone) else None
     if not path.exists():
         raise CheckpointError(f"no weights at {path}; nothing is downloaded: give a file or folder on this machine")
     if path.is_dir():
@@ -106,10 +107,11 @@ def _load_timm_weights(
         parent = ParentRecord(name=path.resolve().name, sha256=None, licence=found.lineage.licence)
     else:
         file = read_weights_file(path, section)
-        named = timm_names(backbone.model, file.tensors)
-        tensors, notes = {f"model.{name}": tensor for name, tensor in named.items()}, file.notes
+        tensors, notes = file.tensors, file.notes
+        if model is not None:
+            tensors = {f"model.{name}": tensor for name, tensor in timm_names(model, tensors).items()}
         parent = ParentRecord(name=path.name, sha256=sha256_file(path), licence="unknown")
-    coverage = Coverage(str(path), "timm", notes=notes)
+    coverage = Coverage(str(path), "official" if model is None else "timm", notes=notes)
     for name, target in backbone.state_dict().items():
         tensor = tensors.get(name)
         if tensor is None and (name.endswith(".num_batches_tracked") or _matches(name, tolerances.missing)):
@@ -120,7 +122,7 @@ def _load_timm_weights(
             coverage.wrong_shape[name] = f"{list(tensor.shape)} instead of {list(target.shape)}"
         else:
             coverage.loaded[name] = tensor.numel()
-    classifier = getattr(backbone.model, "pretrained_cfg", {}).get("classifier") or "head.fc"
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head.fc"
     ends = tuple(f"model.{part}." for part in ([classifier] if isinstance(classifier, str) else classifier))
     for name, tensor in tensors.items():
         if name not in coverage.loaded and name not in coverage.wrong_shape:
