@@ -9,7 +9,7 @@ from rich.console import Console
 
 from meddino.core.config import check_config, load_config, to_yaml
 from meddino.core.errors import ConfigError
-from meddino.core.files import write_text
+from meddino.core.files import remove_leftovers_of, write_text
 from meddino_data_curation.config import CurationConfig, check_distinct
 from meddino_data_curation.sources.plan import find_sets, planned_config
 from meddino_data_curation.sources.plan_tables import print_plan
@@ -62,6 +62,7 @@ def run_plan(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.out is None:
         return
     planned = planned_config(found, allow, arguments.with_test_data)
+    remove_leftovers_of(arguments.out)
     write_text(arguments.out, to_yaml(planned))
     held_out = f"{len(planned.held_out)} sets of test data held out" if planned.held_out else "nothing held out"
     console.print(f"wrote {arguments.out}: {len(planned.sources)} sources, {held_out}", markup=False)

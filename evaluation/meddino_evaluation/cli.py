@@ -39,7 +39,7 @@ COMMANDS = {
 """Name: (module with `add_arguments(parser)` and `run(arguments)`, one line of help)."""
 
 
-UNLOCKED = frozenset({"datasets", "nnunet-plans", "weights", "show", "visualize"})
+UNLOCKED = frozenset({"datasets", "nnunet-plans", "weights", "show"})
 """Commands that two may run at a time in one folder; results of the others would mix."""
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -142,6 +143,13 @@ def _is_nobodys(partial: Path) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove files that killed processes left half-written anywhere in a folder; nobody else may be writing there."""
     for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
+        if _LEFTOVER.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def remove_leftovers_of(file: Path) -> None:
+    """Remove what killed processes left half-written of one file, in a folder that may be anybody's."""
+    for path in file.parent.glob(f"{glob.escape(file.name)}.*{PARTIAL_SUFFIX}"):
         if _LEFTOVER.fullmatch(path.name) and path.is_file():
             path.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import torch
 
 from meddino.checkpoints.state.flat_state import OptimizerState
 from meddino.core.device import Machine, find_machine, use_cpu_threads
+from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
@@ -16,7 +17,7 @@ from meddino.data.corpus import Corpus
 from meddino.data.joined_corpus import open_corpora
 from meddino.distributed.collectives import barrier, is_main, world_size
 from meddino.distributed.process_group import check_one_process_a_gpu, start_distributed
-from meddino.models.registry import build_backbone
+from meddino.models.registry import backbone_config, build_backbone
 from meddino_pretrain.build import build_loader, build_method, build_speed_meter, build_stage_optimizer, spread_method, steps_of
 from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.data.corrupt_samples import CorruptSamples
@@ -122,11 +123,17 @@ def run_pretraining(
 
 
 def check_views(config: PretrainConfig) -> dict[str, ViewSpec]:
-    """Return every stage's views, whose sizes the backbone can take.
+    """Return every stage's views, whose sizes and channels the backbone can take.
 
     Raises:
-        ConfigError: It cannot; the message names each size.
+        ConfigError: It cannot; the message names each size, or the channels.
     """
+    name, channels, changes = config.backbone.name, config.input_contract.channels, config.backbone.changes
+    if (taken := backbone_config(name, **changes).in_chans) != channels:
+        raise ConfigError(
+            f"input_contract gives {channels} channels, backbone {name} takes {taken}: let the contract have {taken} (grey is "
+            f"repeated), or set backbone.changes.in_chans={channels}"
+        )
     with torch.device("meta"):
         multiple_px = build_backbone(config.backbone.name, **config.backbone.changes).multiple_px
     specs = {name: method_class(stage.method).views(stage.method) for name, stage in config.stages.items()}

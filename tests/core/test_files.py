@@ -12,6 +12,7 @@ from meddino.core.files import (
     is_disk_full,
     locked_folder,
     remove_leftovers,
+    remove_leftovers_of,
     sha256_file,
     told_by_system,
     write_json,
@@ -72,6 +73,14 @@ def test_remove_leftovers__takes_nobody_elses_files(tmp_path):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert [name for name in names if (tmp_path / name).exists()] == ["b.partial", "77.partial", "a.json"]
+
+
+def test_remove_leftovers_of__takes_those_of_one_file(tmp_path):
+    names = ("a[1].yaml.77.partial", "a[1].yaml.partial", "b.yaml.77.partial", "a1.yaml.77.partial", "a[1].yaml")
+    for name in names:
+        (tmp_path / name).write_text("x")
+    remove_leftovers_of(tmp_path / "a[1].yaml")
+    assert [name for name in names if not (tmp_path / name).exists()] == ["a[1].yaml.77.partial"]
 
 
 def test_told_by_system__finds_a_full_disk_in_a_librarys_error(tmp_path):

@@ -1,6 +1,7 @@
 """A command with one fault in it: a signal or a full disk at a chosen write, a small /dev/shm, a worker that is killed.
 
-Every file that a command writes for good is fsynced, so the n-th fsync is a place in its work, the same on every machine.
+Every file that a command writes for good is fsynced, so the n-th fsync is a place in its work, the same on every machine. A
+command that only reads has its place at the n-th file that it opens, and the demo in a step that it runs.
 """
 
 import ctypes
@@ -38,7 +39,11 @@ def run_with_fault(fault: str, place: int, count: Path, words: list[str]) -> int
     if fault == "worker killed" and words[0] == "meddino-curate":
         _kill_reader(count.with_suffix(".once"))
     hook = hooks.get(fault) or (_signal_at(fault) if fault.startswith("SIG") else lambda descriptor: None)
-    written = _at_write(place, hook)
+    if words[0] == "meddino-demo":
+        os.environ["XDG_CONFIG_HOME"] = str(Path(words[2]).parent / "home")  # its salt, the same for all trials
+        _short_demo(hook if fault.startswith("SIG") else lambda descriptor: None)
+        place, hook = (1, hook) if fault == "full disk" else (0, hook)
+    written = _at_open(place, hook) if words[:2] == ["meddino-curate", "verify"] else _at_write(place, hook)
     main = next(iter(entry_points(group="console_scripts", name=words[0]))).load()
     try:
         code: int = main(words[1:])
@@ -76,6 +81,44 @@ def _at_write(place: int, hook: Hook) -> dict[str, int]:
 
     os.fsync = fsync
     return written
+
+
+def _at_open(place: int, hook: Hook) -> dict[str, int]:
+    """Count the files of the folder of work that are opened."""
+    own, here, opened = os.getpid(), Path.cwd(), {"count": 0}
+
+    def heard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and os.getpid() == own and here in (here / os.fsdecode(str(arguments[0]))).parents:
+            opened["count"] += 1
+            if opened["count"] == place:
+                hook(0)
+
+    sys.addaudithook(heard)
+    return opened
+
+
+def _short_demo(hook: Hook) -> None:
+    """Let the demo curate and pretrain only, little, and meet the fault once it pretrains."""
+    from meddino import demo, demo_report
+
+    recipe = ("stages.stage1_pretrain.steps=16", "--stage", "stage1_pretrain")
+    plain, status, seen = demo.Plan.steps, demo._status, []
+
+    def steps(plan: demo.Plan) -> list[demo.Step]:
+        curate, pretrain = (step.command for step in plain(plan)[:2])
+        tiny = (pretrain[0], str(Path(__file__).parents[1] / "pretrain" / "tiny.yaml"), *pretrain[2:], *recipe)
+        return [demo.Step("curate", "curate", (*curate, "workers=1")), demo.Step("pretrain", "pretrain", tiny)]
+
+    def polled(log: Path, seconds: float) -> Any:
+        if log not in seen and "INFO" in log.read_text():
+            seen.append(log)
+            if len(seen) == 2:
+                hook(0)
+        return status(log, seconds)
+
+    demo.Plan.steps, demo._status = steps, polled  # type: ignore[method-assign]
+    demo_report.read_summary = lambda *_: None  # type: ignore[assignment,return-value]
+    demo_report.write_report = demo_report.print_table = lambda *_: None  # type: ignore[assignment]
 
 
 def _signal_at(name: str) -> Hook:

@@ -51,7 +51,8 @@ class Command:
         words: Of the trial; {root} holds the inputs, {build} and the like what other commands wrote.
         same: Files that are the same bytes as without the fault.
         stays: Files that stand after a fault at half way, and are not made anew by the same command.
-        copies: Folders of another command's result that this one changes.
+        copies: Folders of another command's result that this one changes, or reads.
+        disk: Exit code where the disk is full; None where nothing is written.
     """
 
     name: str
@@ -63,10 +64,11 @@ class Command:
     same: tuple[str, ...]
     stays: tuple[str, ...] = ()
     copies: tuple[str, str] | None = None
+    disk: int | None = 2
 
     def code(self, fault: str) -> int | None:
         """Return what it ends with."""
-        codes = {"SIGTERM": 75, "SIGINT": 130, "SIGKILL": -9, "full disk": 2, "small /dev/shm": self.shm}
+        codes = {"SIGTERM": 75, "SIGINT": 130, "SIGKILL": -9, "full disk": self.disk, "small /dev/shm": self.shm}
         return {**codes, "worker killed": self.worker}[ALSO.get(fault, fault)]
 
     def row(self) -> str:
@@ -114,6 +116,15 @@ COMMANDS = {
     "phantom": Command(
         "meddino-curate phantom", 0, None, "what stood there before", "makes it anew, the same bytes",
         "meddino-curate phantom --out cohort --patients 1", ("cohort/**/*",),
+    ),
+    "verify": Command(
+        "meddino-curate verify", 0, None, "nothing, it only reads", "checks anew", "meddino-curate verify corpus",
+        (_CURATED,), copies=("build", "corpus*"), disk=None,
+    ),
+    "plan": Command(
+        "meddino-curate plan", 0, None, "what stood there before", "looks anew, the same bytes",
+        "meddino-curate plan licences.allow=[LicenseRef-AbdomenCT-1K-unclear] --root {root}/sets --out sets.yaml",
+        ("sets.yaml",),
     ),
     "pretrain": Command(
         "meddino-pretrain", 0, 75, "after a signal every step, else up to the last checkpoint", "goes on, the same bytes",
@@ -190,6 +201,16 @@ COMMANDS = {
         "meddino-eval study compare --config {root}/study.yaml --data-root {root} --out out",
         ("out/jobs/*/per_case.csv", "out/results*.csv"), ("out/jobs/*/metrics.json",),
     ),
+    "visualize": Command(
+        "meddino-eval visualize", 0, None, "features of images", "draws anew, the same bytes",
+        "meddino-eval visualize " + _LABELLED + "--size 32 --image {root}/in/0.nii.gz",
+        ("out/*",),
+    ),
+    "demo": Command(
+        "meddino-demo", 0, None, "steps that are done; of the one under way as its command", "goes on, the same bytes",
+        "meddino-demo --data {root}/own --out out",
+        ("out/corpus/**/*", "out/run/*/checkpoints/step-*16/*.safetensors"), ("out/corpus/**/*",),
+    ),
 }  # fmt: skip
 STUDY = """
 models: ["random:vitnano8"]
@@ -211,6 +232,9 @@ class Results:
             write_volume(root / ("in" if seed < 4 else "more") / f"{seed}.nii.gz", make_hu(seed))
         (root / "salt").write_text("a salt for tests of faults\n")
         write_dataset(root / "blobs")
+        shutil.copytree(root / "in", root / "own" / "ct")
+        shutil.copytree(root / "blobs", root / "own" / "Dataset001_Blobs")
+        write_volume(root / "sets" / "AbdomenCT-1K" / "Case_00001_0000.nii.gz", make_hu(0))
         write_boxes(root / "boxes")
         make_task("kvasir_seg", root / "kvasir_seg", 4)
         write_corpus(root / "tiny", [disc_slice(number, 96, 80) for number in range(24)])
@@ -301,7 +325,7 @@ def _bytes(folder: Path) -> int:
     return sum(4096 * math.ceil(path.stat().st_size / 4096) for path in folder.rglob("*") if path.is_file())
 
 
-_SLOW = ("audit", "phantom", "compare", "score", "few-shot", "finetune", "detect")
+_SLOW = ("audit", "phantom", "compare", "score", "few-shot", "finetune", "detect", "demo")
 """Tried in the slow tests only: others do the same with the same code."""
 
 
@@ -322,6 +346,8 @@ def test_fault__ends_as_the_table_says_and_the_same_command_goes_on(results, fol
         size = before + max(4096, max(_bytes(whole) - before, _bytes(whole) // 4) // 8192 * 4096)
     here = folder(size)
     prepare(results, name, here)
+    if size and _bytes(whole) <= 4096:  # the smallest disk would do
+        (here / "filler").write_bytes(b"x" * size)
 
     ended = attempt(fault, max(1, writes // 2), results.words(name, fault), here)
     assert ended.returncode == command.code(fault), ended.stderr[-3000:]

@@ -106,6 +106,14 @@ def test_pretrain__a_batch_that_does_not_divide_is_refused_before_anything_is_wr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("contract", ["{modality: ct, channels: 1}", "{modality: image, mean: [0.5], std: [0.5]}"])
+def test_pretrain__grey_for_a_backbone_of_three_channels(capsys, make_corpus_once, tmp_path, contract):
+    words = (f"input_contract={contract}", "--corpus", make_corpus_once, "--out", tmp_path / "run")
+    line = refused(capsys, TINY, *words)
+    assert "input_contract gives 1 channels" in line and "takes 3" in line and "backbone.changes.in_chans=1" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("wrong", ["init.weights=/nope", "corpus"])
 def test_pretrain__a_wrong_first_command_binds_nobody(capsys, make_corpus, make_corpus_once, tmp_path, wrong):
     run = [TINY, "--out", str(tmp_path / "run"), "--stage", "stage1_pretrain", *ONE_STEP]

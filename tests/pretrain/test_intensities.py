@@ -84,3 +84,8 @@ def test_contract__a_modality_without_one_is_refused():
     with pytest.raises(ConfigError, match=r"'mr'.*ct, image"):
         Intensities((CT, IMAGE)).check(["ct", "mr"])
     ALL.check(["mr", "image"])
+
+
+def test_check__a_modality_without_a_contract_is_named():
+    with pytest.raises(ConfigError, match="modality 'image', the recipe has contracts for ct, mr: add one to other_contracts"):
+        Intensities((CT, MR)).check(["ct", "image"])

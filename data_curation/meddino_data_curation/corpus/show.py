@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from meddino.core.files import atomic_write
+from meddino.core.files import atomic_write, remove_leftovers_of
 from meddino.core.seeds import numpy_rng
 from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
@@ -86,6 +86,7 @@ def write_contact_sheet(root: Path | str, out: Path, count: int, seed: int) -> N
         draw.text((x + 2, y + _TILE_PX + 1), _caption(corpus, index), fill=0)
     stream = io.BytesIO()
     sheet.save(stream, "PNG")
+    remove_leftovers_of(out)
     with atomic_write(out) as file:
         file.write(stream.getvalue())
 
