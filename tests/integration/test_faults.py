@@ -206,6 +206,11 @@ COMMANDS = {
         "meddino-eval visualize " + _LABELLED + "--size 32 --image {root}/in/0.nii.gz",
         ("out/*",),
     ),
+    "demo": Command(
+        "meddino-demo", 0, None, "steps that are done; of the one under way as its command", "goes on, the same bytes",
+        "meddino-demo --data {root}/own --out out",
+        ("out/corpus/**/*", "out/run/*/checkpoints/step-*16/*.safetensors"), ("out/corpus/**/*",),
+    ),
 }  # fmt: skip
 STUDY = """
 models: ["random:vitnano8"]
