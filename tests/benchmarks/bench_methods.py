@@ -6,16 +6,20 @@ All have one backbone (vitnano8), 48 and 24 px, batches of 32, their recipes' ra
 work on the machine does not count. `random` are the weights they all start from. Nothing here reads labels in training;
 the pictures of both tasks may be in the corpus. The same command again does what is missing in FILE and prints its table: means
 over seeds, and differences from random weights of the same seeds with 95 % intervals over seeds and groups of pictures.
+
+    python -m tests.benchmarks.bench_methods CORPUS --data ... --methods --runs NAME=RUN NAME=RUN --px 96 --out FILE
+
+measures finished runs of `meddino-pretrain` instead, each beside random weights of its own architecture and seed.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +37,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
+import meddino
 from meddino.core.config import load_config
 from meddino.core.device import Machine, find_machine
 from meddino.data.joined_corpus import open_corpora
@@ -125,10 +130,20 @@ def _steps(config: Any, stage: Any, method: Method, corpus: Any, machine: Machin
         start = now
 
 
+class Tokens(Protocol):
+    """What a method's probe and a model's tokens have in common."""
+
+    @property
+    def cls_token(self) -> torch.Tensor: ...
+
+    @property
+    def patch_map(self) -> torch.Tensor | None: ...
+
+
 class Task:
     """The pictures of a data set, and who belongs together."""
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, px: int = PX) -> None:
         dataset = open_dataset(load_dataset_config(name), root / name)
         self.name = name
         mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in (MEAN, DEVIATION))
@@ -137,18 +152,18 @@ class Task:
             stack = read_slices(case.source, "image")
             image = stack.tensor(0, 1)
             image = image.expand(1, 3, *image.shape[-2:])
-            image = torch.nn.functional.interpolate(image, (PX, PX), mode="bicubic", antialias=True, align_corners=False)
+            image = torch.nn.functional.interpolate(image, (px, px), mode="bicubic", antialias=True, align_corners=False)
             images.append((image[0].clamp(0, 1) - mean) / deviation)
         self.images = torch.stack(images)
         self.labels = np.array([case.label for case in dataset.cases]).reshape(-1)
         self.groups = np.unique([case.patient for case in dataset.cases], return_inverse=True)[1].reshape(-1)
 
-    def features(self, method: Method) -> NDArray[np.float32]:
+    def features(self, probe: Callable[[torch.Tensor], Tokens]) -> NDArray[np.float32]:
         """Return the CLS token and the mean of the patch tokens of each picture."""
         found = []
         with torch.inference_mode():
             for part in self.images.split(64):
-                seen = method.probe(part)
+                seen = probe(part)
                 assert seen.patch_map is not None
                 found.append(torch.cat([seen.cls_token, seen.patch_map.mean((2, 3))], dim=1))
         return torch.cat(found).numpy()
@@ -175,6 +190,17 @@ class Task:
         return np.mean(recalls, axis=0)
 
 
+def measure_run(name: str, run: Path, tasks: list[Task]) -> Iterator[dict[str, Any]]:
+    """Yield what a finished run has learnt, and random weights of its architecture and seed."""
+    config = load_config(PretrainConfig, [str(run / "config.yaml")], [], "pretrain")
+    records = [json.loads(line) for line in (run / list(config.stages)[-1] / "metrics.jsonl").read_text().splitlines()]
+    for method, source in ((f"random {name}", f"random:{run}"), (name, str(run))):
+        backbone = meddino.load(source, seed=config.seed).backbone
+        predicted = {task.name: task.predictions(task.features(backbone.tokens)) for task in tasks}
+        steps = 0 if source.startswith("random:") else len(records)
+        yield {"method": method, "beside": f"random {name}", "seed": config.seed, "steps": steps, "predicted": predicted}
+
+
 def table(rows: list[dict[str, Any]], tasks: list[Task]) -> str:
     """Return a Markdown table of the finished runs beside random weights of the same seeds."""
     rng, found = np.random.default_rng(0), {(row["method"], row["seed"]): row for row in rows}
@@ -183,7 +209,8 @@ def table(rows: list[dict[str, Any]], tasks: list[Task]) -> str:
     lines = [" | ".join(["| weights | seeds | steps", *(f"{task.name} {measure}" for task, measure in measures)]) + " |"]
     lines.append("|---" * (3 + len(measures)) + "|")
     for method in dict.fromkeys(row["method"] for row in rows):
-        seeds = [seed for name, seed in found if name == method and ("random", seed) in found]
+        beside = next(row.get("beside", "random") for row in rows if row["method"] == method)
+        seeds = [seed for name, seed in found if name == method and (beside, seed) in found]
         again = rng.integers(0, len(seeds), (DRAWS, len(seeds)))
         steps = sorted(found[method, seed].get("steps", 0) for seed in seeds)
         cells = [method, str(len(seeds)), f"{steps[0]} to {steps[-1]}" if steps[-1] else "0"]
@@ -191,10 +218,10 @@ def table(rows: list[dict[str, Any]], tasks: list[Task]) -> str:
             counts = np.concatenate([np.ones((1, draws[task.name].shape[1])), draws[task.name]])
             own, base = (
                 np.stack([task.balanced_accuracy(found[name, seed]["predicted"][task.name][measure], counts) for seed in seeds])
-                for name in (method, "random")
+                for name in (method, beside)
             )
             cell = f"{own[:, 0].mean():.3f}"
-            if method != "random":
+            if method != beside:
                 gain = (own - base)[:, 1:]
                 low, high = np.percentile(gain[again.T, np.arange(DRAWS)].mean(axis=0), [2.5, 97.5])
                 cell += f", {(own - base)[:, 0].mean():+.3f} ({low:+.3f} to {high:+.3f})"
@@ -216,12 +243,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--methods", nargs="+", default=["random", *METHODS], choices=["random", *METHODS, *SWITCHES])
+    parser.add_argument("--runs", nargs="*", default=[], metavar="NAME=RUN")
+    parser.add_argument("--px", type=int, default=PX, help="side of the pictures that are measured")
+    parser.add_argument("--methods", nargs="*", default=["random", *METHODS], choices=["random", *METHODS, *SWITCHES])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     machine = find_machine("cpu")
-    tasks = [Task(name, arguments.data) for name in ("brain_mri", "pneumoniamnist")]
+    tasks = [Task(name, arguments.data, arguments.px) for name in ("brain_mri", "pneumoniamnist")]
     done = {(row["method"], row["seed"]) for row in read_rows(arguments.out)}
     for seed, name in product(range(arguments.seeds), arguments.methods):
         if (name, seed) in done:
@@ -231,9 +260,15 @@ def main() -> None:
             method, told = build_method(config, next(iter(config.stages.values())), seed, machine), {}
         else:
             method, told = train(config, arguments.corpus, arguments.seconds, machine)
-        predicted = {task.name: task.predictions(task.features(method)) for task in tasks}
+        predicted = {task.name: task.predictions(task.features(method.probe)) for task in tasks}
         with arguments.out.open("a") as file:
             file.write(json.dumps({"method": name, "seed": seed, **told, "predicted": predicted}) + "\n")
+    for word in arguments.runs:
+        name, _, run = word.partition("=")
+        for row in measure_run(name, Path(run), tasks):
+            if (row["method"], row["seed"]) not in done:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     sys.stdout.write(f"{table(read_rows(arguments.out), tasks)}\n")
 
 
