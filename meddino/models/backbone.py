@@ -71,6 +71,8 @@ class Backbone(nn.Module, ABC):
         patch_size: Pixels between patch tokens: a vision transformer's patch, a convolutional network's stride.
         multiple_px: Image sides must be multiples of this.
         depth: Number of blocks that `get_intermediate_layers` can give.
+        is_sequence: Whether all blocks give tokens of one width and grid; else they are stages, each with its own stride.
+        fixed_px: The only size [rows, columns] that images may have, or None.
         recomputes: Whether all activations are computed again in the backward pass; see `recompute_activations`.
     """
 
@@ -79,6 +81,8 @@ class Backbone(nn.Module, ABC):
     patch_size: int
     multiple_px: int
     depth: int
+    is_sequence: bool = True
+    fixed_px: tuple[int, int] | None = None
     recomputes: bool = False
 
     def tokens(

@@ -78,9 +78,8 @@ class Backbone(nn.Module):
         """
         depth = self.network.depth
         count = min(count, depth)
-        is_sequence = getattr(self.network, "is_sequence", True)
         maps: list[Tensor] = self.network.get_intermediate_layers(
-            images, tapped_blocks(depth, count) if is_sequence else range(depth - count, depth)
+            images, tapped_blocks(depth, count) if self.network.is_sequence else range(depth - count, depth)
         )
         return maps
 
@@ -91,7 +90,7 @@ class Backbone(nn.Module):
                 blocks = getattr(owner, name, None)
                 if isinstance(blocks, nn.Sequential | nn.ModuleList):
                     return list(blocks)
-        model = self.network.get_submodule("model")
+        model: nn.Module = getattr(self.network, "model", self.network)
         body = getattr(model, "features", None)
         children = list(body.children()) if isinstance(body, nn.Module) else list(model.children())
         return [child for child in children if any(True for _ in child.parameters())]

@@ -39,7 +39,7 @@ class Pyramid(nn.Module):
     def __init__(self, encoder: Backbone, levels: int, channels: int, coarser: nn.Module, size_px: int) -> None:
         super().__init__()
         self.encoder, self.levels, self.out_channels = encoder, levels, channels
-        self.is_sequence = bool(getattr(encoder.network, "is_sequence", True))
+        self.is_sequence = encoder.network.is_sequence
         with torch.no_grad():
             maps = self._maps(torch.zeros(1, encoder.contract.channels, size_px, size_px, device=_device(encoder)))
         self._check(maps, size_px)

@@ -148,7 +148,7 @@ class PromptNetwork(nn.Module):
 
 def token_width(backbone: Backbone, channels: int) -> int:
     """Return the channels of a backbone's map, by asking it with an empty picture: SAM's encoders end in a neck."""
-    fixed = getattr(backbone.network, "fixed_px", None)
+    fixed = backbone.network.fixed_px
     rows, cols = fixed or (2 * math.lcm(backbone.patch_size, backbone.contract.multiple_px),) * 2
     device = next(backbone.parameters()).device
     with torch.no_grad():
@@ -167,7 +167,7 @@ def check_model(backbone: Backbone, size_px: int) -> None:
     if size_px % patch:
         raise ConfigError(f"size_px is {size_px}, and model {backbone.name} has cells of {patch} px: use a multiple of {patch}")
     backbone.contract.check_size(size_px, f"model {backbone.name} (size_px)")
-    fixed = getattr(backbone.network, "fixed_px", None)
+    fixed = backbone.network.fixed_px
     if fixed is not None and tuple(fixed) != (size_px, size_px):
         raise ConfigError(f"size_px is {size_px}, and model {backbone.name} is built for pictures of {fixed[0]} px")
 
