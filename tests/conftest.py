@@ -1,6 +1,7 @@
 """Shared fixtures: the real data and the recorded numbers beside the checkout, where they exist."""
 
 import os
+import signal
 import socket
 import sys
 import textwrap
@@ -32,6 +33,12 @@ install_import_hook(
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"
+
+
+def pytest_configure() -> None:
+    """Hear the signals that `nohup` and a shell's `&` ignore: programs inherit that, and tests send them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _shared(name: str) -> Path:

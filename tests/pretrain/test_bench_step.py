@@ -37,7 +37,8 @@ def test_main__prints_one_json_line(capsys, extra):
 @pytest.mark.parametrize("wrong", [["--batch", "1"], ["--global-size", "20"], ["--steps", "0"], ["--backbone", "vit"]])
 def test_main__wrong_numbers_exit_2(capsys, wrong):
     threads = torch.get_num_threads()
-    assert main([*SMALL, "--threads", "1", *wrong]) == 2
+    given = dict(zip(SMALL[::2], SMALL[1::2], strict=True)) | {wrong[0]: wrong[1]}
+    assert main([*(word for pair in given.items() for word in pair), "--threads", "1"]) == 2
     torch.set_num_threads(threads)
     assert len(capsys.readouterr().err.splitlines()) == 1
 

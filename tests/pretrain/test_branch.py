@@ -31,8 +31,8 @@ def original(tmp_path_factory, make_corpus_once):
 def branch(original, make_corpus_once, tmp_path):
     """Branch from a checkpoint of the original, or from its newest, and train on; returns the exit code."""
 
-    def run(*words: str, step: int | None = None) -> int:
-        source = original if step is None else original / STAGE / "checkpoints" / f"step-{step:09d}"
+    def run(*words: str, step: int | None = None, start: Path | None = None) -> int:
+        source = start or (original if step is None else original / STAGE / "checkpoints" / f"step-{step:09d}")
         given = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "new"), "--stage", STAGE]
         return main([*given, "--branch-from", str(source), *words])
 
@@ -63,14 +63,14 @@ def test_branch__a_finished_stage_is_extended_at_a_lower_rate(branch, original, 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "start", "said"),
     [
-        (["stages.stage1_pretrain.steps=6"], "the checkpoint stands after step 6: give more"),
-        (["--branch-from", "nowhere"], "neither a run's folder nor a checkpoint's"),
+        (["stages.stage1_pretrain.steps=6"], None, "the checkpoint stands after step 6: give more"),
+        ([], Path("nowhere"), "neither a run's folder nor a checkpoint's"),
     ],
 )
-def test_branch__wrong_input_is_one_line_and_leaves_nothing(branch, tmp_path, capsys, words, said):
-    assert branch(*words) == 2
+def test_branch__wrong_input_is_one_line_and_leaves_nothing(branch, tmp_path, capsys, words, start, said):
+    assert branch(*words, start=start) == 2
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
