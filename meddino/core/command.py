@@ -195,7 +195,8 @@ def _say_once(line: str) -> None:
                 (Path(folder) / hashlib.sha256(line.encode("utf-8", "surrogateescape")).hexdigest()).touch(exist_ok=False)
             except FileExistsError:
                 return
-    print(line, file=sys.stderr)
+    with suppress(OSError):  # no room even for that (a log on a full disk): the exit code still says it
+        print(line, file=sys.stderr, flush=True)
 
 
 def write_line(text: str, end: str = "\n") -> None:

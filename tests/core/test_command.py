@@ -144,14 +144,14 @@ def test_run_command__another_broken_pipe_is_a_fault():
         _run(BrokenPipeError(errno.EPIPE, "Broken pipe"))
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
-@pytest.mark.parametrize(("fault", "code"), [("None", 0), ("VolumeError('bad')", 2)])
-def test_run_command__closed_streams_change_nothing(tmp_path, closed, fault, code):
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(("fault", "code"), [("None", 0), ("VolumeError('bad')", 2), ("StoppedEarly('later')", 75)])
+def test_run_command__closed_and_full_streams_change_nothing(tmp_path, closed, fault, code):
     script = tmp_path / "command.py"
     script.write_text(
         "import sys\n"
         "from meddino.core.command import STOP_SIGNALS, command_parser, run_command\n"
-        "from meddino.core.errors import VolumeError\n"
+        "from meddino.core.errors import StoppedEarly, VolumeError\n"
         "from meddino.core.logging import get_logger\n"
         "def handle(_):\n"
         f"    stream = open({str(tmp_path / 'result')!r}, 'w')\n"
