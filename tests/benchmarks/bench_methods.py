@@ -190,11 +190,13 @@ class Task:
         return np.mean(recalls, axis=0)
 
 
-def measure_run(name: str, run: Path, tasks: list[Task]) -> Iterator[dict[str, Any]]:
-    """Yield what a finished run has learnt, and random weights of its architecture and seed."""
+def measure_run(name: str, run: Path, tasks: list[Task], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Yield random weights of a finished run's architecture and seed, and what it has learnt; not what is done."""
     config = load_config(PretrainConfig, [str(run / "config.yaml")], [], "pretrain")
     records = [json.loads(line) for line in (run / list(config.stages)[-1] / "metrics.jsonl").read_text().splitlines()]
     for method, source in ((f"random {name}", f"random:{run}"), (name, str(run))):
+        if (method, config.seed) in done:
+            continue
         backbone = meddino.load(source, seed=config.seed).backbone
         predicted = {task.name: task.predictions(task.features(backbone.tokens)) for task in tasks}
         steps = 0 if source.startswith("random:") else len(records)
@@ -265,10 +267,9 @@ def main() -> None:
             file.write(json.dumps({"method": name, "seed": seed, **told, "predicted": predicted}) + "\n")
     for word in arguments.runs:
         name, _, run = word.partition("=")
-        for row in measure_run(name, Path(run), tasks):
-            if (row["method"], row["seed"]) not in done:
-                with arguments.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        for row in measure_run(name, Path(run), tasks, done):
+            with arguments.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     sys.stdout.write(f"{table(read_rows(arguments.out), tasks)}\n")
 
 
