@@ -1,6 +1,5 @@
 """`meddino-submit status|logs|cancel FOLDER`: what became of the jobs of a run folder."""
 
-import argparse
 import os
 import signal
 import time
@@ -10,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meddino.core.command import write_line
+from meddino.core.command import command_parser, write_line
 from meddino.core.errors import MedDINOError
 from meddino_slurm import slurm
 from meddino_slurm.record import Json, all_attempts, mark_cancelled, progress, submissions
 from meddino_slurm.work import job_folder
 
-ASKING = ("status", "logs", "cancel")
+ASKING = {
+    "status": "Show what became of each job of a run folder.",
+    "logs": "Show the newest log of a run folder.",
+    "cancel": "Cancel the jobs of a run folder.",
+}
 FOLLOW_POLL_S = 1.0
 LOOK_S = 3.0  # SLURM is not asked at every glance at a file
 # What the supervisor's last word means once SLURM no longer tells.
@@ -46,7 +49,7 @@ class Row:
 
 def ask_command(command: str, arguments: Sequence[str]) -> None:
     """Answer `status`, `logs` or `cancel`."""
-    asked = argparse.ArgumentParser(prog=f"meddino-submit {command}")
+    asked = command_parser(f"meddino-submit {command}", ASKING[command], f"meddino-submit {command} run")
     asked.add_argument("folder", type=Path, help="the --out of the job")
     if command == "logs":
         asked.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from meddino_slurm.cli import main
 from meddino_slurm.config import SiteConfig
 from meddino_slurm.submission import job_id_of
 from meddino_slurm.submission import submit as submit_works
@@ -200,3 +201,11 @@ def test_setup__a_line_that_fails_ends_the_job_unless_the_profile_says_otherwise
     before_command = script[: next(number for number, line in enumerate(script) if "submitit.core._submit" in line)]
     run = subprocess.run(["/bin/bash", "-c", "\n".join(before_command) + "\ntrue"], check=False)
     assert run.returncode == code
+
+
+@pytest.mark.parametrize("command", [["status", "a", "b"], ["logs", "a", "--job", "1", "--job", "2"], ["cancel"]])
+def test_asking__wrong_words_are_refused(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 2
+    assert re.search(r"unrecognized arguments: b|--job is given twice|required: folder", capsys.readouterr().err)
