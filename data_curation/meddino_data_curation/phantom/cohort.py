@@ -1,6 +1,8 @@
 """The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from meddino.volumes.writing import write_volume
 from meddino_data_curation.phantom.dicom import write_dicom_series
 from meddino_data_curation.phantom.patient import LABELS
 from meddino_data_curation.phantom.scan import Scan, scan_patient
+from meddino_data_curation.worker_pool import cores
 
 DATASET_NAME = "Dataset900_Phantom"
 _LICENCE = "Apache-2.0 (computer-made; no patient)"
@@ -72,17 +75,27 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
         return
     note.unlink(missing_ok=True)
     with atomic_directory(out / "ct") as folder:
-        for number in range(sizes.ct):
-            scan = scan_patient(seed, "ct", number)
-            if number == sizes.ct - 1:
-                write_dicom_series(scan, folder / f"patient_{number:03d}_dicom", seed, number)
-            else:
-                # Every third one lies turned round in its file, as volumes from other tools do.
-                _write_nifti(scan, scan.hu, folder / f"patient_{number:03d}.nii.gz", "RAS" if number % 3 == 1 else "LPS")
+        _each(lambda number: _write_ct(folder, number, sizes, seed), sizes.ct)
     with atomic_directory(out / "segmentation") as folder:
         _write_nnunet(folder / DATASET_NAME, sizes, seed)
     remove_leftovers(out)
     write_json(note, description)
+
+
+def _each(write: Callable[[int], None], count: int) -> None:
+    """Write patients 0 to count - 1, two at a time where there are two cores: NumPy lets go of the interpreter's lock."""
+    with ThreadPoolExecutor(min(2, cores())) as pool:
+        for done in [pool.submit(write, number) for number in range(count)]:
+            done.result()
+
+
+def _write_ct(folder: Path, number: int, sizes: CohortSizes, seed: int) -> None:
+    scan = scan_patient(seed, "ct", number)
+    if number == sizes.ct - 1:
+        write_dicom_series(scan, folder / f"patient_{number:03d}_dicom", seed, number)
+    else:
+        # Every third one lies turned round in its file, as volumes from other tools do.
+        _write_nifti(scan, scan.hu, folder / f"patient_{number:03d}.nii.gz", "RAS" if number % 3 == 1 else "LPS")
 
 
 def _is_own(name: str) -> bool:
@@ -93,11 +106,14 @@ def _is_own(name: str) -> bool:
 def _write_nnunet(folder: Path, sizes: CohortSizes, seed: int) -> None:
     for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         (folder / part).mkdir(parents=True)
-    for number in range(sizes.train + sizes.test):
+
+    def write(number: int) -> None:
         part = "Tr" if number < sizes.train else "Ts"
         scan = scan_patient(seed, "segmentation", number)
         _write_nifti(scan, scan.hu, folder / f"images{part}" / f"phantom_{number:03d}_0000.nii.gz")
         _write_nifti(scan, scan.labels, folder / f"labels{part}" / f"phantom_{number:03d}.nii.gz")
+
+    _each(write, sizes.train + sizes.test)
     write_json(
         folder / "dataset.json",
         {
