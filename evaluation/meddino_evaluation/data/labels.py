@@ -133,8 +133,12 @@ class LabelScheme:
         if all(group == (index + 1,) for index, group in enumerate(self.values)):
             return labels
         table = {0: 0, IGNORED: IGNORED} | {group[0]: index + 1 for index, group in enumerate(self.values)}
-        found, places = np.unique(labels, return_inverse=True)
-        return np.array([table[int(value)] for value in found], dtype=np.int32)[places].reshape(labels.shape)
+        known = np.array(sorted(table), dtype=np.int32)
+        # Every step of training comes through here, and looking values up is twice as fast as sorting them.
+        places = np.minimum(np.searchsorted(known, labels), len(known) - 1)
+        if not np.array_equal(known[places], labels):
+            raise ValueError(f"label values {sorted(set(np.unique(labels).tolist()) - set(table))} are not of this scheme")
+        return np.array([table[int(value)] for value in known], dtype=np.int32)[places]
 
     def label_values(self, channels: NDArray[Any]) -> NDArray[np.int32]:
         """Turn what a head predicts into label values.
