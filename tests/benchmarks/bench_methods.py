@@ -193,13 +193,15 @@ class Task:
 def measure_run(name: str, run: Path, tasks: list[Task], done: set[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     """Yield random weights of a finished run's architecture and seed, and what it has learnt; not what is done."""
     config = load_config(PretrainConfig, [str(run / "config.yaml")], [], "pretrain")
-    records = [json.loads(line) for line in (run / list(config.stages)[-1] / "metrics.jsonl").read_text().splitlines()]
+    steps_of_stages = [
+        len(file.read_text().splitlines()) for stage in config.stages if (file := run / stage / "metrics.jsonl").exists()
+    ]
     for method, source in ((f"random {name}", f"random:{run}"), (name, str(run))):
         if (method, config.seed) in done:
             continue
         backbone = meddino.load(source, seed=config.seed).backbone
         predicted = {task.name: task.predictions(task.features(backbone.tokens)) for task in tasks}
-        steps = 0 if source.startswith("random:") else len(records)
+        steps = 0 if source.startswith("random:") else sum(steps_of_stages)
         yield {"method": method, "beside": f"random {name}", "seed": config.seed, "steps": steps, "predicted": predicted}
 
 
