@@ -22,7 +22,7 @@ import numpy as np
 from meddino_evaluation.metrics.statistics import Resampling, bootstrap_mean, holm, mean_and_std, paired_means
 from numpy.typing import NDArray
 
-STEPS = {"stage1_pretrain": 440, "stage2_gram": 15, "stage3_highres": 10}
+STEPS = {"stage1_pretrain": 400, "stage2_gram": 15, "stage3_highres": 10}
 """Of the demo's recipe."""
 STAGES = tuple(STEPS)
 FIRST, LOSSES, HEADS = STAGES[0], f"stages.{STAGES[0]}.method.losses", f"stages.{STAGES[0]}.method.heads"
