@@ -79,6 +79,7 @@ def fit_logistic(
 def _path(scaled: Features, target: Truth, strengths: Sequence[float], max_steps: int) -> list[Any]:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     known = target != -1
     if len(np.unique(target[known])) < 2:
@@ -90,7 +91,8 @@ def _path(scaled: Features, target: Truth, strengths: Sequence[float], max_steps
             # scikit-learn's warm start needs one object; a fresh one with the last coefficients keeps every C's result.
             model.warm_start = True
             model.coef_, model.intercept_ = models[-1].coef_.copy(), models[-1].intercept_.copy()
-        with warnings.catch_warnings():
+        # Threads of two libraries wait for one another in each of thousands of small products: two take twice one's time.
+        with warnings.catch_warnings(), threadpool_limits(1):
             # With C at 1e5 and separable classes the optimum lies at infinity: stopping there is what the study did.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(scaled[known], target[known])
