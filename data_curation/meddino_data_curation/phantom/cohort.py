@@ -1,6 +1,7 @@
 """The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
 
 import json
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +18,6 @@ from meddino.volumes.writing import write_volume
 from meddino_data_curation.phantom.dicom import write_dicom_series
 from meddino_data_curation.phantom.patient import LABELS
 from meddino_data_curation.phantom.scan import Scan, scan_patient
-from meddino_data_curation.worker_pool import cores
 
 DATASET_NAME = "Dataset900_Phantom"
 _LICENCE = "Apache-2.0 (computer-made; no patient)"
@@ -84,9 +84,9 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
 
 def _each(write: Callable[[int], None], count: int) -> None:
     """Write patients 0 to count - 1, two at a time where there are two cores: NumPy lets go of the interpreter's lock."""
-    with ThreadPoolExecutor(min(2, cores())) as pool:
-        for done in [pool.submit(write, number) for number in range(count)]:
-            done.result()
+    with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
+        for _ in pool.map(write, range(count)):  # what is not begun is dropped once one fails or a signal comes
+            pass
 
 
 def _write_ct(folder: Path, number: int, sizes: CohortSizes, seed: int) -> None:
