@@ -85,16 +85,15 @@ def _path(scaled: Features, target: Truth, strengths: Sequence[float], max_steps
     if len(np.unique(target[known])) < 2:
         return [None] * len(strengths)
     models: list[Any] = []
-    for strength in strengths:
-        model = LogisticRegression(C=strength, max_iter=max_steps, tol=1e-4)
-        if models:
-            # scikit-learn's warm start needs one object; a fresh one with the last coefficients keeps every C's result.
-            model.warm_start = True
-            model.coef_, model.intercept_ = models[-1].coef_.copy(), models[-1].intercept_.copy()
-        # Threads of two libraries wait for one another in each of thousands of small products: two take twice one's time.
-        with warnings.catch_warnings(), threadpool_limits(1):
-            # With C at 1e5 and separable classes the optimum lies at infinity: stopping there is what the study did.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(scaled[known], target[known])
-        models.append(model)
+    # Threads of two libraries wait for one another in each of thousands of small products: two take twice one's time.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # With C at 1e5 and separable classes the optimum lies at infinity: stopping there is what the study did.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for strength in strengths:
+            model = LogisticRegression(C=strength, max_iter=max_steps, tol=1e-4)
+            if models:
+                # scikit-learn's warm start needs one object; a fresh one with the last coefficients keeps every C's result.
+                model.warm_start = True
+                model.coef_, model.intercept_ = models[-1].coef_.copy(), models[-1].intercept_.copy()
+            models.append(model.fit(scaled[known], target[known]))
     return models
