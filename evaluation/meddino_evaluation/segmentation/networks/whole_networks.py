@@ -18,20 +18,24 @@ class WholeNetwork(nn.Module):
     """A network from images to logits.
 
     Args:
-        network: Returns logits, a list of them (deep supervision, first one used) or an object with `.logits`.
+        network: Returns logits, or an object with `.logits`.
+        multiple_px: Sides that it takes are multiples of this; others are padded at their ends, and the logits cut.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, multiple_px: int = 1) -> None:
         super().__init__()
         self.network = network
+        self.multiple_px = multiple_px
 
     def forward(
         self, maps: Sequence[Tensor], images: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch outputs height width"]:
         """Return logits at the image's size; the maps are not looked at."""
         del maps
-        found: Any = self.network(images)
-        return to_size(getattr(found, "logits", found), images)
+        height, width = images.shape[-2:]
+        padded = F.pad(images, (0, -width % self.multiple_px, 0, -height % self.multiple_px))
+        found: Any = self.network(padded)
+        return to_size(getattr(found, "logits", found), padded)[..., :height, :width]
 
 
 def build_unet(channels: int, num_outputs: int, crop_px: int) -> nn.Module:
@@ -50,7 +54,7 @@ def build_unet(channels: int, num_outputs: int, crop_px: int) -> nn.Module:
         filters=filters,
         norm_name="instance",
     )
-    return WholeNetwork(network)
+    return WholeNetwork(network, multiple_px=2 ** (depth - 1))
 
 
 class TransUNet(nn.Module):
