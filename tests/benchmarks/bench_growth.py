@@ -56,7 +56,7 @@ def growth_rows(backbone: str, steps: int, threads: int) -> list[tuple[str, floa
 
 def _recipe_options(backbone: str, steps: int) -> list[str]:
     sizes = f"[{{global_px: {BASE['global-size']}, local_px: {BASE['local-size']}, gram_px: null, weight: 1.0}}]"
-    heads = [f"heads.{head}.prototypes={BASE['prototypes']}" for head in ("dino", "ibot")]
+    heads = [f"stages.{STAGE}.method.heads.{head}.prototypes={BASE['prototypes']}" for head in ("dino", "ibot")]
     stage = [f"stages.{STAGE}.steps={steps}", f"stages.{STAGE}.global_batch={BASE['batch']}"]
     later = [f"stages.{name}.method.gram_teacher.step={steps}" for name in ("stage2_gram", "stage3_highres")]
     crops = [f"stages.{STAGE}.method.crops.sizes={sizes}", f"stages.{STAGE}.method.crops.num_local={BASE['locals']}"]
