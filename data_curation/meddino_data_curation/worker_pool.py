@@ -12,6 +12,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, TypeVar
 
+from meddino.core.command import usable_cores
 from meddino.core.errors import VolumeError
 from meddino.distributed.launcher import have_semaphores
 from meddino_data_curation.config import CurationConfig
@@ -25,14 +26,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def cores() -> int:
-    """Return the cores this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def worker_count(config: CurationConfig) -> int:
     """Return how many processes a curation takes: one where there is no room for what several talk through."""
-    wanted = config.workers or cores()
+    wanted = config.workers or usable_cores()
     return wanted if wanted == 1 or have_semaphores(wanted) else 1
 
 

@@ -34,6 +34,12 @@ EXIT_INTERRUPTED = 130
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on: those of its cgroup or `taskset` where the system tells, else all."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux; not macOS
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 class _Stopped(KeyboardInterrupt):
     """A signal asked the command to stop. Of this kind, as what runs between here and there lets a Ctrl-C pass."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meddino.core.command import usable_cores
 from meddino.core.errors import ConfigError
 from meddino.core.machine_config import TrainingPrecision
 
@@ -116,7 +117,7 @@ def use_cpu_threads(count: int | None = None) -> None:
     if count is not None and count < 1:
         raise ConfigError(f"{count} threads; at least 1 is needed")
     if count is None:
-        count = int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+        count = int(os.environ.get("OMP_NUM_THREADS", "0")) or usable_cores()
     torch.set_num_threads(count)
 
 

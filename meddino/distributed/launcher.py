@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, Protocol, runtime_checkable
 
-from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER, STOP_SIGNALS
+from meddino.core.command import EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, SAID_FOLDER, STOP_SIGNALS, usable_cores
 from meddino.core.logging import get_logger
 from meddino.distributed.exit_codes import Ending, judge, read_return_code
 
@@ -236,7 +236,7 @@ def free_port(host: str = "") -> str:
 
 def _environments(count: int) -> Iterator[dict[str, str]]:
     # More threads than cores slow torch many times over.
-    threads = str(max(1, len(os.sched_getaffinity(0)) // count))
+    threads = str(max(1, usable_cores() // count))
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port("127.0.0.1"), LAUNCHER_PID: str(os.getpid())}
     shared = {"OMP_NUM_THREADS": threads, **os.environ, **place}
     for rank in range(count):

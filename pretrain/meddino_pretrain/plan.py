@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from meddino.core.command import usable_cores
 from meddino.core.device import Machine
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import check_free_space
@@ -119,7 +120,7 @@ def this_machine(config: PretrainConfig, processes: int, measured: bool = True) 
         properties = torch.cuda.get_device_properties(machine.device)
         reached = None if flops is None else REACHED * flops
         return PlannedMachine(processes, float(properties.total_memory), reached, half, f"{processes} x {properties.name}")
-    name = f"{processes} process{'es' if processes > 1 else ''} on {len(os.sched_getaffinity(0))} CPU cores"
+    name = f"{processes} process{'es' if processes > 1 else ''} on {usable_cores()} CPU cores"
     here = min(processes, int(os.environ.get("SLURM_NTASKS_PER_NODE", processes)))
     reached = None if flops is None else REACHED_CPU * flops / here
     return PlannedMachine(processes, _host_memory_bytes() / here, reached, half, name)

@@ -1,7 +1,6 @@
 """The cohort on disk: `ct/` to pretrain on and an nnU-Net raw dataset of other patients to segment."""
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import meddino
+from meddino.core.command import usable_cores
 from meddino.core.errors import ConfigError
 from meddino.core.files import atomic_directory, remove_leftovers, write_json
 from meddino.volumes.geometry import Geometry
@@ -84,7 +84,7 @@ def write_cohort(out: Path, sizes: CohortSizes, seed: int) -> None:
 
 def _each(write: Callable[[int], None], count: int) -> None:
     """Write patients 0 to count - 1, two at a time where there are two cores: NumPy lets go of the interpreter's lock."""
-    with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(min(2, usable_cores())) as pool:
         for _ in pool.map(write, range(count)):  # what is not begun is dropped once one fails or a signal comes
             pass
 
