@@ -21,13 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # has it; the hook takes its checker by a name in a module, so this one gets a name there.
 vars(beartype)["as_mypy"] = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
 install_import_hook(
-    [
-        *("meddino", "meddino_data_curation"),
-        *("meddino_evaluation.backbones", "meddino_evaluation.data", "meddino_evaluation.metrics"),
-        # The trainer's other modules are no functions of tensors, and tests build them from doubles.
-        *("meddino_pretrain.methods", "meddino_pretrain.data"),
-        *(f"meddino_pretrain.monitoring.{name}" for name in ("feature_metrics", "fixed_slices", "pictures")),
-    ],
+    ["meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm"],
     "beartype.as_mypy",
 )
 

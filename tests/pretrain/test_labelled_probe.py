@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -116,7 +117,9 @@ def test_probe__without_data_nothing_is_written(tmp_path):
 
 def audited(**entry):
     whole = {"name": "data", "volumes": 4, "overlaps": 0, "unread": 0, "compared": {"patient": 4}, "not_compared": {}} | entry
-    return SimpleNamespace(parts=[SimpleNamespace(location="corpus", info={"audit": [whole]})])
+    corpus = Mock(spec=Corpus)
+    corpus.parts = [SimpleNamespace(location="corpus", info={"audit": [whole]})]
+    return corpus
 
 
 def test_check__only_data_that_the_corpus_was_audited_against(tmp_path, caplog):

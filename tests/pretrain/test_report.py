@@ -3,11 +3,15 @@
 import json
 import math
 import time
+from unittest.mock import Mock
 
 import pytest
 from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.methods.base import Method
 from meddino_pretrain.monitoring import history as history_module
+from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.history import POINTS, History
+from meddino_pretrain.monitoring.labelled_probe import LabelledProbe
 from meddino_pretrain.monitoring.metrics import read_metrics
 from meddino_pretrain.monitoring.monitor import Monitor
 from meddino_pretrain.monitoring.report import RunReport, stage_charts
@@ -134,7 +138,9 @@ def test_charts__entropy_has_ln_k_and_what_never_changes_is_a_line(request):
 def test_monitor__without_probes_there_is_a_report_and_the_loaders_verdict(begun, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("meddino_pretrain.monitoring.monitor.FIRST_REPORT_S", 0.0)
     report = begun(20, "probe.every_steps=0", wait_s=0.3)
-    monitor = Monitor(tmp_path, STAGE, report.config, None, None, None, report, None)
+    monitor = Monitor(
+        tmp_path, STAGE, report.config, Mock(spec=FeatureProbe), Mock(spec=LabelledProbe), Mock(spec=Method), report, None
+    )
     assert monitor.measure(20) == {}
     with caplog.at_level("INFO"):
         monitor.after_record(20, probed=False)

@@ -10,12 +10,15 @@ from meddino_pretrain.data.batches import Batch
 from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.data.workers import WorkersLost
 from meddino_pretrain.methods.base import Method
+from meddino_pretrain.monitoring.metrics import MetricsWriter
+from meddino_pretrain.monitoring.monitor import Monitor
 from meddino_pretrain.monitoring.progress import StepProgress
 from meddino_pretrain.monitoring.speed import SpeedMeter
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules
 from meddino_pretrain.run.checkpoints import StageCheckpoints, last_checkpoint
 from meddino_pretrain.run.config import SavingConfig
 from meddino_pretrain.run.guard import RunGuard
+from meddino_pretrain.run.signals import StopRequest
 from meddino_pretrain.schedules import ScheduleConfig, Schedules
 from meddino_pretrain.stages import run_pretraining
 from meddino_pretrain.trainer import Trainer
@@ -62,7 +65,7 @@ class Squares(Method):
 Squares.__abstractmethods__ = frozenset()
 
 
-class Noted:
+class Noted(MetricsWriter, Monitor, StopRequest):
     """Stands where records go, where features are watched and where signals come in, and notes what it is told."""
 
     def __init__(self, stop_after: int = 0) -> None:

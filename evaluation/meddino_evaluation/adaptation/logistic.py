@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from meddino_evaluation.metrics.classification import TaskKind
 
-Features = NDArray[np.float64]
+Features = NDArray[np.floating[Any]]
 Truth = NDArray[np.int64]
 Probabilities = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """Settings of `meddino-eval prompt`. [L] is LVM-Med (arXiv 2306.11925), [S] Segment Anything (arXiv 2304.02643)."""
 
-from typing import Literal, Self
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -97,7 +97,7 @@ class PromptConfig(StrictConfig):
     """"auto" is bf16 on a GPU and fp32 on the CPU."""
 
     @model_validator(mode="after")
-    def _zero_shot_needs_weights(self) -> Self:
+    def _zero_shot_needs_weights(self) -> "PromptConfig":
         if self.training.steps == 0 and self.decoder.weights is None:
             raise ValueError("training.steps=0 tests a file's decoder as it is: set decoder.weights")
         return self

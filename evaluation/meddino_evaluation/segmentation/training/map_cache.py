@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from meddino.core.logging import get_logger
 logger = get_logger(__name__)
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What maps come from."""
 
