@@ -5,7 +5,8 @@
     python -m tests.benchmarks.bench_worth --out DIR --only list            # what is done; `--only table`: the table of it
 
 Every part is one of the project's commands, and is done when its last file is there; nothing is deleted. A run that was begun
-elsewhere with the same recipe may be put into DIR/runs. Numbers go to DIR/worth.json, the table to DIR/worth.md.
+elsewhere with the same recipe may be put into DIR/runs. Numbers go to DIR/worth.json, tables to DIR/worth.md: everything beside
+random weights, and each arm beside the whole recipe.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from numpy.typing import NDArray
 STEPS = {"stage1_pretrain": 400, "stage2_gram": 15, "stage3_highres": 10}
 """Of the demo's recipe."""
 STAGES = tuple(STEPS)
-FIRST, LOSSES, HEADS = STAGES[0], f"stages.{STAGES[0]}.method.losses", f"stages.{STAGES[0]}.method.heads"
+FIRST = STAGES[0]
+LOSSES, HEADS, TEACHER = (f"stages.{FIRST}.method.{part}" for part in ("losses", "heads", "teacher"))
 ARMS: dict[str, tuple[str, ...]] = {
     "all": (),
     "no_ibot": (f"{LOSSES}.ibot_weight=0",),
@@ -33,11 +35,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     "no_koleo": (f"{LOSSES}.koleo_weight=0",),
     "layerscale": ("backbone.changes.layerscale_init=1e-5",),
     "prototypes": (f"{HEADS}.dino.prototypes=2048", f"{HEADS}.ibot.prototypes=2048"),
-    "temperature": (f"stages.{FIRST}.method.teacher.temperature=0.07",),
+    "unit_length": (f"{HEADS}.dino.unit_prototypes=false", f"{HEADS}.ibot.unit_prototypes=false"),
+    "temperature": (f"{TEACHER}.temperature=0.07",),
+    "koleo": (f"{LOSSES}.koleo_weight=0.1",),
+    "decay": ("optimizer.layerwise_decay=0.9", "optimizer.patch_embed_lr_multiplier=0.2"),
+    "ema": (f"{TEACHER}.ema_momentum=0.98", f"{TEACHER}.ema_momentum_end=0.995"),
 }
 """Arm -> what differs from the demo's recipe; `all` runs every stage, the others the first."""
 SEEDS = (0, 1, 2, 3, 4)
 RANDOM, PIXELS = "random", "pixels"
+WHOLE = f"all, {FIRST}"
 DATASET = "segmentation/Dataset900_Phantom"
 
 
@@ -135,7 +142,7 @@ class Row:
         pooled: Macro-F1 over the patches of all patients, mean over seeds; `by_seed` each.
         mean: Each patient's own macro-F1, mean over patients and seeds; with its standard deviation over seeds.
         patients_95: Interval over patients of `mean`.
-        difference: From random weights, with intervals over patients, and over patients and seeds (also of random weights).
+        difference: From the baseline, with intervals over patients, and over patients and seeds (also of the baseline).
         p, p_holm: Sign-flip permutation test over patients of the means over seeds; adjusted for all rows.
     """
 
@@ -153,18 +160,26 @@ class Row:
     p_holm: float = float("nan")
 
 
-def read_rows(out: Path) -> list[Row]:
-    """Read all probes that are done."""
+def read_rows(out: Path, baseline: str = RANDOM) -> list[Row]:
+    """Read all probes that are done.
+
+    Args:
+        out: Folder of the study.
+        baseline: What each row is compared with: random weights, or `WHOLE`, then only arms that ran the first stage alone.
+    """
     found: dict[str, dict[int, Path]] = {}
     for file in sorted((out / "probes").glob("*/metrics.json")):
         run, _, stage = file.parent.name.partition("-")
         arm, _, seed = run.rpartition("_s")
         found.setdefault(arm if stage == arm else f"{arm}, {stage}", {})[int(seed)] = file.parent
-    if RANDOM not in found:
+    if baseline not in found:
         return []
     tables = {name: _table(folders, "probed") for name, folders in found.items()}
-    rows = [_row(name, folders, tables[name], tables[RANDOM]) for name, folders in found.items()]
-    rows.append(_row(PIXELS, dict([next(iter(found[RANDOM].items()))]), _table(found[RANDOM], PIXELS)[:1], tables[RANDOM]))
+    own = [name for name in found if baseline == RANDOM or name.endswith(FIRST)]
+    rows = [_row(name, found[name], tables[name], tables[baseline], baseline) for name in own]
+    if baseline == RANDOM:
+        pixels = dict([next(iter(found[RANDOM].items()))])
+        rows.append(_row(PIXELS, pixels, _table(pixels, PIXELS), tables[RANDOM], RANDOM))
     adjusted = holm([row.p for row in rows])
     rows = [Row(**{**vars(row), "p_holm": float(p)}) for row, p in zip(rows, adjusted, strict=True)]
     return sorted(rows, key=lambda row: row.pooled)
@@ -176,7 +191,9 @@ def _table(folders: dict[int, Path], model: str) -> NDArray[np.float64]:
     return np.array([[each[patient] for patient in sorted(scores[0])] for each in scores])
 
 
-def _row(name: str, folders: dict[int, Path], table: NDArray[np.float64], random: NDArray[np.float64]) -> Row:
+def _row(
+    name: str, folders: dict[int, Path], table: NDArray[np.float64], compared_with: NDArray[np.float64], baseline: str
+) -> Row:
     model = PIXELS if name == PIXELS else "probed"
     metrics = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for _, folder in sorted(folders.items())]
     by_seed = tuple(float(each["models"][model]["chosen"]["macro_f1"]["mean"]) for each in metrics)
@@ -190,45 +207,45 @@ def _row(name: str, folders: dict[int, Path], table: NDArray[np.float64], random
         mean_and_std(table.mean(1))[1],
         (over.low, over.high),
     )
-    if name == RANDOM:
+    if name == baseline:
         return start
-    result = paired_means(table.mean(0), random.mean(0))
+    result = paired_means(table.mean(0), compared_with.mean(0))
     compared = {"difference": result.difference, "difference_95": (result.low, result.high), "p": result.p_value}
-    return Row(**{**vars(start), **compared, "both_95": over_patients_and_seeds(table, random)})
+    return Row(**{**vars(start), **compared, "both_95": over_patients_and_seeds(table, compared_with)})
 
 
-def over_patients_and_seeds(table: NDArray[np.float64], random: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % interval of a difference where patients, seeds and random weights are all drawn anew.
+def over_patients_and_seeds(table: NDArray[np.float64], other: NDArray[np.float64]) -> tuple[float, float]:
+    """Return the 95 % interval of a difference where patients and the seeds of both are all drawn anew.
 
     With two or three seeds it is too narrow, as any bootstrap of so few; NaN with one.
 
     Args:
         table: [seeds, patients].
-        random: [other seeds, the same patients].
+        other: [other seeds, the same patients].
     """
-    if min(len(table), len(random)) < 2:
+    if min(len(table), len(other)) < 2:
         return float("nan"), float("nan")
     patients = Resampling(table.shape[1])
-    drawn = np.stack([patients.means(row) for row in table]), np.stack([patients.means(row) for row in random])
-    weights = [Resampling(len(each), seed=number).weights() / len(each) for number, each in enumerate((table, random), start=1)]
+    drawn = np.stack([patients.means(row) for row in table]), np.stack([patients.means(row) for row in other])
+    weights = [Resampling(len(each), seed=number).weights() / len(each) for number, each in enumerate((table, other), start=1)]
     means = [np.einsum("rs,sr->r", weight, each) for weight, each in zip(weights, drawn, strict=True)]
-    found = patients.interval(float(table.mean() - random.mean()), means[0] - means[1])
+    found = patients.interval(float(table.mean() - other.mean()), means[0] - means[1])
     return found.low, found.high
 
 
-def as_markdown(rows: Sequence[Row]) -> str:
+def as_markdown(rows: Sequence[Row], baseline: str = RANDOM) -> str:
     """Return the table."""
     lines = [
         "| weights | seeds | macro-F1, pooled | each seed | mean of patients ± SD over seeds (95 % over patients) "
-        "| above random (95 % over patients; over patients and seeds) | p, Holm |",
+        f"| above {baseline} (95 % over patients; over patients and seeds) | p, Holm |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         own = f"{row.mean:.3f} ± {row.std_over_seeds:.3f} ({row.patients_95[0]:.3f} to {row.patients_95[1]:.3f})"
         ends = [f"{low:+.3f} to {high:+.3f}" for low, high in (row.difference_95, row.both_95)]
-        above = "" if row.name == RANDOM else f"{row.difference:+.3f} ({ends[0]}; {ends[1]})".replace("+nan to +nan", "-")
+        above = "" if row.name == baseline else f"{row.difference:+.3f} ({ends[0]}; {ends[1]})".replace("+nan to +nan", "-")
         each = ", ".join(f"{value:.3f}" for value in row.by_seed)
-        p = "" if row.name == RANDOM else f"{row.p_holm:.4f}"
+        p = "" if row.name == baseline else f"{row.p_holm:.4f}"
         lines.append(
             f"| {row.name} | {len(row.seeds)} | {row.pooled:.3f} | {each} | {own.replace('± nan', '')} | {above} | {p} |"
         )
@@ -256,10 +273,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_parts(list(probe_parts(given.out, given.arms, given.seeds)))  # so that there is a table from the first hour on
     if given.only == "probes":
         run_parts(list(probe_parts(given.out, given.arms, given.seeds)))
-    rows = read_rows(given.out)
-    (given.out / "worth.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-    (given.out / "worth.md").write_text(as_markdown(rows), encoding="utf-8")
-    sys.stdout.write(as_markdown(rows))
+    rows = {baseline: read_rows(given.out, baseline) for baseline in (RANDOM, WHOLE)}
+    tables = "\n".join(as_markdown(each, baseline) for baseline, each in rows.items() if each)
+    as_values = {baseline: [asdict(row) for row in each] for baseline, each in rows.items()}
+    (given.out / "worth.json").write_text(json.dumps(as_values, indent=1), encoding="utf-8")
+    (given.out / "worth.md").write_text(tables, encoding="utf-8")
+    sys.stdout.write(tables)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tests.benchmarks.bench_worth import (
     ARMS,
     DATASET,
     STEPS,
+    WHOLE,
     Part,
     as_markdown,
     main,
@@ -117,6 +118,9 @@ def test_rows__means_differences_and_tests(study):
     assert one.p == pytest.approx(2 / 2**8) and one.p_holm == pytest.approx(3 * 2 / 2**8)
     assert one.both_95[0] < 0.2 and one.both_95[1] > 0.29  # seeds differ more than patients
     assert np.isnan(rows["no_ibot, stage1_pretrain"].both_95).all()
+    ablation = {row.name: row for row in read_rows(study, WHOLE)}
+    assert list(ablation) == ["no_ibot, stage1_pretrain", WHOLE] and np.isnan(ablation[WHOLE].difference)
+    assert ablation["no_ibot, stage1_pretrain"].difference == pytest.approx(-0.24)
 
 
 def test_interval__of_equal_seeds_is_that_over_patients():
@@ -128,7 +132,8 @@ def test_interval__of_equal_seeds_is_that_over_patients():
 def test_main__table_of_what_there_is(study, capsys):
     main(["--out", str(study), "--only", "table"])
     table = capsys.readouterr().out
-    assert table == (study / "worth.md").read_text() == as_markdown(read_rows(study))
+    expected = f"{as_markdown(read_rows(study))}\n{as_markdown(read_rows(study, WHOLE), WHOLE)}"
+    assert table == (study / "worth.md").read_text() == expected
     assert "| all, stage1_pretrain | 2 | 0.450 | 0.400, 0.500 | 0.454 ± 0.071" in table and "nan" not in table
     main(["--out", str(study), "--only", "list", "--arms", "all", "--seeds", "0"])
     assert f"to do  held/{DATASET}/dataset.json" in capsys.readouterr().out
