@@ -54,6 +54,7 @@ COMMON = [
     "optimizer.patch_embed_lr_multiplier=1.0",
 ]
 _CROPS = "method.crops={large_px: 48, small_px: 24}"
+_HEAD = "{prototypes: 2048, hidden_dim: 1024, bottleneck_dim: 256}"
 _JOINT = (_CROPS, "schedule.lr=0.001", "method.hidden_dim=512", "method.out_dim=128")
 # Recipe, and what differs in its first stage.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -62,7 +63,15 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "simclr": ("lvm_med_r50_simclr", _JOINT),
     "vicreg": ("lvm_med_r50_vicreg", _JOINT),
     "mae": ("lvm_med_vitb_mae", ("schedule.lr=0.001", "method.crop_px=48", "method.decoder={dim: 64, depth: 2, heads: 4}")),
-    "dinov3": ("cpu_small", ("method.crops={sizes: [{global_px: 48, local_px: 24}], num_local: 6}",)),
+    "dinov3": (
+        "demo",
+        (
+            "method.crops={sizes: [{global_px: 48, local_px: 24}], num_local: 6}",
+            "schedule.lr=0.0005",
+            f"method.heads={{dino: {_HEAD}, ibot: {_HEAD}}}",
+            "method.freeze_last_layer_steps=90",
+        ),
+    ),
 }
 SWITCHES = {
     "no_second_order": "method.affinity.edge_weight=0",
@@ -77,10 +86,14 @@ def recipe_of(name: str, seed: int) -> PretrainConfig:
     """Return a method's recipe at the size of this comparison; of graph matching also with one switch off."""
     recipe, changes = METHODS.get(name) or METHODS["graph_matching"]
     changes = (*changes, *([SWITCHES[name]] if name in SWITCHES else []), f"global_batch={BATCH}")
-    stage = "stage1_pretrain" if recipe == "cpu_small" else "pretrain"
+    stage = "stage1_pretrain" if recipe == "demo" else "pretrain"
     given = [*COMMON, *(f"stages.{stage}.{change}" for change in changes), f"seed={seed}"]
-    if recipe == "cpu_small":
-        given += ["input_contract={modality: image}", "other_contracts=[{modality: ct}, {modality: mr}]"]
+    if recipe == "demo":
+        given += [
+            "backbone.changes.drop_path=0.1",
+            "input_contract={modality: image}",
+            "other_contracts=[{modality: ct}, {modality: mr}]",
+        ]
     return load_config(PretrainConfig, [recipe], given, "pretrain")
 
 

@@ -28,7 +28,7 @@ def test_show__every_value_says_what_it_is_and_who_said_it(shown):
     assert all("  # " in line for line in values)
     assert next(line for line in lines if line.startswith("seed:")) == "seed: 4  # [seed=4] Seed of everything random."
     keep_last = next(line for line in lines if line.strip().startswith("keep_last:"))
-    assert "2  # [cpu_small]" in keep_last and "ours: 3" in keep_last
+    assert "2  # [smoke]" in keep_last and "ours: 3" in keep_last
 
 
 def test_show__against_a_recipe_or_a_run_names_what_differs(shown, tmp_path):

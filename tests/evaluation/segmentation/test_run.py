@@ -250,7 +250,7 @@ def test_command__wrong_input_exits_2_with_one_line(make_dataset, tmp_path, caps
     assert words in error
 
 
-@pytest.mark.parametrize("name", ["paper", "demo", "demo_real", "sarcoma"])
+@pytest.mark.parametrize("name", ["paper", "demo", "demo_real", "few_patients", "sarcoma"])
 def test_shipped_configs__are_valid(name):
     assert load_config(SegmentConfig, [name], kind="evaluation").head.name == ("primus" if name == "paper" else "linear")
 
