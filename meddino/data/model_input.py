@@ -1,18 +1,12 @@
 """What each modality's stored values become: model input, pictures for people. Settings are in `meddino.data.intensity`."""
 
-from typing import Any
-
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
-from numpy.typing import NDArray
 from torch import Tensor
 
 from meddino.core.errors import ConfigError
 from meddino.data.intensity import (
     CT_WINDOWS_HU,
-    MEMBERS,
-    RANGE_PERCENTILES,
     BrightnessIntensity,
     CTIntensity,
     Intensity,
@@ -32,8 +26,8 @@ def normalise(
     Args:
         stored: Values as the corpus or a file holds them.
         intensity: The model's input contract.
-        value_range: Stored values that become 0 and 1 where the modality's units are arbitrary; see `value_range`. None
-            where values are in [0, 1] already, or in Hounsfield units.
+        value_range: Stored values that become 0 and 1 where the modality's units are arbitrary, of
+            `stored_values.value_range`. None where values are in [0, 1] already, or in Hounsfield units.
     """
     if isinstance(intensity, CTIntensity):
         return normalise_channels(stored.float().clamp(*intensity.shown_range).unsqueeze(-3), intensity)
@@ -71,37 +65,6 @@ def to_unit(values: Shaped[Tensor, "*batch c h w"], value_range: Float[Tensor, "
     """Bring values to [0, 1]: the range's lower end and below becomes 0, its upper end and above 1."""
     low, high = (end[..., None, None, None] for end in value_range.to(values.device).unbind(-1))
     return ((values.float() - low) / (high - low).clamp_min(1e-12)).clamp_(0, 1)
-
-
-def value_range(modality: Modality, values: NDArray[Any]) -> tuple[float, float]:
-    """Return the stored values that become 0 and 1.
-
-    Args:
-        modality: Arbitrary units (MR): the 0.5 and 99.5 percentiles of `values`. Brightness: the stored type's range where it
-            is 8 or 16 bits wide, else percentiles as for MR. Hounsfield units: nothing is stretched, so (0, 1).
-        values: Of the whole volume.
-    """
-    units = MEMBERS[modality].units
-    if units == "hounsfield":
-        return 0.0, 1.0
-    if units == "brightness" and values.dtype in (np.uint8, np.uint16):
-        return 0.0, float(np.iinfo(values.dtype).max)
-    return percentile_range(values)
-
-
-def percentile_range(values: NDArray[Any]) -> tuple[float, float]:
-    """Return the 0.5 and 99.5 percentiles; lowest and highest value where the two are one."""
-    low, high = (float(end) for end in np.percentile(values, RANGE_PERCENTILES))
-    if low == high:  # nearly everything is background: what is left is still shown
-        low, high = float(values.min()), float(values.max())
-    return low, high
-
-
-def stored_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Return the type in which values that are no CT are stored: their own, or the nearest one that a corpus holds."""
-    if dtype in (np.uint8, np.uint16, np.int16):
-        return dtype
-    return np.dtype(np.int16) if dtype == np.int8 else np.dtype(np.float32)
 
 
 def stretch_window(

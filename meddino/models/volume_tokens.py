@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.data.intensity import OF_DICOM_CODE, Intensity
-from meddino.data.model_input import check_modality, is_foreground, normalise, value_range
+from meddino.data.model_input import check_modality, is_foreground, normalise
+from meddino.data.stored_values import value_range
 from meddino.models.backbone import Backbone
 from meddino.models.patch_maps import share_of_patch
 from meddino.volumes.geometry import Geometry
@@ -82,7 +83,7 @@ def as_stored(values: Any, contract: Intensity, given_range: Any = None) -> tupl
         if low < -1e-3 or high > 1 + 1e-3:
             raise ConfigError(
                 f"values go from {low:g} to {high:g}; a model of {contract.modality} takes values in [0, 1], or value_range "
-                "(meddino.data.model_input.value_range of the whole volume), or a Volume, which brings its own"
+                "(meddino.data.stored_values.value_range of the whole volume), or a Volume, which brings its own"
             )
     return values, None if given_range is None else torch.as_tensor(given_range)
 

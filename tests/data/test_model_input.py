@@ -13,8 +13,8 @@ from meddino.data.model_input import (
     stretch_window,
     to_picture,
     to_unit,
-    value_range,
 )
+from meddino.data.stored_values import value_range
 
 
 def test_normalise__ct_is_clipped_and_normalised():
@@ -59,16 +59,6 @@ def test_normalise_channels__refuses_channels_that_fit_nothing():
         normalise_channels(torch.zeros(1, 2, 4, 4), ImageIntensity())
     with pytest.raises(ConfigError, match=r"2 channels.*3"):
         normalise_channels(torch.zeros(1, 2, 4, 4), MRIntensity())
-
-
-def test_value_range__percentiles_or_the_types_range():
-    values = np.arange(1001, dtype=np.float32)
-    assert value_range("mr", values) == pytest.approx((5.0, 995.0))
-    assert value_range("image", values.astype(np.uint16)) == (0, 65535)
-    assert value_range("image", np.array([3, 200], dtype=np.uint8)) == (0, 255)
-    mostly_dark = np.zeros(1000)
-    mostly_dark[0] = 7
-    assert value_range("mr", mostly_dark) == (0, 7)
 
 
 def test_to_unit__clips_at_both_ends():

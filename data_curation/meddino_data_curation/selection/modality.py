@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import MEMBERS, OF_DICOM_CODE, Modality
-from meddino.data.model_input import percentile_range, stored_type, value_range
+from meddino.data.stored_values import percentile_range, stored_type, value_range
 from meddino_data_curation.config import HounsfieldConfig
 from meddino_data_curation.selection.hounsfield import (
     looks_like_hounsfield,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import MEMBERS, Modality
-from meddino.data.model_input import percentile_range, value_range
+from meddino.data.stored_values import percentile_range, value_range
 from meddino.volumes.archives import archive_of, is_archive
 from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.orientation import turn_to_lps

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from meddino.core.errors import VolumeError
 from meddino.data.content import volume_hash
 from meddino.data.intensity import MEMBERS, Modality
-from meddino.data.model_input import stored_type, value_range
+from meddino.data.stored_values import stored_type, value_range
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import Turn, turn_to_lps
 from meddino_evaluation.data.case import LabelMapCase

@@ -100,7 +100,7 @@ class Model(nn.Module):
         Args:
             stored: A tensor or array [..., H, W], of a CT model Hounsfield units, of others values in [0, 1], or any with
                 their range; or a `Volume`: all its slices, turned to axial ones, by its own range.
-            value_range: Values that become 0 and 1; see `meddino.data.model_input.value_range`.
+            value_range: Values that become 0 and 1; see `meddino.data.stored_values.value_range`.
 
         Raises:
             ConfigError: The values cannot be what the contract says.
