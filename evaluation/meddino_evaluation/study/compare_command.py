@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=MODEL", help="a model under a name; several allowed"
     )
-    parser.add_argument("--modes", nargs="+", default=["frozen"], choices=MODES, help="each model is run in each of these")
+    parser.add_argument(
+        "--modes", nargs="+", default=["frozen"], type=_mode, choices=MODES, help="each model is run in each of these"
+    )
     parser.add_argument("--skip", action="append", default=[], metavar="NAME:MODE", help="leave out a combination")
     parser.add_argument("--results", action="append", default=[], metavar="NAME=FOLDER", help="a finished run to compare with")
     parser.add_argument("--data", type=Path, help="data set; needed with --model")
@@ -76,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the jobs and which are done, and run nothing")
     add_figures_argument(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, for all variants")
+
+
+def _mode(text: str) -> str:
+    if "=" in text:  # argparse gives an option of several values all that follow it
+        raise argparse.ArgumentTypeError(f"{text} comes right after the modes and is none; put key=value before --modes")
+    return text
 
 
 @dataclass(frozen=True)

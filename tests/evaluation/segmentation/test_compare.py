@@ -139,3 +139,9 @@ def test_compare_command__runs_models_and_writes_every_table(make_dataset, tiny_
     assert main(["compare", "--model", "nothing", "--out", str(out)]) == 2
     assert main(["compare", "--results", f"a={tmp_path}", "--out", str(out)]) == 2
     assert set(check_page(out / "report.html")["rows"]) == {1}  # reference | first | first | second
+
+
+def test_compare__settings_right_after_the_modes_are_told_where_they_go(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--out", str(tmp_path), "--modes", "frozen", "labels.train_cases=8"])
+    assert ended.value.code == 2 and "put key=value before --modes" in capsys.readouterr().err
