@@ -7,6 +7,7 @@ from torch import Tensor
 from meddino.core.errors import ConfigError
 from meddino.data.intensity import (
     CT_WINDOWS_HU,
+    MEMBERS,
     BrightnessIntensity,
     CTIntensity,
     Intensity,
