@@ -69,8 +69,8 @@ def to_unit(values: Shaped[Tensor, "*batch c h w"], value_range: Float[Tensor, "
 
 
 def stretch_window(
-    hu: Float[Tensor, "b *rest"], lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], intensity: CTIntensity
-) -> Float[Tensor, "b *rest"]:
+    hu: Float[Tensor, " b *rest"], lower: Float[Tensor, " b"], upper: Float[Tensor, " b"], intensity: CTIntensity
+) -> Float[Tensor, " b *rest"]:
     """Clip each image to its own HU window and stretch that window over the contract's.
 
     With `lower, upper` equal to the contract's window this is the contract's own clipping, so random windows in

@@ -65,7 +65,7 @@ def all_reduce_mean(values: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"
     return all_reduce_sum(values) / world_size()
 
 
-def all_gather_with_grad(values: Float[Tensor, "n *rest"]) -> Float[Tensor, "m *rest"]:
+def all_gather_with_grad(values: Float[Tensor, " n *rest"]) -> Float[Tensor, " m *rest"]:
     """Return every process's rows, rank after rank; every process gives equally many.
 
     The gradient of a row is the sum of what all processes' losses say about it. Averaged over processes afterwards, as
@@ -77,7 +77,7 @@ def all_gather_with_grad(values: Float[Tensor, "n *rest"]) -> Float[Tensor, "m *
     return gathered
 
 
-def all_gather_rows(values: Shaped[Tensor, "n *rest"]) -> Shaped[Tensor, "m *rest"]:
+def all_gather_rows(values: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " m *rest"]:
     """Return every process's rows, rank after rank, without a gradient; every process gives equally many."""
     if world_size() == 1:
         return values

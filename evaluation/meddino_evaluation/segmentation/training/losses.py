@@ -51,7 +51,7 @@ def soft_dice_loss(
 
 def class_loss(
     logits: Float[Tensor, "batch outputs *space"],
-    labels: Int[Tensor, "batch *space"],
+    labels: Int[Tensor, " batch *space"],
     dice_weight: float,
     ce_weight: float,
 ) -> Float[Tensor, ""]:
