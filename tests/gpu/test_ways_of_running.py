@@ -1,10 +1,10 @@
 """One process, DDP and FSDP2, recomputed, accumulated and compiled, in bfloat16: the same step but for its rounding.
 
-Stated (LayerScale 1): the losses of two steps within 1e-4 of one process in float32; gradient norms within 4 %, and
-each parameter's gradient within 15 % of its norm, of one process in bfloat16 on the same processor. How far that one is
-from float32 is the processor's own: norms 4 % and gradients 9 % where bfloat16 is emulated (AVX2), 10 % and 28 % with
-AVX-512's own products; the largest are of the first norms' biases. At the recipes' fresh LayerScale of 1e-5 KoLeo's
-gradients cancel over the batch, and bfloat16 leaves no digit of some: nothing is compared there.
+Stated: against one process in float32 the losses of two steps within 1e-4, gradient norms within 4 %, and each parameter's
+gradient within 15 % of its norm (LayerScale 1; the largest seen is 9 %, of the first norms' biases, the same in every way of
+running). At the recipes' fresh LayerScale of 1e-5 KoLeo's gradients cancel over the batch, and bfloat16 leaves no digit
+of some: nothing is compared there. AVX-512's own products in bfloat16 round further (7 % and 28 %), so oneDNN is held to AVX2,
+where it sums in float32 as a GPU does.
 """
 
 import json
@@ -18,7 +18,8 @@ from tests.gpu.tiny import gradients, tiny_step
 # Accumulation, checkpointing, compiled.
 WAYS = [(1, False, False), (2, True, False), (1, "selective", False)]
 CODE = """
-    import json, sys
+    import json, os, sys
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"  # before torch is loaded
     import torch, torch.distributed as dist
     from meddino.core import compilation
     from meddino.models import vision_transformer
@@ -40,43 +41,24 @@ CODE = """
 """
 
 
-def alone(precision: str) -> tuple[list[float], dict[str, float], dict[str, torch.Tensor]]:
-    """Return the losses of two steps of one process, the second's gradient norms and the first's gradients."""
-    step = tiny_step(precision)
+@pytest.fixture(scope="module")
+def exact():
+    step = tiny_step("fp32")
     step.run()
     losses, found = [step.loss], gradients(step)
     step.run()
     return [*losses, step.loss], {name: float(norm) for name, norm in step.norms.items()}, found
 
 
-@pytest.fixture(scope="module")
-def exact():
-    return alone("fp32")
-
-
-@pytest.fixture(scope="module")
-def rounded():
-    return alone("bf16")
-
-
-def farthest(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
-    assert found.keys() == wanted.keys()
-    return {name: float((found[name] - g).norm() / g.norm()) for name, g in wanted.items() if g.norm() > 0}
-
-
-def test_bf16__one_process_is_float32_but_for_the_processors_rounding(exact, rounded):
-    assert rounded[0] == pytest.approx(exact[0], rel=1e-4)
-    assert rounded[1] == pytest.approx(exact[1], rel=0.15)
-    assert max(farthest(rounded[2], exact[2]).values()) < 0.35
-
-
-def compare(folder: Path, ways: list, processes: int, exact: tuple, rounded: tuple) -> None:
+def compare(folder: Path, ways: list, processes: int, exact: tuple) -> None:
+    losses, norms, wanted = exact
     for number, way in enumerate(ways):
         for rank in range(processes):
             found = torch.load(folder / f"{number}-{rank}.pt")
-            assert found["losses"] == pytest.approx(exact[0], rel=1e-4), way
-            assert found["norms"] == pytest.approx(rounded[1], rel=0.04), way
-            away = farthest(found["gradients"], rounded[2])
+            assert found["losses"] == pytest.approx(losses, rel=1e-4), way
+            assert found["norms"] == pytest.approx(norms, rel=0.04), way
+            assert found["gradients"].keys() == wanted.keys()
+            away = {name: float((found["gradients"][name] - g).norm() / g.norm()) for name, g in wanted.items() if g.norm() > 0}
             assert max(away.values()) < 0.15, (way, json.dumps(away))
 
 
@@ -85,19 +67,19 @@ def compare(folder: Path, ways: list, processes: int, exact: tuple, rounded: tup
     ("parallel", "processes"),
     [pytest.param("none", 1, marks=pytest.mark.slow), pytest.param("ddp", 2, marks=pytest.mark.slow), ("fsdp2", 2)],
 )
-def test_bf16__every_way_of_running(parallel, processes, exact, rounded, tmp_path, run_ranks):
+def test_bf16__every_way_of_running(parallel, processes, exact, tmp_path, run_ranks):
     run_ranks(CODE.format(parallel=parallel, ways=WAYS, folder=str(tmp_path)), processes)
-    compare(tmp_path, WAYS, processes, exact, rounded)
+    compare(tmp_path, WAYS, processes, exact)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("parallel", "processes"), [("none", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_bf16__compiled(parallel, processes, exact, rounded, tmp_path, run_ranks):
+def test_bf16__compiled(parallel, processes, exact, tmp_path, run_ranks):
     ways = [(1, False, True), (1, True, True), (1, "selective", True)]
     run_ranks(CODE.format(parallel=parallel, ways=ways, folder=str(tmp_path)), processes, timeout_s=800)
-    compare(tmp_path, ways, processes, exact, rounded)
+    compare(tmp_path, ways, processes, exact)
 
 
 COPIES = """
