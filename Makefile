@@ -5,7 +5,7 @@ PIP_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit reference clean help slurm-up slurm-down test-slurm
+.PHONY: demo test lint unit test-slow reference clean help slurm-up slurm-down test-slurm
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -148,7 +148,7 @@ COMMANDS = {
         ("out/**/*",), ("out/*.nii.gz",),
     ),
     "probe": Command(
-        "meddino-eval probe", 0, None, "nothing, it takes seconds", "measures anew, the same bytes",
+        "meddino-eval probe", 0, None, "nothing, it takes half a minute", "measures anew, the same bytes",
         "meddino-eval probe --model m=random:vitnano8 --data {root}/blobs --out out seeds=[0] bootstrap=100 "
         "data.resample=native train_slices=4 case_slices=2 blocks=[1]", ("out/**/*",),
     ),

@@ -21,7 +21,7 @@ class SplitConfig(StrictConfig):
     """How cases are split where the publishers did not."""
 
     repeats: int = Field(3, ge=1)
-    """Splits or, with a given split, seeds; PROTOCOLS rule 6: at least 3."""
+    """Splits or, with a given split, seeds; ours: at least 3."""
     val_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of the patients for validation; S1: 0.2."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
