@@ -91,12 +91,12 @@ class TransformerBlock(nn.Module):
         return _add_residual(x, self.mlp_branch, groups, kept[1] if kept else None)
 
     def attention_branch(self, tokens: Tensor, groups: Sequence[CropGroup]) -> Tensor:
-        """Return ls1 * attention(norm1 tokens), within each crop."""
+        """Return ls1 * attention(norm1 tokens), within each crop; tokens [N of all crops, D], packed as `groups` says."""
         residual: Tensor = self.attn(self.norm1(tokens), groups)
         return residual if self.ls1 is None else residual * self.ls1.gamma.to(residual.dtype)
 
     def mlp_branch(self, tokens: Tensor, _groups: Sequence[CropGroup]) -> Tensor:
-        """Return ls2 * mlp(norm2 tokens)."""
+        """Return ls2 * mlp(norm2 tokens); tokens [N of all crops, D]."""
         residual: Tensor = self.mlp(self.norm2(tokens))
         return residual if self.ls2 is None else residual * self.ls2.gamma.to(residual.dtype)
 

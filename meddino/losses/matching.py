@@ -63,7 +63,7 @@ def matching_loss(
         vertex: Affinities of nodes; row and column i belong to the same image.
         edges: None matches nodes alone.
         noise: Added to the affinities of nodes in both matchings; Gumbel noise makes the gradient that of a smoothed loss.
-        setting: See there.
+        setting: Step size, margin and search; see `MatchingSetting`.
 
     Source: LVM-Med (Nguyen et al. 2023) with implicit maximum likelihood (Niepert et al. 2021). The noise is on nodes alone
     (perturbations of low order). The step is taken along the gradient of the sum over entries, 1 - 2 eye, whatever the

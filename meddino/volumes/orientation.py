@@ -148,13 +148,13 @@ class Turn:
     flips: tuple[bool, bool, bool]
 
     def apply(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Turn the last three axes of an array."""
+        """Turn the last three axes of an array [..., Z, Y, X]."""
         lead = array.ndim - 3
         turned = array.transpose(*range(lead), *(lead + axis for axis in self.order))
         return np.ascontiguousarray(turned[self._steps()])
 
     def undo(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Turn the last three axes of an array back."""
+        """Turn the last three axes of an array that `apply` turned back to how they were stored."""
         lead = array.ndim - 3
         inverse = tuple(int(axis) for axis in np.argsort(self.order))
         return np.ascontiguousarray(array[self._steps()].transpose(*range(lead), *(lead + axis for axis in inverse)))

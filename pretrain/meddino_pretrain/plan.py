@@ -159,8 +159,8 @@ class StageSize:
 
     Attributes:
         depth: Blocks of the backbone.
-        width: Of its tokens.
-        backbone_parameters: Of it.
+        width: Dimension D of a token.
+        backbone_parameters: Number of parameters of the backbone.
         trained: Parameters that are trained.
         frozen: Parameters of all teachers.
         steps: One for each choice of sizes.

@@ -71,14 +71,14 @@ def recognise_hounsfield(voxels: NDArray[Any], config: HounsfieldConfig) -> Houn
 
 
 def refuse_unfinite(voxels: NDArray[Any]) -> None:
-    """Refuse NaN and infinite voxels."""
+    """Refuse NaN and infinite voxels, [Z, Y, X], with a VolumeError."""
     bad = sum(int(np.count_nonzero(~np.isfinite(plane))) for plane in voxels)
     if bad:
         raise VolumeError(f"{bad} voxels are NaN or infinite")
 
 
 def spread_sample(voxels: NDArray[Any]) -> NDArray[np.float64]:
-    """Return voxels spread evenly over the volume, the same ones every time."""
+    """Return [n] voxels spread evenly over a volume [Z, Y, X], the same ones every time."""
     step = max(1, round((voxels.size / _LOOK_AT) ** (1 / 3)))
     z_step = step if voxels.shape[0] >= 4 * step else 1
     return np.asarray(voxels[::z_step, ::step, ::step], dtype=np.float64).ravel()

@@ -23,8 +23,8 @@ class FittedLogistic:
         strength: C, the inverse of the regularisation.
         models: scikit-learn's; None where a label has one known value only.
         constants: The probability that stands in for None.
-        mean: Of the training features.
-        std: Likewise.
+        mean: Of the training features [D].
+        std: Standard deviation of the training features [D].
         classes: Classes or labels.
     """
 

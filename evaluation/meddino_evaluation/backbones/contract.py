@@ -22,7 +22,7 @@ class ImageContract:
 
     Attributes:
         mean: Of each channel: of values in [0, 1] for photographic models.
-        std: Likewise.
+        std: Standard deviation of each channel, in the units of `mean`.
         multiple_px: Image sides must be a multiple of this.
         native_size_px: Side the weights were trained at.
         own: The input contract of a model of ours; mean and std are then not used.

@@ -124,7 +124,7 @@ class LabelScheme:
         return labels, notes
 
     def mask(self, labels: NDArray[Any], target: int) -> NDArray[np.bool_]:
-        """Return where a target is, in label values."""
+        """Return where a target is in label values [..., Y, X]."""
         group = self.values[target]
         return np.asarray(labels == group[0] if len(group) == 1 else np.isin(labels, group), dtype=np.bool_)
 

@@ -321,7 +321,7 @@ def merge_readers(case: BoxCase, iou: float) -> BoxCase:
 
 
 def overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Return intersection over union of two boxes."""
+    """Return intersection over union, 0 to 1, of two boxes [4]: left, top, right, bottom in pixels."""
     width, height = np.maximum(0, np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]))
     shared = float(width * height)
     return shared / (float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - shared)

@@ -128,7 +128,7 @@ def mask_metrics(
 
     Args:
         pred: [Z, Y, X], or [Y, X] of a picture.
-        ref: Likewise.
+        ref: Reference, of pred's shape.
         spacing_mm: Along each axis.
         tolerance_mm: Of the normalised surface Dice.
         surface: Whether to measure surfaces; if not they are NaN.

@@ -106,18 +106,18 @@ class Resampling:
         self._draws = numpy_rng(seed, "bootstrap").integers(0, len(self._members), size=size)
 
     def means(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the mean of one number a row in every resample."""
+        """Return [resamples]: the mean of one number a row, [rows], in every resample."""
         sums = self.sums(values)
         sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
         means: NDArray[np.float64] = sums[self._draws].sum(1) / sizes[self._draws].sum(1)
         return means
 
     def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the sum of one number a row over each patient's rows: patients are drawn and exchanged, never rows."""
+        """Return [patients]: the sum of [rows] over each patient's; patients are drawn and exchanged, never rows."""
         return np.array([values[rows].sum() for rows in self._members])
 
     def owners(self) -> NDArray[np.int64]:
-        """Return the number of each row's patient."""
+        """Return [rows]: the index of each row's patient."""
         owner = np.empty(self.rows, dtype=np.int64)
         for number, rows in enumerate(self._members):
             owner[rows] = number

@@ -22,7 +22,7 @@ def border_distances(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...]) -> tu
 
     Args:
         pred: [Z, Y, X] or [Y, X], not empty.
-        ref: Likewise.
+        ref: Reference, of pred's shape.
         spacing_mm: Along each axis.
 
     Returns:
@@ -33,12 +33,22 @@ def border_distances(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...]) -> tu
 
 
 def hd95_mm(to_ref: NDArray[np.float64], to_pred: NDArray[np.float64]) -> float:
-    """95th percentile of the Hausdorff distance: the larger of the two directed percentiles (MONAI)."""
+    """95th percentile of the Hausdorff distance [mm]: the larger of the two directed percentiles (MONAI).
+
+    Args:
+        to_ref: [n], distances of `border_distances` in mm.
+        to_pred: [m], the other way.
+    """
     return float(max(np.percentile(to_ref, 95), np.percentile(to_pred, 95)))
 
 
 def assd_mm(to_ref: NDArray[np.float64], to_pred: NDArray[np.float64]) -> float:
-    """Average symmetric surface distance: the mean over the border voxels of both masks together (MONAI)."""
+    """Average symmetric surface distance [mm]: the mean over the border voxels of both masks together (MONAI).
+
+    Args:
+        to_ref: [n], distances of `border_distances` in mm.
+        to_pred: [m], the other way.
+    """
     return float((to_ref.sum() + to_pred.sum()) / (len(to_ref) + len(to_pred)))
 
 
@@ -47,7 +57,7 @@ def surface_dice(pred: Mask, ref: Mask, spacing_mm: tuple[float, ...], tolerance
 
     Args:
         pred: [Z, Y, X] or [Y, X], not empty.
-        ref: Likewise.
+        ref: Reference, of pred's shape.
         spacing_mm: Along each axis.
         tolerance_mm: A distance equal to it is within.
 

@@ -43,7 +43,7 @@ def unpaired_means(
         a: [n] of the first group, all defined.
         b: [m] of the second.
         groups_a: The patient of each case.
-        groups_b: Likewise.
+        groups_b: The patient of each case of the second group.
         level: Confidence level.
         resamples: Of the interval; both groups are resampled.
         seed: Equal seeds draw equal resamples and permutations.

@@ -140,7 +140,7 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         patches: Of one image.
         title: Heading.
         row: Patch shown first.
-        column: Likewise.
+        column: Of the patch shown first.
     """
     rows, columns = patches.grid
     unit = functional.normalize(patches.tokens, dim=0).flatten(1).T  # [N, D]

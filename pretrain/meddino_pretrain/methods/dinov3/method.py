@@ -57,7 +57,7 @@ class DINOv3(Method):
         """Take finished networks.
 
         Args:
-            student: Trained.
+            student: Backbone and heads that the optimizer updates.
             teacher: Follows it; is put into evaluation mode and never gets a gradient.
             config: Weights, temperatures, momentum.
             setting: The stage.

@@ -21,7 +21,7 @@ from meddino_pretrain.schedules import StepValues, cosine
 
 
 class JointEmbedding(Method):
-    """See `Method`; the student is exported, dino's teacher instead of it."""
+    """See `Method`. The student is exported; with objective dino, its teacher."""
 
     model: JointEmbeddingNetwork
 
