@@ -24,6 +24,10 @@ ARRAY_SUFFIXES = (ARRAYS_SUFFIX, ".npy", ".mat")
 MAX_PICTURES = 2**20
 """Of one array."""
 _LEAST_SIDE_PX = 8  # shorter sides are those of labels and boxes
+WIDE_MODES = ("I;16", "I;16B", "I")
+"""Of Pillow: grey values of 16 bits, of either order of bytes, or in 32."""
+_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_EXIF_ORIENTATION = 0x0112
 # What the libraries behind these formats raise for damaged files.
 PICTURE_ERRORS = (ValueError, KeyError, RuntimeError, SyntaxError, zipfile.BadZipFile, EOFError)
 
@@ -104,13 +108,55 @@ def _pixels(picture: Any, path: Path) -> Picture:
         raise VolumeError(f"image {path} is {picture.width} x {picture.height}; at most {MAX_PIXELS} pixels are read")
     if picture.mode == "F":
         raise VolumeError(f"image {path} holds floating point values; a picture has 8 or 16 bits of brightness")
+    notes = []
+    if any(";16" in str(tile[3]) for tile in picture.tile) and picture.mode not in WIDE_MODES:
+        notes.append("16 bits a colour, of which the upper 8 are taken")
     pages = getattr(picture, "n_frames", 1)
-    note = f"the first of {pages} pages; the others are left out" if pages > 1 else ""
-    if picture.mode in ("I;16", "I;16B", "I"):
-        return Picture(np.asarray(picture)[None, None], (0.0, 65535.0), note=note)
+    if pages > 1:
+        notes.append(f"the first of {pages} pages; the others are left out")
+    turn = picture.getexif().get(_EXIF_ORIENTATION, 1)
+    if turn != 1:
+        notes.append(f"EXIF orientation {turn} is not applied: pixels are taken as they are stored")
+    if picture.mode in WIDE_MODES:
+        values = np.asarray(picture)
+        if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
+            return Picture(values[None, None], note="; ".join(notes))  # no brightness: may be Hounsfield units
+        values = values.astype(np.uint16)  # of this machine's order of bytes
+        if getattr(picture, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns over those of 8 bits alone
+            values = np.iinfo(np.uint16).max - values
+        return Picture(values[None, None], (0.0, 65535.0), note="; ".join(notes))
     grey = picture.mode in ("L", "1", "LA")
     pixels = np.asarray(picture.convert("L" if grey else "RGB"))
-    return Picture((pixels[None] if grey else pixels.transpose(2, 0, 1))[None], (0.0, 255.0), note=note)
+    return Picture((pixels[None] if grey else pixels.transpose(2, 0, 1))[None], (0.0, 255.0), note="; ".join(notes))
+
+
+def as_uint16(values: NDArray[Any], where: str = "") -> NDArray[np.uint16]:
+    """Return brightness as 16 bits, whatever the file's type and order of bytes; nothing is clipped or wraps around.
+
+    Args:
+        values: Of any shape; fractions are rounded.
+        where: The file, for messages; "" where its name must not be told.
+
+    Raises:
+        VolumeError: A value is below 0 or above 65535.
+    """
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= 0 and round(high) <= np.iinfo(np.uint16).max):
+        name = f" {where}" if where else ""
+        raise VolumeError(
+            f"image{name} holds values from {low:g} to {high:g}; a picture has brightness from 0 to 65535 (Hounsfield units "
+            "belong in a volume: NIfTI, NRRD, MetaImage or DICOM)"
+        )
+    return (np.rint(values) if values.dtype.kind == "f" else values).astype(np.uint16)
+
+
+def lifted(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Return a DICOM picture's brightness as whole numbers from 0: its rescale may have moved it below.
+
+    Raises:
+        VolumeError: Its range is more than 16 bits hold.
+    """
+    return as_uint16(values - min(0.0, float(values.min())))
 
 
 def _dicom(path: Path) -> Picture:
@@ -138,10 +184,16 @@ def _dicom(path: Path) -> Picture:
     if any(frame is None or frame.shape != (rows, cols) for frame in stored):
         raise VolumeError(f"image {path}: its pixels cannot be read (truncated, damaged or an unknown compression)")
     values = np.stack([frame for frame in stored if frame is not None])[:, None].astype(np.float32)
-    values = values * (number(dataset, "RescaleSlope", 1) or 1.0) + number(dataset, "RescaleIntercept")
+    slope, intercept = number(dataset, "RescaleSlope", 1) or 1.0, number(dataset, "RescaleIntercept")
+    note = ""
+    if slope.is_integer():
+        values = values * slope + intercept
+    else:  # brightness has no unit, and whole numbers of optical density, say, would be three or four
+        values = values * np.sign(slope)
+        note = f"rescale slope {slope:g} is left out: brightness as it is stored"
     if text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
         values = values.max() + values.min() - values
-    return Picture(values, None, text(dataset, "Modality"))
+    return Picture(values, None, text(dataset, "Modality"), note)
 
 
 def _array(path: Path, key: str) -> NDArray[Any]:

@@ -2,18 +2,21 @@
 
 import io
 import pickle
+import struct
 import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
+from meddino_evaluation.data.pictures import read_mask_picture, read_planes
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEGBaseline8Bit, UltrasoundImageStorage
+from pydicom.uid import DigitalXRayImageStorageForPresentation, JPEGBaseline8Bit, UltrasoundImageStorage
 
 from meddino.core.errors import VolumeError
 from meddino.volumes import pictures
-from meddino.volumes.pictures import PictureArrays, find_picture_arrays, read_picture
+from meddino.volumes.pictures import PictureArrays, find_picture_arrays, lifted, read_picture
 from tests.data_curation.dicom_files import ct_slice
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -193,3 +196,63 @@ def test_read_picture__more_pixels_than_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(VolumeError, match="more pixels"):
         read_picture(tmp_path / "a.png")
+
+
+def write_tiff(path, values: np.ndarray, order: str = "<", photometric: int = 1):
+    """A grey TIFF of one strip, of any type and order of bytes; Pillow writes only some."""
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    rows, cols = values.shape
+    sample = 2 if values.dtype.kind == "i" else 1
+    tags = [(256, cols), (257, rows), (258, 8 * values.itemsize), (259, 1), (262, photometric), (273, 8), (277, 1), (278, rows)]
+    tags += [(279, len(data)), (339, sample)]
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(data))
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    path.write_bytes(head + data + struct.pack(f"{order}H", len(tags)) + entries + struct.pack(f"{order}I", 0))
+    return path
+
+
+WIDE = np.arange(24 * 20, dtype=np.uint16).reshape(24, 20) * 130
+
+
+@pytest.mark.parametrize(("order", "photometric"), [("<", 1), (">", 1), ("<", 0)])
+def test_tiff_of_16_bits__either_order_of_bytes_and_white_that_is_zero(tmp_path, order, photometric):
+    found = read_picture(write_tiff(tmp_path / "a.tif", WIDE, order, photometric))
+    assert found.values.dtype == np.uint16 and found.values.dtype.isnative and found.value_range == (0.0, 65535.0)
+    np.testing.assert_array_equal(found.values[0, 0], WIDE if photometric else 65535 - WIDE)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_mask_of_16_bits__values_above_255_stay(tmp_path, order):
+    mask = np.where(WIDE > 30000, 400, 300).astype(np.uint16)
+    np.testing.assert_array_equal(read_mask_picture(write_tiff(tmp_path / "m.tif", mask, order))[0], mask)
+
+
+def test_tiff_of_hounsfield_units__is_no_brightness(tmp_path):
+    path = write_tiff(tmp_path / "a.tif", (WIDE.astype(np.int32) - 1024).clip(-1024, 3000).astype(np.int16))
+    found = read_picture(path)  # a classification of CT reads its units
+    assert found.value_range is None and (found.values.min(), found.values.max()) == (-1024, 3000)
+    with pytest.raises(VolumeError, match=r"from -1024 to 3000.*0 to 65535"):
+        read_planes(path, 1)  # -1024 was 64512
+
+
+def test_picture__what_is_left_of_it_is_said(tmp_path):
+    turned = Image.fromarray(RGB).getexif()
+    turned[0x0112] = 6
+    Image.fromarray(RGB).save(tmp_path / "turned.jpg", exif=turned)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in (RGB.astype(np.uint16) * 257).reshape(24, 60))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 20, 24, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    assert "EXIF orientation 6 is not applied" in read_picture(tmp_path / "turned.jpg").note
+    deep = read_picture(tmp_path / "deep.png")
+    assert "16 bits a colour" in deep.note
+    np.testing.assert_array_equal(deep.values[0].transpose(1, 2, 0), RGB)
+
+
+def test_dicom_picture__a_fractional_rescale_leaves_the_stored_grey_levels(tmp_path):
+    item = ct_slice(WIDE % 1500, 0.0, SOPClassUID=DigitalXRayImageStorageForPresentation, Modality="DX", RescaleIntercept=0)
+    item.RescaleSlope = 0.002
+    item.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    found = read_picture(tmp_path / "a.dcm")
+    assert "rescale slope 0.002 is left out" in found.note
+    assert len(np.unique(lifted(found.values))) == len(np.unique(WIDE % 1500))  # were 4

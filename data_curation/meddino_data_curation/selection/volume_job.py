@@ -17,7 +17,7 @@ from meddino.volumes.dicom.pixels import read_dicom_volume
 from meddino.volumes.formats.itk import read_volume_file
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import AXIAL_LPS, OUTSIDE_HU, to_axial_lps
-from meddino.volumes.pictures import PICTURE_ERRORS, read_picture
+from meddino.volumes.pictures import PICTURE_ERRORS, as_uint16, lifted, read_picture
 from meddino.volumes.volume import AxialVolume
 from meddino_data_curation.config import CurationConfig, InplaneConfig
 from meddino_data_curation.corpus.thumbnails import SLICE_THUMBNAIL_PX, refused_thumbnail, slice_thumbnail
@@ -85,14 +85,6 @@ def curate_volume(job: VolumeJob, config: CurationConfig, work: WorkFolder) -> s
         record = VolumeRecord(job.job, row)
     work.write_record(record)
     return str(record.row["status"])
-
-
-def _as_uint16(values: NDArray[Any]) -> NDArray[np.uint16]:
-    """Return a DICOM picture's brightness as whole numbers from 0: its rescale may have moved it below."""
-    lifted = np.rint(values - min(0.0, float(values.min())))
-    if lifted.max() > np.iinfo(np.uint16).max:
-        raise VolumeError(f"brightness up to {lifted.max():g}; 16 bits hold 65535")
-    return lifted.astype(np.uint16)
 
 
 def _reject(row: dict[str, Any], reason: str, work: WorkFolder) -> None:
@@ -232,7 +224,10 @@ class _Curation:
             raise VolumeError(words) from error
         except (OSError, *PICTURE_ERRORS) as error:
             raise VolumeError("picture cannot be read: it is truncated or damaged") from error
-        planes = np.moveaxis(picture.values if picture.values.dtype.kind == "u" else _as_uint16(picture.values), 1, -1)
+        values = picture.values
+        if values.dtype.kind != "u":
+            values = lifted(values) if values.dtype.kind == "f" else as_uint16(values)
+        planes = np.moveaxis(values, 1, -1)
         planes = planes[..., 0] if planes.shape[-1] == 1 else planes
         fills_type = picture.value_range is not None and picture.value_range[1] == np.iinfo(planes.dtype).max
         self._recognise(planes, PICTURE if fills_type else picture.modality or PICTURE)

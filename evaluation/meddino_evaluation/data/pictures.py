@@ -10,7 +10,7 @@ from PIL import Image
 from meddino.core.errors import VolumeError
 from meddino.core.files import atomic_write
 from meddino.volumes.geometry import Geometry
-from meddino.volumes.pictures import MAX_PIXELS, PICTURE_ERRORS, read_picture
+from meddino.volumes.pictures import MAX_PIXELS, PICTURE_ERRORS, WIDE_MODES, as_uint16, read_picture
 
 COLOURS = ("red", "green", "blue")
 _MAY_BE_COLOUR = ("RGB", "RGBA", "P", "CMYK", "YCbCr", "HSV", "LAB", "PA")
@@ -58,11 +58,11 @@ def read_planes(path: Path, channels: int) -> NDArray[Any]:
         raise VolumeError(f"picture {path} cannot be read: {error}") from error
     if not values.size or values.min() == values.max():
         raise VolumeError(f"picture {path} is empty: every pixel is {values.flat[0] if values.size else 'missing'}")
-    stored = np.uint8 if values.dtype == np.uint8 else np.uint16
+    narrow = values.dtype == np.uint8
     if len(values) != channels:
         values = np.repeat(values, channels, 0) if len(values) == 1 else np.rint(values.mean(0, keepdims=True))
-    planes: NDArray[Any] = values.astype(stored)[:, None]
-    return planes
+    planes: NDArray[Any] = values.astype(np.uint8) if narrow else as_uint16(values, str(path))
+    return planes[:, None]
 
 
 def read_mask_picture(path: Path) -> NDArray[np.int32]:
@@ -77,7 +77,7 @@ def read_mask_picture(path: Path) -> NDArray[np.int32]:
                 raise VolumeError(
                     f"mask {path} is a JPEG, whose values are not exact; a task's definition may give it a threshold"
                 )
-            values = np.asarray(picture if picture.mode in ("P", "L", "1", "I;16", "I") else picture.convert("RGB"))
+            values = np.asarray(picture if picture.mode in ("P", "L", "1", *WIDE_MODES) else picture.convert("RGB"))
     except (OSError, *PICTURE_ERRORS, Image.DecompressionBombError) as error:
         raise VolumeError(f"mask {path} cannot be read: {error}") from error
     if values.ndim == 3:
