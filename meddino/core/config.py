@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config {path}: expected `key: value` lines at the top, found {type(loaded).__name__}")
-    return _plain(loaded)
+    return _plain(loaded, f"config {path}")
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -197,13 +197,18 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"'{text}' is no override; write key=value, for example seed=1")
     try:
-        return _plain(OmegaConf.from_dotlist([text]))
+        return _plain(OmegaConf.from_dotlist([text]), f"override '{text}'")
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override '{text}': {' '.join(str(error).split())}") from error
 
 
-def _plain(loaded: DictConfig) -> dict[str, Any]:
-    return typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
+def _plain(loaded: DictConfig, where: str) -> dict[str, Any]:
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
+    try:
+        json.dumps(values)
+    except TypeError as error:  # YAML's !!binary is bytes
+        raise ConfigError(f"{where} holds neither numbers, texts, lists nor sections: {error}") from error
+    return values
 
 
 def _interpolated(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -53,7 +53,13 @@ def test_load_config__names_all_wrong_keys_at_once(recipe_file):
 
 @pytest.mark.parametrize(
     ("override", "part"),
-    [("seed", "write key=value"), ("seed='3'", "'seed' is '3'"), ("seed=1.5", "'seed' is 1.5"), ("name=[1", "name=[1")],
+    [
+        ("seed", "write key=value"),
+        ("seed='3'", "'seed' is '3'"),
+        ("seed=1.5", "'seed' is 1.5"),
+        ("name=[1", "name=[1"),
+        ("name=!!binary aGk=", "bytes"),
+    ],
 )
 def test_load_config__refuses_a_wrong_override(recipe_file, override, part):
     with pytest.raises(ConfigError) as caught:
