@@ -21,7 +21,7 @@ from rich.table import Table
 
 from meddino.core.command import EXIT_DONE, EXIT_INTERRUPTED, EXIT_RUN_AGAIN, EXIT_WRONG_INPUT, command_parser, run_command
 from meddino.core.errors import MedDINOError, StoppedEarly
-from meddino.core.files import locked_folder, write_json, write_text
+from meddino.core.files import locked_folder, write_text
 from meddino.core.logging import console
 from meddino.distributed.exit_codes import judge
 from meddino.distributed.launcher import LocalProcesses, Signals, tied, watch
@@ -175,7 +175,7 @@ def run_steps(plan: Plan) -> dict[str, float]:
     """Run all commands.
 
     Returns:
-        Seconds each took, by the step's name; also kept in `times.json`, where a later run of the same demo adds up.
+        Seconds each took in this run, by the step's name.
 
     A signal goes on to the command that runs, which saves what it can; what it ends with, the demo ends with.
 
@@ -194,7 +194,6 @@ def run_steps(plan: Plan) -> dict[str, float]:
             console.print(f"[bold]{number}. {step.title}[/bold]  [dim]{shlex.join(step.command)}[/dim]", soft_wrap=True)
             seconds[step.name] = _run(step, log, live)
             console.print(f"   done in {seconds[step.name]:.1f} s")
-    write_json(plan.out / "times.json", seconds)
     return seconds
 
 

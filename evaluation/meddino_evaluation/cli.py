@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     called = next((word for word in words if word in COMMANDS), None)  # the first: `study compare` is no `compare`
     for name, (module, help_line) in COMMANDS.items():
-        own = subparsers.add_parser(name, help=help_line, description=help_line, formatter_class=parser.formatter_class)
+        own = subparsers.add_parser(name, help=help_line, description=help_line)
         # Only the module of the command that is called is imported: --help stays fast.
         if name == called:
             importlib.import_module(module).add_arguments(own)

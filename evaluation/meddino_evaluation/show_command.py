@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("segment", "prompt", "classification", "detection", "study"), help="whose settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
     parser.add_argument(
-        "--config", help="a YAML file, the name of a shipped one, or a results folder; default: the command's own"
+        "--config",
+        help="a YAML file, a shipped name or a results folder; if not given: paper for segment, study_acceptance for study, "
+        "the defaults for the others",
     )
     parser.add_argument("--against", metavar="OTHER", help="print only the values in which it differs from this config")
 

@@ -45,7 +45,12 @@ class _Stopped(KeyboardInterrupt):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples in a description as they are written and shows the defaults."""
+    """Keeps the examples in a description as they are written and shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        says_nothing = action.required or default is None or default is False or default in ("", [], (), argparse.SUPPRESS)
+        return action.help if says_nothing or "default" in (action.help or "") else super()._get_help_string(action)
 
 
 class _StoreOnce(argparse.Action):
@@ -70,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
     """Its subcommands' parsers are of this class as well."""
 
     def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
+        super().__init__(**{"formatter_class": HelpFormatter, **given})
         self.register("action", None, _StoreOnce)
         self.register("action", "store", _StoreOnce)
 
@@ -83,7 +88,7 @@ def command_parser(program: str, description: str, example: str) -> argparse.Arg
         description: One sentence.
         example: One or more lines as a user would type them.
     """
-    parser = _Parser(prog=program, description=description, epilog=f"example:\n  {example}", formatter_class=HelpFormatter)
+    parser = _Parser(prog=program, description=description, epilog=f"example:\n  {example}")
     parser.add_argument("-v", "--verbose", action="store_true", help="also print debug records")
     return parser
 

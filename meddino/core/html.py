@@ -183,10 +183,10 @@ def figure(picture: "bytes | Figure", caption: str = "", width_px: int | None = 
     return Markup('<figure{}><img src="{}" alt="{}"{}>{}</figure>').format(style, source, alt or caption, size, below)
 
 
-def figure_png(drawing: "Figure", dpi: int = 110) -> bytes:
+def figure_png(drawing: "Figure") -> bytes:
     """Draw a matplotlib figure as PNG without a date in it, so that equal figures give equal bytes."""
     stream = io.BytesIO()
-    drawing.savefig(stream, format="png", dpi=dpi, bbox_inches="tight", metadata={"Software": None})
+    drawing.savefig(stream, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
     return stream.getvalue()
 
 

@@ -29,9 +29,9 @@ def numpy_rng(seed: int, *position: Position) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=derive_seed(seed, *position)))
 
 
-def torch_rng(seed: int, *position: Position, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a fresh torch generator for a position, on a device; see `derive_seed`."""
-    generator = torch.Generator(device=device)
+def torch_rng(seed: int, *position: Position) -> torch.Generator:
+    """Return a fresh torch generator for a position, on the CPU; see `derive_seed`."""
+    generator = torch.Generator()
     generator.manual_seed(derive_seed(seed, *position))
     return generator
 

@@ -86,11 +86,11 @@ def all_gather_rows(values: Shaped[Tensor, " n *rest"]) -> Shaped[Tensor, " m *r
     return torch.cat(parts)
 
 
-def broadcast_object(value: ObjectT | None, source: int = 0) -> ObjectT:
-    """Return the object that process `source` holds. Only for plain data of our own (it is pickled on the way)."""
+def broadcast_object(value: ObjectT | None) -> ObjectT:
+    """Return the object that the first process holds. Only for plain data of our own (it is pickled on the way)."""
     box: list[Any] = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=source, group=current_group())
+        dist.broadcast_object_list(box, src=0, group=current_group())
     result: ObjectT = box[0]
     return result
 

@@ -92,7 +92,7 @@ class _Matching(torch.autograd.Function):
         found = match_graphs(problems, setting.restarts, setting.threads)
         right = (found == np.arange(nodes)).sum(axis=1)
         ctx.has_edges = edge is not None
-        pulled = _pulled_matchings(problems, found, setting)
+        pulled = _pulled_matchings(problems, setting)
         one, other = np.eye(nodes)[found], np.eye(nodes)[pulled]
         gradient = torch.from_numpy((one - other) / setting.step_size)
         kept = [gradient.to(vertex)]
@@ -123,7 +123,7 @@ def _on_host(
     return MatchingProblems(*(None if part is None else part.cpu().numpy() for part in parts))  # type: ignore[arg-type]
 
 
-def _pulled_matchings(problems: MatchingProblems, found: NDArray[np.int64], setting: MatchingSetting) -> NDArray[np.int64]:
+def _pulled_matchings(problems: MatchingProblems, setting: MatchingSetting) -> NDArray[np.int64]:
     nodes = problems.vertex.shape[1]
     pulled = np.tile(np.arange(nodes), (len(problems), 1))
     open_ones = ~identity_is_certain(problems, setting.step_size)

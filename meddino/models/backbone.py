@@ -196,7 +196,7 @@ def _recomputed(forward: Any, part: nn.Module, selective: bool, *arguments: Any,
     # Nothing random may happen inside a part that is not decided before: drop path's plan is an argument.
     if not torch.compiler.is_compiling():  # what is compiled has no such copies
         forward = partial(_without_weight_cache, forward)
-    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=_is_random(part), **again, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=is_random(part), **again, **named)
 
 
 def _without_weight_cache(forward: Any, *arguments: Any, **named: Any) -> Any:
@@ -214,6 +214,6 @@ class _Nothing:
     def __exit__(self, *_error: object) -> None: ...
 
 
-def _is_random(part: nn.Module) -> bool:
+def is_random(part: nn.Module) -> bool:
     """Tell whether a part draws from torch's own generator while it trains: dropout, timm's drop path."""
     return any(float(getattr(module, name, 0.0) or 0.0) > 0 for module in part.modules() for name in ("p", "drop_prob"))

@@ -14,7 +14,7 @@ from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import derive_seed
 from meddino.layers.drop_path import DropPathPlan
-from meddino.models.backbone import Backbone, BackboneOutput, LayerGroup
+from meddino.models.backbone import Backbone, BackboneOutput, LayerGroup, is_random
 
 TIMM_PREFIX = "timm:"
 
@@ -211,7 +211,7 @@ class TimmBackbone(Backbone):
 
     @functools.cached_property
     def _is_random(self) -> bool:
-        return any(float(getattr(module, name, 0.0) or 0.0) > 0 for module in self.modules() for name in ("p", "drop_prob"))
+        return is_random(self)
 
     @property
     def _is_nhwc(self) -> bool:

@@ -71,24 +71,24 @@ def read_volume(path: Path, limits: ReadLimits = _LIMITS) -> Volume:
         raise VolumeError(f"{path}: not enough memory to read it, or a damaged header that asks for too much") from error
 
 
-def read_geometry(path: Path, limits: ReadLimits = _LIMITS) -> Geometry:
+def read_geometry(path: Path) -> Geometry:
     """Read only the grid of a volume; raises as `read_volume`."""
     try:
         file, format = _only_volume(path)
         if format == "dicom":
-            return _only_series(file).read(limits).geometry
-        return read_geometry_of_file(file, format, limits)
+            return _only_series(file).read().geometry
+        return read_geometry_of_file(file, format, _LIMITS)
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
 
 
-def read_label_map(path: Path, limits: ReadLimits = _LIMITS) -> tuple[NDArray[np.int32], Geometry]:
+def read_label_map(path: Path) -> tuple[NDArray[np.int32], Geometry]:
     """Read a label map; see `read_volume`.
 
     Raises:
         VolumeError: As `read_volume`, or a value is no whole number or beyond 32 bits.
     """
-    volume = read_volume(path, limits)
+    volume = read_volume(path)
     voxels = volume.voxels
     if np.issubdtype(voxels.dtype, np.floating):
         rounded = np.rint(voxels)
@@ -102,21 +102,15 @@ def read_label_map(path: Path, limits: ReadLimits = _LIMITS) -> tuple[NDArray[np
     return voxels.astype(np.int32), volume.geometry
 
 
-def find_series(path: Path, modality: str = "") -> list[FoundSeries]:
-    """Return every volume among the DICOM files of a folder and those below it, or of one file; in a fixed order.
-
-    Args:
-        path: File or folder.
-        modality: Others are refused ("CT", "MR"); "" takes both.
-    """
+def find_series(path: Path) -> list[FoundSeries]:
+    """Return every volume among the DICOM files of a folder and those below it, or of one file; in a fixed order."""
     headers = [header for file in _files(path) if (header := _header(file, path)) is not None]
     found = []
     for series in group_series(headers):
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
         usable: dict[str, list[DicomHeader]] = defaultdict(list)
         for header in series.headers:
-            wanted = modality or header.modality or "CT"
-            (refused[why] if (why := header.why_not(wanted)) else usable[header.modality]).append(header)
+            (refused[why] if (why := header.why_not(header.modality or "CT")) else usable[header.modality]).append(header)
         found += [FoundSeries(None, tuple(header.path for header in files), why) for why, files in sorted(refused.items())]
         for _, files in sorted(usable.items()):
             found += [

@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "meddino-pretrain",
         "Train a recipe's stages on a corpus, one after the other. The same command again goes on where it stopped. "
-        "`meddino-pretrain show RECIPE` prints a recipe in full; `meddino-pretrain bench step|loader` measures.",
+        "`meddino-pretrain show RECIPE` prints a recipe in full; `meddino-pretrain bench step|loader` measures; "
+        "`meddino-pretrain check-gpu` checks a GPU.",
         "meddino-pretrain smoke --corpus corpus --out run stages.stage1_pretrain.steps=20",
     )
     add_arguments(parser)

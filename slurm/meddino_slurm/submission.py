@@ -22,8 +22,6 @@ from meddino_slurm.work import Work
 
 log = get_logger(__name__)
 
-LOCAL_TIME_MARGIN_S = 30
-
 
 def sbatch_parameters(site: SiteConfig, work: Work, name: str, dependency: Sequence[str], array: bool) -> dict[str, Any]:
     """Return submitit's parameters for a job.

@@ -82,6 +82,33 @@ def test_command_parser__help_ends_with_the_example():
     assert command_parser("meddino-x", "Tests.", "meddino-x --now").format_help().endswith("meddino-x --now\n")
 
 
+def test_command_parser__help_shows_the_defaults_that_say_something_and_each_once():
+    parser = command_parser("meddino-x", "Tests.", "meddino-x build --out b")
+    command = parser.add_subparsers().add_parser("build")
+    command.add_argument("--out", required=True, default="here", help="folder")
+    command.add_argument("--seed", type=int, default=0, help="of all")
+    command.add_argument("--size", default="small", help="side in px")
+    command.add_argument("--batch", help="images (default: as in the plans)")
+    command.add_argument("--side", default=16, help="default: %(default)s")
+    command.add_argument("--corpus", help="what it learnt from")
+    command.add_argument("--name", action="append", default=[], help="what it is called")
+    command.add_argument("--fast", action="store_true", help="no checks")
+    command.add_argument("overrides", nargs="*", help="config keys")
+    lines = [" ".join(line.split()) for line in command.format_help().splitlines()]
+    for line in (
+        "--out OUT folder",
+        "--seed SEED of all (default: 0)",
+        "--size SIZE side in px (default: small)",
+        "--batch BATCH images (default: as in the plans)",
+        "--side SIDE default: 16",
+        "--corpus CORPUS what it learnt from",
+        "--name NAME what it is called",
+        "--fast no checks",
+        "overrides config keys",
+    ):
+        assert line in lines
+
+
 def test_run_command__overrides_stand_anywhere():
     parser = command_parser("meddino-x", "Do.", "meddino-x a=1 --out b")
     parser.add_argument("overrides", nargs="*")

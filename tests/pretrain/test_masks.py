@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from meddino_pretrain.methods.dinov3.config import MaskingConfig
 from meddino_pretrain.methods.dinov3.masking import block_mask, masked_counts, masks_for_crops
-from meddino_pretrain.methods.dinov3.views import _indices_and_weights
+from meddino_pretrain.methods.dinov3.views import mask_extras
 from pydantic import ValidationError
 
 CONFIG = MaskingConfig()
@@ -68,7 +69,7 @@ def test_mask_indices__and_weights_follow_the_masks():
             if hidden:
                 indices.append(row * len(mask) + patch)
                 weights.append(1 / mask.sum())
-    found = _indices_and_weights(masks)
+    found = mask_extras(torch.from_numpy(masks))
     assert found["mask_indices"].tolist() == indices
     assert np.allclose(found["mask_weights"], weights)
     assert found["mask_weights"].sum().item() == pytest.approx(int(masks.any(axis=1).sum()))

@@ -17,13 +17,12 @@ from meddino_pretrain.methods.dinov3.config import (
 )
 from meddino_pretrain.methods.dinov3.method import DINOv3
 from meddino_pretrain.methods.dinov3.network import DINOv3Network
-from meddino_pretrain.methods.dinov3.views import GLOBAL, GRAM, LOCAL, MASK_INDICES, MASK_WEIGHTS, MASKS
+from meddino_pretrain.methods.dinov3.views import GLOBAL, GRAM, LOCAL, mask_extras
 from meddino_pretrain.optimizer import build_optimizer, clip_by_module, parameter_rules, set_rates
 from meddino_pretrain.schedules import StepValues
 from torch import Tensor, nn
 
 from meddino.core.device import Machine
-from meddino.losses.ibot import mask_weights_of
 from meddino.models.vision_transformer import VisionTransformer
 from tests.reference.losses import head_of_weights
 from tests.reference.records import Records, config_of_weights, part
@@ -140,10 +139,8 @@ def build_method(described: dict[str, Any], tensors: dict[str, Tensor]) -> DINOv
 
 
 def _batch(described: dict[str, Any], tensors: dict[str, Tensor]) -> Batch:
-    masks = tensors["input.masks"]
     views = {name: tensors[f"input.{name}"] for name in (GLOBAL, LOCAL, GRAM) if f"input.{name}" in tensors}
-    masked = {MASKS: masks, MASK_INDICES: masks.flatten().nonzero().flatten(), MASK_WEIGHTS: mask_weights_of(masks)}
-    return Batch(0, 0, views, [str(sample) for sample in range(described["batch"])], extras=masked)
+    return Batch(0, 0, views, [str(sample) for sample in range(described["batch"])], extras=mask_extras(tensors["input.masks"]))
 
 
 def _backward(method: DINOv3, batch: Batch, values: StepValues) -> list[dict[str, Tensor]]:

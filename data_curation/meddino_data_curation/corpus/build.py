@@ -116,7 +116,7 @@ def build(
             return True
         # Before the corpus: killed between the two, the same command still knows it as its own.
         write_json(private_folder(corpus) / "inputs.json", {"inputs": inputs})
-        info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus, work))
+        info = finish(jobs, config, held_out, listed, corpus, work, salt, lambda again: _run_all(again, config, corpus))
         work.remove()
     _tell("new volumes" if known else str(corpus), info["totals"], found)
     return True
@@ -253,12 +253,10 @@ def _run(jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, work: 
             finished.append(str(record.row["status"]))
     if finished:
         _logger.info("%d of %d volumes are done already", len(finished), len(jobs))
-    _run_all(unfinished, config, corpus, work, finished)
+    _run_all(unfinished, config, corpus, finished)
 
 
-def _run_all(
-    jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, work: WorkFolder, finished: Sequence[str] = ()
-) -> None:
+def _run_all(jobs: Sequence[VolumeJob], config: CurationConfig, corpus: Path, finished: Sequence[str] = ()) -> None:
     if not jobs:
         return
     # Large ones first: the last worker then never sits alone over one. Pictures of one array together: it is unpacked once.

@@ -90,7 +90,7 @@ def scan(
         with _kept(work) as place:
             _read(jobs, config, place)
             for job in jobs:
-                _collect(job, folders[job.candidate.source], WorkFolder(place), result)
+                _collect(job, WorkFolder(place), result)
                 _add_keys(result.rows[-1], job.candidate, folders[job.candidate.source], compared_with, salt)
     return result
 
@@ -139,7 +139,7 @@ def _read(jobs: Sequence[VolumeJob], config: CurationConfig, place: Path) -> Non
             run_volumes(missing, config, place, min(worker_count(config), len(missing)), lambda _: advance())
 
 
-def _collect(job: VolumeJob, source: SourceConfig, work: WorkFolder, result: HeldOutScan) -> None:
+def _collect(job: VolumeJob, work: WorkFolder, result: HeldOutScan) -> None:
     candidate = job.candidate
     record = work.finished_record(candidate.volume_id)
     ids = {"patient_key": candidate.patient_key, "patient_is_known": candidate.patient_is_known}

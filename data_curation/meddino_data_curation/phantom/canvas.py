@@ -11,6 +11,7 @@ Field = NDArray[np.float32]
 Reals = NDArray[np.floating[Any]]
 Inside = NDArray[np.bool_]
 
+_AIR_HU = -1000.0
 _FAR = 9.0
 _REACH = 1.7  # times the largest radius: shapes are cut at up to 1.5 of the squared distance, and wobble
 
@@ -144,9 +145,9 @@ class Canvas:
         labels: uint8 [Z, Y, X].
     """
 
-    def __init__(self, grid: Grid, background_hu: float = -1000.0) -> None:
+    def __init__(self, grid: Grid) -> None:
         self.grid = grid
-        self.hu: Field = np.full(grid.shape, background_hu, dtype=np.float32)
+        self.hu: Field = np.full(grid.shape, _AIR_HU, dtype=np.float32)
         self.labels: NDArray[np.uint8] = np.zeros(grid.shape, dtype=np.uint8)
 
     def paint(self, inside: Inside, hu: float | Reals, label: int = 0) -> None:

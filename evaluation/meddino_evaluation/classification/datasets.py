@@ -20,7 +20,7 @@ from meddino_evaluation.classification.dataset_config import (
     SegmentationLayout,
     TableLayout,
 )
-from meddino_evaluation.data.case import ClassCase, ClassLabel
+from meddino_evaluation.data.case import ClassCase, ClassLabel, a_few
 from meddino_evaluation.metrics.classification import TaskKind
 
 _FEW = 6
@@ -84,7 +84,7 @@ def open_dataset(config: DatasetConfig, root: Path) -> LabelledSet:
         found = [replace(case, patient=case.patient or case.name) for case in found]
     twice = sorted(name for name, times in Counter(case.name for case in found).items() if times > 1)
     if twice:
-        raise ConfigError(f"data set {config.name}: case ids occur twice: {_some(twice)}")
+        raise ConfigError(f"data set {config.name}: case ids occur twice: {a_few(twice, _FEW)}")
     if isinstance(layout, FilesLayout) and not has_patients and layout.neighbours > 1:
         found = _joined_neighbours(found, layout.neighbours)
     return LabelledSet(config, root, tuple(sorted(found, key=lambda case: case.name)), has_patients)
@@ -93,10 +93,6 @@ def open_dataset(config: DatasetConfig, root: Path) -> LabelledSet:
 def natural_key(text: str) -> list[tuple[int, int, str]]:
     """Order names as people count: image2 before image10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text)]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def _what(config: DatasetConfig) -> str:
@@ -193,7 +189,7 @@ def _from_tables(config: DatasetConfig, layout: TableLayout, root: Path) -> Iter
                 yield replace(case, split=case.split or split or listed.get(case.name))
     strangers = sorted(set(listed) - seen)
     if strangers:
-        raise ConfigError(f"data set {config.name}: split lists name ids that no table has: {_some(strangers)}")
+        raise ConfigError(f"data set {config.name}: split lists name ids that no table has: {a_few(strangers, _FEW)}")
 
 
 def _listed(path: Path, name: str) -> list[str]:
@@ -221,7 +217,7 @@ def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -
         label = _row_label(config, layout, row, name)
         yield ClassCase(name, (Path(source),), label, patient, split=layout.split_values.get(raw_split))
     if absent:
-        raise ConfigError(f"data set {config.name}: table {table} names ids without an image: {_some(absent)}")
+        raise ConfigError(f"data set {config.name}: table {table} names ids without an image: {a_few(absent, _FEW)}")
 
 
 def _find(folder: Path, relative: str) -> str | None:

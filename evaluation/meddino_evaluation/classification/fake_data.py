@@ -47,7 +47,8 @@ def _picture(label: int, *position: int | str, size: int = _SIZE) -> NDArray[np.
     return pixels
 
 
-def _save(path: Path, values: NDArray[np.uint8], rgb: bool = False) -> None:
+def save_picture(path: Path, values: NDArray[np.generic], rgb: bool = False) -> None:
+    """Write a grey picture, or the same in colours, into a folder that need not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.stack([values, values // 2, values // 3], -1) if rgb else values).save(path)
 
@@ -75,7 +76,7 @@ def _nih(root: Path, patients: int, seed: int) -> None:
             name = f"{number + 1:08d}_{visit:03d}.png"
             label = findings[first] if first % 5 or first == 0 else f"{findings[first]}|{findings[1]}"
             rows.append({"Image Index": name, "Finding Labels": label, "Follow-up #": visit, "Patient ID": number + 1})
-            _save(root / f"images_{1 + number % 2:03d}" / "images" / name, _picture(first, seed, number, visit))
+            save_picture(root / f"images_{1 + number % 2:03d}" / "images" / name, _picture(first, seed, number, visit))
             lists["test_list.txt" if (number // len(findings)) % 4 == 3 else "train_val_list.txt"].append(name)
     _write_csv(root / "Data_Entry_2017.csv", rows)
     for file, names in lists.items():
@@ -98,7 +99,7 @@ def _chexpert(root: Path, patients: int, seed: int) -> None:
         for number in range(count):
             person = number + (0 if part == "train" else 64540)
             path = f"CheXpert-v1.0-small/{part}/patient{person:05d}/study1/view1_frontal.jpg"
-            _save(root / path, _picture(number % 5, seed, part, number))
+            save_picture(root / path, _picture(number % 5, seed, part, number))
             row: dict[str, object] = {"Path": path, "Sex": "Unknown", "Age": 0, "Frontal/Lateral": "Frontal", "AP/PA": "AP"}
             for place, label in enumerate(_CHEXPERT_LABELS):
                 options = ["1.0", "0.0", "", "-1.0"] if part == "train" else ["1.0", "0.0"]
@@ -111,7 +112,7 @@ def _sars_cov_2(root: Path, patients: int, seed: int) -> None:
     for label, folder in enumerate(("non-COVID", "COVID")):
         mark = "Non-Covid" if folder == "non-COVID" else "Covid"
         for number in range(patients * 5):
-            _save(root / folder / f"{mark} ({number + 1}).png", _picture(label, seed, folder, number))
+            save_picture(root / folder / f"{mark} ({number + 1}).png", _picture(label, seed, folder, number))
 
 
 def _brain_tumor(root: Path, patients: int, seed: int) -> None:
@@ -135,7 +136,7 @@ def _tuberculosis(prefix: str, digits: int) -> Callable[[Path, int, int], None]:
         for label in (0, 1):
             for number in range(patients):
                 name = f"{prefix}_{number + label * 200 + 1:0{digits}d}_{label}"
-                _save(root / "CXR_png" / f"{name}.png", _picture(label, seed, label, number))
+                save_picture(root / "CXR_png" / f"{name}.png", _picture(label, seed, label, number))
                 reading = root / "ClinicalReadings" / f"{name}.txt"
                 reading.parent.mkdir(exist_ok=True)
                 reading.write_text("fake\n")
@@ -149,7 +150,7 @@ def _chest_xray(root: Path, patients: int, seed: int) -> None:
             for number in range(count):
                 person = number + {"train": 100, "val": 3000, "test": 5000}[part]
                 name = f"IM-{person:04d}-0001.jpeg" if label == 0 else f"person{person}_bacteria_{person * 3}.jpeg"
-                _save(root / part / folder / name, _picture(label, seed, part, label, number))
+                save_picture(root / part / folder / name, _picture(label, seed, part, label, number))
 
 
 def _aptos(root: Path, patients: int, seed: int) -> None:
@@ -157,7 +158,7 @@ def _aptos(root: Path, patients: int, seed: int) -> None:
     for grade in range(5):
         for number in range(patients):
             code = f"{grade}{number:011x}"
-            _save(root / "train_images" / f"{code}.png", _picture(grade, seed, grade, number), rgb=True)
+            save_picture(root / "train_images" / f"{code}.png", _picture(grade, seed, grade, number), rgb=True)
             rows.append({"id_code": code, "diagnosis": grade})
     _write_csv(root / "train.csv", rows)
 
@@ -167,7 +168,7 @@ def _fgadr(root: Path, patients: int, seed: int) -> None:
     for grade in range(5):
         for number in range(patients):
             name = f"{grade * patients + number:04d}_{1 + number % 2}.png"
-            _save(root / "Seg-set" / "Original_Images" / name, _picture(grade, seed, grade, number), rgb=True)
+            save_picture(root / "Seg-set" / "Original_Images" / name, _picture(grade, seed, grade, number), rgb=True)
             lines.append(f"{name},{grade}\n")
     (root / "Seg-set" / "DR_Seg_Grading_Label.csv").write_text("".join(lines))
 
@@ -176,7 +177,7 @@ def _brain_tumor_mri(root: Path, patients: int, seed: int) -> None:
     for part, count in (("Training", patients), ("Testing", patients // 2 + 1)):
         for label, folder in enumerate(("glioma_tumor", "meningioma_tumor", "no_tumor", "pituitary_tumor")):
             for number in range(count):
-                _save(root / part / folder / f"image({number + 1}).jpg", _picture(label, seed, part, label, number))
+                save_picture(root / part / folder / f"image({number + 1}).jpg", _picture(label, seed, part, label, number))
 
 
 def _ham10000(root: Path, patients: int, seed: int) -> None:
@@ -187,7 +188,8 @@ def _ham10000(root: Path, patients: int, seed: int) -> None:
             for _ in range(1 + lesion % 2):
                 number += 1
                 image = f"ISIC_{24306 + number:07d}"
-                _save(root / f"HAM10000_images_part_{1 + number % 2}" / f"{image}.jpg", _picture(label, seed, number), rgb=True)
+                folder = root / f"HAM10000_images_part_{1 + number % 2}"
+                save_picture(folder / f"{image}.jpg", _picture(label, seed, number), rgb=True)
                 rows.append({"lesion_id": f"HAM_{label}{lesion:06d}", "image_id": image, "dx": name, "dx_type": "histo"})
     _write_csv(root / "HAM10000_metadata.csv", rows)
 
@@ -233,7 +235,7 @@ def _ct_plane(root: Path, patients: int, seed: int) -> None:
 def _brain_mri(root: Path, patients: int, seed: int) -> None:
     for label, name in enumerate(("glioma", "meningioma", "pituitary")):
         for number in range(2 * patients):
-            _save(root / name / f"{1000 * label + 11 * number}.jpg", _picture(label, seed, name, number))
+            save_picture(root / name / f"{1000 * label + 11 * number}.jpg", _picture(label, seed, name, number))
 
 
 def _pneumoniamnist(root: Path, patients: int, seed: int) -> None:

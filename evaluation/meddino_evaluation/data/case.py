@@ -46,3 +46,8 @@ ClassCase = Case[ClassLabel]
 def labels_array(cases: Sequence[ClassCase]) -> NDArray[np.int64]:
     """Return labels [n] or [n, labels]."""
     return np.array([case.label for case in cases], dtype=np.int64)
+
+
+def a_few(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names for a message, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from meddino.core.errors import ConfigError, VolumeError
-from meddino.core.logging import get_logger
 from meddino.data.intensity import Modality
 from meddino_evaluation.adaptation.features import corpus_hashes, slice_hashes
 from meddino_evaluation.backbones.adapter import Backbone
@@ -26,7 +25,6 @@ from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, Coco
 from meddino_evaluation.detection.readers import BoxCase, read_boxes
 from meddino_evaluation.tasks.definition import TaskDefinition, load_task, task_names
 
-_log = get_logger(__name__)
 _FEW = 5
 _PARTS: tuple[SplitName, ...] = ("train", "val", "test")
 _ROUNDING_PX = 1.0

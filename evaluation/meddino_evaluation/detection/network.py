@@ -16,7 +16,6 @@ from meddino_evaluation.adaptation.trainable import adapt, set_training_mode
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.detection.config import DetectorConfig, EncoderConfig
 
-Targets = list[dict[str, Tensor]]
 _NORMS = nn.modules.batchnorm._BatchNorm
 _COARSEST = 32
 """Pixels: sides must be multiples of it, so that every level of the pyramid has whole cells."""

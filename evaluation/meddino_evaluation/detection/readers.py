@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino.core.tables import read_list, read_person_text, read_table
-from meddino_evaluation.data.case import ClassCase
+from meddino_evaluation.data.case import ClassCase, a_few
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 
 MAX_JSON_BYTES = 1 << 30
 MAX_XML_BYTES = 4 << 20
-_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -99,10 +98,10 @@ def read_boxes(layout: BoxLayout, root: Path) -> tuple[list[BoxCase], tuple[str,
         raise ConfigError(f"{root}: no image is named by {_what(layout)}")
     twice = [name for name, times in Counter(case.name for case in found).items() if times > 1]
     if twice:
-        raise ConfigError(f"{root}: images are named twice: {_some(sorted(twice))}")
+        raise ConfigError(f"{root}: images are named twice: {a_few(sorted(twice))}")
     missing = [case.name for case in found if not Path(case.source.partition("#")[0]).exists()]
     if missing:
-        raise ConfigError(f"{root}: {len(missing)} images are named and not there: {_some(missing)}")
+        raise ConfigError(f"{root}: {len(missing)} images are named and not there: {a_few(missing)}")
     _check_shapes(found)
     return sorted(found, key=lambda case: case.name), declared
 
@@ -113,10 +112,6 @@ def _what(layout: BoxLayout) -> str:
     return layout.annotations if isinstance(layout, VocLayout) else layout.file
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
-
-
 def _check_shapes(cases: Iterable[BoxCase]) -> None:
     """Refuse boxes without width or height, and corners that are no numbers."""
     wrong = []
@@ -125,7 +120,7 @@ def _check_shapes(cases: Iterable[BoxCase]) -> None:
         bad = ~np.isfinite(case.boxes).all(1) | ~(x2 > x1) | ~(y2 > y1)
         wrong += [f"{case.where[place]}: {_text(case.boxes[place])}" for place in np.flatnonzero(bad)]
     if wrong:
-        raise ConfigError(f"{len(wrong)} boxes have no width or no height (left, top, right, lower edge): {_some(wrong)}")
+        raise ConfigError(f"{len(wrong)} boxes have no width or no height (left, top, right, lower edge): {a_few(wrong)}")
 
 
 def _text(box: NDArray[np.float64]) -> str:
@@ -177,7 +172,7 @@ def read_coco(path: Path, images: Path) -> tuple[list[BoxCase], tuple[str, ...]]
     categories = {number: str(one.get("name", "")) for number, one in _by_id(content, "categories", path).items()}
     twice = [name for name, times in Counter(categories.values()).items() if times > 1]
     if twice:
-        raise ConfigError(f"{path}: category names repeat: {_some(twice)}")
+        raise ConfigError(f"{path}: category names repeat: {a_few(twice)}")
     growing: dict[Any, _Growing] = {}
     names: dict[Any, str] = {}
     for number, one in _by_id(content, "images", path).items():
@@ -215,7 +210,7 @@ def _by_id(content: Mapping[str, Any], key: str, path: Path) -> dict[Any, dict[s
         raise ConfigError(f"{path}: {key} have ids that are no number or text, such as {strange[0]}")
     twice = [str(one) for one, times in Counter(ids).items() if times > 1]
     if twice:
-        raise ConfigError(f"{path}: {key} repeat the ids {_some(twice)}; every id stands for one")
+        raise ConfigError(f"{path}: {key} repeat the ids {a_few(twice)}; every id stands for one")
     return dict(zip(ids, rows, strict=True))
 
 
@@ -225,7 +220,7 @@ def _read_voc(layout: VocLayout, root: Path) -> Iterator[BoxCase]:
     listed = {name.split()[0]: split for split, names in lists.items() for name in names}
     strangers = sorted(set(listed) - {file.stem for file in files})
     if strangers:
-        raise ConfigError(f"{root}: the lists {', '.join(layout.lists)} name images without annotations: {_some(strangers)}")
+        raise ConfigError(f"{root}: the lists {', '.join(layout.lists)} name images without annotations: {a_few(strangers)}")
     for file in files:
         yield replace(read_voc(file, root / layout.images), split=listed.get(file.stem))
 

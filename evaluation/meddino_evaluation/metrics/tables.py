@@ -57,7 +57,7 @@ def summarise(rows: Sequence[dict[str, Any]], resamples: int) -> dict[str, Any]:
     summary: dict[str, Any] = {"cases": len({row["case"] for row in rows}), "seeds": seeds}
     for metric in AVERAGED:
         by_seed = [mean_over_cases([row for row in rows if row["seed"] == seed], metric)[0] for seed in seeds]
-        summary[metric] = {**_spread(by_seed), "by_seed": [_number(value) for value in by_seed]}
+        summary[metric] = {**_spread(by_seed), "by_seed": [finite_or_none(value) for value in by_seed]}
         summary[metric]["interval_95"] = patient_interval(rows, metric, resamples)
     for key in ("label", "site"):
         names = list(dict.fromkeys(row[key] for row in rows))
@@ -81,7 +81,7 @@ def patient_interval(rows: Sequence[dict[str, Any]], metric: str, resamples: int
         return [None, None]
     values = [sum(found) / len(found) for found in by_case.values()]
     interval = bootstrap_mean(values, groups=[patient[case] for case in by_case], span=AVERAGED[metric], resamples=resamples)
-    return [_number(interval.low), _number(interval.high)]
+    return [finite_or_none(interval.low), finite_or_none(interval.high)]
 
 
 def _of_part(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
@@ -96,10 +96,11 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
     if not defined:
         return {"mean": None, "std": None}
     mean, std = mean_and_std(defined)
-    return {"mean": _number(mean), "std": _number(std)}
+    return {"mean": finite_or_none(mean), "std": finite_or_none(std)}
 
 
-def _number(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """Return a number as JSON holds it, which has no NaN and no infinity."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -108,6 +108,11 @@ class Table:
         )
 
 
+def number_text(value: float | None, form: str = ".3f") -> str:
+    """Return a number as it stands in a table; a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
 def metric_text(values: Mapping[str, Any] | None) -> str:
     """Return `0.812 ± 0.030 [0.741, 0.880]`: mean, deviation over runs, interval over patients; a dash where undefined."""
     if not values or values["mean"] is None:

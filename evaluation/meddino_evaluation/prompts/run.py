@@ -64,7 +64,7 @@ def prompt(
     write_splits(experiment, out)
     identity = run_identity(experiment, config)
     _train_all(experiment, config, out, identity)
-    _write_bundle(experiment, config, out)
+    _write_bundle(experiment, out)
     trained = time.monotonic()
     own = HeldOutSet("", experiment.dataset, out, experiment.leakage)
     for split in experiment.splits:
@@ -140,7 +140,7 @@ def _evaluate(
         logger.info("fold %d: case %s predicted and measured", split.number, name)
 
 
-def _write_bundle(experiment: Experiment, config: PromptConfig, out: Path) -> None:
+def _write_bundle(experiment: Experiment, out: Path) -> None:
     source, dataset = experiment.source, experiment.dataset
     content = {
         "format": "meddino-prompt-network",

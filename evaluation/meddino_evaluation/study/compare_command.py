@@ -19,7 +19,7 @@ from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.statistics import can_be_significant
-from meddino_evaluation.metrics.text_table import Table
+from meddino_evaluation.metrics.text_table import Table, number_text
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import open_experiment
 from meddino_evaluation.segmentation.overlay import label_colours
@@ -212,10 +212,11 @@ def main_table(found: dict[str, Any]) -> Table:
     rows = [
         (
             entry["name"] + entry["mark"],
-            _text(entry["mean"]) + (f" ± {_text(entry['std_over_seeds'])}" if entry["std_over_seeds"] is not None else ""),
+            number_text(entry["mean"])
+            + (f" ± {number_text(entry['std_over_seeds'])}" if entry["std_over_seeds"] is not None else ""),
             _interval(entry["interval_95"]),
-            _text(entry["mean_rank"], ".2f"),
-            _text(entry["share_first"], ".0%").replace("%", " %"),
+            number_text(entry["mean_rank"], ".2f"),
+            number_text(entry["share_first"], ".0%").replace("%", " %"),
             str(entry["cases"]),
             str(entry["seeds"]),
         )
@@ -250,12 +251,12 @@ def pair_table(found: dict[str, Any]) -> Table:
     rows = [
         (
             f"{pair['first']} - {pair['second']}",
-            _text(pair["difference"], "+.3f"),
+            number_text(pair["difference"], "+.3f"),
             _interval(pair["interval_95"], "+.3f"),
-            _text(pair["p_wilcoxon"]),
-            _text(pair["p_wilcoxon_holm"]),
-            _text(pair["p_permutation_holm"]),
-            _text(pair["smallest_p"], ".2g"),
+            number_text(pair["p_wilcoxon"]),
+            number_text(pair["p_wilcoxon_holm"]),
+            number_text(pair["p_permutation_holm"]),
+            number_text(pair["smallest_p"], ".2g"),
         )
         for pair in found["pairs"]
     ]
@@ -272,7 +273,9 @@ def comparison_html(
 ) -> str:
     """Return the report: tables, intervals of differences, every case, and the best, the median and the worst in pictures."""
     tau, few = found["ranking_tau"], too_few(found)
-    stable = f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {_text(tau)} on average."
+    stable = (
+        f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {number_text(tau)} on average."
+    )
     said = [few] if few else [] if tau is None else [stable]
     parts = [main_table(found).html(_NO_TEST), *map(text, said), text(NOTE, "note")]
     sections = [
@@ -335,8 +338,4 @@ def _pictures(variants: Sequence[Variant]) -> Markup:
 
 
 def _interval(ends: Sequence[float | None], form: str = ".3f") -> str:
-    return "-" if None in ends else "{} to {}".format(*(_text(end, form) for end in ends))
-
-
-def _text(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)
+    return "-" if None in ends else "{} to {}".format(*(number_text(end, form) for end in ends))

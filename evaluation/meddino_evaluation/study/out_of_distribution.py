@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino_evaluation.metrics.statistics import holm
-from meddino_evaluation.metrics.text_table import Table
+from meddino_evaluation.metrics.text_table import Table, number_text
 from meddino_evaluation.metrics.unpaired import UnpairedResult, unpaired_means
 from meddino_evaluation.study.segmentation_runs import Variant
 
@@ -17,15 +17,12 @@ Values = dict[str, float]
 """One number a case."""
 
 
-def drops(
-    variants: Sequence[Variant], external: Mapping[str, Sequence[Variant]], metric: str = "dice", resamples: int = 2000
-) -> dict[str, Any]:
-    """Compare each model's own test part with each set from elsewhere, and what two models lose there.
+def drops(variants: Sequence[Variant], external: Mapping[str, Sequence[Variant]], resamples: int = 2000) -> dict[str, Any]:
+    """Compare each model's Dice on its own test part with each set from elsewhere, and what two models lose there.
 
     Args:
         variants: Runs on one data set.
         external: For each test set from elsewhere the same runs on it, in the same order.
-        metric: Column of cases.csv.
         resamples: Of the patients of both sets.
 
     Returns:
@@ -35,9 +32,9 @@ def drops(
         between the sets. Both have p after Holm over their table.
     """
     found: dict[str, list[dict[str, Any]]] = {"drops": [], "pairs": []}
-    own = [_of(variant, metric) for variant in variants]
+    own = [_dice(variant) for variant in variants]
     for site, others in external.items():
-        there = [_of(variant, metric) for variant in others]
+        there = [_dice(variant) for variant in others]
         for variant, (inside, outside) in zip(variants, zip(own, there, strict=True), strict=True):
             result = _compared(variant, inside, others, outside, resamples)
             means = {"inside": float(np.mean(list(inside.values()))), "outside": float(np.mean(list(outside.values())))}
@@ -62,7 +59,8 @@ def drop_table(found: dict[str, Any]) -> Table:
     rows = [
         (
             *(row["set"], row["name"], f"{row['inside']:.3f}", f"{row['outside']:.3f}"),
-            *(_text(row["difference"], "+.3f"), _interval(row), _text(row["p"]), _text(row["p_holm"]), str(row["cases"])),
+            *(number_text(row["difference"], "+.3f"), _interval(row), number_text(row["p"]), number_text(row["p_holm"])),
+            str(row["cases"]),
         )
         for row in found["drops"]
     ]
@@ -74,15 +72,15 @@ def drop_pair_table(found: dict[str, Any]) -> Table:
     rows = [
         (
             *(row["set"], f"{row['first']} - {row['second']}"),
-            *(_text(row["difference"], "+.3f"), _interval(row), _text(row["p"]), _text(row["p_holm"])),
+            *(number_text(row["difference"], "+.3f"), _interval(row), number_text(row["p"]), number_text(row["p_holm"])),
         )
         for row in found["pairs"]
     ]
     return Table(("test set", "pair", "difference of drops", "95 %", "p", "after Holm"), tuple(rows))
 
 
-def _of(variant: Variant, metric: str) -> Values:
-    return dict(sorted(variant.by_case(metric).items()))
+def _dice(variant: Variant) -> Values:
+    return dict(sorted(variant.by_case("dice").items()))
 
 
 def _less(first: Values, second: Values) -> Values:
@@ -111,7 +109,3 @@ def _numbers(result: UnpairedResult) -> dict[str, Any]:
 
 def _interval(row: dict[str, Any]) -> str:
     return "-" if row["low"] is None else f"{row['low']:+.3f} to {row['high']:+.3f}"
-
-
-def _text(value: float | None, form: str = ".3f") -> str:
-    return "-" if value is None else format(value, form)

@@ -24,6 +24,7 @@ from meddino_evaluation.metrics.statistics import (
     paired_means,
     wilcoxon_signed_rank,
 )
+from meddino_evaluation.metrics.tables import finite_or_none
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def compare(variants: Sequence[Variant], metric: str = "dice", resamples: int = 
                 "mark": variant.leakage_mark,
                 "seeds": len(variant.metrics["test"]["seeds"]),
                 "cases": len(cases),
-                "mean": _number(mean),
-                "std_over_seeds": _number(std),
-                "interval_95": [_number(interval.low), _number(interval.high)],
+                "mean": finite_or_none(mean),
+                "std_over_seeds": finite_or_none(std),
+                "interval_95": [finite_or_none(interval.low), finite_or_none(interval.high)],
                 "mean_rank": mean_rank,
                 "share_first": first,
             }
@@ -167,11 +168,11 @@ def _pairs(
             {
                 "first": variants[first].name,
                 "second": variants[second].name,
-                "difference": _number(result.difference),
-                "interval_95": [_number(result.low), _number(result.high)],
-                "p_wilcoxon": _number(wilcoxon),
-                "p_permutation": _number(result.p_value),
-                "smallest_p": _number(result.smallest_p),
+                "difference": finite_or_none(result.difference),
+                "interval_95": [finite_or_none(result.low), finite_or_none(result.high)],
+                "p_wilcoxon": finite_or_none(wilcoxon),
+                "p_permutation": finite_or_none(result.p_value),
+                "smallest_p": finite_or_none(result.smallest_p),
                 "permutations": result.permutations,
             }
         )
@@ -188,7 +189,3 @@ def _pairs(
 def _numbers(row: dict[str, str]) -> dict[str, Any]:
     texts = ("case", "label", "patient", "site")
     return {key: value if key in texts else math.nan if value == "" else float(value) for key, value in row.items()}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from meddino.core.errors import ConfigError
 from meddino.core.seeds import numpy_rng
 from meddino.volumes.geometry import geometry_from_xyz
 from meddino.volumes.writing import write_volume
 from meddino_evaluation.classification import fake_data as classification
+from meddino_evaluation.classification.fake_data import save_picture
 from meddino_evaluation.detection import fake_data as detection
 from meddino_evaluation.tasks.definition import LabelledLayout, OfTask, load_task
 
@@ -55,11 +55,6 @@ def _grey(rng: np.random.Generator, bright: NDArray[np.bool_]) -> NDArray[np.uin
     return values
 
 
-def _save(path: Path, values: NDArray[np.generic], rgb: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.stack([values, values // 2, values // 3], -1) if rgb else values).save(path)
-
-
 def _mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     values: NDArray[np.uint8] = mask.astype(np.uint8) * 255
     return values
@@ -67,8 +62,8 @@ def _mask(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 def _isic2018(root: Path, number: int, rng: np.random.Generator) -> None:
     lesion, name = _disc(rng, _SIZE), f"ISIC_{number:07d}"
-    _save(root / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", _grey(rng, lesion), rgb=True)
-    _save(root / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", _mask(lesion))
+    save_picture(root / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", _grey(rng, lesion), rgb=True)
+    save_picture(root / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", _mask(lesion))
     (root / "ISIC2018_Task1-2_Training_Input" / "LICENSE.txt").write_text("fake")
 
 
@@ -80,7 +75,7 @@ def _jsrt(root: Path, number: int, rng: np.random.Generator) -> None:
     for part, (place, radius) in parts.items():
         own = _disc(rng, size, place, radius)
         bright |= own
-        _save(root / "scratch" / f"fold{2 - number % 2}" / "masks" / part / f"{name}.gif", _mask(own))
+        save_picture(root / "scratch" / f"fold{2 - number % 2}" / "masks" / part / f"{name}.gif", _mask(own))
     film = 4095 - 16 * _grey(rng, bright).astype(np.uint16)  # density: what is bright on the light box is low
     path = root / "All247images" / f"{name}.IMG"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,17 +84,17 @@ def _jsrt(root: Path, number: int, rng: np.random.Generator) -> None:
 
 def _kvasir_seg(root: Path, number: int, rng: np.random.Generator) -> None:
     polyp, name = _disc(rng, _SIZE), f"cju{number:03d}.jpg"
-    _save(root / "Kvasir-SEG" / "images" / name, _grey(rng, polyp), rgb=True)
-    _save(root / "Kvasir-SEG" / "masks" / name, _mask(polyp), rgb=False)
+    save_picture(root / "Kvasir-SEG" / "images" / name, _grey(rng, polyp), rgb=True)
+    save_picture(root / "Kvasir-SEG" / "masks" / name, _mask(polyp), rgb=False)
 
 
 def _drive(root: Path, number: int, rng: np.random.Generator) -> None:
     part = "test" if number % 3 == 2 else "training"
     y, x = np.mgrid[:_SIZE, :_SIZE]
     vessel = (np.abs(y - _SIZE / 2 - 8 * np.sin(x / 8 + number)) < 2) | (np.abs(x - 12 - number) < 2)
-    _save(root / part / "images" / f"{number + 1:02d}_{part}.tif", _grey(rng, vessel), rgb=True)
-    _save(root / part / "1st_manual" / f"{number + 1:02d}_manual1.gif", _mask(vessel))
-    _save(root / part / "mask" / f"{number + 1:02d}_{part}_mask.gif", _mask(np.ones_like(vessel)))
+    save_picture(root / part / "images" / f"{number + 1:02d}_{part}.tif", _grey(rng, vessel), rgb=True)
+    save_picture(root / part / "1st_manual" / f"{number + 1:02d}_manual1.gif", _mask(vessel))
+    save_picture(root / part / "mask" / f"{number + 1:02d}_{part}_mask.gif", _mask(np.ones_like(vessel)))
 
 
 def _buid(root: Path, number: int, rng: np.random.Generator) -> None:
@@ -107,10 +102,10 @@ def _buid(root: Path, number: int, rng: np.random.Generator) -> None:
     folder, name = root / "Dataset_BUSI_with_GT" / finding, f"{finding} ({number // 3 + 1})"
     first, second = _disc(rng, _SIZE, 0.35, 0.12), _disc(rng, _SIZE, 0.7, 0.12)
     two = finding == "benign"
-    _save(folder / f"{name}.png", _grey(rng, first | second if two else first), rgb=True)
-    _save(folder / f"{name}_mask.png", _mask(first if finding != "normal" else np.zeros_like(first)))
+    save_picture(folder / f"{name}.png", _grey(rng, first | second if two else first), rgb=True)
+    save_picture(folder / f"{name}_mask.png", _mask(first if finding != "normal" else np.zeros_like(first)))
     if two:
-        _save(folder / f"{name}_mask_1.png", _mask(second))
+        save_picture(folder / f"{name}_mask_1.png", _mask(second))
 
 
 def _volume(path: Path, values: NDArray[np.generic], spacing_mm: float = 2.0) -> None:

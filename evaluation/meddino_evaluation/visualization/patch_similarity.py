@@ -55,9 +55,7 @@ class PatchMap:
         return int(self.tokens.shape[1]), int(self.tokens.shape[2])
 
 
-def patch_map(
-    backbone: Backbone, stack: SliceStack, number: int, size_px: int, window_hu: tuple[float, float] | None = None
-) -> PatchMap:
+def patch_map(backbone: Backbone, stack: SliceStack, number: int, size_px: int) -> PatchMap:
     """Compute the patch tokens of one slice.
 
     Args:
@@ -65,7 +63,6 @@ def patch_map(
         stack: The image or volume.
         number: Which slice.
         size_px: Side the slice is resized to, up to 2048.
-        window_hu: HU window; None for the model's own.
 
     Raises:
         ConfigError: There is no such slice, or the size does not fit.
@@ -75,7 +72,7 @@ def patch_map(
     if size_px > MAX_SIZE_PX:
         raise ConfigError(f"size {size_px} px; maps go up to {MAX_SIZE_PX}")
     backbone.contract.check_size(size_px, backbone.name)
-    transform = Transform(size_px, "ct" if stack.kind == "hu" else "image", window_hu, None, 1)
+    transform = Transform(size_px, "ct" if stack.kind == "hu" else "image", None, None, 1)
     images = model_input(backbone, stack, [number], transform)
     with torch.no_grad():
         tokens = backbone.tokens(images).patches[0]

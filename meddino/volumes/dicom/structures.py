@@ -64,7 +64,7 @@ def name_key(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def read_structures(path: Path, grid: Geometry, names: Sequence[str], limits: ReadLimits = _LIMITS) -> Structures:
+def read_structures(path: Path, grid: Geometry, names: Sequence[str]) -> Structures:
     """Put structures onto the grid of the image that they were drawn on.
 
     A voxel belongs to a contour if its centre lies inside (even-odd rule: contours within contours are holes).
@@ -73,7 +73,6 @@ def read_structures(path: Path, grid: Geometry, names: Sequence[str], limits: Re
         path: A DICOM-SEG or RTSTRUCT.
         grid: Of the image.
         names: Which structures, compared by `name_key`; those that the file does not have are left out.
-        limits: What the file may ask of the machine.
 
     Raises:
         VolumeError: It is damaged, or was drawn on another grid.
@@ -86,7 +85,7 @@ def read_structures(path: Path, grid: Geometry, names: Sequence[str], limits: Re
             by_key = {name_key(name): name for name in names}
             wanted = {number: by_key[name_key(name)] for number, name in _numbered(dataset) if name_key(name) in by_key}
             if dataset.SOPClassUID in _SEGMENTATIONS:
-                return _from_segments(dataset, grid, wanted, limits)
+                return _from_segments(dataset, grid, wanted)
             return _from_contours(dataset, grid, wanted)
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
@@ -150,9 +149,9 @@ def _to_voxels(grid: Geometry, points_mm: NDArray[np.float64]) -> NDArray[np.flo
     return found
 
 
-def _from_segments(dataset: Any, grid: Geometry, wanted: dict[int, str], limits: ReadLimits) -> Structures:
+def _from_segments(dataset: Any, grid: Geometry, wanted: dict[int, str]) -> Structures:
     rows, cols = int(dataset.Rows), int(dataset.Columns)
-    limits.check((int(dataset.get("NumberOfFrames", 1)), rows, cols))
+    _LIMITS.check((int(dataset.get("NumberOfFrames", 1)), rows, cols))
     pixels = dataset.pixel_array.reshape(-1, rows, cols)
     masks = {name: np.zeros(grid.shape, dtype=np.bool_) for name in wanted.values()}
     shared, outside = dataset.SharedFunctionalGroupsSequence[0], 0

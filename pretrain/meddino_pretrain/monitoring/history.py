@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from meddino_pretrain.monitoring.feature_metrics import PREFIX
-from meddino_pretrain.monitoring.metrics import TIMING, parse_line
+from meddino_pretrain.monitoring.metrics import TIMING, complete_lines, parse_line
 
 # More than a chart is wide; twice as many are thinned to these.
 POINTS = 1000
@@ -64,9 +64,7 @@ class History:
             return
         with self.path.open("rb") as stream:
             stream.seek(self._offset)
-            for line in stream:
-                if not line.endswith(b"\n"):
-                    break
+            for line in complete_lines(stream):
                 self._offset += len(line)
                 self._add(parse_line(line, self.path, self.count + 1))
 

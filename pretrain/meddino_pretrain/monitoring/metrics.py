@@ -30,7 +30,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open("rb") as stream:
-        return [record for _, record in _complete_lines(stream, path)]
+        return [parse_line(line, path, number) for number, line in enumerate(complete_lines(stream), start=1)]
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -45,19 +45,19 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise CheckpointError(f"{path}, line {number}: no JSON object ({error}); remove the line or the file") from error
 
 
-def _complete_lines(stream: IO[bytes], path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    # Every complete line ends with a line feed, so what follows the last one was cut off.
-    for number, line in enumerate(stream, start=1):
+def complete_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield lines; each ends with a line feed, so what follows the last one was cut off by a kill and is left out."""
+    for line in stream:
         if line.endswith(b"\n"):
-            yield line, parse_line(line, path, number)
+            yield line
 
 
 def _lines_until(stream: IO[bytes], path: Path, step: int) -> Iterator[bytes]:
     """Yield the lines up to a step; a crash may have left NUL bytes behind them, which are cut away with the rest."""
     last = 0
     try:
-        for line, record in _complete_lines(stream, path):
-            last = int(record["step"])
+        for number, line in enumerate(complete_lines(stream), start=1):
+            last = int(parse_line(line, path, number)["step"])
             if last <= step:
                 yield line
     except CheckpointError:

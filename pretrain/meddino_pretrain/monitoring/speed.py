@@ -12,6 +12,7 @@ from meddino_pretrain.data.batches import Batch
 # Small enough to cost a quarter of a second on a laptop, large enough to reach its peak; on an accelerator launching that
 # would take longer than the product.
 PEAK_SIDE, PEAK_SIDE_ACCELERATOR = 1024, 8192
+PEAK_REPEATS = 5
 
 
 class SpeedMeter:
@@ -54,14 +55,12 @@ def measure_peak(machine: Machine) -> float:
         return product_speed(machine, torch.mm, PEAK_SIDE_ACCELERATOR if machine.is_accelerator else PEAK_SIDE)
 
 
-def product_speed(
-    machine: Machine, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int, repeats: int = 5
-) -> float:
+def product_speed(machine: Machine, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], side: int) -> float:
     """Return how many operations a second a large product reaches in the arithmetic of training."""
     left, right = (torch.randn(side, side, device=machine.device, dtype=machine.compute_dtype) for _ in range(2))
     multiply(left, right)
     times = []
-    for _ in range(repeats):
+    for _ in range(PEAK_REPEATS):
         machine.synchronize()
         start = time.perf_counter()
         multiply(left, right)

@@ -9,7 +9,6 @@ from torch import nn
 from meddino.checkpoints.state.names import checkpoint_name, prune_checkpoints
 from meddino.checkpoints.state.training_state import load_training_state, save_training_state
 from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint
-from meddino.core.logging import get_logger
 from meddino.distributed.collectives import is_main
 from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.monitoring.metrics import MetricsWriter
@@ -19,7 +18,6 @@ from meddino_pretrain.run.config import SavingConfig
 CHECKPOINTS = "checkpoints"
 SNAPSHOTS = "snapshots"
 CORRUPT = "corrupt_samples"
-logger = get_logger(__name__)
 
 
 class StageCheckpoints:

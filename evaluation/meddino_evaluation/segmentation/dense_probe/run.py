@@ -11,7 +11,6 @@ import meddino
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
-from meddino.core.logging import get_logger
 from meddino.core.seeds import numpy_rng
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import median_plane_spacing
@@ -21,7 +20,7 @@ from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, make_folds, read_folds
 from meddino_evaluation.metrics.statistics import SHARE, Resampling, mean_and_std
-from meddino_evaluation.metrics.tables import write_cases
+from meddino_evaluation.metrics.tables import finite_or_none, write_cases
 from meddino_evaluation.segmentation.config import LabelsConfig
 from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
 from meddino_evaluation.segmentation.dense_probe.patches import PIXELS, PatchSet, encode_slices, join, thinned
@@ -38,8 +37,6 @@ from meddino_evaluation.segmentation.dense_probe.readout import (
 from meddino_evaluation.segmentation.networks.encoders import load_encoder
 from meddino_evaluation.segmentation.networks.network import EncoderSource
 from meddino_evaluation.segmentation.training.samples import choose_slices
-
-logger = get_logger(__name__)
 
 CHOSEN = "chosen"
 """The readout that validation chose among all of a model's; the others are named `logistic/blocks1`, `knn/blocks4`, ..."""
@@ -253,10 +250,14 @@ def _summary(outcomes: Sequence[Outcome], dataset: LabelledDataset, config: Prob
         every = np.stack([f1_scores(counts.sum(0)) for _, counts in pooled.values()])
         own = [[macro_f1(counts[[p]]) for p in range(len(names))] for names, counts in pooled.values()]
         summary[readout] = {
-            "macro_f1": {"mean": _number(mean), "std": _number(std), "by_seed": [_number(value) for value in by_seed]},
+            "macro_f1": {
+                "mean": finite_or_none(mean),
+                "std": finite_or_none(std),
+                "by_seed": [finite_or_none(value) for value in by_seed],
+            },
             "interval_95": _interval([counts for _, counts in pooled.values()], config.bootstrap),
-            "mean_over_patients": _number(float(np.nanmean(own))) if np.isfinite(own).any() else None,
-            "by_label": {name: _number(_mean(every[:, place])) for place, name in enumerate(dataset.labels.names)},
+            "mean_over_patients": finite_or_none(float(np.nanmean(own))) if np.isfinite(own).any() else None,
+            "by_label": {name: finite_or_none(_mean(every[:, place])) for place, name in enumerate(dataset.labels.names)},
             "chosen": {f"fold {o.fold}, seed {o.seed}": o.setting for o in outcomes if o.readout == readout},
         }
     return summary
@@ -276,16 +277,12 @@ def _interval(counts: Sequence[Counts], resamples: int) -> list[float | None]:
     weights = drawing.weights()
     drawn = [class_mean(f1_scores(np.tensordot(weights, one, axes=1))) for one in counts]
     found = drawing.interval(float(np.mean([macro_f1(one) for one in counts])), np.mean(drawn, axis=0), SHARE)
-    return [_number(found.low), _number(found.high)]
+    return [finite_or_none(found.low), finite_or_none(found.high)]
 
 
 def _mean(values: Any) -> float:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _case_rows(outcomes: Mapping[str, Sequence[Outcome]], dataset: LabelledDataset) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from jaxtyping import Bool
+from torch import Tensor
 
+from meddino.losses.ibot import mask_weights_of
 from meddino_pretrain.data.batches import RawBatch
 from meddino_pretrain.data.sampler import SampleOrder
 from meddino_pretrain.data.views import View, ViewSizes, ViewSpec
@@ -37,11 +38,9 @@ def add_masks(config: MaskingConfig, patch_px: int, raw: RawBatch, order: Sample
     """
     side = raw.views[GLOBAL].shape[-1] // patch_px
     masks = masks_for_crops(config, order.seed, raw.step, order.global_batch, raw.samples, (side, side), GLOBAL_CROPS)
-    return replace(raw, extras={MASKS: torch.from_numpy(masks), **_indices_and_weights(masks)})
+    return replace(raw, extras=mask_extras(torch.from_numpy(masks)))
 
 
-def _indices_and_weights(masks: NDArray[np.bool_]) -> dict[str, torch.Tensor]:
-    indices = np.flatnonzero(masks)
-    counts = masks.sum(axis=1)
-    weights = (1.0 / np.maximum(counts, 1)).astype(np.float32)[indices // masks.shape[1]]
-    return {MASK_INDICES: torch.from_numpy(indices.astype(np.int64)), MASK_WEIGHTS: torch.from_numpy(weights)}
+def mask_extras(masks: Bool[Tensor, "crops patches"]) -> dict[str, Tensor]:
+    """Return what a batch says of its masks: themselves, the indices of the masked patches in them, and their weights."""
+    return {MASKS: masks, MASK_INDICES: masks.flatten().nonzero().flatten(), MASK_WEIGHTS: mask_weights_of(masks)}
