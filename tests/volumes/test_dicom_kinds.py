@@ -7,12 +7,15 @@ from pydicom.dataset import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     LegacyConvertedEnhancedCTImageStorage,
+    MRImageStorage,
     RLELossless,
 )
 
 from meddino.core.errors import VolumeError
+from meddino.volumes.dicom.headers import read_header
 from meddino.volumes.read import find_series, read_volume
 from tests.data_curation.conftest import make_hu
 from tests.data_curation.dicom_files import ct_slice, enhanced_ct, write_series
@@ -74,6 +77,30 @@ def test_a_few_contradicting_slices__are_left_out_and_told(tmp_path):
     assert "1 positions with contradicting slices left out" in volume.notes
 
 
+@pytest.mark.parametrize("uid", [lambda z: "1.2.3.4", lambda z: f"1.2.3.{z // 2}"])
+def test_one_uid_at_several_places__makes_no_copies_of_different_slices(tmp_path, uid):
+    write(tmp_path, A, SOPInstanceUID=uid)
+    ct_slice(A[2], 10.0, SOPInstanceUID=uid(2)).save_as(tmp_path / "sent again", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert "SOPInstanceUIDs are not unique: pictures at different places have the same" in volume.notes
+    assert "1 duplicated slices left out" in volume.notes
+
+
+def test_one_uid_for_all__of_two_passes_leaves_what_tells_them_apart(tmp_path):
+    write(tmp_path, A, "x", SOPInstanceUID="1.2.3.4", AcquisitionNumber=1)
+    write(tmp_path, B, "a", SOPInstanceUID="1.2.3.4", AcquisitionNumber=2)
+    assert contents(tmp_path) == sorted([A.tobytes(), B.tobytes()])
+
+
+def test_copies__whose_positions_were_rounded_are_copies_and_their_uids_are_unique(tmp_path):
+    write(tmp_path, A, "x", SOPInstanceUID=lambda z: f"1.2.3.{z}")
+    write(tmp_path, A, "a", SOPInstanceUID=lambda z: f"1.2.3.{z}", z_mm=lambda z: 5.0 * z + 0.04)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A)
+    assert volume.notes == ("6 duplicated slices left out",)
+
+
 def test_all_slices_at_one_place__are_refused(tmp_path):
     write(tmp_path, A, ImagePositionPatient=[-100, -120, 0], SliceLocation=lambda z: 5.0 * z)
     assert problems(tmp_path) == ["DICOM: all 6 slices of the series lie at one position"]
@@ -128,6 +155,26 @@ def test_enhanced__two_geometries_in_one_file_are_two_volumes(tmp_path):
     read = [found.read() for found in find_series(tmp_path)]
     assert [volume.voxels.shape[0] for volume in read] == [6, 6]
     assert A.tobytes() in contents(tmp_path)
+
+
+def test_enhanced__one_uid_for_two_files_loses_no_frame_and_a_copy_of_a_file_is_one(tmp_path):
+    for name, hu, first in (("a", A, 0), ("b", B, 6), ("copy", A, 0)):
+        item = enhanced_ct(hu, SOPInstanceUID="1.2.9")
+        for index, frame in enumerate(item.PerFrameFunctionalGroupsSequence):
+            frame.PlanePositionSequence[0].ImagePositionPatient = [-100, -120, 2.0 * (first + index)]
+        item.save_as(tmp_path / name, enforce_file_format=True)
+    assert contents(tmp_path) == sorted([A.tobytes(), B.tobytes()])
+    notes = [note for found in find_series(tmp_path) for note in found.stack.notes]
+    assert sum("not unique" in note for note in notes) == 2
+    assert notes.count("6 duplicated slices left out") == 1
+
+
+@pytest.mark.parametrize(("counted", "described"), [(6, 0), (6, 4), (4, 6)])
+def test_enhanced__more_or_fewer_frames_described_than_counted_is_refused(tmp_path, counted, described):
+    item = enhanced_ct(A, NumberOfFrames=counted)
+    item.PerFrameFunctionalGroupsSequence = item.PerFrameFunctionalGroupsSequence[:described]
+    item.save_as(tmp_path / "enhanced", enforce_file_format=True)
+    assert problems(tmp_path) == [f"DICOM: NumberOfFrames is {counted}, the header describes {described} frames"]
 
 
 @pytest.mark.parametrize("kind", [EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage])
@@ -204,6 +251,59 @@ def test_rescale__of_each_slice_counts_and_a_missing_one_is_refused(tmp_path):
     item.save_as(tmp_path / "2", enforce_file_format=True)
     with pytest.raises(VolumeError, match="1 of 6 slices lack the rescale"):
         read_volume(tmp_path)
+
+
+def write_mr(folder, slopes):
+    """One slice for each slope; None: without a rescale, "": with empty elements."""
+    for z, slope in enumerate(slopes):
+        rescale = {"RescaleSlope": slope, "RescaleIntercept": slope if not slope else 0}
+        item = ct_slice(A[z], 5.0 * z, SOPClassUID=MRImageStorage, Modality="MR", **rescale)
+        item.file_meta.MediaStorageSOPClassUID = MRImageStorage
+        item.save_as(folder / f"{z}", enforce_file_format=True)
+
+
+@pytest.mark.parametrize("lacking", [None, ""])
+def test_rescale__missing_in_some_slices_of_mr_is_refused_too(tmp_path, lacking):
+    write_mr(tmp_path, [3, lacking] * 3)
+    with pytest.raises(VolumeError, match="3 of 6 slices lack the rescale that the others have"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("slopes", [[1, 2, 3, 4, 5, 6], [None] * 6, [1, None] * 3])
+def test_rescale__of_each_mr_slice_counts(tmp_path, slopes):
+    write_mr(tmp_path, slopes)
+    stored = A.astype(np.int32) + 1024
+    assert np.array_equal(read_volume(tmp_path).voxels, stored * np.array([slope or 1 for slope in slopes])[:, None, None])
+
+
+def test_rescale__that_is_no_number_is_a_missing_one(tmp_path):
+    paths = write_series(tmp_path, A)
+    data = paths[2].read_bytes()
+    assert data.count(b"-1024.0 ") == 1
+    paths[2].write_bytes(data.replace(b"-1024.0 ", b"-1o24.0 "))
+    with pytest.raises(VolumeError, match="1 of 6 slices lack the rescale to HU"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"), [("PT", "modality is PT"), ("DOE", "modality is unknown"), ("CT\\DOE", "modality is unknown")]
+)
+def test_modality__is_repeated_only_where_it_is_one_of_the_standards(tmp_path, said, reason):
+    ct_slice(A[0], 0.0, Modality=said).save_as(tmp_path / "slice", enforce_file_format=True)
+    assert problems(tmp_path) == [f"DICOM: {reason}"]
+    kind = "1.2.840.10008.5.1.4.1.1.1.1"  # a radiograph
+    picture = ct_slice(A[0], 0.0, Modality=said, SOPClassUID=kind)
+    picture.save_as(tmp_path / "picture", enforce_file_format=True)
+    assert read_header(tmp_path / "picture", "picture", "").picture == (f"DICOM: {reason}" if said != "PT" else "")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("FloatPixelData", "<f4"), ("DoubleFloatPixelData", "<f8")])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_float_pixels__are_refused_by_name(tmp_path, name, kind, syntax):
+    item = ct_slice(A[0], 0.0, PixelData=None, **{name: A[0].astype(kind).tobytes()})
+    item.file_meta.TransferSyntaxUID = syntax
+    item.save_as(tmp_path / "slice", enforce_file_format=True)
+    assert problems(tmp_path) == ["DICOM: float pixel data, which is not read here"]
 
 
 def test_syntax__ges_private_one_and_deflated(tmp_path):

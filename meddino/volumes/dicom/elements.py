@@ -25,13 +25,15 @@ NO_DICOM = (
     RecursionError, MemoryError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
 _PIXELS = 0x7FE00000
-_MOST_HEADER_BYTES = 64 << 20
+_FLOAT_PIXELS = {b"\xe0\x7f\x08\x00", b"\x7f\xe0\x00\x08", b"\xe0\x7f\x09\x00", b"\x7f\xe0\x00\x09"}  # float or double
 _MOST_DEFLATED_BYTES = 2 << 30
 T = TypeVar("T")
 
 
 def read_elements(path: Path, tags: Sequence[str], use: Callable[[Any], T | None]) -> T | None:
     """Read some elements of a file that stand before its pixels, and use them.
+
+    Where the pixels are floating point numbers, `FloatPixelData` is among the elements, empty.
 
     Returns:
         None if the file is no DICOM, or its header is damaged.
@@ -70,11 +72,15 @@ def open_dataset(stream: IO[bytes]) -> tuple[Any, IO[bytes] | io.BytesIO]:
 
 def _before_pixels(stream: IO[bytes], tags: list[str]) -> Any:
     inflated = _inflated(stream)
+    content: IO[bytes]
     if inflated is None:
-        return pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
-    meta, content = inflated
-    dataset = pydicom.Dataset(read_dataset(content, False, True, stop_when=_at_pixels))
-    dataset.file_meta = meta
+        content, dataset = stream, pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
+    else:
+        meta, content = inflated
+        dataset = pydicom.Dataset(read_dataset(content, False, True, stop_when=_at_pixels))
+        dataset.file_meta = meta
+    if content.read(4) in _FLOAT_PIXELS:
+        dataset.FloatPixelData = None  # pixels are not read; that these are no whole numbers has to be known
     return dataset
 
 

@@ -1,6 +1,7 @@
 """The frames of a DICOM file: where each lies, how its values are scaled, and what tells it from others at its place."""
 
 import hashlib
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from meddino.volumes.dicom.elements import integer, number, text
+from meddino.core.errors import VolumeError
+from meddino.volumes.dicom.elements import NO_DICOM, integer, number, text
 
 _MOST_THICKNESS_MM = 100.0
 # What may differ between two pictures of one place, most telling first: by name, where a plain file has it, and in which
@@ -94,15 +96,18 @@ class Frame:
 
 
 def read_frames(dataset: Any) -> tuple[Frame, ...]:
-    """Read what a header says of each frame.
+    """Read what a header says of each frame: as many as it counts.
 
     Raises:
+        VolumeError: A multi-frame file describes more or fewer frames than it counts.
         ValueError, TypeError, AttributeError, IndexError, KeyError: Position, orientation or pixel spacing is missing.
     """
     padding = _padding(dataset)
     per_frame = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
     count = max(integer(dataset, "NumberOfFrames", 1), 1)
     if per_frame or dataset.get("SharedFunctionalGroupsSequence"):
+        if len(per_frame) != count:
+            raise VolumeError(f"DICOM: NumberOfFrames is {count}, the header describes {len(per_frame)} frames")
         return _functional_groups(dataset, per_frame, padding)
     thickness = number(dataset, "SliceThickness", most=_MOST_THICKNESS_MM)
     first = make_plane(dataset.ImagePositionPatient, dataset.ImageOrientationPatient, dataset.PixelSpacing, thickness)
@@ -169,9 +174,21 @@ def _group_or_none(groups: Any, shared: Any, name: str) -> Any:
 
 
 def _scale(dataset: Any) -> tuple[float, float] | None:
-    if "RescaleSlope" not in dataset and "RescaleIntercept" not in dataset:
+    """Return slope and intercept; None where there is neither, or where one is there and is no number."""
+    slope, intercept = _number_if_there(dataset, "RescaleSlope"), _number_if_there(dataset, "RescaleIntercept")
+    if slope is None and intercept is None:
         return None
-    return number(dataset, "RescaleSlope", 1) or 1.0, number(dataset, "RescaleIntercept", 0)
+    scale = slope or 1.0, intercept or 0.0
+    return None if math.isnan(sum(scale)) else scale
+
+
+def _number_if_there(dataset: Any, name: str) -> float | None:
+    """Return an element's number: None where it is absent or empty, `math.nan` where it is no number."""
+    try:
+        is_there = dataset.get(name) not in (None, "")
+    except NO_DICOM:
+        is_there = True
+    return number(dataset, name, math.nan) if is_there else None
 
 
 def _padding(dataset: Any) -> tuple[int, int] | None:

@@ -23,6 +23,7 @@ from pydicom.uid import (
     UltrasoundImageStorage,
 )
 
+from meddino.core.errors import VolumeError
 from meddino.volumes.dicom.colour import is_colour, is_readable_colour
 from meddino.volumes.dicom.elements import NO_DICOM, integer, number, read_elements, text
 from meddino.volumes.dicom.frames import FRAME_TAGS, Frame, read_frames
@@ -54,7 +55,17 @@ _PICTURE_KINDS = {
     OphthalmicPhotography16BitImageStorage,
     OphthalmicTomographyImageStorage,
 }
+# The standard's words for Modality (PS3.3, C.7.3.1.1.1): any other may be a name, and is not repeated.
+_MODALITIES = {
+    "ANN", "AR", "ASMT", "AU", "BDUS", "BI", "BMD", "CFM", "CR", "CT", "CTPROTOCOL", "DG", "DMS", "DOC", "DX", "ECG",
+    "EEG", "EMG", "EOG", "EPS", "ES", "FID", "GM", "HC", "HD", "IO", "IOL", "IVOCT", "IVUS", "KER", "KO", "LEN", "LS",
+    "M3D", "MG", "MR", "NM", "OAM", "OCT", "OP", "OPM", "OPT", "OPTBSV", "OPTENF", "OPV", "OSS", "OT", "PA", "PLAN",
+    "POS", "PR", "PT", "PX", "REG", "RESP", "RF", "RG", "RTDOSE", "RTIMAGE", "RTINTENT", "RTPLAN", "RTRAD", "RTRECORD",
+    "RTSEGANN", "RTSTRUCT", "RWV", "SEG", "SM", "SMR", "SR", "SRF", "STAIN", "TEXTUREMAP", "TG", "US", "VA", "XA",
+    "XAPROTOCOL", "XC",
+}  # fmt: skip
 _HOUNSFIELD = {"", "HU", "US"}  # US: unspecified
+_FLOAT = "DICOM: float pixel data, which is not read here"
 _RESCALE_TYPES = {"OD", "MGML", "Z_EFF", "ED", "EDW", "HU_MOD", "PCT"}  # the standard's other words
 
 
@@ -140,6 +151,8 @@ def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader
     if not refusal and modality:
         try:
             frames = read_frames(dataset)
+        except VolumeError as error:
+            refusal = str(error)
         except NO_DICOM:
             refusal = "DICOM: position, orientation or pixel spacing is missing or no number"
         strange = {frame.rescale_type for frame in frames} - _HOUNSFIELD
@@ -173,23 +186,30 @@ def _header(dataset: Any, path: Path, inside: str, modified: str) -> DicomHeader
 def _refusal(dataset: Any, kind: str, modality: str) -> str:
     """Return why a file is no slice of a volume; only words of ours and coded values, never header text."""
     said = text(dataset, "Modality")
-    said_name = said if said.isalpha() and len(said) <= 4 else "no code"
     image_type = {part.strip().upper() for part in text(dataset, "ImageType").split("\\")}
     reasons = (
         ("Secondary Capture" in kind, "DICOM: secondary capture (may have text burned into the picture)"),
-        (said not in (modality, ""), f"DICOM: modality is {said_name}"),
+        (said not in (modality, ""), _modality_refusal(said)),
         (bool(image_type & _SCOUTS), "DICOM: localiser or scout"),
         (bool(image_type & _REFORMATTED), "DICOM: derived (reformatted, projected or rendered)"),
         (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
         (integer(dataset, "SamplesPerPixel", 1) != 1, "DICOM: colour picture"),
         ("ModalityLUTSequence" in dataset and modality == "CT", "DICOM: its values go through a table, not a rescale to HU"),
+        ("FloatPixelData" in dataset, _FLOAT),
         (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),
     )
     return next((reason for applies, reason in reasons if applies), "")
 
 
+def _modality_refusal(said: str) -> str:
+    return f"DICOM: modality is {said}" if said in _MODALITIES else "DICOM: modality is unknown"
+
+
 def _picture_refusal(dataset: Any) -> str:
+    said = text(dataset, "Modality")
     reasons = (
+        (said not in _MODALITIES and said != "", _modality_refusal(said)),
+        ("FloatPixelData" in dataset, _FLOAT),
         (text(dataset, "BurnedInAnnotation").upper() == "YES", "DICOM: text is burned into the picture"),
         (is_colour(dataset) and not is_readable_colour(dataset), "DICOM: a kind of colour that is not read; export it as PNG"),
         (integer(dataset, "Rows") < 1 or integer(dataset, "Columns") < 1, "DICOM: no pixels, or its header is truncated"),

@@ -38,7 +38,7 @@ def read_dicom_volume(stack: DicomStack, limits: ReadLimits) -> Volume:
     """
     if stack.problem:
         raise VolumeError(stack.problem)
-    stack = _only_scaled(stack) if stack.modality == "CT" else stack
+    stack = _only_scaled(stack)
     count = len(stack.slices)
     voxels = count * stack.rows * stack.cols
     if voxels > limits.max_volume_voxels or max(stack.rows, stack.cols, count) > limits.max_axis_px:
@@ -54,7 +54,7 @@ def read_dicom_volume(stack: DicomStack, limits: ReadLimits) -> Volume:
 
 
 def _only_scaled(stack: DicomStack) -> DicomStack:
-    """Leave out the slices without a rescale where the others have one: their values are not Hounsfield units.
+    """Leave out the slices without a rescale where the others have one: their values are in other units.
 
     Raises:
         VolumeError: They are more than a few.
@@ -64,7 +64,8 @@ def _only_scaled(stack: DicomStack) -> DicomStack:
         return stack
     count = sum(unscaled)
     if count > _MAX_UNSCALED_FRACTION * len(unscaled):
-        raise VolumeError(f"DICOM: {count} of {len(unscaled)} slices lack the rescale to HU that the others have")
+        rescale = "rescale to HU" if stack.modality == "CT" else "rescale"
+        raise VolumeError(f"DICOM: {count} of {len(unscaled)} slices lack the {rescale} that the others have")
     kept = tuple(item for item, is_unscaled in zip(stack.slices, unscaled, strict=True) if not is_unscaled)
     note = f"{count} slices without rescale left out"
     return DicomStack(

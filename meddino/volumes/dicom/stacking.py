@@ -2,8 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +80,16 @@ class Part:
 
 @dataclass(frozen=True)
 class _Picture:
+    """One frame of one file; its SOPInstanceUID says nothing where pictures at other places have it too."""
+
     header: DicomHeader
     frame: Frame
+    is_uid_shared: bool = False
 
     @property
     def identity(self) -> tuple[str, int]:
-        return self.header.instance_uid or self.header.inside, self.frame.number
+        uid = "" if self.is_uid_shared else self.header.instance_uid
+        return uid or self.header.inside, self.frame.number
 
 
 @dataclass(frozen=True)
@@ -111,11 +115,13 @@ def split_series(headers: Sequence[DicomHeader], notes: tuple[str, ...] = ()) ->
     Raises:
         OSError: Pixels that had to be compared cannot be read.
     """
-    pictures = [_Picture(header, frame) for header in headers for frame in header.frames]
+    stacks = _parallel([_Picture(header, frame) for header in headers for frame in header.frames])
+    shared = _shared_identities(stacks)
+    if shared:
+        notes += ("SOPInstanceUIDs are not unique: pictures at different places have the same",)
+        stacks = [[replace(item, is_uid_shared=item.identity in shared) for item in stack] for stack in stacks]
     passes = [
-        (f"{number}.{part}", found)
-        for number, parallel in enumerate(_parallel(pictures))
-        for part, found in enumerate(_passes(parallel))
+        (f"{number}.{part}", found) for number, parallel in enumerate(stacks) for part, found in enumerate(_passes(parallel))
     ]
     if len(passes) > 1:
         notes += (f"its series holds {len(passes)} volumes",)
@@ -151,8 +157,10 @@ def _parallel(pictures: Sequence[_Picture]) -> list[list[_Picture]]:
     by_shape: dict[tuple[object, ...], list[list[_Picture]]] = defaultdict(list)
     for picture in pictures:
         header = picture.header
-        # A multi-frame file is a series by itself.
-        alike = by_shape[header.rows, header.cols, header.instance_uid if len(header.frames) > 1 else ""]
+        # A multi-frame file is a series by itself, with its copies: of the same UID and from the same place to the same.
+        ends = (header.frames[0].plane, header.frames[-1].plane) if len(header.frames) > 1 else ()
+        file = (header.instance_uid, *(round(value, 1) for plane in ends for value in plane.position_mm)) if ends else ()
+        alike = by_shape[header.rows, header.cols, file]
         stack = next((stack for stack in alike if _are_parallel(stack[0].frame.plane, picture.frame.plane)), None)
         if stack is None:
             stack = []
@@ -165,6 +173,18 @@ def _parallel(pictures: Sequence[_Picture]) -> list[list[_Picture]]:
         return first.header.rows, first.header.cols, first.frame.plane.spacing_mm, first.header.inside, first.frame.number
 
     return sorted(stacks, key=order)
+
+
+def _shared_identities(stacks: Sequence[list[_Picture]]) -> set[tuple[str, int]]:
+    """Return the identities that pictures at different places have: nothing follows from them."""
+    copies = Counter(picture.identity for stack in stacks for picture in stack)
+    if len(copies) == sum(copies.values()):  # nearly always
+        return set()
+    places: Counter[tuple[str, int]] = Counter()
+    for stack in stacks:
+        for place in _places(stack):
+            places.update({picture.identity for picture in place})
+    return {identity for identity, count in places.items() if count > 1}
 
 
 def _are_parallel(first: Plane, second: Plane) -> bool:
@@ -214,13 +234,18 @@ def _passes(pictures: list[_Picture]) -> list[_Pass]:
 
 
 def _places(pictures: Iterable[_Picture]) -> list[list[_Picture]]:
-    """Return the pictures by place, along the normal; the order inside a place is that of the pictures."""
+    """Return the pictures by place, along the normal; the order inside a place is that of the pictures.
+
+    What differs by a fraction of the usual step lies at one place. Copies, whose positions may be rounded, make no step.
+    """
     listed = list(pictures)
     reference = listed[0].frame.plane
     along = np.array([picture.frame.plane.along_normal_mm(reference) for picture in listed])
     order = np.argsort(along, kind="stable")
     steps = np.diff(along[order])
-    apart = steps[steps > _SAME_PLACE_MM]
+    is_apart = steps > _SAME_PLACE_MM
+    is_copy = np.array([listed[low].identity == listed[high].identity for low, high in pairwise(order.tolist())], dtype=bool)
+    apart = steps[is_apart & ~is_copy] if (is_apart & ~is_copy).any() else steps[is_apart]
     tolerance = max(_SAME_PLACE_MM, _SAME_PLACE_STEPS * float(np.median(apart))) if len(apart) else _SAME_PLACE_MM
     ends = np.flatnonzero(np.concatenate([steps > tolerance, [True]])) + 1
     groups = np.split(order, ends[:-1])
