@@ -86,3 +86,19 @@ def test_build__colour_dicom_and_the_pictures_of_an_npz_are_read_one_by_one(tmp_
     assert main(["build", "--out", str(tmp_path / "less"), *arguments]) == 0
     less = Corpus(tmp_path / "less")
     assert len(less) == 3 and not any(np.array_equal(colours[2], less.read(index)) for index in range(3))
+
+
+def test_build__pictures_of_one_uid_are_told_apart_and_a_copy_is_found_by_its_pixels(tmp_path):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    one = {"SOPInstanceUID": "1.2.3", "SeriesInstanceUID": "1.2", "PatientID": "p", "StudyInstanceUID": "1"}
+    for name, seed in (("a.dcm", 0), ("b.dcm", 1), ("c.dcm", 2), ("copy.dcm", 2)):
+        write(scans, name, seed, ComputedRadiographyImageStorage, "CR", **one)
+    config = {"sources": [{"name": "own", "path": str(scans), "modality": "image"}], "workers": 1}
+    (tmp_path / "sources.yaml").write_text(json.dumps(config))
+    assert main(["build", "--config", str(tmp_path / "sources.yaml"), "--out", str(tmp_path / "corpus")]) == 0
+    rows = pq.read_table(tmp_path / "corpus" / "volumes.parquet").to_pylist()
+    assert len({row["volume_id"] for row in rows}) == 4
+    assert sorted((row["status"], row["duplicate_kind"]) for row in rows if row["status"] != "accepted") == [
+        ("duplicate", "exact")
+    ]

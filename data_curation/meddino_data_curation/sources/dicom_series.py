@@ -1,7 +1,7 @@
 """DICOM files as candidates: one for each volume of a series, and one for each reason for which files of it are refused."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,9 +44,12 @@ class _SeriesMaker:
         refused: dict[str, list[DicomHeader]] = defaultdict(list)
         usable: dict[str, list[DicomHeader]] = defaultdict(list)
         pictures = []
+        uids = Counter(header.instance_uid for header in self.series.headers)
         for header in self.series.headers:
             if header.picture is not None and self.source.takes_pictures:
-                base = {**self._base([header], f"picture {header.instance_uid}"), "format": "picture"}
+                # A UID that several files have tells them apart no more; copies among them are found by their pixels.
+                own = header.instance_uid if uids[header.instance_uid] == 1 else f"{header.instance_uid} {header.inside}"
+                base = {**self._base([header], f"picture {own}"), "format": "picture"}
                 pictures.append(DicomCandidate(**base, problem=header.picture))  # type: ignore[arg-type]
                 continue
             wanted = self.code or header.modality or "CT"
