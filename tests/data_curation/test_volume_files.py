@@ -5,6 +5,7 @@ import struct
 import tracemalloc
 import zlib
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -53,9 +54,52 @@ def test_nifti__slope_of_zero_scales_nothing_and_two_bytes_stay_two_bytes(tmp_pa
     values = np.array([[[0, 1024, 65535]]], np.uint16)
     zero = read_volume_file(write_nifti(tmp_path / "a.nii", values, 0.0, -1024.0), "nifti", LIMITS).voxels
     assert zero.ravel().tolist() == [0, 1024, 65535]
-    one = read_volume_file(write_nifti(tmp_path / "a.nii", values, 1.0, -1024.0), "nifti", LIMITS).voxels
+    one = read_volume_file(write_nifti(tmp_path / "a.nii", values // 2, 1.0, -1024.0), "nifti", LIMITS).voxels
     assert one.dtype == np.int16
-    assert one.ravel().tolist() == [-1024, 0, 32767]  # no HU lie out there
+    assert one.ravel().tolist() == [-1024, -512, 31743]
+    wide = read_volume_file(write_nifti(tmp_path / "a.nii", values, 1.0, -1024.0), "nifti", LIMITS).voxels
+    assert wide.ravel().tolist() == [-1024, 0, 64511]  # no HU lie out there, but other values do
+
+
+def test_nifti__whole_numbers_that_nibabel_itself_stores_with_an_intercept(tmp_path):
+    """MR of -500 to 63500 as uint16, slope 1: it was cut off at 32767 without a word."""
+    values = np.arange(-500, 63500, 640, dtype=np.int32).reshape(4, 5, 5)
+    image = nib.Nifti1Image(values.T, np.eye(4))
+    image.set_data_dtype(np.uint16)
+    nib.save(image, tmp_path / "a.nii")
+    assert nib.load(tmp_path / "a.nii").dataobj.inter == -500
+    assert np.array_equal(read_volume_file(tmp_path / "a.nii", "nifti", LIMITS).voxels, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored", "intercept", "read_as"),
+    [
+        ("u1", (0, 255), -1024, "i2"), ("u1", (0, 255), 40000, "u2"), ("u1", (200, 255), -32900, "i2"),
+        ("u2", (0, 60000), 100, "u2"), ("u2", (40000, 65535), -40000, "i2"), ("i2", (-32768, 32767), -1, "i4"),
+        ("i4", (0, 5), -1024, "i4"), ("i4", (-(2**31), 2**31 - 1), 128, "i8"),
+        ("u4", (2**31, 2**32 - 1), -(2**31), "i4"), ("u4", (0, 2**32 - 1), -1024, "i8"),
+        ("i8", (-5, 2**40 + 1), -3, "i8"), ("i8", (2**62, 2**63 - 1), 1024, "u8"), ("u8", (2**63, 2**64 - 1), -(2**62), "u8"),
+        ("u8", (0, 2**64 - 1), -1024, "f8"),
+    ],
+)  # fmt: skip
+def test_nifti__an_intercept_clips_nothing_and_takes_no_more_room_than_needed(tmp_path, kind, stored, intercept, read_as):
+    values = np.array(stored, kind).reshape(1, 1, 2)
+    voxels = read_volume_file(write_nifti(tmp_path / "a.nii", values, 1.0, float(intercept)), "nifti", LIMITS).voxels
+    assert voxels.dtype == np.dtype(read_as)
+    wanted = [value + intercept for value in stored]
+    assert voxels.ravel().tolist() == (wanted if read_as != "f8" else pytest.approx(wanted, rel=1e-15))
+
+
+@pytest.mark.parametrize(("kind", "offset"), [("u2", -500), ("u2", 10**12), ("u4", -1024), ("i4", 10), ("u1", 3)])
+def test_metaimage__an_offset_clips_and_rounds_nothing(tmp_path, kind, offset):
+    fits = np.iinfo(kind)
+    values = np.array([fits.min, fits.max - 1, fits.max], kind).reshape(1, 1, 3)
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "a.mha"))
+    line = f"ElementToIntensityFunctionOffset = {offset}\n".encode()
+    data = (tmp_path / "a.mha").read_bytes()
+    (tmp_path / "a.mha").write_bytes(data.replace(b"ElementType", line + b"ElementType"))
+    voxels = read_volume_file(tmp_path / "a.mha", "metaimage", LIMITS).voxels
+    assert voxels.ravel().tolist() == [int(value) + offset for value in values.ravel()]
 
 
 def test_nifti__blocks_larger_than_one_and_bytes_before_the_voxels(tmp_path, monkeypatch):

@@ -80,11 +80,20 @@ def test_find_voxel_files__names_of_every_kind(tmp_path, value, names):
         assert find_voxel_files(path, format).files == tuple(tmp_path / name for name in names)
 
 
-@pytest.mark.parametrize("value", ["z%s.raw 1 5 1", "z%d%d.raw 1 5 1", "z%d.raw 1 5 0", "z%d.raw 1 999999999 1", "%n 1 2 1"])
+@pytest.mark.parametrize(
+    "value",
+    ["z%s.raw 1 5 1", "z%d%d.raw 1 5 1", "z%d.raw 1 5 0", "z%d.raw 1 999999999 1", "%n 1 2 1", f"z%d.raw 0 {'9' * 5000} 1"],
+)
 def test_find_voxel_files__patterns_that_are_not_understood_are_refused(tmp_path, value):
     (tmp_path / "a.mhd").write_text(META + f"ElementDataFile = {value}")
     with pytest.raises(VolumeError, match="by a pattern"):
         find_voxel_files(tmp_path / "a.mhd", "metaimage")
+
+
+def test_find_voxel_files__a_negative_number_of_axes_is_refused_before_itk_counts_to_it(tmp_path):
+    (tmp_path / "a.mha").write_text(META.replace("NDims = 3", "NDims = -3") + "ElementDataFile = LOCAL\n")
+    with pytest.raises(VolumeError, match="number of axes"):
+        find_voxel_files(tmp_path / "a.mha", "metaimage")
 
 
 def test_read_volume_file__slices_in_files_of_their_own(tmp_path):

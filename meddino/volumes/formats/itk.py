@@ -1,11 +1,10 @@
 """NIfTI, NRRD and MetaImage files, checked before memory is taken; the latter two through SimpleITK."""
 
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
 from meddino.volumes.archives import archive_of, open_file
 from meddino.volumes.file_kinds import has_dicom_magic, read_head, unpacked_head, volume_format
+from meddino.volumes.formats.intercept import add_whole, is_whole
+from meddino.volumes.formats.itk_grid import read_grid
 from meddino.volumes.formats.nifti import GZIP_ERRORS, read_nifti_header, read_nifti_voxels
 from meddino.volumes.formats.voxel_files import VoxelFiles, find_voxel_files
-from meddino.volumes.geometry import Geometry, geometry_from_xyz
+from meddino.volumes.geometry import Geometry
 from meddino.volumes.limits import ReadLimits
 from meddino.volumes.native import file_in_memory, quiet_native, raise_if_memory_ran_out
 from meddino.volumes.volume import Volume
@@ -27,11 +28,25 @@ from meddino.volumes.volume import Volume
 _IMAGE_IO = {"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}
 _FORMAT_NAMES = {"nifti": "NIfTI", "nrrd": "NRRD", "metaimage": "MetaImage", "dicom": "DICOM"}
 _PIXEL_BYTES = {"8-bit": 1, "16-bit": 2, "32-bit": 4, "64-bit": 8}
-_UNIT_MM = {
-    "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "millimetre": 1.0, "millimetres": 1.0, "cm": 10.0, "centimeter": 10.0,
-    "m": 1000.0, "meter": 1000.0, "um": 0.001, "µm": 0.001, "μm": 0.001, "micron": 0.001, "microns": 0.001, "micrometer": 0.001,
-}  # fmt: skip
-_Opened = tuple[sitk.ImageFileReader, Geometry, tuple[str, ...], dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A file whose header was read.
+
+    Attributes:
+        reader: Ready for the voxels.
+        geometry: The grid.
+        notes: What is unusual or assumed, in words of ours.
+        irregular: Why the grid is not quite that of the voxels, or "".
+        fields: The header's own words.
+    """
+
+    reader: sitk.ImageFileReader
+    geometry: Geometry
+    notes: tuple[str, ...]
+    irregular: str
+    fields: dict[str, str]
 
 
 def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
@@ -53,15 +68,15 @@ def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
         VoxelFiles((), "unknown").check_promise(path, promised)
         voxels = read_nifti_voxels(path, header)
         return Volume(voxels, header.geometry, notes=header.notes, irregular=header.irregular)
-    with _opened(path, format, limits) as (reader, geometry, notes, fields):
+    with _opened(path, format, limits) as file:
         try:
             with quiet_native():
-                image = reader.Execute()
+                image = file.reader.Execute()
         except RuntimeError as error:
             raise_if_memory_ran_out(error)
             raise VolumeError("voxels cannot be read: file is truncated or damaged") from error
-    voxels = sitk.GetArrayViewFromImage(image).reshape(geometry.shape)
-    return Volume(_rescaled(voxels, fields), geometry, notes=notes, owner=image)
+    voxels = sitk.GetArrayViewFromImage(image).reshape(file.geometry.shape)
+    return Volume(_rescaled(voxels, file.fields), file.geometry, notes=file.notes, owner=image, irregular=file.irregular)
 
 
 def read_geometry_of_file(path: Path, format: str, limits: ReadLimits) -> Geometry:
@@ -69,13 +84,13 @@ def read_geometry_of_file(path: Path, format: str, limits: ReadLimits) -> Geomet
     _check_format(path, format)
     if format == "nifti":
         return read_nifti_header(path, limits).geometry
-    with _opened(path, format, limits) as (_, geometry, _, _):
-        return geometry
+    with _opened(path, format, limits) as file:
+        return file.geometry
 
 
 @contextmanager
 def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
-    """Give a reader that is ready, the grid, what was assumed of it, and the header's own words."""
+    """Read the header of an NRRD or MetaImage file, and hold it open."""
     voxel_files = find_voxel_files(path, format)  # before ITK, which opens whatever file a header names
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_IMAGE_IO[format])
@@ -95,10 +110,8 @@ def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
         voxel_files.check_promise(path, voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1))
         if len(size) > 3:
             reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])  # a volume with useless further axes
-        geometry, notes = _assumed(_geometry(reader), format, voxel_files.fields, limits)
-        if not np.isfinite([*geometry.spacing_mm, *geometry.origin_mm]).all() or min(geometry.spacing_mm) <= 0:
-            raise VolumeError(f"voxel spacing {[round(value, 4) for value in geometry.spacing_mm]} mm; must be above 0")
-        yield reader, geometry, notes, voxel_files.fields
+        geometry, notes, irregular = read_grid(reader, format, voxel_files.fields, limits)
+        yield _Opened(reader, geometry, notes, irregular, voxel_files.fields)
 
 
 @contextmanager
@@ -123,48 +136,6 @@ def _readable(path: Path, voxel_files: VoxelFiles) -> Iterator[Path]:
         yield path
 
 
-def _geometry(reader: sitk.ImageFileReader) -> Geometry:
-    dimension = len(reader.GetSize())
-    size, spacing = ((*values, 1, 1)[:3] for values in (reader.GetSize(), reader.GetSpacing()))
-    matrix = np.eye(max(dimension, 3))
-    matrix[:dimension, :dimension] = np.asarray(reader.GetDirection()).reshape(dimension, dimension)
-    return geometry_from_xyz(size, spacing, (*reader.GetOrigin(), 0.0)[:3], matrix[:3, :3].ravel().tolist())
-
-
-def _assumed(geometry: Geometry, format: str, fields: dict[str, str], limits: ReadLimits) -> tuple[Geometry, tuple[str, ...]]:
-    """Return the grid in millimetres, and what the file does not say of it: ITK takes 1 mm, mm and LPS without a word.
-
-    Raises:
-        VolumeError: It names no voxel size, or units that are none of length.
-    """
-    is_nrrd = format == "nrrd"
-    sized = ("space directions", "spacings") if is_nrrd else ("elementspacing", "elementsize")
-    notes: list[str] = []
-    scale = 1.0
-    if not any(name in fields for name in sized):
-        if limits.missing_spacing_mm is None:
-            raise VolumeError("voxel size is not in the file; limits.missing_spacing_mm says which to take")
-        scale = limits.missing_spacing_mm
-        notes.append(f"voxel size is not in the file: taken as {scale:g} mm")
-    else:
-        written = fields.get("space units" if is_nrrd else "distanceunits", "")
-        units = {unit.strip().lower() for unit in re.findall(r'"([^"]*)"', written) or written.split()} - {"", "?"}
-        if not units <= set(_UNIT_MM) or len({_UNIT_MM[unit] for unit in units}) > 1:
-            raise VolumeError(
-                f"units of the voxel size are {', '.join(sorted(units))[:60]}; known are mm, cm, m, um, one for all axes"
-            )
-        if units:
-            scale = _UNIT_MM[min(units)]
-        elif is_nrrd:
-            notes.append("units are not in the file: taken as mm")
-    oriented = ("space", "space directions") if is_nrrd else ("transformmatrix", "orientation", "rotation")
-    if not (all if is_nrrd else any)(name in fields for name in oriented):
-        notes.append("orientation is not in the file: axes taken to run to left, back and up")
-    z, y, x = (value * scale for value in geometry.spacing_mm)
-    a, b, c = (value * scale for value in geometry.origin_mm)
-    return replace(geometry, spacing_mm=(z, y, x), origin_mm=(a, b, c)), tuple(notes)
-
-
 def _rescaled(voxels: NDArray[Any], fields: dict[str, str]) -> NDArray[Any]:
     """Return the values that MetaImage's own rescale makes, which ITK leaves out."""
     names = ("elementtointensityfunctionslope", "elementtointensityfunctionoffset")
@@ -174,8 +145,8 @@ def _rescaled(voxels: NDArray[Any], fields: dict[str, str]) -> NDArray[Any]:
         raise VolumeError("MetaImage header's rescale is no number") from error
     if (slope, offset) == (1.0, 0.0) or not np.isfinite([slope, offset]).all() or slope == 0:
         return voxels
-    if slope == 1.0 and offset == int(offset) and voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2:
-        return np.asarray(voxels.astype(np.int32) + int(offset))
+    if slope == 1.0 and is_whole(offset) and voxels.dtype.kind in "iu":
+        return add_whole(voxels, int(offset), least_bytes=4)
     return np.asarray(voxels.astype(np.float32) * np.float32(slope) + np.float32(offset))
 
 

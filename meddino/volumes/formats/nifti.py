@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.core.files import cause_without_path
 from meddino.volumes.archives import open_file
+from meddino.volumes.formats.axes import SAME_PLACE, SAME_SPACING, right_angled
+from meddino.volumes.formats.intercept import add_whole, is_whole
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.limits import ReadLimits
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-_SAME_PLACE = 0.02  # of a voxel, over a whole axis of 100 voxels
-_SAME_SPACING = 1e-3  # of it: pixdim then has the value without the matrix's rounding
 _MAX_TAIL_BYTES = 1 << 16  # behind the last voxel; some writers pad
 _MAX_OFFSET_BYTES = 64 << 20  # of the first voxel; between it and the header lie extensions
 _BLOCK_BYTES = 8 << 20
-_MOST_WHOLE_INTERCEPT = 1 << 20
 # What damaged gzip data raises. ISA-L's reader takes half the time of zlib's.
 _ISAL_ERROR: type[Exception] = IsalError  # type: ignore[assignment]  # its stub calls the class an instance
 GZIP_ERRORS = (EOFError, _ISAL_ERROR, zlib.error, gzip.BadGzipFile)
@@ -63,6 +62,16 @@ class NiftiHeader:
     def shape(self) -> tuple[int, int, int]:
         """[Z, Y, X]."""
         return self.geometry.shape
+
+    @property
+    def stays_whole(self) -> bool:
+        """True if voxels are stored as integers and are integers once rescaled."""
+        return self.dtype.kind in "iu" and self.slope == 1.0 and is_whole(self.intercept)
+
+    @property
+    def is_scaled(self) -> bool:
+        """True if rescaling changes values and makes real numbers of them."""
+        return (self.slope, self.intercept) != (1.0, 0.0) and not self.stays_whole
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def _grid(fields: _Fields) -> tuple[Geometry, tuple[str, ...], str]:
         notes.append("sform is no matrix of space: not used")
     if has_s:
         matrix = sform
-        if has_q and np.abs(qform[:, :3] - sform[:, :3]).max() > _SAME_PLACE * np.abs(sform[:, :3]).max():
+        if has_q and np.abs(qform[:, :3] - sform[:, :3]).max() > SAME_PLACE * np.abs(sform[:, :3]).max():
             notes.append("sform and qform disagree")
     elif has_q:
         matrix = qform
@@ -170,12 +179,13 @@ def _grid(fields: _Fields) -> tuple[Geometry, tuple[str, ...], str]:
         raise VolumeError(f"NIfTI header says units of space {fields.units}; known are 1 (m), 2 (mm), 3 (um)")
     scale = _UNIT_MM[fields.units]
     lengths = np.linalg.norm(matrix[:, :3], axis=0)
-    if has_s and np.abs(lengths - sizes).max() > _SAME_SPACING * lengths.max():
+    # Where they agree, pixdim has the value without the matrix's rounding.
+    if has_s and np.abs(lengths - sizes).max() > SAME_SPACING * lengths.max():
         notes.append("voxel size and sform disagree: the sform's is taken")
         sizes = lengths
     if not np.isfinite(matrix).all() or not np.isfinite(sizes).all() or sizes.min() <= 0:
         raise VolumeError(f"voxel spacing {[round(float(size), 4) for size in sizes]} mm; must be above 0")
-    axes, sheared = _right_angled(matrix[:, :3] / lengths)
+    axes, sheared = right_angled(matrix[:, :3] / lengths)
     if sheared:
         notes.append(sheared)
     dims = [int(size) for size in (*fields.dims[1 : fields.dims[0] + 1], 1, 1)[:3]]
@@ -190,24 +200,18 @@ def _grid(fields: _Fields) -> tuple[Geometry, tuple[str, ...], str]:
     return geometry, tuple(notes), sheared
 
 
-def _right_angled(directions: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
-    """Return the nearest right-angled frame of unit columns, and by how much they were off if it is more than rounding."""
-    cosines = np.abs(directions.T @ directions - np.eye(3)).max()
-    if cosines < 1e-12:
-        return directions, ""
-    left, _, right = np.linalg.svd(directions)
-    if cosines <= _SAME_PLACE:
-        return left @ right, ""
-    return left @ right, f"axes are {np.degrees(np.arcsin(min(1.0, cosines))):.1f} degrees off a right angle"
-
-
 def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
     """Read the voxels, rescaled where the header says so.
 
+    Returns:
+        [Z, Y, X] as stored; rescaled ones as integers where `stays_whole` (`add_whole` chooses the type), else as float32.
+
     Raises:
         VolumeError: The file ends early or its checksum is wrong.
+        MemoryError: There is not enough memory for it.
     """
-    voxels = np.empty(int(np.prod(header.shape)), dtype=_read_as(header))
+    dtype = np.dtype(np.float32) if header.is_scaled else header.dtype.newbyteorder("=")
+    voxels = np.empty(int(np.prod(header.shape)), dtype=dtype)
     try:
         with _opened(path) as stream:
             stream.seek(header.offset)
@@ -219,6 +223,8 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
         raise VolumeError("voxels cannot be read: gzip data is truncated or damaged") from error
     except OSError as error:
         raise VolumeError(f"voxels cannot be read: {cause_without_path(error)}") from error
+    if header.stays_whole and header.intercept:
+        voxels = add_whole(voxels, int(header.intercept))
     return voxels.reshape(header.shape)
 
 
@@ -241,20 +247,9 @@ def _is_packed(path: Path) -> bool:
         return stream.read(2) == b"\x1f\x8b"
 
 
-def _read_as(header: NiftiHeader) -> np.dtype[Any]:
-    if header.slope == 1.0:
-        if header.intercept == 0.0:
-            return header.dtype.newbyteorder("=")
-        is_small = header.intercept == int(header.intercept) and abs(header.intercept) <= _MOST_WHOLE_INTERCEPT
-        if is_small and header.dtype.kind in "iu" and header.dtype.itemsize <= 4:
-            # Two bytes stay two bytes: what leaves the range of int16 is no HU and is clipped at the end anyhow.
-            return np.dtype(np.int16 if header.dtype.itemsize <= 2 else np.int32)
-    return np.dtype(np.float32)
-
-
 def _read_blocks(stream: BufferedIOBase, header: NiftiHeader, voxels: NDArray[Any]) -> None:
-    """Fill the voxels block by block, rescaled on the way: no second copy of the volume is ever held."""
-    as_stored = voxels.dtype == header.dtype and header.slope == 1.0 and header.intercept == 0.0
+    """Fill the voxels block by block, real numbers rescaled on the way: no second copy of the volume is ever held."""
+    as_stored = voxels.dtype == header.dtype and not header.is_scaled
     per_block = _BLOCK_BYTES // header.dtype.itemsize
     space = np.empty(0 if as_stored else min(per_block, voxels.size), dtype=header.dtype)
     for start in range(0, voxels.size, per_block):
@@ -267,14 +262,9 @@ def _read_blocks(stream: BufferedIOBase, header: NiftiHeader, voxels: NDArray[An
             raise VolumeError(f"voxels cannot be read: the file is truncated ({done} of {total} bytes)")
         if as_stored:
             continue
-        if voxels.dtype.kind == "i":
-            wide = block.astype(np.int32 if voxels.dtype == np.int16 else np.int64) + int(header.intercept)
-            target[:] = np.clip(wide, np.iinfo(voxels.dtype).min, np.iinfo(voxels.dtype).max)
-            continue
         target[:] = block
-        if header.slope != 1.0:
+        if header.is_scaled:
             target *= voxels.dtype.type(header.slope)
-        if header.intercept != 0.0:
             target += voxels.dtype.type(header.intercept)
 
 

@@ -11,9 +11,11 @@ from meddino.volumes.archives import archive_of, file_size, open_file
 
 _HEADER_BYTES = 1 << 20  # no honest header is longer; a list of 10,000 files fits
 _MAX_FILES = 100_000
-_NUMBERED = re.compile(r"([^%]*%0?\d{0,2}d[^%\s]*)\s+(-?\d+)\s+(-?\d+)\s+(-?\d+)(?:\s+\d+)?")
+_NUMBERED = re.compile(r"([^%]*%0?\d{0,2}d[^%\s]*)\s+(-?\d{1,9})\s+(-?\d{1,9})\s+(-?\d{1,9})(?:\s+\d+)?", re.ASCII)
 # How many bytes of voxels a byte of the file can stand for, at most.
 _MOST_PER_BYTE = {"raw": 1, "text": 8, "deflate": 1032, "unknown": 1032}
+# teem, which reads NRRD for ITK, takes these keys without their space, too.
+_NRRD_KEYS = {key.replace(" ", ""): key for key in ("data file", "space directions", "space units")}
 _NRRD_ENCODINGS = {
     "raw": "raw", "txt": "text", "text": "text", "ascii": "text", "hex": "text", "gz": "deflate", "gzip": "deflate",
 }  # fmt: skip
@@ -45,8 +47,11 @@ class VoxelFiles:
         """
         size = sum(_size(path) for path in self.files) if self.files else file_size(header)
         packed = self.fields.get("compresseddatasize", "")
-        if packed and (not packed.isdecimal() or int(packed) > size):  # MetaImage's: ITK takes memory for it unasked
-            raise VolumeError(f"header says that voxels are packed into {packed[:20]} bytes, in files of {size}")
+        # MetaImage's: ITK takes memory for it unasked. What is no number is not told: it may be a name.
+        if packed and not re.fullmatch(r"\d{1,18}", packed, re.ASCII):
+            raise VolumeError(f"header says no number of bytes that voxels are packed into; at most {size} are in files")
+        if packed and int(packed) > size:
+            raise VolumeError(f"header says that voxels are packed into {packed} bytes, in files of {size}")
         if promised > size * _MOST_PER_BYTE[self.encoding]:
             where = f"{len(self.files)} files of voxels with {size} bytes" if self.files else f"a file of {size} bytes"
             raise VolumeError(f"header promises {promised} bytes, which {where} cannot hold")
@@ -86,6 +91,8 @@ def _metaimage(lines: list[str], fields: dict[str, str]) -> tuple[list[str], str
             encoding = "deflate"
         if key == "BinaryData" and value.lower() in ("false", "0"):
             encoding = "text"
+        if key == "NDims" and not re.fullmatch(r"\d{1,2}", value, re.ASCII):  # ITK counts for minutes where it is negative
+            raise VolumeError("MetaImage header's number of axes is no whole number from 0 to 99")
         if key == "ElementDataFile":  # by the format's rule the last line of a header; ITK wants these very letters
             if value.upper() == "LOCAL":
                 return [], encoding
@@ -102,10 +109,11 @@ def _nrrd(lines: list[str], fields: dict[str, str]) -> tuple[list[str], str]:
         key, _, value = (part.strip() for part in line.partition(":"))
         if key.startswith("#") or value.startswith("="):
             continue
-        fields[key.lower()] = value
-        if key.lower() == "encoding":
+        key = _NRRD_KEYS.get(key.lower(), key.lower())
+        fields[key] = value
+        if key == "encoding":
             encoding = _NRRD_ENCODINGS.get(value.lower(), "unknown")
-        if key.lower() in ("data file", "datafile"):
+        if key == "data file":
             names += _names(value, lines[number + 1 :])
             if value.upper().startswith("LIST"):
                 break  # by the format's rule the last field
