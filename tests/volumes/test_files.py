@@ -196,6 +196,14 @@ def test_nrrd__units_count_and_strange_ones_are_refused(tmp_path, unit, spacing)
     assert bool(volume.notes) == (not unit)
 
 
+def test_nrrd__units_of_axes_that_have_spacings_count_too(tmp_path):
+    header = NRRD + 'spacings: 0.34 0.35 0.3\nunits: "cm" "cm" "cm"\n\n'
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + make_hu(0).tobytes())
+    volume = read_volume(tmp_path / "a.nrrd")
+    assert volume.geometry.spacing_mm == pytest.approx((3.0, 3.5, 3.4))
+    assert not any("units" in note for note in volume.notes)
+
+
 @pytest.mark.parametrize(("name", "header"), [("a.nrrd", NRRD + "\n"), ("a.mha", META + "ElementDataFile = LOCAL\n")])
 def test_a_voxel_size_that_is_not_in_the_file__is_refused_or_told(tmp_path, name, header):
     (tmp_path / name).write_bytes(header.encode() + make_hu(0).tobytes())

@@ -97,7 +97,7 @@ def _assumed(format: str, fields: dict[str, str], limits: ReadLimits) -> tuple[f
             raise VolumeError("voxel size is not in the file; limits.missing_spacing_mm says which to take")
         scale = limits.missing_spacing_mm
         notes.append(f"voxel size is not in the file: taken as {scale:g} mm")
-    elif (unit_mm := _unit_mm(fields.get("space units" if is_nrrd else "distanceunits", ""))) is not None:
+    elif (unit_mm := _unit_mm(_units_written(fields, is_nrrd))) is not None:
         scale = unit_mm
     elif is_nrrd:
         notes.append("units are not in the file: taken as mm")
@@ -109,10 +109,16 @@ def _assumed(format: str, fields: dict[str, str], limits: ReadLimits) -> tuple[f
     return scale, tuple(notes)
 
 
+def _units_written(fields: dict[str, str], is_nrrd: bool) -> str:
+    if not is_nrrd:
+        return fields.get("distanceunits", "")
+    return fields.get("space units", "") or fields.get("units", "")  # of a space; of axes that have spacings
+
+
 def _unit_mm(written: str) -> float | None:
     """Return the millimetres of the unit that a header names for x, y and z, or None where it names none."""
     words = [word.strip().lower() for word in re.findall(r'"([^"]*)"', written) or written.split()][:3]  # a fourth is time's
-    units = set(words) - {"", "?"}
+    units = set(words) - {"", "?", "???"}
     if not units <= set(_UNIT_MM) or len({_UNIT_MM[unit] for unit in units}) > 1:
         known = units & {*_UNIT_MM, *_NO_LENGTHS}  # another word may be a patient's name
         told = ", ".join([*sorted(known), *(["none of length"] if units - known else [])])
