@@ -31,12 +31,14 @@ from meddino_evaluation.classification.results import (
 )
 from meddino_evaluation.data.case import ClassCase, labels_array
 from meddino_evaluation.data.leakage import LeakageCheck
+from meddino_evaluation.data.run_folder import refuse_files_of_others
 from meddino_evaluation.data.splits import (
     SealedTest,
     Split,
     absent_classes,
     check_twins,
     draw_splits,
+    left_out,
     load_split,
     save_split,
 )
@@ -76,6 +78,7 @@ def evaluate(
         ConfigError: The split, an overlap or a setting is refused.
         VolumeError: An image cannot be used.
     """
+    refuse_files_of_others(out, ("per_case.csv", "metrics.json", "report.html"), "splits")
     machine = find_machine(config.features.device)
     check_selection(config, dataset.kind)
     splits = choose_splits(dataset, config)
@@ -84,7 +87,7 @@ def evaluate(
     extractor = FeatureExtractor(backbone, transform, config.features, config.features.cache or out / "features", machine)
     bank = ImageBank(backbone, transform)
     runs: list[Run] = []
-    notes: list[str] = _standing_notes(dataset, leakage)
+    notes: list[str] = _standing_notes(dataset, splits, leakage)
     digests: dict[str, str] = {}
     for split in splits:
         save_split(out / "splits" / f"split-{split.number}.json", dataset.config.name, split)
@@ -152,6 +155,9 @@ def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Sp
     else:
         fractions = {"val_fraction": settings.val_fraction, "test_fraction": settings.test_fraction}
         splits = draw_splits(dataset.cases, where, repeats=settings.repeats, seed=settings.seed, **fractions)
+    lost = left_out(dataset.cases, splits)
+    if lost:
+        _log.warning("%s: %s", where, lost)
     by_name = {case.name: case for case in dataset.cases}
     for split in splits:
         absent = absent_classes([by_name[name] for name in split.train], len(dataset.config.classes))
@@ -163,8 +169,9 @@ def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Sp
     return splits
 
 
-def _standing_notes(dataset: LabelledSet, leakage: LeakageCheck) -> list[str]:
-    notes = []
+def _standing_notes(dataset: LabelledSet, splits: Sequence[Split], leakage: LeakageCheck) -> list[str]:
+    lost = left_out(dataset.cases, splits)
+    notes = [lost] if lost else []
     if not dataset.has_patients:
         notes.append("the data set names no patients: images of one patient may stand on both sides of a split")
     if not leakage.known:

@@ -7,11 +7,11 @@ from typing import Any
 from meddino.core.config import check_config, to_yaml
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
-from meddino.core.tables import read_table
 from meddino.volumes.pictures import PICTURE_SUFFIXES
 from meddino.volumes.read import read_volume
 from meddino_evaluation.classification.dataset_config import DatasetConfig
 from meddino_evaluation.classification.datasets import LabelledSet, load_dataset_config, open_dataset
+from meddino_evaluation.data.columns import read_known_table
 
 _log = get_logger(__name__)
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -106,7 +106,8 @@ def _class_folders(root: Path) -> dict[str, Any]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    rows = read_table(path, ("image", "label"), filled=("image", "label")).rows
+    columns = ("image", "label")
+    rows = read_known_table(path, columns, ("patient", "split"), filled=columns).rows
     if not rows:
         raise ConfigError(f"{path} holds no row")
     layout: dict[str, Any] = {"kind": "table", "tables": [path.name], "image": "{image}", "label_columns": ["label"]}

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file
 from meddino.core.logging import get_logger
-from meddino.core.tables import read_table
 from meddino.data.intensity import Modality
 from meddino.volumes.dicom.structures import read_structures, structure_names
 from meddino.volumes.geometry import Geometry
@@ -21,6 +20,7 @@ from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
 from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.columns import read_known_table
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.pictures import picture_geometry, pixel_grid, read_mask_picture, read_planes
 
@@ -48,6 +48,7 @@ class LabelledDataset:
         channel_names: One a channel.
         modality: What the images' values mean.
         flat: Cases are pictures: volumes of one slice, whose colours are the channels of one file, measured in pixels.
+        notes: What was left out, or is not as its description says: for the log and the report.
     """
 
     name: str
@@ -58,6 +59,7 @@ class LabelledDataset:
     test_cases: tuple[LabelMapCase, ...] = ()
     modality: Modality = "ct"
     flat: bool = False
+    notes: tuple[str, ...] = ()
     _hashes: dict[Path, str] = field(default_factory=dict, compare=False, repr=False)
     _told: set[tuple[str, str]] = field(default_factory=set, compare=False, repr=False)
 
@@ -193,19 +195,16 @@ def check_same_grid(
     )
 
 
-def in_orientation_of(
-    label: NDArray[np.int32], geometry: Geometry, wanted: Geometry, tolerance_mm: float = 0.1
-) -> NDArray[np.int32] | None:
+def in_orientation_of(label: NDArray[np.int32], geometry: Geometry, wanted: Geometry) -> NDArray[np.int32] | None:
     """Return a label map with its axes reordered and flipped as those of another grid; None where the grids differ in more.
 
     Args:
         label: [Z, Y, X].
         geometry: Its grid.
-        wanted: The other.
-        tolerance_mm: Of every corner.
+        wanted: The other; corners may lie 0.1 mm apart.
     """
     mine, other = turn_to_lps(geometry), turn_to_lps(wanted)
-    if not geometry.turned(mine.order, mine.flips).matches(wanted.turned(other.order, other.flips), tolerance_mm):
+    if not geometry.turned(mine.order, mine.flips).matches(wanted.turned(other.order, other.flips), tolerance_mm=0.1):
         return None
     return other.undo(mine.apply(label))
 
@@ -249,7 +248,8 @@ def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledData
     if not table.is_file():
         return dataset
     columns = ("case", "patient")
-    rows = {row["case"]: row for row in read_table(table, columns, filled=columns, unique="case").rows}
+    found = read_known_table(table, columns, ("site",), filled=columns, unique="case")
+    rows = {row["case"]: row for row in found.rows}
 
     def assign(case: LabelMapCase) -> LabelMapCase:
         row = rows.get(case.name)

@@ -2,7 +2,8 @@
 
 import csv
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,29 +76,87 @@ def find_inputs(paths: Sequence[Path], out: Path, channels: int, pictures: bool 
 
     Args:
         paths: Files, folders and archives.
-        out: Folder of the results, which is not searched.
+        out: Folder of the results, which is not searched, by whatever path it is reached.
         channels: How many the network reads: says whether four digits at the end of a name number channels.
         pictures: Pictures are wanted instead of volumes.
 
     Raises:
-        ConfigError: A path does not exist, or there is no volume at all.
+        ConfigError: A path does not exist or lies in the folder of the results, or there is no volume at all.
     """
     found: list[Input] = []
     for path in paths:
         if not path.exists() and archive_of(path) is None:
             raise ConfigError(f"--input {path}: no such file or folder")
         is_many = path.is_dir() or is_packed_folder(path)
+        if is_many and path.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"--out {out} holds --input {path}: results and input would mix; name another folder for the results"
+            )
         within = _pictures_in if pictures else _in_folder
         found += within(path, out, channels) if is_many else [Input(stem(path), (path,))]
-    taken: dict[str, int] = {}
-    for item in [one for one in found if one.status != "skipped"]:
-        taken[item.name] = taken.get(item.name, 0) + 1
-        if taken[item.name] > 1:  # the same name in two folders that were given; refused ones of one name
-            item.name = f"{item.name}_{taken[item.name]}"
-    if not taken:
+    wanted_ones = [one for one in found if one.status != "skipped"]
+    _name_apart(wanted_ones, pictures)
+    if not wanted_ones:
         wanted = "picture" if pictures else f"volume ({', '.join(ENDINGS)}) and no DICOM series"
         raise ConfigError(f"--input {' '.join(map(str, paths))} holds no {wanted}")
     return found
+
+
+def _name_apart(inputs: Sequence[Input], pictures: bool) -> None:
+    """Number inputs of one name: from two folders that were given, or refused ones. No number gives another one's name.
+
+    Args:
+        inputs: Those that may be written.
+        pictures: Label maps are pictures as overlays are, so that both may want one name.
+    """
+    literal, taken = {item.name for item in inputs}, set[str]()
+    for item in inputs:
+        number, name = 1, item.name
+        while (number > 1 and name in literal) or taken & _file_names(name, pictures):
+            number += 1
+            name = f"{item.name}_{number}"
+        taken |= _file_names(name, pictures)
+        item.name = name
+
+
+def _file_names(name: str, pictures: bool) -> set[str]:
+    return {name, f"{name}_overlay"} if pictures else {name}
+
+
+def refuse_overwriting(inputs: Iterable[Input], outputs: Iterable[Path]) -> None:
+    """Refuse results that would take the place of a file that was given, or lie beside one under the same name.
+
+    Args:
+        inputs: Everything that was found, also what is not predicted.
+        outputs: Files that are to be written.
+
+    Raises:
+        ConfigError: Names the input and the result.
+    """
+    held: dict[tuple[int, int], Path] = {}
+    beside: dict[tuple[Path, str], Path] = {}
+    real_folders: dict[Path, Path] = {}
+
+    def place(path: Path) -> tuple[Path, str]:
+        if path.parent not in real_folders:
+            real_folders[path.parent] = path.parent.resolve()
+        return real_folders[path.parent], stem(path)
+
+    for given in (path for item in inputs for path in item.files):
+        with suppress(OSError):  # it is gone: reading it will say so
+            status = (archive_of(given) or given).stat()
+            held[status.st_dev, status.st_ino] = given
+        beside[place(given)] = given
+    for output in outputs:
+        taken = beside.get(place(output))
+        with suppress(OSError):  # nothing is there yet
+            status = output.stat()
+            taken = held.get((status.st_dev, status.st_ino), taken)
+        if taken is not None:
+            raise ConfigError(
+                f"--out: the result {output} would take the place of the input {taken}, or lie beside it under its name; "
+                "name another folder"
+            )
 
 
 def write_table(path: Path, inputs: Sequence[Input]) -> None:
@@ -117,7 +176,7 @@ def write_table(path: Path, inputs: Sequence[Input]) -> None:
 
 def _pictures_in(folder: Path, out: Path, channels: int) -> Iterator[Input]:
     del channels  # one file has them all
-    files = [path for path in sorted(files_below(folder)) if not path.is_relative_to(out)]
+    files = list(filter(_outside(folder, out), sorted(files_below(folder))))
     names = Counter(path.relative_to(folder).with_suffix("").as_posix() for path in files if is_picture(path.name))
     for path in files:
         if is_picture(path.name):
@@ -128,8 +187,15 @@ def _pictures_in(folder: Path, out: Path, channels: int) -> Iterator[Input]:
             yield Input(path.relative_to(folder).as_posix(), (path,), None, "skipped", "no picture")
 
 
+def _outside(folder: Path, out: Path) -> Callable[[Path], bool]:
+    """Return whether a path below a folder lies outside of another one, whatever links lead to either."""
+    real, results = folder.resolve(), out.resolve()
+    return lambda path: not (real / path.relative_to(folder)).is_relative_to(results)
+
+
 def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
-    files = [path for path in sorted(files_below(folder)) if not path.is_relative_to(out)]
+    is_outside = _outside(folder, out)
+    files = list(filter(is_outside, sorted(files_below(folder))))
     volumes = [path for path in files if path.name.endswith(ENDINGS) and not is_companion(path.name)]
     for place in dict.fromkeys(path.parent for path in volumes):
         own = [path for path in volumes if path.parent == place]
@@ -143,7 +209,7 @@ def _in_folder(folder: Path, out: Path, channels: int) -> Iterator[Input]:
             names = " and ".join(path.name for path in members)
             for path in members:
                 yield Input(name, (path,), None, "refused", f"{names} in one folder mean one case: give the one that is meant")
-    series = [one for one in find_series(folder) if not one.files[0].is_relative_to(out)]
+    series = [one for one in find_series(folder) if is_outside(one.files[0])]
     places = [one.files[0].parent for one in series]
     for number, (one, place) in enumerate(zip(series, places, strict=True)):
         name = folder.name if place == folder else place.relative_to(folder).as_posix()

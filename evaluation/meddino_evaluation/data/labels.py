@@ -11,6 +11,8 @@ from meddino.core.errors import ConfigError, VolumeError
 
 IGNORED = -1
 """Value of voxels that no loss and no metric counts, in label maps that have been read and checked."""
+MAX_LABEL = 65535
+"""Largest label value: what a mask picture of 16 bits holds; a larger one is a mistake."""
 MAX_BORDER = 0.02
 """Share of a structure that may overlap with another one without a word of the user about which lies on top: a border."""
 
@@ -159,28 +161,60 @@ def parse_labels(entry: Any, order: Any, where: str) -> LabelScheme:
     """Read "labels" and "regions_class_order" of an nnU-Net dataset.json.
 
     Raises:
-        ConfigError: It is no mapping of names to whole numbers (or lists of them), or a region order is missing.
+        ConfigError: It is no mapping of names to whole numbers (or lists of them), two names have the same values, or a region
+            order is missing or does not fit.
     """
     if not isinstance(entry, Mapping) or "background" not in entry:
         raise ConfigError(f"{where}: 'labels' must map names to values and contain \"background\": 0")
     groups: dict[str, tuple[int, ...]] = {}
     for name, value in entry.items():
         values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in values):
-            raise ConfigError(f"{where}: label '{name}' is {value!r}; expected a whole number >= 0 or a list of them")
+        if not values or not all(_is_label(item) for item in values):
+            raise ConfigError(
+                f"{where}: label '{name}' is {value!r}; expected a whole number >= 0 (at most {MAX_LABEL}) or a list of them"
+            )
         groups[str(name)] = tuple(values)
     if groups.pop("background") != (0,):
         raise ConfigError(f'{where}: "background" must be 0')
     ignore = groups.pop("ignore", None)
     if not groups:
         raise ConfigError(f"{where}: no label besides background")
+    _check_apart(groups, ignore, where)
     names, values_of = tuple(groups), tuple(groups.values())
     if all(len(group) == 1 for group in values_of):
         region_values = None
-    elif isinstance(order, list) and len(order) == len(names) and all(isinstance(item, int) for item in order):
+    elif isinstance(order, list) and len(order) == len(names) and all(_is_label(item) for item in order):
         region_values = tuple(order)
+        for name, group, written in zip(names, values_of, region_values, strict=True):
+            if written not in group or region_values.count(written) > 1:
+                raise ConfigError(
+                    f"{where}: 'regions_class_order' is {order}: '{name}' would be written as {written}; expected a number of "
+                    f"its own among its values {list(group)}"
+                )
     else:
         raise ConfigError(
             f"{where}: labels with several values need 'regions_class_order', one number for each of {list(names)}"
         )
     return LabelScheme(names, values_of, None if ignore is None else ignore[0], region_values)
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_LABEL
+
+
+def _check_apart(groups: Mapping[str, Sequence[int]], ignore: Sequence[int] | None, where: str) -> None:
+    """Refuse values that would mean two things: of two labels, of a label and background, of a label and what is ignored."""
+    meaning: dict[frozenset[int], str] = {frozenset((0,)): "background"}
+    for name, values in groups.items():
+        other = meaning.setdefault(frozenset(values), name)
+        if other != name:
+            raise ConfigError(f"{where}: '{other}' and '{name}' are both {sorted(set(values))}; a value has one name")
+        if 0 in values:
+            raise ConfigError(f"{where}: label '{name}' holds 0, which is background")
+    if ignore is None:
+        return
+    if len(ignore) != 1 or ignore[0] == 0:
+        raise ConfigError(f'{where}: "ignore" is {list(ignore)}; expected one whole number above 0')
+    shared = [name for name, values in groups.items() if ignore[0] in values]
+    if shared:
+        raise ConfigError(f"{where}: '{shared[0]}' holds {ignore[0]}, which is \"ignore\"; a value has one name")

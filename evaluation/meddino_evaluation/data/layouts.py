@@ -4,8 +4,10 @@ Images are volumes, or pictures with mask pictures or label maps.
 """
 
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,15 +17,15 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.logging import get_logger
-from meddino.core.tables import read_table
 from meddino.data.intensity import MODALITIES, Modality
 from meddino.volumes.dicom.structures import name_key, structure_names
 from meddino.volumes.pictures import PICTURE_SUFFIXES, is_picture
 from meddino.volumes.read import read_label_map
-from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.case import LabelMapCase, a_few
+from meddino_evaluation.data.columns import read_known_table
 from meddino_evaluation.data.dataset import LabelledDataset, modality_of
 from meddino_evaluation.data.inputs import ENDINGS, one_file_a_case, stem
-from meddino_evaluation.data.labels import LabelScheme, parse_labels
+from meddino_evaluation.data.labels import MAX_LABEL, LabelScheme, parse_labels
 from meddino_evaluation.data.pictures import COLOURS, is_colour, read_mask_picture
 
 TABLE_FILE, LABELS_FILE = "cases.csv", "labels.json"
@@ -36,11 +38,27 @@ def open_dataset(root: Path) -> LabelledDataset:
     """Read a data set, whichever layout it is in.
 
     Raises:
-        ConfigError: It is in none, or what describes it is wrong.
+        ConfigError: It is in none, what describes it is wrong, or two cases have one name.
         VolumeError: A file is missing.
     """
     dataset = _open(root)
+    _check_names(dataset)
+    for note in dataset.notes:
+        _log.warning("%s: %s", root, note)
     return dataset if dataset.modality != "ct" else replace(dataset, modality=modality_of(dataset.channel_names))
+
+
+def _check_names(dataset: LabelledDataset) -> None:
+    """Refuse cases of one name, of which one would be measured for all, and names that lead elsewhere: they become files'."""
+    first: dict[str, LabelMapCase] = {}
+    for case in dataset.all_cases:
+        other = first.setdefault(case.name, case)
+        if other is not case:
+            raise ConfigError(
+                f"{dataset.root}: two cases are named '{case.name}': {other.images[0]} and {case.images[0]}; give each its name"
+            )
+        if PurePath(case.name).is_absolute() or ".." in PurePath(case.name).parts:
+            raise ConfigError(f"{dataset.root}: case '{case.name}' is no name of a file: it leads out of the folder of results")
 
 
 def _open(root: Path) -> LabelledDataset:
@@ -71,17 +89,34 @@ def _nnunet_raw(root: Path, content: dict[str, Any]) -> LabelledDataset:
     if not isinstance(ending, str) or not ending.startswith("."):
         raise ConfigError(f"{where}: 'file_ending' is {ending!r}; expected a suffix such as .nii.gz")
     names = tuple(str(name) for name in channels.values())
-    cases = _nnunet_cases(root, "Tr", ending, len(names))
+    notes: list[str] = []
+    cases = _nnunet_cases(root, "Tr", ending, len(names), notes)
     if not cases:
         raise ConfigError(f"{root} holds no case: no imagesTr/<case>_0000{ending}")
-    test = _nnunet_cases(root, "Ts", ending, len(names)) if (root / "labelsTs").is_dir() else ()
+    notes += _told_number(content, len(cases))
+    test = _nnunet_cases(root, "Ts", ending, len(names), notes) if (root / "labelsTs").is_dir() else ()
     both = sorted({case.name for case in cases} & {case.name for case in test})
     if both:
         raise ConfigError(f"{root}: cases {both[:5]} are in imagesTr and in imagesTs")
-    return LabelledDataset(root.name, root, cases, labels, names, test)
+    return LabelledDataset(root.name, root, cases, labels, names, test, notes=tuple(notes))
 
 
-def _nnunet_cases(root: Path, part: str, ending: str, num_channels: int) -> tuple[LabelMapCase, ...]:
+def _told_number(content: dict[str, Any], cases: int) -> list[str]:
+    """Compare the number of cases with what dataset.json says of it."""
+    said = content.get("numTraining", cases)
+    return [] if str(said) == str(cases) else [f"dataset.json says numTraining {said}, and there are {cases} cases"]
+
+
+def _unused(folder: Path, used: Container[Path | None], what: str, ending: str = "") -> list[str]:
+    """Say which images or label maps of a folder belong to no case."""
+    endings = (*ENDINGS, *([ending] if ending else []))
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    lost = [path.name for path in files if path not in used and path.name.endswith(endings) and not path.name.startswith(".")]
+    return [f"{folder.name}: {len(lost)} left out ({what}): {a_few(lost)}"] if lost else []
+
+
+def _nnunet_cases(root: Path, part: str, ending: str, num_channels: int, notes: list[str]) -> tuple[LabelMapCase, ...]:
+    """Find the cases of a part; what is left out is added to the notes."""
     folder, labels = root / f"images{part}", root / f"labels{part}"
     pattern = re.compile(rf"^(?P<case>.+)_(?P<channel>\d{{4}}){re.escape(ending)}$")
     found: dict[str, dict[int, Path]] = {}
@@ -99,6 +134,8 @@ def _nnunet_cases(root: Path, part: str, ending: str, num_channels: int) -> tupl
             )
         label = _there(labels / f"{name}{ending}", f"case {name}: its label map")
         cases.append(LabelMapCase(name, tuple(files[channel] for channel in range(num_channels)), label, patient=name))
+    notes += _unused(folder, {path for case in cases for path in case.images}, f"not named <case>_0000{ending}", ending)
+    notes += _unused(labels, {case.label for case in cases}, "label maps without an image", ending)
     return tuple(cases)
 
 
@@ -114,21 +151,53 @@ def _decathlon(root: Path, content: dict[str, Any]) -> LabelledDataset:
         values = {str(name): int(value) for value, name in given.items()}
     except ValueError as error:
         raise ConfigError(f"{where}: 'labels' must map whole numbers to names ({error})") from error
+    if len(values) < len(given):
+        twice = sorted(name for name, times in Counter(map(str, given.values())).items() if times > 1)
+        raise ConfigError(f"{where}: 'labels' gives several values the name '{twice[0]}'; each has its own")
     labels = parse_labels({**{name: value for name, value in values.items() if value}, "background": 0}, None, where)
     channels = content.get("modality", {"0": "CT"})
     if not isinstance(channels, dict) or not channels:
         raise ConfigError(f"{where}: 'modality' must map channel numbers to names")
-    cases = []
+    cases: list[tuple[str, LabelMapCase]] = []
     for pair in content["training"]:
         if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("image", "label")):
             raise ConfigError(f"{where}: an entry of 'training' is {pair!r}; expected an object with 'image' and 'label'")
         image, label = (root / _within(pair[key], where) for key in ("image", "label"))
         images = _channels_of(image, len(channels), where)
-        cases.append(LabelMapCase(stem(image), images, _there(label, where), patient=stem(image)))
+        cases.append((pair["image"], LabelMapCase(stem(image), images, _there(label, where), patient=stem(image))))
     if not cases:
         raise ConfigError(f"{where}: 'training' is empty")
+    notes = _told_number(content, len(cases))
+    maps = {case.label for _, case in cases if case.label is not None}
+    tests = [one for one in content.get("test", []) if isinstance(one, str)] if isinstance(content.get("test"), list) else []
+    used = {*maps, *(path for _, case in cases for path in case.images), *(root / one for one in tests)}
+    for folder in sorted({path.parent for path in maps}):
+        notes += _unused(folder, used, "label maps that 'training' does not name")
     names = tuple(str(name) for name in channels.values())
-    return LabelledDataset(root.name, root, tuple(sorted(cases, key=lambda case: case.name)), labels, names)
+    apart = sorted(_named_apart(cases, notes), key=lambda case: case.name)
+    return LabelledDataset(root.name, root, tuple(apart), labels, names, notes=tuple(notes))
+
+
+def _named_apart(cases: Sequence[tuple[str, LabelMapCase]], notes: list[str]) -> list[LabelMapCase]:
+    """Name cases whose files have one name in several folders by folder and file: A_p1, B_p1 for A/p1.nii.gz, B/p1.nii.gz.
+
+    Args:
+        cases: Each with its image's path below the data set, as dataset.json gives it.
+        notes: Are added to.
+    """
+    times = Counter(case.name for _, case in cases)
+    folders = {path: PurePath(path).parent for path, _ in cases}
+    common = os.path.commonpath(folders.values())
+    found = []
+    for path, case in cases:
+        name = case.name
+        if times[name] > 1:
+            name = "_".join((*folders[path].relative_to(common).parts, name))
+        found.append(replace(case, name=name, patient=name))
+    doubled = sorted(name for name, number in times.items() if number > 1)
+    if doubled:
+        notes.append(f"{len(doubled)} file names are in several folders ({a_few(doubled)}): cases are named <folder>_<file>")
+    return found
 
 
 def _channels_of(image: Path, channels: int, where: str) -> tuple[Path, ...]:
@@ -145,12 +214,13 @@ def _channels_of(image: Path, channels: int, where: str) -> tuple[Path, ...]:
 
 
 def _table(root: Path) -> LabelledDataset:
-    """cases.csv: columns case, image, label, and patient, site, part (train, test) and modality if known.
+    """cases.csv: columns case, image, label, and patient, site, part (train, test; nothing: train) and modality if known.
 
     Paths are below the folder or absolute.
     """
     path, columns = root / TABLE_FILE, ("case", "image", "label")
-    rows = read_table(path, columns, filled=columns, unique="case").rows
+    optional = ("patient", "site", "part", "modality")
+    rows = read_known_table(path, columns, optional, filled=columns, unique="case").rows
     if not rows:
         raise ConfigError(f"{path} holds no case")
     cases: dict[str, LabelMapCase] = {}
@@ -196,10 +266,9 @@ def _pairs(root: Path, images: Path, labels: Path) -> LabelledDataset:
             else f"{root}: {labels.name}/ holds no label map ({', '.join(ENDINGS)}, .png, .dcm: DICOM-SEG or RTSTRUCT)"
         )
     without = sorted(found.keys() - maps.keys())
-    if without:
-        _log.warning("%s: %d images have no label map and are left out: %s", root, len(without), ", ".join(without[:5]))
+    notes = [f"{len(without)} images have no label map and are left out: {a_few(without)}"] if without else []
     cases = [LabelMapCase(name, (found[name],), maps[name], patient=name) for name in sorted(maps)]
-    return _described(root, cases, 1)
+    return replace(_described(root, cases, 1), notes=tuple(notes))
 
 
 def _entries(folder: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
@@ -255,6 +324,8 @@ def _found_labels(root: Path, cases: Sequence[LabelMapCase]) -> LabelScheme:
     found = sorted({int(value) for file in files for value in np.unique(_label_values(file))} - {0})
     if not found or found[0] < 0:
         raise ConfigError(f"the label maps of {root} hold the values {found or [0]}; expected some above 0")
+    if found[-1] > MAX_LABEL:
+        raise ConfigError(f"the label maps of {root} hold the value {found[-1]}; expected at most {MAX_LABEL}")
     _log.info("%s: labels are named by their values %s; %s can name them", root, found, LABELS_FILE)
     return LabelScheme(tuple(str(value) for value in found), tuple((value,) for value in found))
 

@@ -22,6 +22,8 @@ from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset
 from meddino_evaluation.data.labels import IGNORED
 
+MAX_NARROW_LABEL = 32767
+"""Larger label values are stored as int32."""
 MAX_SIDE_PX = 4096
 """A resampled slice with a longer side is refused: the spacing asked for is surely not meant."""
 
@@ -64,7 +66,8 @@ class PreparedCase:
     Attributes:
         name: Case identifier.
         images: Blosc2 array [Z, C, H, W], Hounsfield units (int16) or other intensities (float32), one chunk a slice.
-        labels: Blosc2 array [Z, H, W] of label values, `IGNORED` where not counted; None for prediction.
+        labels: Blosc2 array [Z, H, W] of label values (int16, or int32 where they need it), `IGNORED` where not counted; None
+            for prediction.
         present: For each slice the label values in it, background and ignored left out.
         source: Geometry of the file.
         turn: From the file's axes to the slices'.
@@ -164,7 +167,7 @@ def prepare_volume(
     if label is not None:
         turned = turn.apply(label)
         values = turned[:, _nearest(rows, target[0])][:, :, _nearest(cols, target[1])]
-        labels = _compressed(np.ascontiguousarray(values, dtype=np.int16))
+        labels = _compressed(np.ascontiguousarray(values, dtype=np.int16 if values.max() <= MAX_NARROW_LABEL else np.int32))
         present = tuple(frozenset(np.unique(slice_).tolist()) - {0, IGNORED} for slice_ in values)
     return PreparedCase(
         name,

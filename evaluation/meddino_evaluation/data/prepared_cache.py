@@ -13,7 +13,7 @@ from meddino.volumes.dicom.structures import structure_names
 from meddino.volumes.orientation import Turn
 from meddino_evaluation.data.case import LabelMapCase
 from meddino_evaluation.data.dataset import LabelledDataset
-from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_case
+from meddino_evaluation.data.prepare import MAX_NARROW_LABEL, GridRule, PreparedCase, prepare_case
 
 VERSION = 2
 
@@ -80,6 +80,8 @@ def _key(dataset: LabelledDataset, case: LabelMapCase, channels: Sequence[int], 
         "as_background": dataset.labels.as_background,
         "rule": asdict(rule),
     } | ({} if dataset.modality == "ct" else {"modality": dataset.modality})
+    if max(dataset.labels.allowed) > MAX_NARROW_LABEL:
+        parts["stored"] = "int32"  # what was kept as int16 before held other values
     if case.label is not None and structure_names(case.label) is not None:
         parts["names"] = dataset.labels.names  # structures are found by their names, label maps by their values
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()[:20]

@@ -17,7 +17,7 @@ import numpy as np
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
 from meddino.core.seeds import derive_seed
-from meddino_evaluation.data.case import Case, ClassCase
+from meddino_evaluation.data.case import Case, ClassCase, a_few
 
 PARTS = ("train", "val", "test")
 SPLITS_FILE = "splits_final.json"
@@ -120,6 +120,18 @@ def check_twins(split: Split, hashes: Mapping[str, Sequence[str]], where: str) -
                         f"{where}: case '{name}' in {part} is the same image as '{other}' in {other_part}; "
                         "remove one of them or put both on one side"
                     )
+
+
+def left_out(cases: Sequence[Case[Any]], splits: Sequence[Split]) -> str:
+    """Say how many cases are in no part of any split, for the log and the notes of a report; "" if all are in one."""
+    used = {name for split in splits for names in split.parts().values() for name in names}
+    lost = [case.name for case in cases if case.name not in used]
+    return f"{len(lost)} of {len(cases)} cases are in no part of the split and are left out: {a_few(lost)}" if lost else ""
+
+
+def of_folds(folds: Folds) -> list[Split]:
+    """Return folds as splits whose held-out part is the test."""
+    return [Split(number, tuple(fold["train"]), (), tuple(fold["val"])) for number, fold in enumerate(folds)]
 
 
 def make_folds(cases: Sequence[Case[Any]], count: int, seed: int = NNUNET_SEED) -> list[dict[str, list[str]]]:
@@ -251,8 +263,10 @@ def draw_splits(
     given = any(case.split for case in cases)
     splits = []
     for repeat in range(repeats):
-        make = _complete if given else _draw
-        split = make(cases, where, val_fraction, test_fraction, seed, repeat)
+        if given:
+            split = _complete(cases, val_fraction, test_fraction, seed, repeat)
+        else:
+            split = _draw(cases, where, val_fraction, test_fraction, seed, repeat)
         check_split(cases, split, where)
         splits.append(split)
     return splits
@@ -350,9 +364,7 @@ def _draw(cases: Sequence[ClassCase], where: str, val_fraction: float, test_frac
     return split  # whether train lacks a class is for the caller to judge, who knows their names
 
 
-def _complete(
-    cases: Sequence[ClassCase], where: str, val_fraction: float, test_fraction: float, seed: int, repeat: int
-) -> Split:
+def _complete(cases: Sequence[ClassCase], val_fraction: float, test_fraction: float, seed: int, repeat: int) -> Split:
     """Fill in what the publishers' split lacks; cases without a part are left out."""
     given: dict[str, list[ClassCase]] = {part: [case for case in cases if case.split == part] for part in PARTS}
     origin = "publishers' split"
@@ -366,6 +378,9 @@ def _complete(
     if not given["val"]:
         given["train"], given["val"] = _hold_out(_patients(given["train"]), val_fraction, seed, repeat, "val")
         origin += f", validation held out from train by patient, seed {seed}"
+    lost = sum(case.split not in PARTS for case in cases)
+    if lost:
+        origin += f", {lost} cases without a part are left out"
     if "seed" in origin:
         origin = f"repeat {repeat}: {origin}"
     names = [tuple(case.name for case in given[part]) for part in PARTS]

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
-from meddino.core.tables import read_list, read_person_text, read_table
+from meddino.core.tables import read_list, read_person_text
 from meddino_evaluation.data.case import ClassCase, a_few
+from meddino_evaluation.data.columns import read_known_table
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 
 MAX_JSON_BYTES = 1 << 30
@@ -270,7 +271,8 @@ def _read_tables(layout: BoxTableLayout, root: Path) -> list[BoxCase]:
         path = root / file
         fields = [field for field in dict.fromkeys(re.findall(r"\{(.+?)\}", layout.image)) if field != "split"]
         needed = [*fields, *layout.corners, layout.label]
-        for row in read_table(path, needed, filled=[layout.patient] if layout.patient else []).rows:
+        more = [layout.patient] if layout.patient else []
+        for row in read_known_table(path, needed, [*more, *(["split"] if split is None else [])], filled=more).rows:
             where = f"{path}, line {row.line}"
             name = layout.image.replace("{split}", split or row["split"])
             for column in fields:

@@ -17,7 +17,17 @@ from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.results import finite, write_metrics
 from meddino_evaluation.data.leakage import LeakageCheck
-from meddino_evaluation.data.splits import SealedTest, Split, absent_classes, check_twins, draw_splits, load_split, save_split
+from meddino_evaluation.data.run_folder import refuse_files_of_others
+from meddino_evaluation.data.splits import (
+    SealedTest,
+    Split,
+    absent_classes,
+    check_twins,
+    draw_splits,
+    left_out,
+    load_split,
+    save_split,
+)
 from meddino_evaluation.detection.config import DetectConfig
 from meddino_evaluation.detection.dataset import DetectionSet, Pictures
 from meddino_evaluation.detection.metrics import ImageResult, summarise
@@ -48,13 +58,14 @@ def detect(backbone: Backbone, dataset: DetectionSet, config: DetectConfig, out:
         ConfigError: The split, an overlap, a box or a setting is refused.
         VolumeError: An image cannot be used.
     """
+    refuse_files_of_others(out, (PER_CASE, "metrics.json", "report.html"), "splits")
     machine = find_machine(config.device, config.precision)
     splits = choose_splits(dataset, config)
     by_name = {case.name: case for case in dataset.cases}
     leakage = LeakageCheck(backbone.lineage, config.split.corpus, backbone.spec, slices=True)
     pictures = Pictures(backbone, dataset, config.data)
     hashes = pictures.check(dataset.cases)
-    notes = _notes(backbone, dataset, config, pictures, leakage)
+    notes = _notes(backbone, dataset, config, splits, pictures, leakage)
     for split in splits if not config.overfit else ():
         check_twins(split, {name: (one,) for name, one in hashes.items()}, f"data set {dataset.name}")
     notes += _overlap(dataset, config, pictures, leakage)
@@ -156,10 +167,17 @@ def _column(rows: Sequence[tuple[Any, ...]], place: int) -> list[Any]:
 
 
 def _notes(
-    backbone: Backbone, dataset: DetectionSet, config: DetectConfig, pictures: Pictures, leakage: LeakageCheck
+    backbone: Backbone,
+    dataset: DetectionSet,
+    config: DetectConfig,
+    splits: Sequence[Split],
+    pictures: Pictures,
+    leakage: LeakageCheck,
 ) -> list[str]:
     notes = [OVERFIT] if config.overfit else []
     notes += dataset.notes
+    lost = left_out([case.with_classes(dataset.classes) for case in dataset.cases], splits)
+    notes += [lost] if lost else []
     mismatch = backbone.contract.mismatch(dataset.modality, f"model {backbone.name} on {dataset.name}")
     if mismatch:
         notes.append(f"{mismatch}; they are scaled to its range")

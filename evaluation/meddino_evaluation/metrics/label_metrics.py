@@ -111,7 +111,7 @@ def score_case(
     for target, name in enumerate(labels.names):
         first, second = labels.mask(pred, target), labels.mask(ref, target)
         if not everything:
-            first = first & counted
+            first, second = first & counted, second & counted
         values = mask_metrics(first, second, spacing_mm, tolerance_mm, surface)
         rows.append(LabelRow(case, name, **values))
     return rows

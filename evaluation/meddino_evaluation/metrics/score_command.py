@@ -80,13 +80,15 @@ def score_folders(
         missing: A reference without a prediction is compared with an empty one, or left out.
 
     Returns:
-        The content of metrics.json. A label that only predictions hold is a label of its own: false positives.
+        The content of metrics.json. A label that only predictions hold is a label of its own: false positives. A reference with
+        a value that nothing declares is not scored, as it would not be trained on.
 
     Raises:
         ConfigError: A folder is missing or empty, two files mean one case, or no case could be scored.
     """
     references, predictions = _label_maps(ref, "--ref"), _label_maps(pred, "--pred")
-    scheme = _with_invented(_scheme(ref, dataset_json, list(references.values())), references, predictions)
+    declared = _scheme(ref, dataset_json, list(references.values()))
+    scheme = _with_invented(declared, references, predictions)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     notes: dict[str, str] = {}
@@ -95,7 +97,7 @@ def score_folders(
         if case in without and missing == "skip":
             continue
         try:
-            rows += _score(case, predictions.get(case), path, scheme, tolerance_mm, notes)
+            rows += _score(case, predictions.get(case), path, declared, scheme, tolerance_mm, notes)
         except VolumeError as error:
             logger.warning("%s", error)
             failed[case] = str(error)
@@ -137,9 +139,17 @@ def _tell_of_single_ones(without: Sequence[str], surplus: Sequence[str], missing
 
 
 def _score(
-    case: str, pred: Path | None, ref: Path, scheme: LabelScheme, tolerance_mm: float, notes: dict[str, str]
+    case: str,
+    pred: Path | None,
+    ref: Path,
+    declared: LabelScheme,
+    scheme: LabelScheme,
+    tolerance_mm: float,
+    notes: dict[str, str],
 ) -> list[dict[str, Any]]:
     reference, grid = read_label_map(ref)
+    # Not with what predictions invent: a value that both hold and nothing declares would be found to be right.
+    counted = declared.check(reference, str(ref))
     if pred is None:
         predicted = np.zeros_like(reference)
     else:
@@ -152,7 +162,6 @@ def _score(
                 notes[case] = "the directions of prediction and reference differ; compared in the reference's orientation"
                 logger.warning("case %s: %s", case, notes[case])
                 predicted = turned
-    counted = scheme.check(reference, str(ref))
     return [row.values() for row in score_case(case, predicted, counted, scheme, grid.spacing_mm, tolerance_mm)]
 
 

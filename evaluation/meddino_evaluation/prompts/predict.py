@@ -20,7 +20,7 @@ from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import read_volume
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.adaptation.fitting import load_state
-from meddino_evaluation.data.inputs import stem
+from meddino_evaluation.data.inputs import Input, refuse_overwriting, stem
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.pictures import pixel_grid, read_planes, write_mask_picture
 from meddino_evaluation.data.prepare import GridRule, PreparedCase, prepare_volume
@@ -57,12 +57,16 @@ def run_boxes(arguments: argparse.Namespace, fold: int, seed: int) -> str:
     """Segment one input from the boxes and points of the command line; return what was written, in words.
 
     Raises:
-        ConfigError: The prompts are missing, malformed, or lie outside the picture.
+        ConfigError: The prompts are missing, malformed, or lie outside the picture; a result would take the input's place.
     """
     bundle = load_prompts(arguments.results, fold, seed, arguments.model)
     if len(arguments.input) != 1 or arguments.input[0].is_dir():
         raise ConfigError("--box and --point are for one picture or volume: give one file as --input")
     (path,) = arguments.input
+    flat = is_picture(path.name)
+    out = arguments.out / f"{stem(path)}{'.png' if flat else '.nii.gz'}"
+    overlay = arguments.out / f"{stem(path)}_overlay.png"
+    refuse_overwriting([Input(stem(path), (path,))], [out, overlay])
     case = _opened(bundle, path)
     prompts = [(z, Prompt(box=(a, b, c, d))) for z, (a, b, c, d) in (parse_prompt(one, 4, "--box") for one in arguments.box)]
     prompts += [(z, Prompt(points=((x, y),))) for z, (x, y) in (parse_prompt(one, 2, "--point") for one in arguments.point)]
@@ -71,15 +75,12 @@ def run_boxes(arguments: argparse.Namespace, fold: int, seed: int) -> str:
             f"{arguments.results} was trained for prompts: give --box x0,y0,x1,y1 or --point x,y (slice:... in a volume)"
         )
     labels = predict_prompted(bundle, case, prompts)
-    flat = is_picture(path.name)
-    out = arguments.out / f"{stem(path)}{'.png' if flat else '.nii.gz'}"
     if flat:
         write_mask_picture(out, labels[0])
     else:
         write_label_map(out, labels, case.source)
     names = tuple(f"prompt {number}" for number in range(1, len(prompts) + 1))
     scheme = LabelScheme(names, tuple((number,) for number in range(1, len(prompts) + 1)))
-    overlay = arguments.out / f"{stem(path)}_overlay.png"
     with atomic_write(overlay) as stream:
         stream.write(mask_overlay_png(case, labels, scheme))
     found = ", ".join(f"{int((labels == number).sum())}" for number in range(1, len(prompts) + 1))

@@ -15,6 +15,7 @@ from meddino.core.logging import get_logger
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.adaptation.fitting import Clock, is_of, load_state
 from meddino_evaluation.data.prepare import GridRule, prepare_case
+from meddino_evaluation.data.run_folder import refuse_files_of_others
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.metrics.label_metrics import score_case
 from meddino_evaluation.prompts.config import BUNDLE_FILE, PromptConfig
@@ -25,7 +26,7 @@ from meddino_evaluation.segmentation.experiment import Experiment, open_experime
 from meddino_evaluation.segmentation.inference.held_out import HeldOutRow, HeldOutSet, open_held_out_set, prediction_path
 from meddino_evaluation.segmentation.overlay import overlay_png
 from meddino_evaluation.segmentation.report import picture_path
-from meddino_evaluation.segmentation.results import write_results
+from meddino_evaluation.segmentation.results import RESULTS, write_results
 from meddino_evaluation.segmentation.run import NO_TESTS
 from meddino_evaluation.segmentation.training.fitting import weights_path
 from meddino_evaluation.segmentation.training.map_cache import MapCache
@@ -57,6 +58,7 @@ def prompt(
         MedDINOError: Anything the user can mend.
     """
     started = time.monotonic()
+    refuse_files_of_others(out, RESULTS, "config.yaml")
     experiment = open_experiment(config.as_segmentation(), model, data, corpus)
     check_model(experiment.source.backbone, config.size_px)
     sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]

@@ -23,7 +23,9 @@ from meddino_evaluation.data.splits import (
     check_twins,
     choose_split,
     few_cases,
+    left_out,
     make_folds,
+    of_folds,
     read_folds,
 )
 from meddino_evaluation.segmentation.config import SegmentConfig
@@ -228,7 +230,11 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
         for fold in config.splits.run_folds
     )
     hashes = {case.name: [dataset.file_hash(path) for path in case.images] for case in dataset.all_cases}
+    lost = left_out(dataset.cases, of_folds(folds))
+    if lost:
+        _tell(f"{path}: {lost}")
     source = f"the file {path}" if path else f"{count} folds drawn by patient, seed {config.splits.seed}"
+    source += f" ({lost})" if lost else ""
     part = "its own test part (imagesTs)" if dataset.test_cases else "the fold's held-out cases"
     splits = tuple(replace(split, origin=f"{source}; the test is {part}") for split in splits)
     for split in splits:
@@ -240,6 +246,12 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
                 f"training.selection=best_val needs validation cases, and fold {empty[0]} has none; see splits.val_fraction"
             )
     return splits
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    """Said once a process, however many models are compared."""
+    logger.warning("%s", what)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from meddino.core.logging import console, get_logger
 from meddino.data.intensity import MEMBERS, Modality
 from meddino.volumes.archives import archive_of
 from meddino.volumes.writing import write_label_map
-from meddino_evaluation.data.inputs import Input, find_inputs, write_table
+from meddino_evaluation.data.inputs import Input, find_inputs, refuse_overwriting, write_table
 from meddino_evaluation.data.pictures import write_mask_picture
 from meddino_evaluation.prompts.config import BUNDLE_FILE
 from meddino_evaluation.segmentation.inference.bundle import Bundle, load_bundle
@@ -72,12 +72,14 @@ def run(arguments: argparse.Namespace) -> None:
     skip_other_modalities(inputs, bundle.modality)
     if arguments.format == "dicomseg" and not any(item.series for item in inputs):
         raise ConfigError("--format dicomseg needs DICOM series as input: a DICOM-SEG refers to the slices it was made from")
+    check_outputs(inputs, arguments.out, arguments.format, bundle.flat)
     done = Done(arguments.out, f"{bundle.identity} {arguments.format} {meddino.__version__}")
     open_ = [item for item in inputs if not item.status]
     todo = [item for item in open_ if not done.take(item)]
     if len(todo) < len(open_):
         logger.info("%d of %d volumes are predicted already", len(open_) - len(todo), len(open_))
     logger.info("%d volumes, %d other files, %d networks", len(todo), len(inputs) - len(todo), bundle.size)
+    write_table(arguments.out / TABLE, inputs)  # from now on the folder is ours, whatever ends this
     started = time.monotonic()
     for number, item in enumerate(todo, start=1):
         try:
@@ -194,6 +196,28 @@ def end_table(inputs: Sequence[Input]) -> Table:
     return table
 
 
+def outputs_of(item: Input, out: Path, kind: str, flat: bool) -> tuple[Path, Path]:
+    """Return where the label map and the overlay of an input are written."""
+    ending = ".dcm" if kind == "dicomseg" else ".png" if flat else ".nii.gz"
+    return out / f"{item.name}{ending}", out / f"{item.name}_overlay.png"
+
+
+def check_outputs(inputs: Sequence[Input], out: Path, kind: str, flat: bool) -> None:
+    """Refuse to write over what was given, or over files in a folder that this command has not written to before.
+
+    Raises:
+        ConfigError: Names the file that would be lost.
+    """
+    outputs = [path for item in inputs if not item.status for path in outputs_of(item, out, kind, flat)]
+    refuse_overwriting(inputs, outputs)
+    if not any((out / name).exists() for name in (TABLE, DONE)):
+        for path in outputs:
+            if path.exists():
+                raise ConfigError(
+                    f"--out: {path} is there already, and no {TABLE} says that predict wrote it; name another folder"
+                )
+
+
 def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> None:
     """Predict one volume or picture and write its label map and its overlay; both stand in the input below `out`.
 
@@ -206,8 +230,7 @@ def predict_one(item: Input, bundle: Bundle, out: Path, kind: str) -> None:
     item.notes = "; ".join(sorted({note for volume in volumes for note in volume.notes}))
     geometry = volumes[0].geometry
     labels, case = bundle.predict(item.name, np.stack([volume.voxels for volume in volumes]), geometry)
-    ending = ".dcm" if kind == "dicomseg" else ".png" if bundle.flat else ".nii.gz"
-    path, picture = out / f"{item.name}{ending}", out / f"{item.name}_overlay.png"
+    path, picture = outputs_of(item, out, kind, bundle.flat)
     if kind == "dicomseg" and item.series is not None:
         from meddino.volumes.dicom.segmentation import write_dicom_seg
 

@@ -46,6 +46,7 @@ def report_html(
             join(
                 _leakage(metrics["leakage"]),
                 _failed(metrics["failed"]),
+                _noted(metrics["data"]["notes"]),
                 _summary(test),
                 text(_note(f"{config.metrics.tolerance_mm} {metrics['unit']}"), "note"),
             ),
@@ -85,6 +86,10 @@ def _failed(failed: dict[str, str]) -> Markup:
     return text(f"Left out, because they could not be read: {'; '.join(failed.values())}.", "warning")
 
 
+def _noted(notes: Sequence[str]) -> Markup:
+    return text(f"Of the data: {'; '.join(notes)}.", "warning") if notes else Markup("")
+
+
 def _external(sets: dict[str, Any]) -> Markup:
     """One row a test set, and below it one a site where sites are named; every network was tested on every case."""
     rows: dict[str, dict[str, Any]] = {}
@@ -93,7 +98,7 @@ def _external(sets: dict[str, Any]) -> Markup:
         mark = "†" if part["leakage"]["test_cases_in_pretraining"] else ""
         rows[name + mark] = part["test"]
         rows |= {f"{name}, {site or '(no site given)'}": own for site, own in part["test"].get("by_site", {}).items()}
-        warnings.append(_failed(part["failed"]))
+        warnings += [_failed(part["failed"]), _noted(part["notes"])]
     seen = "† the model has seen test volumes of this set in pretraining"
     return join(*warnings, _by(rows, "set"), *([text(seen)] if any("†" in name for name in rows) else []))
 

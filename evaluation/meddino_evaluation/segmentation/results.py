@@ -16,6 +16,8 @@ from meddino_evaluation.segmentation.report import report_html
 
 logger = get_logger(__name__)
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+RESULTS = ("cases.csv", "metrics.json", "report.html", "splits.json", "splits_final.json")
+"""What a run writes into its folder, config.yaml before them."""
 COLUMNS = ("case", "label", *METRICS, "fold", "seed", "patient", "site")
 
 
@@ -42,6 +44,8 @@ def write_results(
     """
     external = {tested.name: _write(experiment, tested, {}) for tested in others}
     parts = {name: {key: found[key] for key in ("test", "leakage", "failed")} for name, found in external.items()}
+    for name, found in external.items():
+        parts[name]["notes"] = found["data"]["notes"]
     more = {"seconds": {phase: round(time, 2) for phase, time in seconds.items()}, "external": parts, **facts}
     metrics = _write(experiment, own, more)
     plain = [row.values() for row in own.rows]
@@ -71,6 +75,7 @@ def _write(experiment: Experiment, tested: HeldOutSet, more: dict[str, Any]) -> 
             "cases": len(dataset.cases),
             "labels": list(dataset.labels.names),
             "modality": dataset.modality,
+            "notes": list(dataset.notes),
             "label_colours": label_colours(dataset.labels.names),
         },
         "config": experiment.config.model_dump(mode="json"),

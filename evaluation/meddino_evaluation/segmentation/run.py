@@ -10,12 +10,13 @@ from meddino.core.config import to_yaml
 from meddino.core.files import write_text
 from meddino.core.logging import get_logger
 from meddino_evaluation.adaptation.fitting import Clock, is_of
+from meddino_evaluation.data.run_folder import refuse_files_of_others
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, open_experiment, write_splits
 from meddino_evaluation.segmentation.inference.bundle import write_bundle
 from meddino_evaluation.segmentation.inference.held_out import HeldOutSet, evaluate_all, open_held_out_set
-from meddino_evaluation.segmentation.results import write_results
+from meddino_evaluation.segmentation.results import RESULTS, write_results
 from meddino_evaluation.segmentation.training.fitting import Fitting, weights_path
 
 logger = get_logger(__name__)
@@ -48,6 +49,7 @@ def segment(
         MedDINOError: Anything the user can mend.
     """
     started = time.monotonic()
+    refuse_files_of_others(out, RESULTS, "config.yaml")
     experiment = open_experiment(config, model, data, corpus)
     sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]
     write_text(out / "config.yaml", to_yaml(config))

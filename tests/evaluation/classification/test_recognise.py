@@ -102,3 +102,11 @@ def test_named_models__name_and_model(tmp_path):
     assert (backbone.name, backbone.spec) == ("ours", "random:vitnano8")
     with pytest.raises(ConfigError, match="random:vitb16 runs it"):
         load_backbone("vitb16")
+
+
+@pytest.mark.parametrize("column", ["Patient", "SPLIT"])
+def test_table__a_column_in_other_capitals_is_refused(tmp_path, column):
+    picture(tmp_path / "0.png")
+    (tmp_path / "labels.csv").write_text(f"image,label,{column}\n0.png,a,train\n")
+    with pytest.raises(ConfigError, match=rf"the column '{column}' would not be read; write it '{column.lower()}'"):
+        recognise(tmp_path)

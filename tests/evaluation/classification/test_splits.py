@@ -7,7 +7,7 @@ import pytest
 from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import _overlap, choose_splits
 from meddino_evaluation.data.leakage import LeakageCheck
-from meddino_evaluation.data.splits import Split, check_twins, draw_splits, load_split, save_split
+from meddino_evaluation.data.splits import Split, check_twins, draw_splits, left_out, load_split, save_split
 
 from meddino.core.errors import ConfigError
 
@@ -125,3 +125,14 @@ def test_draw_splits__strata_keep_their_share(fake_set):
             for label in (0, 1)
         }
         assert patients == {0: 4, 1: 4}
+
+
+def test_choose_splits__rows_without_a_part_among_others_are_counted(fake_set, quick, caplog):
+    dataset = fake_set("nih_chestxray14")
+    place = next(place for place, case in enumerate(dataset.cases) if case.split == "train")
+    cases = list(dataset.cases)
+    cases[place] = replace(cases[place], split=None)
+    splits = choose_splits(LabelledSet(dataset.config, dataset.root, tuple(cases), True), quick())
+    lost = f"1 of {len(cases)} cases are in no part of the split and are left out: {cases[place].name}"
+    assert lost in caplog.text and left_out(cases, splits) == lost
+    assert "1 cases without a part are left out" in splits[0].origin

@@ -1,10 +1,13 @@
 """What a user gives to be predicted is found in archives as in folders, and whatever is none is told."""
 
 import os
+from pathlib import Path
 
 import numpy as np
-from meddino_evaluation.data.inputs import find_inputs, write_table
+import pytest
+from meddino_evaluation.data.inputs import Input, find_inputs, refuse_overwriting, write_table
 
+from meddino.core.errors import ConfigError
 from meddino.volumes.file_kinds import VOLUME_SUFFIXES
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.dicom_files import write_series
@@ -54,3 +57,62 @@ def test_find_inputs__takes_every_format_that_is_read(tmp_path):
         write_volume(tmp_path / f"{number}{ending}", make_hu(0))
     taken = {item.name for item in find_inputs([tmp_path], tmp_path / "out", 1) if item.status == ""}
     assert taken == {str(number) for number in range(len(VOLUME_SUFFIXES))}
+
+
+def test_find_inputs__a_generated_name_is_nobody_elses(tmp_path):
+    given = [tmp_path / name for name in ("a/scan.nii.gz", "b/scan.nii.gz", "c/scan_2.nii.gz", "d/scan.nii.gz")]
+    found = find_inputs([write_volume(path, make_hu(0)) for path in given], tmp_path / "out", 1)
+    assert [item.name for item in found] == ["scan", "scan_3", "scan_2", "scan_4"]
+
+
+def test_find_inputs__an_overlay_is_no_other_pictures_label_map(tmp_path):
+    for name in ("x.png", "x_overlay.png"):
+        (tmp_path / name).touch()
+    found = find_inputs([tmp_path], tmp_path / "out", 1, pictures=True)
+    assert [item.name for item in found] == ["x", "x_overlay_2"]
+
+
+@pytest.mark.parametrize("out", ["scans", "scans/../scans", "alias", "."])
+def test_find_inputs__a_folder_within_that_of_the_results_is_refused_by_whatever_path(tmp_path, monkeypatch, out):
+    write_volume(tmp_path / "scans/a.nii.gz", make_hu(0))
+    (tmp_path / "alias").symlink_to("scans")
+    monkeypatch.chdir(tmp_path)
+    for given in (Path("scans"), tmp_path / "scans"):
+        with pytest.raises(ConfigError, match=r"--out .* holds --input .*scans"):
+            find_inputs([given], Path(out), 1)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_find_inputs__results_in_the_folder_are_not_taken_for_input(tmp_path, monkeypatch, link):
+    write_volume(tmp_path / "scans/a.nii.gz", make_hu(0))
+    write_volume(tmp_path / "scans/out/b.nii.gz", make_hu(0))
+    (tmp_path / "alias").symlink_to("scans/out")
+    monkeypatch.chdir(tmp_path)
+    out = Path("alias" if link else "scans/out")
+    assert [item.name for item in find_inputs([tmp_path / "scans"], out, 1)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "refused"),
+    [
+        ("scans/a.nii.gz", "scans/a.nii.gz", True),
+        ("scans/a.nii.gz", "alias/a.nii.gz", True),
+        ("scans/a.png", "scans/a.png", True),
+        ("scans/a.nrrd", "scans/a.nii.gz", True),  # a later command would find two files of one case
+        ("scans/a.nii.gz", "scans/linked.nii.gz", True),
+        ("scans/a.nii.gz", "scans/b.nii.gz", False),
+        ("scans/a.nii.gz", "out/a.nii.gz", False),
+    ],
+)
+def test_refuse_overwriting__files_that_were_given(tmp_path, given, output, refused):
+    path = tmp_path / given
+    path.parent.mkdir()
+    path.touch()
+    (tmp_path / "alias").symlink_to("scans")
+    (tmp_path / "scans/linked.nii.gz").symlink_to(path)
+    inputs = [Input("a", (path,), None, "refused")]  # also what is not predicted stays
+    if not refused:
+        refuse_overwriting(inputs, [tmp_path / output])
+        return
+    with pytest.raises(ConfigError, match="take the place of the input"):
+        refuse_overwriting(inputs, [tmp_path / output])

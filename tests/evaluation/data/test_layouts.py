@@ -305,3 +305,123 @@ def test_pairs__two_files_of_one_name_are_refused(tmp_path):
     save(tmp_path / "images" / "a.mha", np.zeros((2, 3, 4), np.int16))
     with pytest.raises(VolumeError, match=r"a\.mha and a\.nii\.gz in images/"):
         open_dataset(tmp_path)
+
+
+def decathlon(root: Path, paths: list[str]) -> Path:
+    for kind in ("imagesTr", "labelsTr"):
+        for path in paths:
+            (root / kind / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / kind / path).touch()
+    training = [{"image": f"./imagesTr/{path}", "label": f"./labelsTr/{path}"} for path in paths]
+    content = {"labels": {"0": "background", "1": "x"}, "modality": {"0": "CT"}, "training": training}
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+def test_msd__one_file_name_in_several_folders_is_a_case_each(tmp_path, caplog):
+    data = open_dataset(decathlon(tmp_path, ["A/p1.nii.gz", "B/p1.nii.gz", "B/p2.nii.gz"]))
+    assert [case.name for case in data.cases] == ["A_p1", "B_p1", "p2"]
+    assert [case.patient for case in data.cases] == ["A_p1", "B_p1", "p2"]
+    assert data.case("B_p1").images == (tmp_path / "imagesTr/B/p1.nii.gz",)
+    assert "named <folder>_<file>" in caplog.text and "p1" in data.notes[0]
+
+
+@pytest.mark.parametrize("paths", [["p1.nii.gz", "p1.nii.gz"], ["A/p1.nii.gz", "B/p1.nii.gz", "B/A_p1.nii.gz"]])
+def test_open_dataset__two_cases_of_one_name_are_refused_with_both_paths(tmp_path, paths):
+    with pytest.raises(ConfigError, match=r"two cases are named '.*p1': .*imagesTr.* and .*imagesTr"):
+        open_dataset(decathlon(tmp_path, paths))
+
+
+def test_open_dataset__a_name_that_leads_out_of_the_results_is_refused(tmp_path):
+    volumes(tmp_path, ["a"])
+    (tmp_path / "cases.csv").write_text("case,image,label\n../../a,imagesTr/a.nii.gz,labelsTr/a.nii.gz\n")
+    with pytest.raises(ConfigError, match=r"'\.\./\.\./a' is no name of a file"):
+        open_dataset(tmp_path)
+
+
+def test_msd__two_values_of_one_name_are_refused(tmp_path):
+    decathlon(tmp_path, ["a.nii.gz"])
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "labels": {"0": "background", "1": "x", "2": "x"}}))
+    with pytest.raises(ConfigError, match="several values the name 'x'"):
+        open_dataset(tmp_path)
+
+
+def test_nnunet__what_is_left_out_is_told(tmp_path, caplog):
+    for name in ("imagesTr/a_0000", "imagesTr/b", "labelsTr/a", "labelsTr/b", "labelsTr/c"):
+        (tmp_path / f"{name}.nii.gz").parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.nii.gz").touch()
+    content = {"labels": {"background": 0, "x": 1}, "numTraining": 3}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    data = open_dataset(tmp_path)
+    assert [case.name for case in data.cases] == ["a"]
+    assert data.notes == (
+        "imagesTr: 1 left out (not named <case>_0000.nii.gz): b.nii.gz",
+        "labelsTr: 2 left out (label maps without an image): b.nii.gz, c.nii.gz",
+        "dataset.json says numTraining 3, and there are 1 cases",
+    )
+    assert all(note in caplog.text for note in data.notes)
+
+
+def test_msd__what_training_does_not_name_is_told(tmp_path):
+    decathlon(tmp_path, ["a.nii.gz"])
+    (tmp_path / "labelsTr/b.nii.gz").touch()
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "numTraining": 2}))
+    assert open_dataset(tmp_path).notes == (
+        "dataset.json says numTraining 2, and there are 1 cases",
+        "labelsTr: 1 left out (label maps that 'training' does not name): b.nii.gz",
+    )
+
+
+@pytest.mark.parametrize(("file", "column"), [("cases.csv", "Patient"), ("cases.csv", "PART"), ("patients.csv", "Site")])
+def test_tables__a_column_in_other_capitals_is_refused(tmp_path, file, column):
+    volumes(tmp_path, ["a"])
+    more = {"cases.csv": "", "patients.csv": "", file: f",{column}"}
+    row = "a,imagesTr/a.nii.gz,labelsTr/a.nii.gz"
+    (tmp_path / "cases.csv").write_text(f"case,image,label{more['cases.csv']}\n{row}{',' if more['cases.csv'] else ''}\n")
+    (tmp_path / "patients.csv").write_text(f"case,patient{more['patients.csv']}\na,p{',' if more['patients.csv'] else ''}\n")
+    with pytest.raises(ConfigError, match=rf"{file}: the column '{column}' would not be read; write it '{column.lower()}'"):
+        with_patients(open_dataset(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "order", "words"),
+    [
+        ({"x": 1, "y": 1}, None, r"'x' and 'y' are both \[1\]"),
+        ({"x": [1, 2], "y": [2, 1]}, [1, 2], r"'x' and 'y' are both \[1, 2\]"),
+        ({"x": 0}, None, "'background' and 'x' are both"),
+        ({"x": [0, 1]}, [1], "holds 0, which is background"),
+        ({"x": 1, "ignore": 1}, None, "'x' holds 1, which is \"ignore\""),
+        ({"x": 1, "ignore": [2, 3]}, None, r'"ignore" is \[2, 3\]'),
+        ({"x": 65537}, None, "label 'x' is 65537; .*at most 65535"),
+        ({"whole": [1, 2], "core": 2}, [1, 1], "'whole' would be written as 1; expected a number of its own"),
+        ({"whole": [1, 2], "core": 2}, [2, 1], r"'core' would be written as 1; .* among its values \[2\]"),
+        ({"whole": [1, 2], "core": 2}, [True, 2], "need 'regions_class_order'"),
+    ],
+)
+def test_labels__one_value_means_one_thing(labels, order, words):
+    with pytest.raises(ConfigError, match=words):
+        parse_labels({"background": 0, **labels}, order, "here")
+
+
+def test_found_labels__a_value_that_is_too_large_is_refused(tmp_path):
+    volumes(tmp_path, ["a"])
+    save(tmp_path / "labelsTr/a.nii.gz", np.full((3, 8, 9), 70_000, dtype=np.int32))
+    with pytest.raises(ConfigError, match="hold the value 70000; expected at most 65535"):
+        open_dataset(tmp_path)
+
+
+def test_prepare__label_values_beyond_int16_stay_what_they_are(tmp_path):
+    volumes(tmp_path, ["a"], "_0000")
+    values = np.full((3, 8, 9), 40_000, dtype=np.uint16)
+    values[0] = 0
+    save(tmp_path / "labelsTr/a.nii.gz", values)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 40_000, "y": 2}}))
+    data = open_dataset(tmp_path)
+    for case in (
+        prepare_case(data, data.cases[0], (0,), GridRule()),
+        prepare_cached(data, data.cases[0], (0,), GridRule(), tmp_path / "cache"),
+    ):
+        assert [np.unique(case.label(z)).tolist() for z in range(3)] == [[0], [40_000], [40_000]]
+        assert case.present[1] == {40_000}

@@ -6,7 +6,16 @@ import pytest
 from meddino_evaluation.data.case import Case
 from meddino_evaluation.data.dataset import LabelledDataset, with_patients
 from meddino_evaluation.data.labels import LabelScheme
-from meddino_evaluation.data.splits import Split, check_twins, choose_split, few_cases, make_folds, read_folds
+from meddino_evaluation.data.splits import (
+    Split,
+    check_twins,
+    choose_split,
+    few_cases,
+    left_out,
+    make_folds,
+    of_folds,
+    read_folds,
+)
 
 from meddino.core.errors import ConfigError
 
@@ -116,3 +125,11 @@ def test_splits_final__a_case_twice_and_a_list_that_is_not_read_are_refused(tmp_
     (tmp_path / "splits_final.json").write_text(json.dumps([fold]))
     with pytest.raises(ConfigError, match=words):
         read_folds(tmp_path / "splits_final.json")
+
+
+def test_left_out__cases_of_no_part_are_counted_and_named(tmp_path):
+    cases = dataset(tmp_path, ["a", "b", "c"]).cases
+    assert left_out(cases, of_folds([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}])) == (
+        "1 of 3 cases are in no part of the split and are left out: c"
+    )
+    assert left_out(cases, of_folds([{"train": ["a", "b"], "val": ["c"]}])) == ""

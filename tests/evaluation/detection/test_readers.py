@@ -168,3 +168,10 @@ def test_open_detection__a_class_that_never_occurs_is_named_and_can_be_left_out(
     both = open_detection(str(coco()), None, DataConfig(classes=("grey",)))
     assert "bright are left out" in both.notes[0]
     assert [len(case.boxes) for case in both.cases] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("column", ["Patient", "Split"])
+def test_table__a_column_in_other_capitals_is_refused(tmp_path, column):
+    (tmp_path / "boxes.csv").write_text(f"image,x1,y1,x2,y2,label,{column}\n0.png,1,1,2,2,a,train\n")
+    with pytest.raises(ConfigError, match=rf"the column '{column}' would not be read; write it '{column.lower()}'"):
+        read_boxes(BoxTableLayout(tables={"boxes.csv": None}), tmp_path)

@@ -264,3 +264,22 @@ def test_score__random_studies_equal_a_slow_implementation(tmp_path, seed):
         assert float(found[key]["volume_ml_pred"]) == pytest.approx(pred_ml, rel=1e-4)
         assert float(found[key]["volume_ml_ref"]) == pytest.approx(ref_ml, rel=1e-4)
     assert metrics["test"]["dice"]["mean"] == pytest.approx(sum(means) / len(means))
+
+
+def test_score__a_value_that_nothing_declares_is_never_found_right(tmp_path, capsys):
+    _, ref = boxes()
+    other = ref.copy()
+    other[9, 2:6, 2:6] = 2  # forgotten in dataset.json
+    half = np.where(np.arange(20) < 10, other, np.where(other == 1, 0, other))
+    save(tmp_path / "ref/a.nii.gz", ref)
+    save(tmp_path / "ref/b.nii.gz", other)
+    for name in "ab":
+        save(tmp_path / f"pred/{name}.nii.gz", half)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "x": 1}}))
+    code, metrics = score(tmp_path)
+    assert code == 2 and list(metrics["failed"]) == ["b"]
+    assert "label values [2] are not in dataset.json" in metrics["failed"]["b"]
+    dice = {row["label"]: float(row["dice"]) for row in rows_of(tmp_path / "out")}
+    assert dice["2 (invented)"] == 0.0
+    assert dice["x"] == pytest.approx(2 / 3, abs=1e-4)  # half of the box
+    assert metrics["test"]["dice"]["mean"] == pytest.approx(dice["x"] / 2)

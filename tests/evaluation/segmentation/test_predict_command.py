@@ -16,6 +16,7 @@ from meddino_evaluation.segmentation.overlay import COLOURS
 from meddino_evaluation.segmentation.run import segment
 from rich.console import Console
 
+from meddino.core.errors import ConfigError
 from meddino.volumes.read import read_volume
 from tests.data_curation.dicom_files import write_series
 
@@ -227,3 +228,30 @@ def test_dicom_seg__a_label_keeps_its_number_when_another_is_not_found(tmp_path)
         frames = [g.SegmentIdentificationSequence[0].ReferencedSegmentNumber for g in found.PerFrameFunctionalGroupsSequence]
         if name != "none":
             assert frames == [{"second": 2, "last": 3}[name]]
+
+
+@pytest.mark.parametrize(("flat", "name"), [(False, "a.nii.gz"), (True, "a.png")])
+def test_check_outputs__neither_the_input_nor_files_of_others_are_written_over(tmp_path, flat, name):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    for folder in (scans, out):
+        folder.mkdir()
+    (scans / name).touch()
+    given = [Input("a", (scans / name,))]
+    with pytest.raises(ConfigError, match="take the place of the input"):
+        predict_command.check_outputs(given, scans, "nifti", flat)
+    predict_command.check_outputs(given, out, "nifti", flat)
+    (out / name).touch()  # somebody's own label map
+    with pytest.raises(ConfigError, match=f"{name} is there already"):
+        predict_command.check_outputs(given, out, "nifti", flat)
+    (out / "predictions.csv").touch()  # what an earlier call has written is written anew
+    predict_command.check_outputs(given, out, "nifti", flat)
+
+
+def test_predict__beside_its_input_exits_2_and_leaves_it_alone(trained, tmp_path, capsys):
+    data, results = trained
+    scan = tmp_path / "scan.nii.gz"
+    shutil.copy(data / "imagesTr" / "case_00_0000.nii.gz", scan)
+    before = scan.read_bytes()
+    assert main(["predict", "--results", str(results), "--input", str(scan), "--out", str(tmp_path)]) == 2
+    assert "take the place of the input" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"] and scan.read_bytes() == before

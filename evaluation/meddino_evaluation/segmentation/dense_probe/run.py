@@ -11,6 +11,7 @@ import meddino
 from meddino.core.device import Machine, find_machine, use_cpu_threads
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
+from meddino.core.logging import get_logger
 from meddino.core.seeds import numpy_rng
 from meddino_evaluation.data.dataset import LabelledDataset, check_grids, with_patients
 from meddino_evaluation.data.fingerprint import median_plane_spacing
@@ -18,7 +19,7 @@ from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
-from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, make_folds, read_folds
+from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, left_out, make_folds, of_folds, read_folds
 from meddino_evaluation.metrics.statistics import SHARE, Resampling, mean_and_std
 from meddino_evaluation.metrics.tables import finite_or_none, write_cases
 from meddino_evaluation.segmentation.config import LabelsConfig
@@ -38,6 +39,7 @@ from meddino_evaluation.segmentation.networks.encoders import load_encoder
 from meddino_evaluation.segmentation.networks.network import EncoderSource
 from meddino_evaluation.segmentation.training.samples import choose_slices
 
+logger = get_logger(__name__)
 CHOSEN = "chosen"
 """The readout that validation chose among all of a model's; the others are named `logistic/blocks1`, `knn/blocks4`, ..."""
 
@@ -110,7 +112,11 @@ def run_probe(
                 outcomes.setdefault(label, []).extend(found)
         leakage[name] = {**check.summary(), "model_hash": source.model_hash}
     metrics = {
-        "data": {"name": dataset.name, "hash": dataset.data_hash([*dataset.cases, *dataset.test_cases])},
+        "data": {
+            "name": dataset.name,
+            "hash": dataset.data_hash([*dataset.cases, *dataset.test_cases]),
+            "notes": list(dataset.notes),
+        },
         "splits": [asdict(split) for split in splits],
         "models": {label: _summary(found, dataset, config) for label, found in outcomes.items()},
         "leakage": leakage,
@@ -132,6 +138,9 @@ def _splits(config: ProbeConfig, dataset: LabelledDataset) -> list[Split]:
     count = min(config.splits.folds, patients)
     folds = read_folds(path) if path else make_folds(dataset.cases, count, config.splits.seed)
     numbers = config.splits.run_folds if dataset.test_cases else range(len(folds))
+    lost = left_out(dataset.cases, of_folds(folds))
+    if lost:
+        logger.warning("%s: %s", path, lost)
     splits = [
         choose_split(dataset.cases, dataset.test_cases, folds, fold, config.splits.val_fraction, config.splits.seed)
         for fold in numbers
