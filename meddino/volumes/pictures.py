@@ -184,7 +184,7 @@ def _dicom(path: Path) -> Picture:
     if any(frame is None or frame.shape != (rows, cols) for frame in stored):
         raise VolumeError(f"image {path}: its pixels cannot be read (truncated, damaged or an unknown compression)")
     values = np.stack([frame for frame in stored if frame is not None])[:, None].astype(np.float32)
-    slope, intercept = number(dataset, "RescaleSlope", 1) or 1.0, number(dataset, "RescaleIntercept")
+    slope, intercept = float(number(dataset, "RescaleSlope", 1) or 1), number(dataset, "RescaleIntercept")
     note = ""
     if slope.is_integer():
         values = values * slope + intercept

@@ -256,3 +256,12 @@ def test_dicom_picture__a_fractional_rescale_leaves_the_stored_grey_levels(tmp_p
     found = read_picture(tmp_path / "a.dcm")
     assert "rescale slope 0.002 is left out" in found.note
     assert len(np.unique(lifted(found.values))) == len(np.unique(WIDE % 1500))  # were 4
+
+
+def test_dicom_picture__without_a_rescale_values_are_as_stored(tmp_path):
+    item = ct_slice(WIDE % 1500, 0.0, SOPClassUID=DigitalXRayImageStorageForPresentation, Modality="DX")
+    del item.RescaleSlope, item.RescaleIntercept
+    item.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    found = read_picture(tmp_path / "a.dcm")
+    assert not found.note
+    np.testing.assert_array_equal(found.values[0, 0], WIDE % 1500 + 1024)  # what ct_slice stores
