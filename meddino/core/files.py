@@ -156,14 +156,16 @@ def remove_leftovers_of(file: Path) -> None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Keep other commands out of a folder for as long as the block lasts; it is made if it is not there.
+    """Keep other commands out of a folder for as long as the block lasts.
 
-    The lock is on the folder itself and leaves no file; it ends with the process, however that ends. Where the file system
-    knows no locks, nothing is locked.
+    The folder is made if it is not there, and gone again if nothing came of it: a wrong command leaves no empty folder. The
+    lock is on the folder itself and leaves no file; it ends with the process, however that ends. Where the file system knows
+    no locks, nothing is locked.
 
     Raises:
         MedDINOError: Another command has it.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -174,7 +176,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 raise
-        yield
+        try:
+            yield
+        finally:
+            if is_new:
+                with suppress(OSError):  # it holds something
+                    folder.rmdir()
     finally:
         os.close(descriptor)
 

@@ -116,6 +116,16 @@ def test_is_disk_full__knows_both_reasons():
     assert not is_disk_full(ValueError())
 
 
+def test_locked_folder__a_wrong_command_leaves_no_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="wrong"), locked_folder(tmp_path / "out"):
+        raise ValueError("wrong")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mine").mkdir()
+    with locked_folder(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").is_dir()
+
+
 def test_locked_folder__keeps_others_out_and_leaves_no_file(tmp_path):
     with locked_folder(tmp_path / "out"):
         with pytest.raises(MedDINOError, match=r"another command is writing into .*out"), locked_folder(tmp_path / "out"):

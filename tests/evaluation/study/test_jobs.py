@@ -194,8 +194,8 @@ def test_commands__two_at_a_time_in_one_folder_are_refused_before_anything_is_re
     monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT", raising=False)
     with locked_folder(tmp_path / "out"):
         assert main([*words, "--out", str(tmp_path / "out")]) == 2
+        assert list((tmp_path / "out").iterdir()) == []
     assert "another command is writing into" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_run_jobs__parts_cover_every_job_once(config, data_root, tmp_path, monkeypatch):
