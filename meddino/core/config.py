@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"config {path}: expected `key: value` lines at the top, found {type(loaded).__name__}")
-    return _plain(loaded, f"config {path}")
+    return _plain(loaded)
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -197,22 +197,21 @@ def _parse_override(text: str) -> dict[str, Any]:
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"'{text}' is no override; write key=value, for example seed=1")
     try:
-        return _plain(OmegaConf.from_dotlist([text]), f"override '{text}'")
+        return _plain(OmegaConf.from_dotlist([text]))
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"override '{text}': {' '.join(str(error).split())}") from error
 
 
-def _plain(loaded: DictConfig, where: str) -> dict[str, Any]:
-    values = typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
-    try:
-        json.dumps(values)
-    except TypeError as error:  # YAML's !!binary is bytes
-        raise ConfigError(f"{where} holds neither numbers, texts, lists nor sections: {error}") from error
-    return values
+def _plain(loaded: DictConfig) -> dict[str, Any]:
+    return typing.cast(dict[str, Any], OmegaConf.to_container(loaded, resolve=False))
 
 
 def _interpolated(values: dict[str, Any], where: str) -> dict[str, Any]:
-    if "${" not in json.dumps(values):  # OmegaConf takes as long for this as everything else does
+    try:
+        written = json.dumps(values)
+    except TypeError as error:  # YAML's !!binary is bytes
+        raise ConfigError(f"config {where} holds a value that is no number, text, list or section: {error}") from error
+    if "${" not in written:  # OmegaConf takes as long for this as everything else does
         return values
     try:
         return typing.cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))

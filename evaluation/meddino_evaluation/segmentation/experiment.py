@@ -222,7 +222,7 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
     patients = len({case.patient for case in dataset.cases})
     count = min(config.splits.folds, max(2, patients))
     if not path and count < config.splits.folds:
-        _tell_folds(config.splits.folds, patients, count)
+        _tell(f"splits.folds is {config.splits.folds}, and there are {patients} patients: {count} folds")
     folds = read_folds(path) if path else make_folds(dataset.cases, count, config.splits.seed)
     fraction = config.splits.val_fraction if config.training.selection == "best_val" else 0.0
     splits = tuple(
@@ -252,12 +252,6 @@ def choose_splits(config: SegmentConfig, dataset: LabelledDataset) -> tuple[Spli
 def _tell(what: str) -> None:
     """Said once a process, however many models are compared."""
     logger.warning("%s", what)
-
-
-@functools.cache
-def _tell_folds(asked: int, patients: int, count: int) -> None:
-    """Said once a process, however many models are compared."""
-    logger.warning("splits.folds is %d, and there are %d patients: %d folds", asked, patients, count)
 
 
 def write_splits(experiment: Experiment, out: Path) -> None:

@@ -43,9 +43,10 @@ def write_results(
         The content of metrics.json.
     """
     external = {tested.name: _write(experiment, tested, {}) for tested in others}
-    parts = {name: {key: found[key] for key in ("test", "leakage", "failed")} for name, found in external.items()}
-    for name, found in external.items():
-        parts[name]["notes"] = found["data"]["notes"]
+    parts = {
+        name: {**{key: found[key] for key in ("test", "leakage", "failed")}, "notes": found["data"]["notes"]}
+        for name, found in external.items()
+    }
     more = {"seconds": {phase: round(time, 2) for phase, time in seconds.items()}, "external": parts, **facts}
     metrics = _write(experiment, own, more)
     plain = [row.values() for row in own.rows]
