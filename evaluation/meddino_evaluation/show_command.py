@@ -9,7 +9,9 @@ from meddino.core.show_config import show_config
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Say what the command takes."""
-    parser.add_argument("what", choices=("segment", "prompt", "classification", "detection", "study"), help="whose settings")
+    parser.add_argument(
+        "what", choices=("segment", "probe", "prompt", "classification", "detection", "study"), help="whose settings"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override any key")
     parser.add_argument(
         "--config",
@@ -25,10 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.detection.config import DetectConfig
     from meddino_evaluation.prompts.config import PromptConfig
     from meddino_evaluation.segmentation.config import SegmentConfig
+    from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
     from meddino_evaluation.study.config import StudyConfig
 
     schemas: dict[str, type[StrictConfig]] = {
         "segment": SegmentConfig,
+        "probe": ProbeConfig,
         "prompt": PromptConfig,
         "classification": ClassificationConfig,
         "detection": DetectConfig,

@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command that was named."""
-    from meddino.core.config import load_config, to_yaml
-    from meddino.core.files import write_text
+    from meddino.core.config import load_config
     from meddino_evaluation.backbones.load import load_backbone
     from meddino_evaluation.classification.config import ClassificationConfig
     from meddino_evaluation.classification.evaluate import evaluate
@@ -55,7 +54,6 @@ def run(arguments: argparse.Namespace) -> None:
     columns = chosen_columns(arguments.columns)
     dataset = open_labelled(arguments.data, arguments.root)
     backbone = load_backbone(arguments.model)
-    write_text(arguments.out / "config.yaml", to_yaml(config))
     if arguments.command == "retrieve":
         found = retrieve(backbone, dataset, config, arguments.out)
         lines = [f"{name}: {metric_text(values)}" for name, values in found["metrics"].items()]

@@ -31,7 +31,7 @@ from meddino_evaluation.classification.results import (
 )
 from meddino_evaluation.data.case import ClassCase, labels_array
 from meddino_evaluation.data.leakage import LeakageCheck
-from meddino_evaluation.data.run_folder import refuse_files_of_others
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import (
     SealedTest,
     Split,
@@ -78,7 +78,7 @@ def evaluate(
         ConfigError: The split, an overlap or a setting is refused.
         VolumeError: An image cannot be used.
     """
-    refuse_files_of_others(out, ("per_case.csv", "metrics.json", "report.html"), "splits")
+    refuse_files_of_others(out, ("per_case.csv", "metrics.json", "report.html"))
     machine = find_machine(config.features.device)
     check_selection(config, dataset.kind)
     splits = choose_splits(dataset, config)
@@ -89,6 +89,7 @@ def evaluate(
     runs: list[Run] = []
     notes: list[str] = _standing_notes(dataset, splits, leakage)
     digests: dict[str, str] = {}
+    write_settings(out, config)
     for split in splits:
         save_split(out / "splits" / f"split-{split.number}.json", dataset.config.name, split)
         found, seen, contents = _one_split(dataset, split, config, extractor, bank, machine, leakage, few_shot=few_shot)

@@ -17,6 +17,7 @@ from meddino_evaluation.classification.datasets import LabelledSet
 from meddino_evaluation.classification.evaluate import choose_splits
 from meddino_evaluation.classification.results import finite, write_metrics
 from meddino_evaluation.data.case import labels_array
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.metrics.statistics import SHARE, bootstrap_mean, mean_and_std
 
 
@@ -24,13 +25,19 @@ def retrieve(backbone: Backbone, dataset: LabelledSet, config: ClassificationCon
     """Query with the test cases in a gallery of train and val; nothing is learned or chosen.
 
     Writes per_case.csv (one row a query) and metrics.json with means, deviations over repeats and intervals over patients.
+
+    Raises:
+        ConfigError: The split is refused, or the folder holds somebody else's files.
     """
+    refuse_files_of_others(out, ("per_case.csv", "metrics.json"))
+    splits = choose_splits(dataset, config)
+    write_settings(out, config)
     transform = make_transform(backbone, config.features, dataset.config)
     cache = config.features.cache or out / "features"
     extractor = FeatureExtractor(backbone, transform, config.features, cache, find_machine(config.features.device))
     by_id = {case.name: case for case in dataset.cases}
     rows: list[dict[str, Any]] = []
-    for split in choose_splits(dataset, config):
+    for split in splits:
         gallery, queries = [by_id[name] for name in (*split.train, *split.val)], [by_id[name] for name in split.test]
         pooling = config.features.pooling
         values = retrieval_per_case(

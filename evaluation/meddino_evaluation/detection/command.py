@@ -49,8 +49,7 @@ def run_detection(
     Returns:
         The table of results as Markdown.
     """
-    from meddino.core.config import load_config, to_yaml
-    from meddino.core.files import write_text
+    from meddino.core.config import load_config
     from meddino_evaluation.backbones.load import load_backbone
     from meddino_evaluation.detection.config import DetectConfig
     from meddino_evaluation.detection.dataset import open_detection
@@ -62,7 +61,6 @@ def run_detection(
     if dataset.overrides:
         config = load_config(DetectConfig, [config_name], [*dataset.overrides, *overrides], kind="evaluation")
     backbone = load_backbone(model)
-    write_text(out / "config.yaml", to_yaml(config))
     content = detect(backbone, dataset, config, out)
     return write_report(content, out, dataset, figures).markdown()
 

@@ -17,7 +17,7 @@ from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.results import finite, write_metrics
 from meddino_evaluation.data.leakage import LeakageCheck
-from meddino_evaluation.data.run_folder import refuse_files_of_others
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import (
     SealedTest,
     Split,
@@ -58,7 +58,7 @@ def detect(backbone: Backbone, dataset: DetectionSet, config: DetectConfig, out:
         ConfigError: The split, an overlap, a box or a setting is refused.
         VolumeError: An image cannot be used.
     """
-    refuse_files_of_others(out, (PER_CASE, "metrics.json", "report.html"), "splits")
+    refuse_files_of_others(out, (PER_CASE, "metrics.json", "report.html"))
     machine = find_machine(config.device, config.precision)
     splits = choose_splits(dataset, config)
     by_name = {case.name: case for case in dataset.cases}
@@ -71,6 +71,7 @@ def detect(backbone: Backbone, dataset: DetectionSet, config: DetectConfig, out:
     notes += _overlap(dataset, config, pictures, leakage)
     learning = Learning(backbone.spec or backbone.name, backbone.hash(), config, dataset.classes, pictures, machine, hashes)
     runs = []
+    write_settings(out, config)
     for split in splits:
         save_split(out / "splits" / f"split-{split.number}.json", dataset.name, split)
         train, val = ([by_name[name] for name in names] for names in (split.train, split.val))

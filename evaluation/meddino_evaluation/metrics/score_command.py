@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 import meddino
+from meddino.core.config import StrictConfig
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.core.files import sha256_file, write_json
 from meddino.core.logging import get_logger
@@ -19,20 +20,32 @@ from meddino.volumes.read import read_label_map
 from meddino_evaluation.data.dataset import check_same_grid, in_orientation_of
 from meddino_evaluation.data.inputs import ENDINGS, one_file_a_case, stem
 from meddino_evaluation.data.labels import LabelScheme, parse_labels
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.metrics.label_metrics import METRICS, score_case
 from meddino_evaluation.metrics.tables import summarise, write_cases
 
-Missing = Literal["empty", "skip"]
+RESULTS = ("cases.csv", "metrics.json")
 EMPTY_RULE = "both empty: left out; one empty: Dice, IoU and NSD are 0, distances are left out"
 
 logger = get_logger(__name__)
+
+
+class ScoreConfig(StrictConfig):
+    """How label maps are compared."""
+
+    tolerance_mm: float = 1.0
+    """Of the normalised surface Dice."""
+    missing: Literal["empty", "skip"] = "empty"
+    """A reference without a prediction is compared with an empty one, or left out."""
+    dataset_json: Path | None = None
+    """Gives the label scheme; null looks in and above the references, and without one each value is a label."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval score`."""
     parser.add_argument("--pred", required=True, type=Path, help="folder of predicted label maps")
     parser.add_argument("--ref", required=True, type=Path, help="folder of reference label maps of the same names")
-    parser.add_argument("--out", required=True, type=Path, help="folder for cases.csv and metrics.json")
+    parser.add_argument("--out", required=True, type=Path, help="folder for config.yaml, cases.csv and metrics.json")
     parser.add_argument(
         "--missing",
         choices=("empty", "skip"),
@@ -49,9 +62,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval score`."""
     if not arguments.tolerance_mm > 0 or not math.isfinite(arguments.tolerance_mm):
         raise ConfigError(f"--tolerance-mm {arguments.tolerance_mm}: must be a positive number of millimetres")
-    metrics = score_folders(
-        arguments.pred, arguments.ref, arguments.out, arguments.tolerance_mm, arguments.dataset_json, arguments.missing
-    )
+    config = ScoreConfig(tolerance_mm=arguments.tolerance_mm, missing=arguments.missing, dataset_json=arguments.dataset_json)
+    metrics = score_folders(arguments.pred, arguments.ref, arguments.out, config)
     for name, part in metrics["test"]["by_label"].items():
         sys.stdout.write(
             f"{name}: Dice {_text(part['dice']['mean'])}, NSD {_text(part['nsd']['mean'])} ({part['cases']} cases)\n"
@@ -66,57 +78,56 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def score_folders(
-    pred: Path, ref: Path, out: Path, tolerance_mm: float, dataset_json: Path | None = None, missing: Missing = "empty"
-) -> dict[str, Any]:
+def score_folders(pred: Path, ref: Path, out: Path, config: ScoreConfig) -> dict[str, Any]:
     """Score every reference; a case that is unreadable or lies on another grid is named, and the others are scored.
 
     Args:
         pred: Folder of predictions.
         ref: Folder of references.
         out: Folder for the results.
-        tolerance_mm: Of the normalised surface Dice.
-        dataset_json: Gives the label scheme; None looks in and above `ref`; without one each value is a label.
-        missing: A reference without a prediction is compared with an empty one, or left out.
+        config: How they are compared.
 
     Returns:
         The content of metrics.json. A label that only predictions hold is a label of its own: false positives. A reference with
         a value that nothing declares is not scored, as it would not be trained on.
 
     Raises:
-        ConfigError: A folder is missing or empty, two files mean one case, or no case could be scored.
+        ConfigError: A folder is missing or empty, two files mean one case, no case could be scored, or `out` holds somebody
+            else's files.
     """
+    refuse_files_of_others(out, RESULTS)
     references, predictions = _label_maps(ref, "--ref"), _label_maps(pred, "--pred")
-    declared = _scheme(ref, dataset_json, list(references.values()))
+    declared = _scheme(ref, config.dataset_json, list(references.values()))
     scheme = _with_invented(declared, references, predictions)
+    write_settings(out, config)
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     notes: dict[str, str] = {}
     without = sorted(references.keys() - predictions.keys())
     for case, path in references.items():
-        if case in without and missing == "skip":
+        if case in without and config.missing == "skip":
             continue
         try:
-            rows += _score(case, predictions.get(case), path, declared, scheme, tolerance_mm, notes)
+            rows += _score(case, predictions.get(case), path, declared, scheme, config.tolerance_mm, notes)
         except VolumeError as error:
             logger.warning("%s", error)
             failed[case] = str(error)
     if not rows:
         raise ConfigError(f"no case of {ref} could be scored: {next(iter(failed.values()), 'there is no prediction')}")
     surplus = sorted(predictions.keys() - references.keys())
-    _tell_of_single_ones(without, surplus, missing)
+    _tell_of_single_ones(without, surplus, config.missing)
     write_cases(out / "cases.csv", rows, ("case", "label", *METRICS))
     metrics = {
         "format": "meddino-scores",
         "version": meddino.__version__,
         "data": {"pred_hash": _hash(predictions), "ref_hash": _hash(references), "labels": list(scheme.names)},
-        "config": {"tolerance_mm": tolerance_mm, "missing": missing},
+        "config": config.model_dump(mode="json"),
         "rule_for_empty_labels": EMPTY_RULE,
         "counted": {
             "references": len(references),
             "scored": len({row["case"] for row in rows}),
             "missing": without,
-            "missing_count_as": missing,
+            "missing_count_as": config.missing,
             "failed": len(failed),
         },
         "failed": failed,
@@ -128,7 +139,7 @@ def score_folders(
     return metrics
 
 
-def _tell_of_single_ones(without: Sequence[str], surplus: Sequence[str], missing: Missing) -> None:
+def _tell_of_single_ones(without: Sequence[str], surplus: Sequence[str], missing: str) -> None:
     for case in without:
         logger.warning(
             "case %s: there is no prediction of it; %s", case, "left out" if missing == "skip" else "counts as empty"

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from meddino.core.config import load_config, to_yaml
+from meddino.core.config import load_config
 from meddino.core.errors import VolumeError
-from meddino.core.files import atomic_write, write_json, write_text
+from meddino.core.files import atomic_write, write_json
 from meddino.core.logging import get_logger
 from meddino.volumes.writing import write_label_map
 from meddino_evaluation.adaptation.fitting import Clock, is_of, load_state
 from meddino_evaluation.data.prepare import GridRule, prepare_case
-from meddino_evaluation.data.run_folder import refuse_files_of_others
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.metrics.label_metrics import score_case
 from meddino_evaluation.prompts.config import BUNDLE_FILE, PromptConfig
@@ -58,11 +58,11 @@ def prompt(
         MedDINOError: Anything the user can mend.
     """
     started = time.monotonic()
-    refuse_files_of_others(out, RESULTS, "config.yaml")
+    refuse_files_of_others(out, RESULTS)
     experiment = open_experiment(config.as_segmentation(), model, data, corpus)
     check_model(experiment.source.backbone, config.size_px)
     sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]
-    write_text(out / "config.yaml", to_yaml(config))
+    write_settings(out, config)
     write_splits(experiment, out)
     identity = run_identity(experiment, config)
     _train_all(experiment, config, out, identity)

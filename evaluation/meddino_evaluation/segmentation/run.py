@@ -6,11 +6,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from meddino.core.config import to_yaml
-from meddino.core.files import write_text
 from meddino.core.logging import get_logger
 from meddino_evaluation.adaptation.fitting import Clock, is_of
-from meddino_evaluation.data.run_folder import refuse_files_of_others
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import Split
 from meddino_evaluation.segmentation.config import SegmentConfig
 from meddino_evaluation.segmentation.experiment import Experiment, open_experiment, write_splits
@@ -49,10 +47,10 @@ def segment(
         MedDINOError: Anything the user can mend.
     """
     started = time.monotonic()
-    refuse_files_of_others(out, RESULTS, "config.yaml")
+    refuse_files_of_others(out, RESULTS)
     experiment = open_experiment(config, model, data, corpus)
     sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]
-    write_text(out / "config.yaml", to_yaml(config))
+    write_settings(out, config)
     write_splits(experiment, out)
     train_all(experiment, out)
     write_bundle(experiment, out)

@@ -10,7 +10,7 @@ def test_tasks__list_names_every_one_with_its_licence(capsys):
     assert all(name in said and load_task(name).licence in said for name in task_names())
 
 
-@pytest.mark.parametrize("what", ["segment", "prompt", "classification", "detection", "study"])
+@pytest.mark.parametrize("what", ["segment", "probe", "prompt", "classification", "detection", "study"])
 def test_show__every_command_that_has_settings_shows_them(what, capsys):
     assert main(["show", what]) == 0
     assert "# " in capsys.readouterr().out

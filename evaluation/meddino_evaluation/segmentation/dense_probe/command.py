@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="export, run, weights file or random:<backbone>; may be given several times",
     )
     parser.add_argument("--data", required=True, type=Path, help="labelled data set, 2D or 3D, in any layout `segment` reads")
-    parser.add_argument("--out", required=True, type=Path, help="folder for cases.csv and metrics.json")
+    parser.add_argument("--out", required=True, type=Path, help="folder for config.yaml, cases.csv and metrics.json")
     parser.add_argument("--corpus", type=corpus_location, help="corpus that the model learned from: its volumes are marked")
     parser.add_argument("--no-random", action="store_true", help="leave out random weights of the first model's architecture")
-    parser.add_argument("--config", default=None, help="YAML file or shipped name; the defaults if left out")
+    parser.add_argument("--config", default="probe", help="YAML file or shipped name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to set, e.g. train_slices=8 seeds=[0]")
 
 
@@ -36,8 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     from meddino_evaluation.segmentation.dense_probe.config import ProbeConfig
     from meddino_evaluation.segmentation.dense_probe.run import run_probe
 
-    sources = [] if arguments.config is None else [arguments.config]
-    config = load_config(ProbeConfig, sources, arguments.overrides, kind="evaluation")
+    config = load_config(ProbeConfig, [arguments.config], arguments.overrides, kind="evaluation")
     models = _named(arguments.model)
     first = next(iter(models.values()))
     if not arguments.no_random and not first.startswith("random:"):

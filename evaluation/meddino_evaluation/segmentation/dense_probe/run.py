@@ -19,6 +19,7 @@ from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.prepare import GridRule, PreparedCase
 from meddino_evaluation.data.prepared_cache import prepare_cached
+from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import SPLITS_FILE, Split, choose_split, left_out, make_folds, of_folds, read_folds
 from meddino_evaluation.metrics.statistics import SHARE, Resampling, mean_and_std
 from meddino_evaluation.metrics.tables import finite_or_none, write_cases
@@ -44,6 +45,7 @@ CHOSEN = "chosen"
 """The readout that validation chose among all of a model's; the others are named `logistic/blocks1`, `knn/blocks4`, ..."""
 
 
+RESULTS = ("cases.csv", "metrics.json")
 COLUMNS = ("model", "readout", "setting", "fold", "seed", "patient", "label", "tp", "fp", "fn")
 
 
@@ -77,7 +79,7 @@ def run_probe(
         config: Settings.
         models: Name in the tables to what `load_encoder` knows. The pixels of the patches stand beside them.
         data: A labelled data set, 2D or 3D.
-        out: Folder for the results.
+        out: Folder for the results; config.yaml stands there from the start.
         corpus: Corpus the models learned from, where no export names its volumes.
 
     Returns:
@@ -86,6 +88,7 @@ def run_probe(
     Raises:
         MedDINOError: The data set, a model or the splits are wrong.
     """
+    refuse_files_of_others(out, RESULTS)
     use_cpu_threads()
     machine = find_machine(config.device, config.precision)
     dataset = with_patients(open_dataset(data), config.data.patient_pattern)
@@ -93,6 +96,7 @@ def run_probe(
         raise ConfigError(f"{data}: its labels are regions that overlap; a probe needs one class for each patch")
     check_grids(dataset)
     splits = _splits(config, dataset)
+    write_settings(out, config)
     outcomes: dict[str, list[Outcome]] = {}
     leakage: dict[str, Any] = {}
     cases = PreparedCases(config, dataset)
@@ -123,7 +127,6 @@ def run_probe(
         "config": config.model_dump(mode="json"),
         "version": meddino.__version__,
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_cases(out / "cases.csv", _case_rows(outcomes, dataset), COLUMNS)
     write_json(out / "metrics.json", metrics)
     return metrics
