@@ -1,6 +1,7 @@
 """The demo's last table and its report: read from what the commands left on disk."""
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from meddino import load
 from meddino.checkpoints.export.model import Model
+from meddino.checkpoints.export.model_folder import read_config
 from meddino.core import html
 from meddino.core.files import write_text
 from meddino.core.html_charts import apart, chart, in_columns, png
@@ -25,7 +27,10 @@ from meddino.data.model_input import is_foreground, to_picture
 from meddino.models.patch_maps import patch_pca_images, share_of_patch
 
 PCA_SLICES = 4
+FIRST_SLICES = (1, 3)  # of them, on the first screen: in the phantom a chest and an abdomen
 PCA_SIDE_PX = 256
+FEATURES = {"exported": "exported model", "random": "same model, random weights", "pixels": "no model, pixels alone"}
+"""Name in the results -> what is read from."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Summary:
     """What the demo showed, in numbers.
 
     Attributes:
+        parameters: Of the exported backbone.
         volumes: Number of volumes by status.
         slices_kept: Slices in the corpus.
         slices_refused: Slices of accepted volumes that were left out.
@@ -44,6 +50,7 @@ class Summary:
         seconds: By the step's name.
     """
 
+    parameters: int
     volumes: Mapping[str, int]
     slices_kept: int
     slices_refused: int
@@ -68,9 +75,16 @@ def read_summary(out: Path, seconds: Mapping[str, float]) -> Summary:
     dice = {
         name: (float(result["test"]["dice"]["mean"]), float(result["test"]["dice"]["std"])) for name, result in results.items()
     }
-    seeds = len(results["exported"]["test"]["dice"]["by_seed"])
     return Summary(
-        statuses, kept, _slices_refused(corpus), losses, dice, seeds, _read_probe(out / "results/probe/metrics.json"), seconds
+        parameters=read_config(out / "model").weights.parameters,
+        volumes=statuses,
+        slices_kept=kept,
+        slices_refused=_slices_refused(corpus),
+        losses=losses,
+        dice=dice,
+        seeds=len(results["exported"]["test"]["dice"]["by_seed"]),
+        probe=_read_probe(out / "results/probe/metrics.json"),
+        seconds=seconds,
     )
 
 
@@ -110,12 +124,10 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
         ("slices", f"{summary.slices_kept:,} kept, {summary.slices_refused:,} refused"),
         *((f"loss, {stage}", f"{first:.3f} -> {last:.3f} in {steps} steps") for stage, steps, first, last in summary.losses),
     ]
-    features = {"exported": "exported model", "random": "same model, random weights", "pixels": "no model, pixels alone"}
     for name, (mean, spread) in summary.probe.items():
-        rows.append((f"macro-F1, {features[name]}", f"{mean:.3f} ± {spread:.3f} (probe of patch tokens, 16 labelled slices)"))
-    titles = {"exported": "Dice, exported model", "random": "Dice, same model, random weights"}
+        rows.append((f"macro-F1, {FEATURES[name]}", f"{mean:.3f} ± {spread:.3f} (probe of patch tokens, 16 labelled slices)"))
     for name, (mean, spread) in summary.dice.items():
-        rows.append((titles[name], f"{mean:.3f} ± {spread:.3f} ({summary.seeds} seeds, frozen encoder)"))
+        rows.append((f"Dice, {FEATURES[name]}", f"{mean:.3f} ± {spread:.3f} ({summary.seeds} seeds, frozen encoder)"))
     rows += [(f"time, {name}", f"{value:.0f} s") for name, value in summary.seconds.items()]
     rows.append(("time, in all", f"{sum(summary.seconds.values()):.0f} s"))
     return rows
@@ -129,16 +141,59 @@ def write_report(out: Path, summary: Summary, commands: Sequence[str]) -> None:
         summary: From `read_summary`.
         commands: What was run, as typed.
     """
+    tokens = _pca_rows(out)
+    first = [row for place, row in enumerate(tokens) if place in FIRST_SLICES]
+    others = [row for place, row in enumerate(tokens) if place not in FIRST_SLICES]
+    words = (
+        "Patch tokens of slices: their first three principal components as red, green and blue, over the body alone and fitted "
+        f"over all slices together; slices of {PCA_SIDE_PX} px in the {window_text()}."
+    )
+    told = html.join(_story(summary), html.table(("where to go on", "command"), _next_commands(out)))
     sections = [
-        html.Section("Result", html.table(("", ""), _rows(summary))),
-        html.Section("Slices kept", _slice_pictures(Corpus(out / "corpus"))),
-        html.Section("Training", _loss_charts(out / "run")),
-        html.Section("Patch tokens before and after", _pca_pictures(out)),
+        html.Section("What was learnt", html.columns(told, html.join(*first, html.text(words)))),
         html.Section("Predictions on held-out cases", _overlays(out / "results")),
+        html.Section("Patch tokens of other slices", html.columns(*others)),
+        html.Section("Training", _loss_charts(out / "run")),
+        html.Section("Slices kept", _slice_pictures(Corpus(out / "corpus"))),
+        html.Section("All numbers", html.table(("", ""), _rows(summary))),
         html.Section("Commands", html.table(("",), [(command,) for command in commands])),
     ]
     lead = "Curation, three-stage pretraining, export and segmentation of one small run."
     write_text(out / "report.html", html.page("MedDINO demo", lead, sections, footer="Made by meddino-demo."))
+
+
+def _story(summary: Summary) -> Markup:
+    """Say what was learnt from what, and how much better it is than the same network with random weights."""
+    minutes = sum(summary.seconds.values()) / 60
+    learnt = (
+        f"A network of {summary.parameters / 1e6:.1f} million parameters learnt from {summary.slices_kept:,} slices of "
+        f"{summary.volumes.get('accepted', 0)} volumes, without labels; the whole way took {minutes:.0f} minutes. It was then "
+        "frozen and read on patients that it had not seen:"
+    )
+    rows = []
+    for name, title in FEATURES.items():
+        scores = [
+            None if score is None else f"{score[0]:.3f} ± {score[1]:.3f}"
+            for score in (summary.probe.get(name), summary.dice.get(name))
+        ]
+        if scores != [None, None]:
+            rows.append((title, *scores))
+    header = ("read from", "macro-F1 of patches", "Dice of a linear head")
+    meaning = (
+        "Macro-F1: labels of patches, learnt from 16 labelled slices, mean ± SD over draws of them. Dice: mean ± SD over "
+        f"{summary.seeds} seeds of the head. A demo has too few patients to say how sure either is: docs/worth.md has more."
+    )
+    return html.join(html.text(learnt), html.table(header, rows, dash="not measured"), html.text(meaning))
+
+
+def _next_commands(out: Path) -> list[tuple[str, str]]:
+    corpus, model = shlex.quote(str(out / "corpus")), shlex.quote(str(out / "model"))
+    return [
+        ("your own scans", "meddino-demo --data MY_SCANS --out my_demo"),
+        ("an evening of training", f"meddino-pretrain cpu_small --corpus {corpus} --out evening"),
+        ("your own labels", f"meddino-eval segment --config minutes --model {model} --data MY_DATASET --out results"),
+        ("your own code", f'meddino.load("{out / "model"}").encode_volume("ct.nii.gz")'),
+    ]
 
 
 def _chosen_slices(corpus: Corpus, count: int) -> list[int]:
@@ -174,7 +229,8 @@ def _loss_terms(record: Mapping[str, Any]) -> list[str]:
     return names[: next((place for place, name in enumerate(names) if "/" in name), len(names))]
 
 
-def _pca_pictures(out: Path) -> Markup:
+def _pca_rows(out: Path) -> list[Markup]:
+    """Return a row of pictures for each chosen slice: the slice, its patch tokens with random weights and of the export."""
     corpus = Corpus(out / "corpus")
     models = {"random weights": load(f"random:{out / 'model'}"), "exported model": load(out / "model")}
     images = [_square(corpus.read(row)) for row in _chosen_slices(corpus, PCA_SLICES)]
@@ -184,11 +240,7 @@ def _pca_pictures(out: Path) -> Markup:
         body = [share_of_patch(is_foreground(image, "ct"), model.patch_size) >= 0.5 for image in images]
         for column, picture in zip(columns, patch_pca_images(maps, model.patch_size, body), strict=True):
             column.append((png(picture), title))
-    words = (
-        "First three principal components of the patch tokens after the last block as red, green and blue, over the body "
-        f"alone and fitted over all slices together; slices of {PCA_SIDE_PX} px in the {window_text()}."
-    )
-    return html.join(html.text(words), html.columns(*(html.picture_row(column) for column in columns)))
+    return [html.picture_row(column) for column in columns]
 
 
 @torch.inference_mode()

@@ -40,7 +40,9 @@ _PROBE = """<script>window.addEventListener("load", () => setTimeout(() => {
   const columns = [...document.querySelectorAll(".columns")].map(one =>
     getComputedStyle(one).gridTemplateColumns.split(" ").length);
   parent.found(window.innerWidth, {page: document.documentElement.scrollWidth, window: window.innerWidth,
-    pictures, rows, columns, empty: [...document.querySelectorAll("figure, section")].filter(one => !one.textContent.trim()
+    pictures, rows, columns, cut: [...document.querySelectorAll(".columns .scroll")].filter(one =>
+      one.scrollWidth > one.clientWidth + 1).map(one => one.textContent.slice(0, 80)),
+    empty: [...document.querySelectorAll("figure, section")].filter(one => !one.textContent.trim()
       && !one.querySelector("img")).length});
 }, 200));</script></body>"""
 _OUTSIDE = """<!doctype html><title>waiting</title><script>const all = {}; function found(width, what) { all[width] = what;
@@ -80,5 +82,6 @@ def check_page(page: Path | str) -> dict:
             assert picture["right"] <= found["window"], f"runs over the edge: {picture}"
             assert picture["white"] < 0.7 or picture["coloured"] > 1e-4, f"an empty plot: {picture}"
         assert all(lines == 1 for lines in found["rows"]), "a case's pictures do not stand beside one another"
+    assert not wide["cut"], f"half a page is too narrow for a table: {wide['cut']}"
     assert set(wide["columns"]) <= {2} and set(narrow["columns"]) <= {1}
     return wide

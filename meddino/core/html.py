@@ -194,7 +194,7 @@ def _cell(value: Cell) -> Markup:
     if value is None:
         return Markup('<td class="number">–</td>')
     if isinstance(value, bool) or not isinstance(value, int | float):
-        short = not isinstance(value, Markup) and len(str(value)) <= UNBROKEN_CHARACTERS
+        short = len(value.striptags() if isinstance(value, Markup) else str(value)) <= UNBROKEN_CHARACTERS
         return Markup("<td{}>{}</td>").format(Markup(' class="short"') if short else "", value)
     return Markup('<td class="number">{}</td>').format(f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 NAMED_CASES = 40  # with more cases in a plot their names could not be read
+MOST_INSIDE = 3  # with more series than these a legend inside the axes hides some
 GAP_PX = 4  # white, between panels
 _SAME = 1e-9  # relative: closer values are one value
 
@@ -77,6 +78,8 @@ def line_chart(
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, linewidth=1.4, marker="o" if len(x) <= 12 else None, markersize=6 if len(x) == 1 else 3.5)
     lines = _name_marks(axes, marks or {})
+    if levels:
+        axes.margins(y=0.12)  # room above the topmost for its name
     for name, height in (levels or {}).items():
         axes.axhline(height, color="0.6", linewidth=0.8, linestyle="--")
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (-3, 2), "textcoords": "offset points"}
@@ -90,7 +93,9 @@ def line_chart(
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_title(title, fontsize=10, pad=6 + 8 * lines)
     axes.grid(alpha=0.25)
-    if len(series) > 1:
+    if len(series) > MOST_INSIDE:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif len(series) > 1:
         axes.legend(fontsize=7, frameon=False)
     return drawing
 

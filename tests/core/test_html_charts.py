@@ -101,6 +101,10 @@ def test_page__two_columns_pictures_in_a_row_and_nothing_over_the_edge():
     ("part", "message"),
     [
         (lambda: html.figure(html_charts.new_figure(4, 3)[0], "empty"), "an empty plot"),
+        (
+            lambda: html.columns(html.text("a"), html.table(["a"] * 30, [["value of some length"] * 30])),
+            "half a page is too narrow",
+        ),
         (lambda: re.sub("max-width: 110ch; overflow-wrap: anywhere", "", html.text("w" * 400)), "over the edge"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from meddino.core.html import Section, columns, join, page, table, text
+from meddino.core.html import Section, join, page, table, text
 from meddino.core.html_charts import chart
 from meddino.data.audits import kind_clauses, lists_text
 from meddino.data.intensity import window_text
@@ -176,7 +176,7 @@ def _distributions(config: CurationConfig, rows: Rows, work: Pictures) -> Markup
     drawn = chart(histograms, "Share of the kept pixels by HU, by set", "HU", "share", log_y=True)
     ranges_note = text("Least, median and most of the kept volumes, as they were read.")
     said = drawn or text("No CT was kept: there are no Hounsfield units to count.")
-    return columns(said, join(ranges_note, table(header, spacings)))
+    return join(said, ranges_note, table(header, spacings))
 
 
 def _licences(config: CurationConfig) -> Markup:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from meddino.core.files import write_text
-from meddino.core.html import Section, columns, figure, join, page, table, text
+from meddino.core.html import Section, figure, join, page, table, text
 from meddino.core.html_charts import chart, in_columns
 from meddino.data.intensity import MEMBERS
 from meddino_pretrain.config import PretrainConfig
@@ -124,7 +124,7 @@ def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, ter
     if good:
         rows = [(term, good[0][term], good[-1][term]) for term in ("loss", *terms.losses) if term in good[0]]
         ends = table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows)
-        parts += [columns(ends, _features(records)), in_columns(stage_charts(good, terms))]
+        parts += [ends, in_columns(stage_charts(good, terms)), _features(records)]
         if history.every > 1:
             parts.append(text(f"Curves show every {history.every}th step, all probes, and the newest steps."))
     return join(*parts)
@@ -231,10 +231,11 @@ def stage_charts(records: Records, terms: Terms) -> list[Markup]:
         terms: What the method records.
     """
     present = {name for record in records for name in record}
-    losses = {name: name for name in ("loss", *terms.losses) if name in present}
+    losses = [name for name in ("loss", *terms.losses) if name in present]
     norms = {name: name.removeprefix("grad_norm/") for name in sorted(present) if name.startswith("grad_norm/")}
     charts = [
-        chart(_series(records, losses), "loss terms", "step", "loss"),
+        # A chart each: on one axis the fall of every term is lost in the differences between them.
+        *(chart(_series(records, {name: name}), name, "step", name) for name in losses),
         chart(_series(records, norms), "gradient norm before clipping", "step", "L2 norm", log_y=True),
     ]
     charts += [

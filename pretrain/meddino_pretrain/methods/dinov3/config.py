@@ -204,7 +204,7 @@ class DINOv3Config(MethodConfig):
                     "entropy of the targets; at ln K they say nothing",
                     "nats",
                     {"teacher_entropy": "entropy"},
-                    {f"ln K = {ln_k:.3f}": ln_k},
+                    {"ln K": ln_k},
                 ),
                 Chart("EMA momentum of the teacher", "ema_momentum", {"ema_momentum": "ema_momentum"}),
                 Chart("temperature of the targets", "teacher_temperature", {"teacher_temperature": "teacher_temperature"}),
