@@ -179,6 +179,8 @@ def _dicom(path: Path) -> Picture:
         if colours is None:
             raise VolumeError(f"image {path}: its pixels cannot be read (truncated, damaged or an unknown compression)")
         return Picture(colours.values.transpose(0, 3, 1, 2), (0.0, colours.white), text(dataset, "Modality"))
+    if "FloatPixelData" in dataset:
+        raise VolumeError(f"image {path} holds floating point values; a picture has whole numbers of brightness")
     frames = open_frames(path)
     stored = [None if frames is None else frames[index] for index in range(count)]
     if any(frame is None or frame.shape != (rows, cols) for frame in stored):

@@ -265,3 +265,10 @@ def test_dicom_picture__without_a_rescale_values_are_as_stored(tmp_path):
     found = read_picture(tmp_path / "a.dcm")
     assert not found.note
     np.testing.assert_array_equal(found.values[0, 0], WIDE % 1500 + 1024)  # what ct_slice stores
+
+
+def test_dicom_picture__floating_point_pixels_are_refused_as_such(tmp_path):
+    item = ct_slice(WIDE, 0.0, PixelData=None, FloatPixelData=WIDE.astype("<f4").tobytes())
+    item.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    with pytest.raises(VolumeError, match="holds floating point values"):
+        read_picture(tmp_path / "a.dcm")
