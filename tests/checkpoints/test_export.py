@@ -185,6 +185,22 @@ def test_export__wrong_input_is_one_line_and_exit_2(make_checkpoint, tmp_path, c
     assert not (tmp_path / "m").exists() and (tmp_path / "mine/thesis.txt").exists()
 
 
+def test_export__replaces_an_export_of_ours_alone(make_checkpoint, tmp_path, caplog):
+    checkpoint, ours, theirs = make_checkpoint(), tmp_path / "ours", tmp_path / "theirs"
+    export_model(checkpoint, ours, heads=True)
+    export_model(checkpoint, ours)
+    assert "heads.safetensors of the export before is not written again" in caplog.text
+    (ours / "notes.txt").write_text("mine")
+    theirs.mkdir()
+    for name in ("model.safetensors", "config.json"):  # a folder as transformers writes it
+        (theirs / name).write_text("{}")
+    for folder, name in ((ours, "notes.txt"), (theirs, "config.json")):
+        before = sorted(folder.iterdir())
+        with pytest.raises(CheckpointError, match=rf"\({name}\) and will not be replaced"):
+            export_model(checkpoint, folder)
+        assert sorted(folder.iterdir()) == before
+
+
 def test_export__no_room(make_checkpoint, tmp_path, monkeypatch):
     checkpoint = make_checkpoint()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1})())

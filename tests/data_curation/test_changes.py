@@ -6,9 +6,12 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from meddino_data_curation.changes import revision
 from meddino_data_curation.cli import main
+from meddino_data_curation.corpus.verify import verify
 
 from meddino.data.corpus import Corpus
 from meddino.data.overlap import VOLUMES_FILE, content_key, volume_hashes
@@ -251,6 +254,21 @@ def test_merge__of_finished_corpora_holds_each_scan_once(corpus, tmp_path, capsy
     assert main(command) == 0
     assert tree(tmp_path / "both") == state
     assert "nothing to do" in capsys.readouterr().err
+
+
+def test_merge__a_corpus_and_its_own_grown_copy_hold_each_slice_once(corpus, tmp_path, capsys):
+    for name in ("", ".private"):
+        shutil.copytree(f"{corpus}{name}", tmp_path / f"copy{name}")
+    write_volume(tmp_path / "in" / "new.nii.gz", make_hu(40, SHAPE))
+    assert main(["add", str(tmp_path / "in"), "--to", str(tmp_path / "copy"), "--name", "second"]) == 0
+    assert main(["merge", str(corpus), str(tmp_path / "copy"), "--out", str(tmp_path / "both")]) == 0
+    assert "under one id and are taken once" in capsys.readouterr().err
+    both, grown = Corpus(tmp_path / "both"), Corpus(tmp_path / "copy")
+    assert sorted(both.slices.column("key").to_pylist()) == sorted(grown.slices.column("key").to_pylist())
+    assert main(["verify", str(tmp_path / "both")]) == 0
+    table = pq.read_table(tmp_path / "both" / "slices.parquet")
+    pq.write_table(pa.concat_tables([table, table.slice(0, 2)]), tmp_path / "both" / "slices.parquet")
+    assert "2 slices stand there more than once" in "\n".join(verify(tmp_path / "both"))
 
 
 def test_merge__of_another_salt_says_what_is_not_compared(corpus, tmp_path, capsys):

@@ -10,7 +10,7 @@ from meddino.core.config import check_config
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json
 from meddino.core.logging import get_logger
-from meddino_data_curation.changes.edition import Edition, read_edition
+from meddino_data_curation.changes.edition import Edition, SourceEntry, read_edition
 from meddino_data_curation.changes.lookup import find
 from meddino_data_curation.changes.revision import NextEdition, changing, write_next
 from meddino_data_curation.changes.tombstones import refused_by_tombstones
@@ -220,10 +220,13 @@ def _put_together(out: Path, editions: Sequence[Edition], rules: CurationConfig 
     history = [entry for edition in editions for entry in edition.corpus.info.get("history", [])]
     done = [{"what": what, "volumes": sum(row["edition"] > 0 for row in rows), "from": parent} for parent in parents]
     kept = {row["volume_id"] for row in rows if row["status"] == "accepted"}
+    entries: dict[str, SourceEntry] = {}
+    for entry in (entry for edition in editions for entry in edition.entries):
+        entries.setdefault(entry[0], entry)
     wanted = NextEdition(
         rows=rows,
         prints={name: value for name, value in prints.items() if name in kept},
-        entries=[entry for edition in editions for entry in edition.entries if entry[0] not in came_back],
+        entries=[entry for name, entry in entries.items() if name not in came_back],
         audits=audits,
         lists=lists,
         history=[*history, *done],
@@ -243,6 +246,8 @@ def _once(rows: Sequence[Row]) -> list[Row]:
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row["volume_id"], row)
+    if len(first) < len(rows):
+        _logger.info("%d volumes are in several of these corpora under one id and are taken once", len(rows) - len(first))
     return list(first.values())
 
 

@@ -198,7 +198,7 @@ def _common_config(editions: Sequence[Edition]) -> CurationConfig:
 
 def _write_shards(out: Path, target: Path, editions: Sequence[Edition], wanted: NextEdition) -> pa.Table:
     """Write the shards that change, and return slices.parquet; `wanted.notes` gets what corpus.json says of each."""
-    kept = {row["volume_id"]: row for row in wanted.rows if row["status"] == "accepted"}
+    waiting = {row["volume_id"] for row in wanted.rows if row["status"] == "accepted"}
     names = _FreeNames(out, editions)
     tables = []
     for edition in editions:
@@ -210,7 +210,7 @@ def _write_shards(out: Path, target: Path, editions: Sequence[Edition], wanted: 
             count = sum(1 for _ in group)
             part = slices.slice(start, count)
             start += count
-            mask = [volume_id in kept for volume_id in part.column("volume_id").to_pylist()]
+            mask = [volume_id in waiting for volume_id in part.column("volume_id").to_pylist()]
             if not any(mask):
                 continue
             note = corpus.info["shards"][shard]
@@ -227,6 +227,8 @@ def _write_shards(out: Path, target: Path, editions: Sequence[Edition], wanted: 
             part = _with(part, "shard", [name] * part.num_rows)
             wanted.notes[name] = {**said, "volumes": sorted(set(part.column("volume_id").to_pylist()))}
             tables.append(part.cast(SLICES_SCHEMA))
+        # A volume that several editions hold under one id is written once, of the first of them.
+        waiting -= set(pc.unique(slices.column("volume_id")).to_pylist())
     return pa.concat_tables(tables)
 
 

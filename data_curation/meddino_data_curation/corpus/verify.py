@@ -1,4 +1,4 @@
-"""`meddino-curate verify`: is every byte of a corpus still what was written?"""
+"""`meddino-curate verify`: is every byte of a corpus still what was written, and every slice there once?"""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from meddino_data_curation.progress import progress
 
 
 def verify(root: Path | str) -> list[str]:
-    """Recompute every checksum of a corpus.
+    """Recompute every checksum of a corpus, and look for slices that are there twice.
 
     Args:
         root: The corpus, or its URL; of a URL every byte is fetched once and none is kept.
@@ -38,6 +38,9 @@ def verify(root: Path | str) -> list[str]:
     problems += [f"shards/{name}: is not in corpus.json" for name in strange]
     if not problems and corpus_hash(hashes) != corpus.content_hash:
         problems.append("corpus.json: content_hash differs from that of its shards")
+    keys = corpus.slices.column("key").to_pylist()
+    if repeated := len(keys) - len(set(keys)):
+        problems.append(f"slices.parquet: {repeated} slices stand there more than once; build or merge the corpus again")
     damaged = {problem.split(":")[0].removeprefix("shards/") for problem in problems if problem.startswith("shards/")}
     for index in range(len(corpus)):
         if corpus.slices.column("shard")[index].as_py() in damaged & set(hashes):

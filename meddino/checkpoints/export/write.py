@@ -16,10 +16,12 @@ from meddino.checkpoints.export.model import Model, assemble, load
 from meddino.checkpoints.export.model_card import model_card
 from meddino.checkpoints.export.model_folder import (
     CARD_FILE,
+    CONFIG_FILE,
     WEIGHTS_FILE,
     FileRecord,
     ModelConfig,
     WeightsRecord,
+    is_model_folder,
     meddino_version,
     parameter_count,
     write_config,
@@ -75,7 +77,7 @@ def export_model(
     unknown = [name for name in formats if name != "safetensors" and name not in FORMATS]
     if unknown:
         raise CheckpointError(f"unknown export formats {unknown}; allowed: {', '.join(['safetensors', *FORMATS])}")
-    _refuse_foreign_folder(out)
+    _check_replaced(out, formats, heads)
     found = _in_dtype(read_source(source, stage, role), dtype)
     if heads and not found.heads:
         raise CheckpointError(f"{source} holds no heads to export; leave --heads away")
@@ -177,10 +179,18 @@ def _command(
     return " ".join([*words, *(["--heads"] if heads else [])])
 
 
-def _refuse_foreign_folder(out: Path) -> None:
+def _check_replaced(out: Path, formats: Sequence[str], heads: bool) -> None:
+    """Refuse a folder that holds more than an export of ours, and tell what of an earlier export is not written again."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; give a folder's name for the export")
-    if out.is_dir() and any(out.iterdir()) and not (out / WEIGHTS_FILE).is_file():
+    held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    own = {WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, VOLUMES_FILE, HEADS_FILE, *FORMATS}
+    others = [name for name in held if name not in own] if is_model_folder(out) else held
+    if others:
         raise CheckpointError(
-            f"{out} holds other things than an exported model and will not be replaced; choose another folder"
+            f"{out} holds other things than an exported model ({others[0]}) and will not be replaced; choose another folder"
         )
+    lost = [name for name in held if name in FORMATS and name not in formats]
+    lost += [HEADS_FILE] if HEADS_FILE in held and not heads else []
+    if lost:
+        _log.warning("%s is replaced whole: %s of the export before is not written again", out, ", ".join(lost))
