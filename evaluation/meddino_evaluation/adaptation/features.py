@@ -23,7 +23,7 @@ from meddino.data.intensity import Modality
 from meddino_evaluation.adaptation.config import FeaturesConfig
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import DatasetConfig
-from meddino_evaluation.classification.images import SliceStack, read_slices
+from meddino_evaluation.classification.images import ReadingNotes, SliceStack, read_slices
 from meddino_evaluation.data.case import ClassCase
 from meddino_evaluation.data.prepare import stored_slice
 
@@ -179,6 +179,7 @@ class FeatureExtractor:
         slice_hashes: Of each case that was read, the content hash of every slice.
         content_hashes: Of each case that was read, the content hash of its voxels and of each slice, as in a corpus's
             manifests.
+        notes: What was assumed or left out when cases were read.
     """
 
     def __init__(self, backbone: Backbone, transform: Transform, config: FeaturesConfig, cache: Path, machine: Machine) -> None:
@@ -192,6 +193,7 @@ class FeatureExtractor:
         self.computed = 0
         self.slice_hashes: dict[str, tuple[str, ...]] = {}
         self.content_hashes: dict[str, tuple[str, ...]] = {}
+        self.notes = ReadingNotes()
 
     def __call__(self, cases: Sequence[ClassCase]) -> FeatureTable:
         """Return the features of some cases.
@@ -206,6 +208,7 @@ class FeatureExtractor:
         waiting: list[_Waiting] = []
         for case in cases:
             stack = read_case(case, self.transform)
+            self.notes.add(case.name, stack)
             self.slice_hashes[case.name] = slice_hashes(stack)
             self.content_hashes[case.name] = corpus_hashes(stack)
             key = hashlib.sha256("".join(self.slice_hashes[case.name]).encode()).hexdigest()

@@ -98,7 +98,10 @@ def evaluate(
         digests |= contents
     extractor.check_frozen()
     content = _content(dataset, config, extractor, runs, leakage)
-    content |= {"splits": [split.origin for split in splits], "notes": notes}
+    read_notes = extractor.notes.lines()
+    for note in read_notes:
+        _log.warning("data set %s: %s", dataset.config.name, note)
+    content |= {"splits": [split.origin for split in splits], "notes": [*notes, *read_notes]}
     content["data"]["hash"] = data_hash(dataset, digests)
     write_per_case(out / "per_case.csv", dataset.config.classes, dataset.kind, runs)
     write_metrics(out / "metrics.json", content)

@@ -18,6 +18,8 @@ from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
 from meddino.volumes.read import FoundSeries, find_series, read_volume
 
+MOST_NOTES = 20  # lines in a report; some name numbers of their own volume
+
 
 @dataclass(frozen=True)
 class SliceStack:
@@ -29,6 +31,7 @@ class SliceStack:
         low: Value that becomes 0.
         high: Value that becomes 1.
         modality: DICOM's code where the file says it, else "".
+        notes: What was assumed or left out when the file was read.
     """
 
     values: NDArray[Any]
@@ -36,6 +39,7 @@ class SliceStack:
     low: float = 0.0
     high: float = 1.0
     modality: str = ""
+    notes: tuple[str, ...] = ()
 
     def tensor(self, start: int, stop: int) -> Tensor:
         """Return slices [n, C, H, W] as float32: Hounsfield units, or brightness in [0, 1]."""
@@ -81,10 +85,28 @@ def _read(path: Path, key: str, modality: Modality) -> SliceStack:
         volume = read_volume(path)
         turned = turn_to_lps(volume.geometry).apply(volume.voxels)[:, None]
         if volume.modality == "CT":
-            return SliceStack(turned, "hu", modality="CT")
-        return replace(_stack(Picture(turned), modality), modality=volume.modality)
+            return SliceStack(turned, "hu", modality="CT", notes=volume.notes)
+        return replace(_stack(Picture(turned), modality), modality=volume.modality, notes=volume.notes)
     picture = read_picture(path, key)
-    return replace(_stack(picture, modality), modality=picture.modality)
+    return replace(_stack(picture, modality), modality=picture.modality, notes=(picture.note,) if picture.note else ())
+
+
+class ReadingNotes:
+    """What was assumed or left out when images were read: each thing once, with how many images it is true of."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+
+    def add(self, name: str, stack: SliceStack) -> None:
+        """Take up what is to be told of an image; the same image again counts once."""
+        for note in stack.notes:
+            self._names.setdefault(note, set()).add(name)
+
+    def lines(self) -> list[str]:
+        """Return a line for each thing, what is true of most images first, of the rare ones how many there are."""
+        order = sorted(self._names, key=lambda note: (-len(self._names[note]), note))
+        lines = [f"{len(self._names[note])} images, {min(self._names[note])} the first: {note}" for note in order[:MOST_NOTES]]
+        return [*lines, *([f"{len(order) - MOST_NOTES} more notes of reading"] if len(order) > MOST_NOTES else [])]
 
 
 def _series(path: Path) -> list[FoundSeries]:

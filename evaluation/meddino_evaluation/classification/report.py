@@ -204,7 +204,7 @@ def _page(content: dict[str, Any], table: Table, compact: Table, drawn: dict[str
         ),
         html.Section(
             "AUROC of each class",
-            html.columns(html.table(header, classes, "a test part held only one kind of the class"), *shown("roc")),
+            html.join(html.table(header, classes, "a test part held only one kind of the class"), html.columns(*shown("roc"))),
         ),
         html.Section("Cases and calibration", html.columns(_every_case(runs), *shown("calibration"))),
         *([html.Section("Confusion", html.columns(*shown("confusion")))] if data["task"] != "multilabel" else []),

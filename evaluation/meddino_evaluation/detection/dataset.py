@@ -18,7 +18,7 @@ from meddino.data.intensity import Modality
 from meddino_evaluation.adaptation.features import corpus_hashes, slice_hashes
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import SplitName
-from meddino_evaluation.classification.images import SliceStack, read_slices
+from meddino_evaluation.classification.images import ReadingNotes, SliceStack, read_slices
 from meddino_evaluation.classification.recognise import kind_of_file
 from meddino_evaluation.detection.config import DataConfig
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
@@ -150,6 +150,12 @@ def _opened(name: str, layout: BoxLayout, root: Path, declared: Sequence[str], c
             f"data set {name}: no box of class {', '.join(absent) or 'any kind'} occurs; leave it out: "
             f"data.classes=[{','.join(occurring)}]"
         )
+    with_boxes = [case for case in cases if len(case.boxes)]
+    if with_boxes and all(case.boxes.max() <= 1 for case in with_boxes):
+        raise ConfigError(
+            f"data set {name}: every box lies between 0 and 1, such as {with_boxes[0].where[0]}: "
+            f"{with_boxes[0].boxes[0].tolist()}; boxes are in pixels: multiply x by the width and y by the height"
+        )
     notes = []
     if strange:
         notes.append(f"boxes of the classes {', '.join(strange)} are left out, as data.classes says")
@@ -210,12 +216,14 @@ class Pictures:
     Attributes:
         cut: Images with boxes that stood out by up to a pixel, and were cut.
         contents: Of each image that was checked, its content hashes as in a corpus's manifests.
+        notes: What was assumed or left out when images were read.
     """
 
     def __init__(self, backbone: Backbone, dataset: DetectionSet, config: DataConfig) -> None:
         self.contract, self.dataset, self.config = backbone.contract, dataset, config
         self.cut: set[str] = set()
         self.contents: dict[str, tuple[str, ...]] = {}
+        self.notes = ReadingNotes()
         self._kinds: dict[str, list[str]] = defaultdict(list)
         self._kept: dict[str, Sample] = {}
         self._bytes = 0
@@ -234,6 +242,7 @@ class Pictures:
             except VolumeError as error:
                 unreadable.append(str(error))
                 continue
+            self.notes.add(case.name, stack)
             hashes[case.name] = slice_hashes(stack)[0]
             self.contents[case.name] = corpus_hashes(stack)
             self._kinds[stack.modality or {"hu": "CT values", "unit": "brightness"}[stack.kind]].append(case.name)
@@ -242,8 +251,10 @@ class Pictures:
             more = f" (and {len(unreadable) - _FEW} more)" if len(unreadable) > _FEW else ""
             raise VolumeError(f"{len(unreadable)} images cannot be used: {'; '.join(unreadable[:_FEW])}{more}")
         if outside:
+            read = "".join(f"; {note}" for note in self.notes.lines())
             raise ConfigError(
-                f"{len(outside)} boxes lie outside their pictures (left, top, right, lower edge): {'; '.join(outside[:_FEW])}"
+                f"{len(outside)} boxes lie outside their pictures (left, top, right, lower edge): "
+                f"{'; '.join(outside[:_FEW])}{read}"
             )
         if len(self._kinds) > 1:
             found = "; ".join(f"{kind}: {len(names)} images such as {names[0]}" for kind, names in sorted(self._kinds.items()))

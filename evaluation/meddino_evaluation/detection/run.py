@@ -186,6 +186,7 @@ def _notes(
         notes.append(
             f"{len(pictures.cut)} images have boxes that stood out by up to a pixel, and were cut: {sorted(pictures.cut)[:3]}"
         )
+    notes += pictures.notes.lines()
     if not leakage.known:
         notes.append("not compared with a pretraining corpus: give split.corpus, or an export with its list of volumes")
     for note in notes:

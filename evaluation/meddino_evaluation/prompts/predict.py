@@ -68,8 +68,14 @@ def run_boxes(arguments: argparse.Namespace, fold: int, seed: int) -> str:
     overlay = arguments.out / f"{stem(path)}_overlay.png"
     refuse_overwriting([Input(stem(path), (path,))], [out, overlay])
     case = _opened(bundle, path)
-    prompts = [(z, Prompt(box=(a, b, c, d))) for z, (a, b, c, d) in (parse_prompt(one, 4, "--box") for one in arguments.box)]
-    prompts += [(z, Prompt(points=((x, y),))) for z, (x, y) in (parse_prompt(one, 2, "--point") for one in arguments.point)]
+    prompts = [
+        (z, Prompt(box=(a, b, c, d)))
+        for z, (a, b, c, d) in (parse_prompt(one, 4, "--box", case.num_slices) for one in arguments.box)
+    ]
+    prompts += [
+        (z, Prompt(points=((x, y),)))
+        for z, (x, y) in (parse_prompt(one, 2, "--point", case.num_slices) for one in arguments.point)
+    ]
     if not prompts:
         raise ConfigError(
             f"{arguments.results} was trained for prompts: give --box x0,y0,x1,y1 or --point x,y (slice:... in a volume)"
@@ -162,11 +168,11 @@ def check_inside(prompt: Prompt, z: int, case: PreparedCase) -> None:
         raise ConfigError(f"{case.name}: box {','.join(f'{one:g}' for one in prompt.box)} is empty; write x0,y0,x1,y1")
 
 
-def parse_prompt(text: str, count: int, option: str) -> tuple[int, list[float]]:
-    """Read `x0,y0,x1,y1` or `slice:x0,y0,x1,y1`.
+def parse_prompt(text: str, count: int, option: str, slices: int) -> tuple[int, list[float]]:
+    """Read `x0,y0,x1,y1`, or of a volume `slice:x0,y0,x1,y1`.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or does not say which of several slices.
     """
     found = _NUMBERS.fullmatch(text.replace(" ", ""))
     try:
@@ -176,6 +182,8 @@ def parse_prompt(text: str, count: int, option: str) -> tuple[int, list[float]]:
     if found is None or len(values) != count:
         what = "x0,y0,x1,y1" if count == 4 else "x,y"
         raise ConfigError(f"{option} {text}: write {what}, in a volume slice:{what}")
+    if found.group(1) is None and slices > 1:
+        raise ConfigError(f"{option} {text}: the volume has {slices} slices; write which, from 0, as slice:{text}")
     return int(found.group(1) or 0), values
 
 

@@ -3,7 +3,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
-from meddino_evaluation.classification.images import read_slices
+from meddino_evaluation.classification.images import ReadingNotes, read_slices
 from PIL import Image
 from pydicom.data import get_testdata_file
 
@@ -92,3 +92,15 @@ def test_read_slices__a_picture_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("meddino.volumes.pictures.MAX_PIXELS", 1000)
     with pytest.raises(VolumeError, match="at most 1000 pixels"):
         read_slices(str(tmp_path / "big.png"), "image")
+
+
+def test_reading_notes__each_thing_once_with_how_many_images(tmp_path):
+    pixels, turned = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)), Image.Exif()
+    turned[0x0112] = 3
+    notes = ReadingNotes()
+    for name in ("b", "a"):
+        pixels.save(tmp_path / f"{name}.jpg", exif=turned)
+        notes.add(name, read_slices(str(tmp_path / f"{name}.jpg"), "image"))
+    pixels.save(tmp_path / "c.png")
+    notes.add("c", read_slices(str(tmp_path / "c.png"), "image"))
+    assert notes.lines() == ["2 images, a the first: EXIF orientation 3 is not applied: pixels are taken as they are stored"]

@@ -175,3 +175,10 @@ def test_table__a_column_in_other_capitals_is_refused(tmp_path, column):
     (tmp_path / "boxes.csv").write_text(f"image,x1,y1,x2,y2,label,{column}\n0.png,1,1,2,2,a,train\n")
     with pytest.raises(ConfigError, match=rf"the column '{column}' would not be read; write it '{column.lower()}'"):
         read_boxes(BoxTableLayout(tables={"boxes.csv": None}), tmp_path)
+
+
+def test_open_detection__boxes_as_shares_of_the_picture_are_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "0.png")
+    write_table(tmp_path / "boxes.csv", rows((0.1, 0.2, 0.5, 1, "a")))
+    with pytest.raises(ConfigError, match=r"every box lies between 0 and 1.*boxes are in pixels"):
+        open_detection(str(tmp_path / "boxes.csv"), None, DataConfig())

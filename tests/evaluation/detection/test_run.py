@@ -20,7 +20,7 @@ from meddino_evaluation.detection.training import mirrored
 from PIL import Image
 
 from meddino.core.errors import ConfigError, MedDINOError, VolumeError
-from tests.evaluation.detection.conftest import QUICK, write_table
+from tests.evaluation.detection.conftest import QUICK, write_boxes, write_table
 
 
 def detect(data, out, *more, model="random:vitnano8"):
@@ -282,3 +282,16 @@ def test_lungdx__one_patient_is_overfitted_and_the_table_says_so(shared_data, tm
     assert content["overfit"]
     assert "no result" in content["notes"][0]
     assert "(overfit)" in Path(tmp_path / "out/results.md").read_text()
+
+
+def test_pictures__what_reading_left_out_is_told(tmp_path):
+    write_boxes(tmp_path)
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    with Image.open(tmp_path / "00.png") as picture:
+        picture.save(tmp_path / "00.png", exif=turned)
+    dataset = open_detection(str(tmp_path / "boxes.csv"), None, DataConfig())
+    pictures = Pictures(load_backbone("random:vitnano8"), dataset, DataConfig(image_size_px=64))
+    pictures.check(dataset.cases)
+    (line,) = pictures.notes.lines()
+    assert line.startswith("1 images, 00") and "EXIF orientation 3 is not applied" in line

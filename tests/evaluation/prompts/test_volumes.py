@@ -75,6 +75,8 @@ def test_run_task__points_in_volumes_from_training_to_a_mask_of_ones_own(tmp_pat
     image = tmp_path / "root/ct_train/ct_train_1001_image.nii.gz"
     words = ["predict", "--results", str(out), "--input", str(image), "--out", str(own)]
     assert main([*words, "--point", "1:20,20", "--point", "2:24,24", "--box", "2:10,10,20,20"]) == 0
+    assert main([*words, "--box", "10,10,20,20"]) == 2
+    assert "write which, from 0, as slice:10,10,20,20" in capsys.readouterr().err
     found, given = (sitk.ReadImage(str(path)) for path in (own / "ct_train_1001_image.nii.gz", image))
     assert found.GetSize() == given.GetSize() and found.GetSpacing() == given.GetSpacing()
     assert set(np.unique(sitk.GetArrayFromImage(found)[[0, 3]])) == {0}  # only slices that were prompted
