@@ -8,6 +8,7 @@ import torch
 
 from meddino.core.compilation import compile_functions, compile_modules, wants_compiling
 from meddino.core.device import Machine
+from meddino.core.errors import ConfigError
 from meddino.core.logging import get_logger
 from meddino.core.machine_config import MachineConfig
 from meddino.core.seeds import derive_seed
@@ -15,18 +16,39 @@ from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import rank, world_size
 from meddino.distributed.parallel import choose_parallel, replicate, shard
 from meddino.layers.attention import use_packed_kernel
-from meddino.models.registry import build_backbone
+from meddino.models.registry import backbone_config, build_backbone
 from meddino_pretrain.config import OptimizerConfig, PretrainConfig, StageConfig
 from meddino_pretrain.data.batches import Batch, to_model_input
 from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.data.loader import Loader, SampleMaker
 from meddino_pretrain.data.sampler import BatchShare, sample_order
+from meddino_pretrain.data.views import ViewSpec
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import Method, StageSetting, backbones_in, shapes_of
 from meddino_pretrain.monitoring.speed import SpeedMeter, parameter_counts
 from meddino_pretrain.optimizer import build_optimizer, parameter_rules
 
 logger = get_logger(__name__)
+
+
+def check_views(config: PretrainConfig) -> dict[str, ViewSpec]:
+    """Return every stage's views, whose sizes and channels the backbone can take.
+
+    Raises:
+        ConfigError: It cannot; the message names each size, or the channels.
+    """
+    name, channels, changes = config.backbone.name, config.input_contract.channels, config.backbone.changes
+    if (taken := backbone_config(name, **changes).in_chans) != channels:
+        raise ConfigError(
+            f"input_contract gives {channels} channels, backbone {name} takes {taken}: let the contract have {taken} (grey is "
+            f"repeated), or set backbone.changes.in_chans={channels}"
+        )
+    with torch.device("meta"):
+        multiple_px = build_backbone(config.backbone.name, **config.backbone.changes).multiple_px
+    specs = {name: method_class(stage.method).views(stage.method) for name, stage in config.stages.items()}
+    for name, spec in specs.items():
+        spec.check_sides(multiple_px, f"stages.{name}")
+    return specs
 
 
 def build_method(config: PretrainConfig, stage: StageConfig, seed: int, machine: Machine) -> Method:

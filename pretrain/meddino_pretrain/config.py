@@ -1,6 +1,7 @@
 """A pretraining recipe: everything a run depends on besides its corpus. Imports no torch: `show` and submission read it too."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,9 @@ from meddino_pretrain.methods.config import MethodConfig
 from meddino_pretrain.monitoring.config import DiagnosisConfig, MonitoringConfig, ProbeConfig
 from meddino_pretrain.run.config import CorpusConfig, InitConfig, SavingConfig
 from meddino_pretrain.schedules import ScheduleConfig
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Step = Annotated[int, Field(ge=1)]
 
 
 class BackboneConfig(StrictConfig):
@@ -27,7 +31,7 @@ class BackboneConfig(StrictConfig):
 class OptimizerConfig(StrictConfig):
     """AdamW and what surrounds it."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of AdamW's first and second moments; DINOv3: 0.9, 0.999."""
     clip_grad_norm: float = Field(3.0, gt=0)
     """Largest gradient norm of the backbone and of each head; DINOv3: 3.0."""
@@ -54,8 +58,13 @@ class StageConfig(StrictConfig):
     augment: AugmentConfig = AugmentConfig()
     method: MethodConfig
     """What is learnt, by `name`."""
-    snapshot_steps: tuple[int, ...] = ()
+    snapshot_steps: tuple[Step, ...] = ()
     """Steps after which the backbone is kept, for later stages to choose from."""
+
+    @property
+    def snapshots_beyond(self) -> list[int]:
+        """The snapshot steps that the stage is too short for, as where an override shortens it."""
+        return sorted(step for step in self.snapshot_steps if step > self.steps)
 
 
 class PretrainConfig(StrictConfig):
@@ -108,7 +117,7 @@ class PretrainConfig(StrictConfig):
             if kept.stage not in earlier:
                 raise ValueError(f"stages.{name}.method names the stage '{kept.stage}', which is none before it: {earlier}")
             steps = self.stages[kept.stage].steps
-            if kept.step is not None and kept.step > steps:
+            if kept.step is not None and not 1 <= kept.step <= steps:
                 raise ValueError(f"stages.{name}.method asks for step {kept.step} of {kept.stage}, which has {steps} steps")
         return self
 
@@ -126,8 +135,9 @@ class PretrainConfig(StrictConfig):
         """Return the steps of a stage after which its exported backbone is kept for later stages.
 
         Where a later stage chooses by measurement, the stage's end is among them: quality can only have fallen by then.
+        Steps beyond the end are not: an override may have shortened the stage.
         """
-        steps = set(self.stages[stage].snapshot_steps)
+        steps = set(self.stages[stage].snapshot_steps) - set(self.stages[stage].snapshots_beyond)
         for later in self.stages.values():
             kept = later.method.kept_backbone
             if kept is not None and kept.stage == stage:

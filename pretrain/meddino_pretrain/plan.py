@@ -16,7 +16,7 @@ from meddino.core.device import Machine
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import check_free_space
 from meddino.data.joined_corpus import open_corpora
-from meddino_pretrain.build import build_method
+from meddino_pretrain.build import build_method, check_views
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.data.sampler import BatchShare, sample_order
 from meddino_pretrain.data.views import View
@@ -365,6 +365,7 @@ def show_plan(
         MedDINOError: What the run itself would end with: wrong corpus or weights, no room in memory or on the disk.
     """
     config.check_stages(stages)
+    check_views(config)
     plans = plan_run(config, machine, stages)
     if any(config.stages[each.name].starts_from is None for each in plans):
         yield (
@@ -381,6 +382,9 @@ def show_plan(
         sample_order(found, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
         seen = sum(config.stages[each.name].global_batch * each.steps for each in plans)
         yield f"corpus: {len(found):,} slices, each is seen about {seen / len(found):,.0f} times"
+    for name, stage in ((each.name, config.stages[each.name]) for each in plans):
+        if stage.snapshots_beyond:
+            yield f"snapshots: {name} keeps none after {stage.snapshots_beyond}, which lie beyond its {stage.steps} steps"
     yield from plan_lines(plans, machine)
     try:
         _check_room(out, sum(each.disk_bytes for each in plans))

@@ -5,11 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from meddino.checkpoints.state.flat_state import OptimizerState
 from meddino.core.device import Machine, find_machine, use_cpu_threads
-from meddino.core.errors import ConfigError
 from meddino.core.files import check_free_space
 from meddino.core.logging import get_logger
 from meddino.core.seeds import derive_seed
@@ -17,13 +14,18 @@ from meddino.data.corpus import Corpus
 from meddino.data.joined_corpus import open_corpora
 from meddino.distributed.collectives import barrier, is_main, world_size
 from meddino.distributed.process_group import check_one_process_a_gpu, start_distributed
-from meddino.models.registry import backbone_config, build_backbone
-from meddino_pretrain.build import build_loader, build_method, build_speed_meter, build_stage_optimizer, spread_method, steps_of
+from meddino_pretrain.build import (
+    build_loader,
+    build_method,
+    build_speed_meter,
+    build_stage_optimizer,
+    check_views,
+    spread_method,
+    steps_of,
+)
 from meddino_pretrain.config import PretrainConfig, StageConfig
 from meddino_pretrain.data.corrupt_samples import CorruptSamples
 from meddino_pretrain.data.intensities import Intensities
-from meddino_pretrain.data.views import ViewSpec
-from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import Method, backbones_in
 from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
@@ -122,26 +124,6 @@ def run_pretraining(
                 report.write(finished=True)
 
 
-def check_views(config: PretrainConfig) -> dict[str, ViewSpec]:
-    """Return every stage's views, whose sizes and channels the backbone can take.
-
-    Raises:
-        ConfigError: It cannot; the message names each size, or the channels.
-    """
-    name, channels, changes = config.backbone.name, config.input_contract.channels, config.backbone.changes
-    if (taken := backbone_config(name, **changes).in_chans) != channels:
-        raise ConfigError(
-            f"input_contract gives {channels} channels, backbone {name} takes {taken}: let the contract have {taken} (grey is "
-            f"repeated), or set backbone.changes.in_chans={channels}"
-        )
-    with torch.device("meta"):
-        multiple_px = build_backbone(config.backbone.name, **config.backbone.changes).multiple_px
-    specs = {name: method_class(stage.method).views(stage.method) for name, stage in config.stages.items()}
-    for name, spec in specs.items():
-        spec.check_sides(multiple_px, f"stages.{name}")
-    return specs
-
-
 def run_stage(name: str, of: Surroundings) -> None:
     """Run one stage to its end; returns at once if it is there already, or is to be left out."""
     run, config, folder = of.run, of.run.config, of.run.stage_folder(name)
@@ -153,6 +135,8 @@ def run_stage(name: str, of: Surroundings) -> None:
     stage = _as_chosen(run, name)
     if stage is None:
         return
+    if stage.snapshots_beyond:
+        logger.info("%s: snapshot_steps %s lie beyond its %d steps and are not kept", name, stage.snapshots_beyond, stage.steps)
     corrupt = CorruptSamples(of.corpus.location, config.loader.max_corrupt, start.corrupt if start else corrupt_keys(begun))
     corrupt.check()
     guard = RunGuard(of.stop, corrupt, config.optimizer.max_bad_steps)

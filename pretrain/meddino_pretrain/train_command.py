@@ -90,8 +90,14 @@ def _plan(arguments: argparse.Namespace) -> None:
     from meddino.core.config import load_config
     from meddino_pretrain.config import PretrainConfig
     from meddino_pretrain.plan import named_machine, show_plan, this_machine
+    from meddino_pretrain.run.branch import find_branch
 
     config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
+    # With --corpus-comes other jobs run before this one, which may be the other run's.
+    if arguments.branch_from is not None and not arguments.corpus_comes:
+        point = find_branch(arguments.branch_from, arguments.out, config)
+        if point is not None:
+            write_line(f"branch: from {point.run}, {point.stage} after step {point.checkpoint.step}")
     machine = named_machine(arguments.machine) if arguments.machine else this_machine(config, arguments.processes)
     assumed = (arguments.corpus_comes, arguments.warn_disk)
     for line in show_plan(config, arguments.corpus, arguments.out, arguments.stage, machine, *assumed):

@@ -1,5 +1,6 @@
 """Which jobs a submission becomes: one, an array with its merge, or one for each stage; what the command says of it first."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -31,10 +32,18 @@ class Planned:
     waits: bool = False
 
 
+def job_name(*words: str) -> str:
+    """Return a job's name for squeue: of each word only letters, digits, dot, dash and underscore, with _ for the rest.
+
+    A folder may be called anything; sbatch reads its options line by line and knows no quote that goes over two.
+    """
+    return " ".join(re.sub(r"[^\w.-]+", "_", word) for word in words)
+
+
 def plan_one(site: SiteConfig, command: str, arguments: Sequence[str], jobs: str | None = None) -> list[Planned]:
     """Plan a single job that goes through all it has to do, restarting where it was: the usual way."""
     work = make_work(site, command, arguments, jobs)
-    return [Planned(f"{command} {work.out.name}", (work,))]
+    return [Planned(job_name(command, work.out.name), (work,))]
 
 
 def plan_stages(site: SiteConfig, arguments: Sequence[str]) -> list[Planned]:
@@ -45,7 +54,7 @@ def plan_stages(site: SiteConfig, arguments: Sequence[str]) -> list[Planned]:
     overrides = [word for word in arguments[1:] if "=" in word and not word.startswith("-")]
     for stage in ask_pretrain(["show", arguments[0], *overrides, "--stages"]).split():
         work = make_work(site, "pretrain", (*arguments, "--stage", stage))
-        planned.append(Planned(f"{stage} {work.out.name}", (work,), waits=bool(planned)))
+        planned.append(Planned(job_name(stage, work.out.name), (work,), waits=bool(planned)))
     return planned
 
 
@@ -69,8 +78,8 @@ def plan_parts(site: SiteConfig, command: str, arguments: Sequence[str], parts: 
     out = works[0].out
     # Without --part the same line does what no part has done, which is nothing but putting the parts together.
     merge = replace(make_work(site, command, arguments), key=f"{command}-merge")
-    merging = Planned(f"merge {out.name}", (merge,), waits=bool(open_))
-    return [Planned(f"{command} {out.name}", open_), merging] if open_ else [merging]
+    merging = Planned(job_name("merge", out.name), (merge,), waits=bool(open_))
+    return [Planned(job_name(command, out.name), open_), merging] if open_ else [merging]
 
 
 def has_ended_well(work: Work) -> bool:

@@ -124,8 +124,14 @@ def submit(
 
     Returns:
         The job id; for `show_only` a placeholder.
+
+    Raises:
+        MedDINOError: SLURM refuses the job, or would for the folder's path.
     """
     array = len(works) > 1
+    if executor == "slurm" and not str(works[0].folder).isprintable():
+        # sbatch reads its options line by line, and where the logs go is one of them.
+        raise MedDINOError(f"--out {str(works[0].out)!r} has a line break or another control character; give a path without")
     parameters = sbatch_parameters(site, works[0], name, dependency, array)
     if show_only:
         print_dry_run(works, executor, parameters)

@@ -113,3 +113,22 @@ def test_plan_command__what_a_run_wrote_before_needs_no_room_again(make_corpus_o
     with (tmp_path / "run" / "model.safetensors").open("wb") as file:
         file.truncate(2**34)
     assert main(words) == 0
+
+
+def test_plan_command__crops_that_the_backbone_cannot_take(make_corpus_once, tmp_path, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan"]
+    assert main([*words, "backbone.changes.patch_size=7"]) == 2
+    assert "not a multiple of the backbone's patch size 7" in capsys.readouterr().err
+
+
+def test_plan_command__says_which_snapshots_a_short_stage_does_not_keep(make_corpus_once, tmp_path, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan"]
+    assert main([*words, "stages.stage1_pretrain.snapshot_steps=[2,99]"]) == 0
+    assert "snapshots: stage1_pretrain keeps none after [99], which lie beyond its 6 steps" in capsys.readouterr().out
+
+
+def test_plan_command__with_another_run_to_branch_from(make_corpus_once, tmp_path, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan", "--branch-from", "nowhere"]
+    assert main(words) == 2
+    assert "neither a run's folder nor a checkpoint's" in capsys.readouterr().err
+    assert main([*words, "--corpus-comes"]) == 0  # the jobs before may be what makes it

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from meddino_pretrain.build import check_views
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.plan import KEPT, KEPT_CHECKPOINTED, PlannedMachine, plan_run
 from meddino_pretrain.run.initialization import read_init
-from meddino_pretrain.stages import check_views
 from pydantic import BaseModel
 
 from meddino.core.config import load_config, to_yaml
@@ -161,3 +161,34 @@ def test_recipes__what_a_run_writes_down_reads_back(path, tmp_path):
     config = load_config(PretrainConfig, [path])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_config(PretrainConfig, [tmp_path / "config.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["snapshot_steps=[3,-1]"], r"'stages\.stage1_pretrain\.snapshot_steps\.1' is -1: .*greater than or equal to 1"),
+        (["snapshot_steps=[0]"], r"snapshot_steps\.0' is 0"),
+        (["gram=0"], "asks for step 0 of stage1_pretrain, which has 30 steps"),
+        (["gram=-1"], "asks for step -1 of stage1_pretrain, which has 30 steps"),
+    ],
+)
+def test_recipes__a_snapshot_that_cannot_be_is_refused(overrides, words):
+    gram = "stages.stage2_gram.method.gram_teacher.step"
+    given = [text.replace("gram", gram) if "gram" in text else f"stages.stage1_pretrain.{text}" for text in overrides]
+    with pytest.raises(ConfigError, match=words):
+        load_config(PretrainConfig, ["smoke"], given, kind="pretrain")
+
+
+def test_recipes__a_shortened_stage_keeps_the_snapshots_that_it_reaches():
+    config = load_config(PretrainConfig, ["cpu_small"], ["stages.stage1_pretrain.steps=1200"], kind="pretrain")
+    assert config.snapshots("stage1_pretrain") == {500, 1000}
+    assert config.stages["stage1_pretrain"].snapshots_beyond == [1500, 2000, 2500, 3000]
+    given = ["stages.stage1_pretrain.snapshot_steps=[3,99]", "stages.stage2_gram.method.gram_teacher.step=auto"]
+    chosen = load_config(PretrainConfig, ["smoke"], given, kind="pretrain")
+    assert chosen.snapshots("stage1_pretrain") >= {3, 30} and 99 not in chosen.snapshots("stage1_pretrain")
+
+
+@pytest.mark.parametrize("betas", ["[0.9,1.0]", "[-0.1,0.9]"])
+def test_recipes__betas_that_adamw_refuses_are_named(betas):
+    with pytest.raises(ConfigError, match=r"'optimizer\.betas\.[01]' is (1\.0|-0\.1): "):
+        load_config(PretrainConfig, ["smoke"], [f"optimizer.betas={betas}"], kind="pretrain")

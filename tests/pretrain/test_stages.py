@@ -7,11 +7,14 @@ import pytest
 import torch
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.run.checkpoints import snapshot_folder
+from meddino_pretrain.run.folder import RunFolder
+from meddino_pretrain.run.initialization import resolve_start
 from meddino_pretrain.stages import run_pretraining
 
 from meddino.checkpoints.state.safetensors_storage import read_tensors
 from meddino.checkpoints.state.verify import latest_checkpoint
 from meddino.core.config import load_config
+from meddino.core.device import find_machine
 from meddino.core.errors import CheckpointError, ConfigError
 
 QUICK = ["stages.stage1_pretrain.steps=3", "stages.stage2_gram.steps=1", "stages.stage3_highres.steps=1"]
@@ -98,3 +101,15 @@ def test_stages__findings_and_pictures_reach_the_report(tiny, make_corpus_once, 
     assert ["features/patch_drift" in record for record in records] == [False, True, True]
     html = (run / "report.html").read_text()
     assert "heads not learning" in html and "After step 0, exported backbone" in html and "After step 3, exported" in html
+
+
+@pytest.mark.parametrize("step", ["3", "auto"])
+def test_stages__a_gram_teacher_that_somebody_deleted_is_named(tiny, make_corpus, tmp_path, step):
+    config = tiny("stages.stage2_gram.starts_from=null", f"stages.stage2_gram.method.gram_teacher.step={step}")
+    run = RunFolder(tmp_path / "run", config, "", {}, "")
+    there = snapshot_folder(run.stage_folder("stage1_pretrain"), 1)
+    there.mkdir(parents=True)
+    (there / "meta.json").write_text("{}")
+    said = r"stage1_pretrain kept after step 3; .*step-000000003 is missing \(steps that are there: 1\): put it back, or"
+    with pytest.raises(CheckpointError, match=said):
+        resolve_start(run, "stage2_gram", make_corpus(count=4), find_machine("cpu"))

@@ -209,3 +209,14 @@ def test_asking__wrong_words_are_refused(command, capsys):
         main(command)
     assert left.value.code == 2
     assert re.search(r"unrecognized arguments: b|--job is given twice|required: folder", capsys.readouterr().err)
+
+
+def test_dry_run__any_folder_gives_a_name_that_sbatch_reads(no_slurm, tmp_path):
+    out = tmp_path / "o'ut $HOME é-1.b_2"
+    text = submit("--cluster", "four_nodes_of_eight", "--dry-run", "pretrain", "smoke", "--corpus", "c", "--out", out)
+    assert directives(text)["job-name"] == "pretrain o_ut_HOME_é-1.b_2"
+
+
+def test_dry_run__a_folder_that_sbatch_cannot_be_told_is_refused(no_slurm, tmp_path):
+    words = ("--cluster", "four_nodes_of_eight", "--dry-run", "pretrain", "smoke", "--corpus", "c", "--out", tmp_path / "a\nb")
+    assert "a\\\\nb' has a line break or another control character" in repr(submit(*words, check=False))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from meddino.checkpoints.state.names import checkpoint_name, prune_checkpoints
+from meddino.checkpoints.state.names import META_FILE, checkpoint_name, list_checkpoints, prune_checkpoints
 from meddino.checkpoints.state.training_state import load_training_state, save_training_state
 from meddino.checkpoints.state.verify import Checkpoint, latest_checkpoint
 from meddino.distributed.collectives import is_main
@@ -97,6 +97,13 @@ class StageCheckpoints:
 def snapshot_folder(stage_folder: Path, step: int) -> Path:
     """Return where a stage keeps the backbone of a step."""
     return stage_folder / SNAPSHOTS / checkpoint_name(step)
+
+
+def kept_steps(stage_folder: Path) -> list[int]:
+    """Return the steps whose backbone a stage has kept, as far as names and the presence of their meta.json tell."""
+    return [
+        int(path.name.rsplit("-", 1)[1]) for path in list_checkpoints(stage_folder / SNAPSHOTS) if (path / META_FILE).is_file()
+    ]
 
 
 def corrupt_keys(checkpoint: Checkpoint | None) -> tuple[str, ...]:

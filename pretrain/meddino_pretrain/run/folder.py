@@ -88,10 +88,10 @@ class RunFolder:
         return self.resolve_stage(before) if before is not None and self.chosen_action(stage) == "skip" else stage
 
     def _info(self) -> dict[str, Any]:
-        return on_main(lambda: _read_info(self.folder))
+        return on_main(lambda: read_info(self.folder))
 
     def _update(self, change: Callable[[dict[str, Any]], None]) -> None:
-        info = _read_info(self.folder)
+        info = read_info(self.folder)
         change(info)
         write_json(self.folder / "run.json", info)
 
@@ -141,7 +141,7 @@ def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> s
     known = (folder / "run.json").is_file()
     if not known and any(path.name != ".lock" for path in folder.iterdir()):
         raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
-    info = {**fresh, **_read_info(folder)} if known else fresh
+    info = {**fresh, **read_info(folder)} if known else fresh
     begun = begun_stages(folder, _stages_of(folder)) if known else []
     if begun:
         if info["corpus_hash"] != corpus.content_hash:
@@ -183,7 +183,12 @@ def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list
     return changed
 
 
-def _read_info(folder: Path) -> dict[str, Any]:
+def read_info(folder: Path) -> dict[str, Any]:
+    """Return what a run's run.json says.
+
+    Raises:
+        MedDINOError: It is damaged, or another version's.
+    """
     path = folder / "run.json"
     try:
         info = dict(json.loads(path.read_text(encoding="utf-8")))

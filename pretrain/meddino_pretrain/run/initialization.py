@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from meddino.checkpoints.state.names import META_FILE
 from meddino.checkpoints.state.training_state import load_training_state
 from meddino.checkpoints.weights.load import BackboneWeights, load_backbone_weights
 from meddino.core.device import Machine
@@ -12,14 +13,14 @@ from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
 from meddino.distributed.collectives import on_main
 from meddino.models.registry import backbone_config, build_backbone
-from meddino_pretrain.config import PretrainConfig, StageConfig
+from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.base import KeptChoice, Method, backbones_in
 from meddino_pretrain.methods.config import KeptBackbone
 from meddino_pretrain.monitoring.feature_metrics import snapshot_scores
 from meddino_pretrain.monitoring.fixed_slices import fixed_slices
-from meddino_pretrain.run.checkpoints import corrupt_keys, last_checkpoint, snapshot_folder
+from meddino_pretrain.run.checkpoints import corrupt_keys, kept_steps, last_checkpoint, snapshot_folder
 from meddino_pretrain.run.config import InitConfig
 from meddino_pretrain.run.folder import RunFolder
 
@@ -91,9 +92,9 @@ def resolve_start(run: RunFolder, name: str, corpus: Corpus, machine: Machine) -
         return Initialization(weights, exported, None, None, message, corrupt_keys(before))
     choice, step = None, wanted_kept.step
     if step is None:
-        choice = _measure(run, stage, wanted_kept, corpus, machine)
+        choice = _measure(run, name, wanted_kept, corpus, machine)
         step = choice.step
-    kept = snapshot_folder(run.stage_folder(wanted_kept.stage), step)
+    kept = _kept_folder(run, name, wanted_kept.stage, step)
     message += f"; kept backbone of {wanted_kept.stage} after step {step}" + (f" ({choice.message})" if choice else "")
     return Initialization(weights, exported, kept, choice, message, corrupt_keys(before))
 
@@ -159,15 +160,38 @@ def load_init_weights(weights: BackboneWeights, heads: str, method: Method) -> N
     logger.info("heads: %s", f"{', '.join(sorted(taken))} from the file" if taken else "fresh")
 
 
-def _measure(run: RunFolder, stage: StageConfig, wanted: KeptBackbone, corpus: Corpus, machine: Machine) -> KeptChoice:
-    config, method = run.config, method_class(stage.method)
+def _kept_folder(run: RunFolder, name: str, kept_stage: str, step: int) -> Path:
+    """Return where the backbone lies that an earlier stage kept for a stage.
+
+    Raises:
+        CheckpointError: It is not there any more; the message says which are, and what to do.
+    """
+    folder = snapshot_folder(run.stage_folder(kept_stage), step)
+
+    def check() -> None:
+        if not (folder / META_FILE).is_file():
+            there = kept_steps(run.stage_folder(kept_stage))
+            raise CheckpointError(
+                f"{name} needs the backbone that {kept_stage} kept after step {step}; {folder} is missing (steps that are "
+                f"there: {', '.join(map(str, there)) or 'none'}): put it back, or begin another --out at a checkpoint of "
+                f"{kept_stage} from before that step (--branch-from), which keeps it again"
+            )
+
+    on_main(check)
+    return folder
+
+
+def _measure(run: RunFolder, name: str, wanted: KeptBackbone, corpus: Corpus, machine: Machine) -> KeptChoice:
+    config, stage = run.config, run.config.stages[name]
+    method = method_class(stage.method)
     earlier = config.stages[wanted.stage]
     size_px = method_class(earlier.method).views(earlier.method).main_px[0]
     fixed = fixed_slices(corpus, Intensities(config.contracts), wanted.slices, size_px)
     backbone = build_backbone(config.backbone.name, **config.backbone.changes).to(machine.device, machine.weight_dtype).eval()
     scores = {}
-    for step in sorted(config.snapshots(wanted.stage)):
-        load_training_state(snapshot_folder(run.stage_folder(wanted.stage), step), {"backbone": backbone})
+    folders = {step: _kept_folder(run, name, wanted.stage, step) for step in sorted(config.snapshots(wanted.stage))}
+    for step, folder in folders.items():
+        load_training_state(folder, {"backbone": backbone})
         scores[step] = snapshot_scores(backbone, fixed, machine)
     # One process decides for all: rounding must not let them differ.
     return on_main(lambda: method.choose_kept(stage.method, scores))
