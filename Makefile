@@ -21,8 +21,9 @@ lint: $(VENV)/installed-dev ## ruff, mypy, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Workers and the programs that tests start compile every module anew where the environment forbids to keep bytecode.
 unit: $(VENV)/installed-dev ## the test suite without what takes minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(PYTEST_FLAGS)
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/installed-dev ## the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow $(PYTEST_FLAGS)

@@ -1,5 +1,6 @@
 """Shared fixtures: the real data and the recorded numbers beside the checkout, where they exist."""
 
+import gc
 import os
 import signal
 import socket
@@ -8,22 +9,16 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import beartype
 import pytest
-from jaxtyping import install_import_hook
 
 from tests.processes import Started
+from tests.type_checks import check_types
 
 # Two torch processes with full thread pools slow each other many times over; tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Shapes and types of every signature are checked in tests, and cost nothing in training. An int may stand for a float, as mypy
-# has it; the hook takes its checker by a name in a module, so this one gets a name there.
-vars(beartype)["as_mypy"] = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
-install_import_hook(
-    ["meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm"],
-    "beartype.as_mypy",
-)
+# Shapes and types of every signature are checked in tests, and cost nothing in training.
+check_types("meddino", "meddino_pretrain", "meddino_data_curation", "meddino_evaluation", "meddino_slurm")
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHARED = PROJECT.parent / "shared"
@@ -33,6 +28,12 @@ def pytest_configure() -> None:
     """Hear the signals that `nohup` and a shell's `&` ignore: programs inherit that, and tests send them."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what all test modules hold out of the garbage collector's sight: to walk through it takes a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _shared(name: str) -> Path:

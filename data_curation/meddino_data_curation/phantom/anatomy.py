@@ -1,8 +1,11 @@
 """The organs, painted one over another: trunk, lungs, mediastinum, abdomen, skeleton, table."""
 
+import copy
+from collections.abc import Sequence
+
 import numpy as np
 
-from meddino_data_curation.phantom.canvas import Canvas, Field, Grid, Inside
+from meddino_data_curation.phantom.canvas import REACH, Canvas, Field, Grid, Inside
 from meddino_data_curation.phantom.patient import LABELS, Patient
 
 FAT_HU = -100.0
@@ -29,7 +32,7 @@ class Anatomy:
         self.patient, self.rng = patient, rng
         self.scanner = grid
         self.grid = grid = grid.deformed(rng, DEFORMATION_MM, 85.0, rng.normal(0, 4))
-        self.canvas = Canvas(grid)
+        self.canvas = Canvas.empty(grid)
         self.wobble = grid.smooth_noise(rng, 30.0) * np.float32(0.06)  # makes ellipsoids look grown
         self.texture = grid.smooth_noise(rng, 9.0)
         first, second = grid.smooth_noise(rng, 16.0), grid.smooth_noise(rng, 16.0)
@@ -38,6 +41,7 @@ class Anatomy:
         self.muscle = self._trunk(patient.fat_mm)
         self.cavity = self._trunk(patient.fat_mm + patient.muscle_mm)
         self.dome = self._diaphragm()
+        self.below: Inside = (grid.z < self.dome - DIAPHRAGM_MM) & (self.cavity < 0.97)
 
     def paint(self) -> Canvas:
         """Paint everything and return the canvas, still without blur and noise."""
@@ -57,6 +61,30 @@ class Anatomy:
         if self.patient.arms:
             self._arms()
         return self.canvas
+
+    def _near(self, centre_mm: Sequence[float], reach_mm: Sequence[float]) -> "Anatomy":
+        """Return the part within a distance along x, y, z of a place: painting there costs less and gives the same.
+
+        What is painted in it must not reach further; an ellipsoid reaches `REACH` times its largest radius.
+        """
+        box = self.grid.box(centre_mm, reach_mm)
+        part = copy.copy(self)
+        part.canvas = self.canvas.cut(box)
+        part.grid = part.canvas.grid
+        part.wobble, part.texture, part.vessel_distance, part.skin, part.muscle, part.cavity, part.dome, part.below = (
+            np.broadcast_to(field, self.grid.shape)[box]
+            for field in (
+                self.wobble,
+                self.texture,
+                self.vessel_distance,
+                self.skin,
+                self.muscle,
+                self.cavity,
+                self.dome,
+                self.below,
+            )
+        )
+        return part
 
     def _trunk(self, depth_mm: float) -> Field:
         """Normalised radius of the trunk's outline moved inwards by a depth; 1 on the outline."""
@@ -92,7 +120,6 @@ class Anatomy:
     def _bowel(self) -> None:
         patient, rng = self.patient, self.rng
         reach = patient.half_width_mm - patient.fat_mm - patient.muscle_mm
-        belly = (self.cavity < 0.97) & (self.grid.z < self.dome - 12)
         for _ in range(22):
             centre = (
                 rng.uniform(-0.85, 0.85) * reach,
@@ -100,12 +127,14 @@ class Anatomy:
                 rng.uniform(-190, -75),
             )
             radii = [float(radius) for radius in rng.uniform(11, 22, size=3) * (1.0, 1.0, 1.4)]
-            shape = self.grid.ellipsoid(centre, radii, (0, rng.uniform(-70, 70), 0)) + self.wobble
-            self.canvas.paint((shape < 1) & belly, 45.0)
+            part = self._near(centre, (REACH * max(radii),) * 3)
+            belly = (part.cavity < 0.97) & (part.grid.z < part.dome - 12)
+            shape = part.grid.ellipsoid(centre, radii, (0, rng.uniform(-70, 70), 0)) + part.wobble
+            part.canvas.paint((shape < 1) & belly, 45.0)
             content = rng.choice([12.0, 30.0, 60.0])
-            self.canvas.paint((shape < 0.72) & belly, content + 12 * self.texture)
+            part.canvas.paint((shape < 0.72) & belly, content + 12 * part.texture)
             if rng.uniform() < 0.4:
-                self.canvas.paint((shape < 0.72) & belly & (self.grid.y < centre[1] - 0.2 * radii[1]), GAS_HU)
+                part.canvas.paint((shape < 0.72) & belly & (part.grid.y < centre[1] - 0.2 * radii[1]), GAS_HU)
 
     def _lungs(self) -> None:
         patient, grid = self.patient, self.grid
@@ -119,25 +148,12 @@ class Anatomy:
 
     def _mediastinum(self) -> None:
         patient, grid, canvas = self.patient, self.grid, self.canvas
-        shift_x, shift_y, _ = patient.organ_shift_mm
         above = (grid.z > self.dome + DIAPHRAGM_MM) & (self.cavity < 0.98)
         middle = grid.ellipsoid((4, 2, 90), (33, 0.52 * patient.half_depth_mm, 160)) + self.wobble
         canvas.paint((middle < 1) & above, FAT_HU + 30 + 15 * self.texture)
-        scale = patient.heart_scale
-        heart = (
-            grid.ellipsoid((20 + shift_x, -20 + shift_y, 30), (60 * scale, 44 * scale, 52 * scale), (20, 28, 32)) + self.wobble
-        )
-        canvas.paint((heart < 1.14) & above, FAT_HU + 5)
-        muscle_hu = 45 + 0.35 * max(patient.blood_hu - 45, 0)
-        canvas.paint((heart < 1) & above, muscle_hu + 7 * self.texture, LABELS["heart"])
-        left = (
-            grid.ellipsoid((36 + shift_x, -14 + shift_y, 26), (30 * scale, 20 * scale, 27 * scale), (20, 28, 32)) + self.wobble
-        )
-        right = (
-            grid.ellipsoid((-6 + shift_x, -30 + shift_y, 34), (22 * scale, 22 * scale, 36 * scale), (0, 10, 20)) + self.wobble
-        )
-        chambers = ((left < 1) | (right < 1)) & (heart < 0.95) & above
-        canvas.paint(chambers, patient.blood_hu + 5 * self.texture, LABELS["heart"])
+        self._heart()
+        part = self._near((0, 0, 0), (70, np.inf, np.inf))
+        grid, canvas = part.grid, part.canvas
         trachea = grid.tube(0, 2 - 0.02 * (grid.z - 80), 8.5)
         canvas.paint((trachea < 1.5) & (grid.z > 82), 40.0)
         canvas.paint((trachea < 1) & (grid.z > 80), GAS_HU)
@@ -145,21 +161,35 @@ class Anatomy:
             bronchus = grid.tube(side * np.clip(1.1 * (88 - grid.z), 0, 60), 6.0, 6.5)
             canvas.paint((bronchus < 1) & (grid.z > 48) & (grid.z < 88), GAS_HU)
 
-    def _below_diaphragm(self) -> Inside:
-        below: Inside = (self.grid.z < self.dome - DIAPHRAGM_MM) & (self.cavity < 0.97)
-        return below
+    def _heart(self) -> None:
+        patient, scale = self.patient, self.patient.heart_scale
+        shift_x, shift_y, _ = patient.organ_shift_mm
+        centre, radii = (20 + shift_x, -20 + shift_y, 30), (60 * scale, 44 * scale, 52 * scale)
+        part = self._near(centre, (REACH * max(radii),) * 3)
+        above = (part.grid.z > part.dome + DIAPHRAGM_MM) & (part.cavity < 0.98)
+        heart = part.grid.ellipsoid(centre, radii, (20, 28, 32)) + part.wobble
+        part.canvas.paint((heart < 1.14) & above, FAT_HU + 5)
+        muscle_hu = 45 + 0.35 * max(patient.blood_hu - 45, 0)
+        part.canvas.paint((heart < 1) & above, muscle_hu + 7 * part.texture, LABELS["heart"])
+        left, right = (
+            part.grid.ellipsoid((x + shift_x, y + shift_y, z), [radius * scale for radius in radii], turn_deg) + part.wobble
+            for (x, y, z), radii, turn_deg in (
+                ((36, -14, 26), (30, 20, 27), (20, 28, 32)),
+                ((-6, -30, 34), (22, 22, 36), (0, 10, 20)),
+            )
+        )
+        chambers = ((left < 1) | (right < 1)) & (heart < 0.95) & above
+        part.canvas.paint(chambers, patient.blood_hu + 5 * part.texture, LABELS["heart"])
 
     def _stomach(self) -> None:
         half = self.patient.half_width_mm
-        stomach = (
-            self.grid.ellipsoid((0.32 * half, -0.28 * self.patient.half_depth_mm, -62), (38, 32, 52), (0, -18, 15))
-            + self.wobble
-        )
-        below = self._below_diaphragm()
-        self.canvas.paint((stomach < 1) & below, 48.0)
-        self.canvas.paint((stomach < 0.82) & below, 22 + 25 * self.texture)
-        gas = self.grid.y < -0.28 * self.patient.half_depth_mm - self.rng.uniform(2, 14)
-        self.canvas.paint((stomach < 0.82) & below & gas, GAS_HU)
+        centre, radii = (0.32 * half, -0.28 * self.patient.half_depth_mm, -62), (38, 32, 52)
+        part = self._near(centre, (REACH * max(radii),) * 3)
+        stomach = part.grid.ellipsoid(centre, radii, (0, -18, 15)) + part.wobble
+        part.canvas.paint((stomach < 1) & part.below, 48.0)
+        part.canvas.paint((stomach < 0.82) & part.below, 22 + 25 * part.texture)
+        gas = part.grid.y < -0.28 * self.patient.half_depth_mm - self.rng.uniform(2, 14)
+        part.canvas.paint((stomach < 0.82) & part.below & gas, GAS_HU)
 
     def _liver(self) -> None:
         patient, grid = self.patient, self.grid
@@ -170,40 +200,45 @@ class Anatomy:
             (0.46 * half * scale, 36 * scale, 40 * scale),
             (0, 12, 8),
         )
-        inside = (np.minimum(right, left) + self.wobble < 1) & self._below_diaphragm()
+        inside = (np.minimum(right, left) + self.wobble < 1) & self.below
         self.canvas.paint(inside, patient.liver_hu + 6 * self.texture, LABELS["liver"])
         vessel_hu = 40.0 if patient.blood_hu < 80 else patient.liver_hu + 0.3 * (patient.blood_hu - patient.liver_hu) + 25
         porta = np.sqrt(((grid.x + 0.3 * half) / 90) ** 2 + (grid.y / 80) ** 2 + ((grid.z + 50) / 80) ** 2)
         vessels = inside & (self.vessel_distance < 0.045 * np.clip(1.2 - porta, 0.0, 1.1))
         self.canvas.paint(vessels, vessel_hu, LABELS["liver"])
-        gallbladder = grid.ellipsoid((-0.28 * half, -0.42 * patient.half_depth_mm, -108 + shift_z), (13, 15, 26), (25, 0, 0))
-        self.canvas.paint((gallbladder < 1) & self._below_diaphragm(), 8.0)
+        centre, radii = (-0.28 * half, -0.42 * patient.half_depth_mm, -108 + shift_z), (13, 15, 26)
+        part = self._near(centre, (REACH * max(radii),) * 3)
+        part.canvas.paint((part.grid.ellipsoid(centre, radii, (25, 0, 0)) < 1) & part.below, 8.0)
 
     def _spleen(self) -> None:
         patient = self.patient
         scale, (_, shift_y, shift_z) = patient.spleen_scale, patient.organ_shift_mm
         centre = (0.60 * patient.half_width_mm, 0.30 * patient.half_depth_mm + shift_y, -62 + 0.5 * shift_z)
-        outer = self.grid.ellipsoid(centre, (34 * scale, 50 * scale, 54 * scale), (18, -8, 24))
-        hollow = self.grid.ellipsoid((centre[0] - 38, centre[1] - 26, centre[2]), (28, 32, 50))
-        inside = (outer + self.wobble < 1) & (hollow > 1) & self._below_diaphragm()
-        self.canvas.paint(inside, patient.spleen_hu + 5 * self.texture, LABELS["spleen"])
+        radii = (34 * scale, 50 * scale, 54 * scale)
+        part = self._near(centre, (REACH * max(radii),) * 3)
+        outer = part.grid.ellipsoid(centre, radii, (18, -8, 24))
+        hollow = part.grid.ellipsoid((centre[0] - 38, centre[1] - 26, centre[2]), (28, 32, 50))
+        inside = (outer + part.wobble < 1) & (hollow > 1) & part.below
+        part.canvas.paint(inside, patient.spleen_hu + 5 * part.texture, LABELS["spleen"])
 
     def _kidneys(self) -> None:
-        patient, grid = self.patient, self.grid
+        patient = self.patient
         for side in (-1.0, 1.0):
             scale = patient.kidney_scale * self.rng.uniform(0.94, 1.06)
             centre = (side * (58 + 6 * scale), patient.spine_y_mm - 4, -116 - 10 * (side < 0) + 0.6 * patient.organ_shift_mm[2])
             turn = (-12, side * 10, side * -28)
-            shape = grid.ellipsoid(centre, (27 * scale, 25 * scale, 53 * scale), turn) + 0.6 * self.wobble
-            below = self._below_diaphragm()
-            self.canvas.paint((shape < 1.5) & below, FAT_HU)
-            self.canvas.paint((shape < 1) & below, patient.kidney_cortex_hu + 5 * self.texture, LABELS["kidneys"])
-            self.canvas.paint((shape < 0.56) & below, patient.kidney_medulla_hu + 8 * self.texture, LABELS["kidneys"])
-            sinus = grid.ellipsoid((centre[0] - side * 15, centre[1] - 4, centre[2]), (15, 10, 24), turn) + self.wobble
-            self.canvas.paint((sinus < 1) & (shape < 1.1) & below, FAT_HU + 35 + 20 * self.texture)
+            radii = (27 * scale, 25 * scale, 53 * scale)
+            part = self._near(centre, (REACH * max(radii),) * 3)
+            shape = part.grid.ellipsoid(centre, radii, turn) + 0.6 * part.wobble
+            part.canvas.paint((shape < 1.5) & part.below, FAT_HU)
+            part.canvas.paint((shape < 1) & part.below, patient.kidney_cortex_hu + 5 * part.texture, LABELS["kidneys"])
+            part.canvas.paint((shape < 0.56) & part.below, patient.kidney_medulla_hu + 8 * part.texture, LABELS["kidneys"])
+            sinus = part.grid.ellipsoid((centre[0] - side * 15, centre[1] - 4, centre[2]), (15, 10, 24), turn) + part.wobble
+            part.canvas.paint((sinus < 1) & (shape < 1.1) & part.below, FAT_HU + 35 + 20 * part.texture)
 
     def _great_vessels(self) -> None:
-        patient, grid, canvas = self.patient, self.grid, self.canvas
+        patient, part = self.patient, self._near((0, 0, 0), (60, np.inf, np.inf))
+        grid, canvas = part.grid, part.canvas
         calm = np.sin(grid.z / 60.0)
         aorta = grid.tube(
             13 + 4 * calm + 0.06 * np.clip(grid.z, -60, 90), patient.spine_y_mm - patient.vertebra_radius_mm - 9, 11.5
@@ -223,7 +258,7 @@ class Anatomy:
         psoas_size = np.clip((-70 - grid.z) / 70, 0.01, 1)
         for side in (-1, 1):
             psoas = grid.tube(side * (patient.vertebra_radius_mm + 14), patient.spine_y_mm + 4, 17 * psoas_size)
-            canvas.paint((psoas < 1) & (grid.z < -75), MUSCLE_HU + 6 * self.texture)
+            canvas.paint((psoas < 1) & (grid.z < -75), MUSCLE_HU + 6 * part.texture)
 
     def _ribs(self) -> None:
         patient, grid = self.patient, self.grid
@@ -240,28 +275,32 @@ class Anatomy:
         self.canvas.paint((section < 0.35) & rib & ~cartilage, patient.bone_hu, LABELS["bone"])
 
     def _sternum(self) -> None:
-        patient, grid = self.patient, self.grid
+        patient = self.patient
         front = -(patient.half_depth_mm - patient.fat_mm - patient.muscle_mm) - 5
+        part = self._near((0, front, 0), (18, 8, np.inf))
+        grid = part.grid
         shape = np.square(np.square(grid.x / 17)) + np.square(np.square((grid.y - front) / 6.5))  # ** 4 is 30 times slower
-        self.canvas.paint((shape < 1) & (grid.z > 12), 1.9 * patient.bone_hu, LABELS["bone"])
-        self.canvas.paint((shape < 0.4) & (grid.z > 12), 0.9 * patient.bone_hu + 30 * self.texture, LABELS["bone"])
+        part.canvas.paint((shape < 1) & (grid.z > 12), 1.9 * patient.bone_hu, LABELS["bone"])
+        part.canvas.paint((shape < 0.4) & (grid.z > 12), 0.9 * patient.bone_hu + 30 * part.texture, LABELS["bone"])
 
     def _spine(self) -> None:
-        patient, grid, canvas = self.patient, self.grid, self.canvas
+        patient = self.patient
         radius, y_mm, pitch = patient.vertebra_radius_mm, patient.spine_y_mm, patient.vertebra_pitch_mm
         bone, canal_y = patient.bone_hu, y_mm + 0.78 * radius + 11
+        part = self._near((0, canal_y, 0), (63, 50, np.inf))
+        grid, canvas = part.grid, part.canvas
         around = grid.ellipsoid((0, canal_y + 8, 0), (62, 27, 2000))
-        canvas.paint((around < 1) & (self.skin < 0.93) & (self.canvas.labels == 0), MUSCLE_HU + 10 * self.texture)
+        canvas.paint((around < 1) & (part.skin < 0.93) & (canvas.labels == 0), MUSCLE_HU + 10 * part.texture)
         level = (grid.z + 1000 * pitch) % pitch - pitch / 2  # 0 in the middle of a vertebra
         body = (grid.x / radius) ** 2 + ((grid.y - y_mm) / (0.78 * radius)) ** 2 + np.zeros_like(grid.z)
         is_disc = np.abs(level) > pitch / 2 - 3.5
         canvas.paint((body < 0.95) & is_disc, 85.0)
         canvas.paint((body < 1) & ~is_disc, 2.2 * bone, LABELS["bone"])
-        canvas.paint((body < 0.8) & ~is_disc & (np.abs(level) < pitch / 2 - 5), bone + 22 * self.texture, LABELS["bone"])
+        canvas.paint((body < 0.8) & ~is_disc & (np.abs(level) < pitch / 2 - 5), bone + 22 * part.texture, LABELS["bone"])
         arch = grid.tube(0, canal_y, 14.5)
         process = (np.abs(grid.x) < 4.5) & (grid.y > canal_y + 8) & (grid.y < canal_y + 30 + 0.4 * level) & (level < 4)
         wings = (np.abs(grid.y - canal_y - 3) < 5.0) & (np.abs(grid.x) < 36) & (np.abs(level + 3) < 6)
-        canvas.paint((((arch < 1) & (level < 7)) | process | wings) & (self.muscle < 0.99), 1.9 * bone, LABELS["bone"])
+        canvas.paint((((arch < 1) & (level < 7)) | process | wings) & (part.muscle < 0.99), 1.9 * bone, LABELS["bone"])
         canvas.paint(arch < 0.42, 20.0)
         canvas.paint(arch < 0.16, 42.0)
 

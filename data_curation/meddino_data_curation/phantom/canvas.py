@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 Field = NDArray[np.float32]
 Reals = NDArray[np.floating[Any]]
 Inside = NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
 
 _AIR_HU = -1000.0
 _FAR = 9.0
-_REACH = 1.7  # times the largest radius: shapes are cut at up to 1.5 of the squared distance, and wobble
+REACH = 1.7  # times the largest radius: shapes are cut at up to 1.5 of the squared distance, and wobble
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Grid:
             radii_mm: Radii along the ellipsoid's own x, y, z.
             turn_deg: Rotations about x, then y, then z.
         """
-        box = self._box(centre_mm, _REACH * max(radii_mm) + self.slack_mm)
+        box = self.box(centre_mm, (REACH * max(radii_mm),) * 3)
         offsets = [
             np.broadcast_to(place, self.shape)[box] - np.float32(centre)
             for place, centre in zip((self.x, self.y, self.z), centre_mm, strict=True)
@@ -90,13 +91,24 @@ class Grid:
             total[box] += own * own
         return total
 
-    def _box(self, centre_mm: Sequence[float], reach_mm: float) -> tuple[slice, ...]:
-        """Return the voxels within a distance along each axis; the rest need not be computed."""
+    def box(self, centre_mm: Sequence[float], reach_mm: Sequence[float]) -> Box:
+        """Return where the voxels within a distance of a place are; the rest need not be computed.
+
+        Args:
+            centre_mm: x, y, z of the place.
+            reach_mm: Distance along x, y, z.
+        """
         ranges = []
-        for axis, centre in zip(self.axes, tuple(centre_mm)[::-1], strict=True):
-            places = axis.reshape(-1)
-            ranges.append(slice(*(int(end) for end in np.searchsorted(places, (centre - reach_mm, centre + reach_mm)))))
-        return tuple(ranges)
+        for axis, centre, reach in zip(self.axes, tuple(centre_mm)[::-1], tuple(reach_mm)[::-1], strict=True):
+            ends = (centre - reach - self.slack_mm, centre + reach + self.slack_mm)
+            ranges.append(slice(*(int(end) for end in np.searchsorted(axis.reshape(-1), ends))))
+        return ranges[0], ranges[1], ranges[2]
+
+    def cut(self, box: Box) -> "Grid":
+        """Return the voxels of a box."""
+        z, y, x = (np.broadcast_to(place, self.shape)[box] for place in (self.z, self.y, self.x))
+        axes = self.axes[0][box[0]], self.axes[1][:, box[1]], self.axes[2][:, :, box[2]]
+        return Grid(z, y, x, axes, self.slack_mm)
 
     def tube(self, x_mm: float | Reals, y_mm: float | Reals, radius_mm: float | Reals) -> Field:
         """Return the squared normalised distance from an upright tube whose centre may depend on z."""
@@ -112,13 +124,14 @@ class Grid:
             taps.append((first, _bspline(place - first)))
         coarse = rng.standard_normal(tuple(int(first.max()) + 4 for first, _ in taps)).astype(np.float32)
         for number, (first, weights) in enumerate(taps):
-            moved = np.moveaxis(coarse, number, -1)
-            blended = moved[..., first] * weights[0]
+            along = [-1 if axis == number else 1 for axis in range(3)]
+            blended = coarse.take(first, number) * weights[0].reshape(along)
             for tap in range(1, 4):
-                blended = blended + moved[..., first + tap] * weights[tap]
-            coarse = np.moveaxis(blended, -1, number)
+                blended += coarse.take(first + tap, number) * weights[tap].reshape(along)
+            coarse = blended
         # Cubic B-spline weights of unit noise have a variance of 0.479 along each axis, averaged over a cell.
-        return np.ascontiguousarray(coarse / np.float32(0.479**1.5), dtype=np.float32)
+        noise: Field = coarse / np.float32(0.479**1.5)
+        return noise
 
 
 def _rotation(turn_deg: Sequence[float]) -> NDArray[np.float64]:
@@ -136,6 +149,7 @@ def _bspline(fraction: Reals) -> list[Field]:
     return [weight.astype(np.float32) for weight in weights]
 
 
+@dataclass(frozen=True)
 class Canvas:
     """Hounsfield units and labels that are painted over one another.
 
@@ -145,10 +159,18 @@ class Canvas:
         labels: uint8 [Z, Y, X].
     """
 
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-        self.hu: Field = np.full(grid.shape, _AIR_HU, dtype=np.float32)
-        self.labels: NDArray[np.uint8] = np.zeros(grid.shape, dtype=np.uint8)
+    grid: Grid
+    hu: Field
+    labels: NDArray[np.uint8]
+
+    @classmethod
+    def empty(cls, grid: Grid) -> "Canvas":
+        """Return air without labels."""
+        return cls(grid, np.full(grid.shape, _AIR_HU, dtype=np.float32), np.zeros(grid.shape, dtype=np.uint8))
+
+    def cut(self, box: Box) -> "Canvas":
+        """Return the part in a box: what is painted there is painted here."""
+        return Canvas(self.grid.cut(box), self.hu[box], self.labels[box])
 
     def paint(self, inside: Inside, hu: float | Reals, label: int = 0) -> None:
         """Set the values and the label of the voxels inside a shape.
