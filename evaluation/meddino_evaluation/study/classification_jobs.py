@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from meddino.core.config import check_config
-from meddino.core.errors import ConfigError
+from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json
 from meddino_evaluation.adaptation.config import ProtocolName
 from meddino_evaluation.backbones.load import load_backbone, model_name, named_model
@@ -35,6 +35,7 @@ class ClassificationJob:
         few_shot: On few patients.
         evaluation: All settings.
         weights: Hash of the model's weights, where they lie in a file or folder.
+        cases: Hash of the data set's cases (see `cases_hash`), where it can be opened.
     """
 
     model: str
@@ -44,13 +45,14 @@ class ClassificationJob:
     few_shot: bool
     evaluation: ClassificationConfig
     weights: str | None = None
+    cases: str | None = None
 
     @property
     def folder(self) -> str:
         """Name of its folder: readable, and another one whenever anything about the job is different."""
         settings = self.evaluation.model_dump(mode="json")
         settings["features"]["cache"] = settings["features"]["device"] = None  # where and on what does not matter
-        what = [self.model, self.weights, self.dataset, str(self.root), self.protocol, self.few_shot, settings]
+        what = [self.model, self.weights, self.dataset, str(self.root), self.cases, self.protocol, self.few_shot, settings]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         names = [re.sub(r"[^A-Za-z0-9]+", "_", Path(one).name).strip("_") for one in (named_model(self.model)[0], self.dataset)]
         return "-".join([*names, self.protocol, *(["few_shot"] if self.few_shot else []), digest])
@@ -92,11 +94,29 @@ def list_jobs(
     jobs = []
     for data in config.data:
         root = Path(data.root) if data_root is None else data_root / data.root
+        cases = cases_hash(data.dataset, root)
         for name in models:
             for protocol in protocols:
                 settings = _settings(config, data, protocol, kind, out)
-                jobs.append(ClassificationJob(name, data.dataset, root, protocol, kind == FEW_SHOT, settings, weights[name]))
+                jobs.append(
+                    ClassificationJob(name, data.dataset, root, protocol, kind == FEW_SHOT, settings, weights[name], cases)
+                )
     return jobs
+
+
+def cases_hash(dataset: str, root: Path) -> str | None:
+    """Return a hash of who is in a data set, with which label, and how long each file is: changed data are other jobs.
+
+    Pixels are not read for it: a picture that is changed and keeps its length is not noticed.
+    """
+    try:
+        opened = open_labelled(dataset, root)
+    except MedDINOError:
+        return None  # its jobs will say why
+    files = [Path(case.source.partition("#")[0]) for case in opened.cases]
+    sizes = [file.stat().st_size if file.is_file() else None for file in files]
+    rows = [[case.name, case.patient, case.label, size] for case, size in zip(opened.cases, sizes, strict=True)]
+    return hashlib.sha256(canonical_json(rows).encode()).hexdigest()
 
 
 def load_results(jobs: Sequence[ClassificationJob], out: Path) -> list[tuple[ClassificationJob, dict[str, Any]]]:

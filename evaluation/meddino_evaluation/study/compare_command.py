@@ -17,6 +17,7 @@ from meddino.core.files import canonical_json, write_json, write_text
 from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, text
 from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
+from meddino_evaluation.data.layouts import open_dataset
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.statistics import can_be_significant
 from meddino_evaluation.metrics.text_table import Table, number_text
@@ -98,6 +99,7 @@ class SegmentationJob:
     corpus: str | Path | None
     tests: Mapping[str, Path]
     weights: str | None
+    contents: Mapping[str, str]
 
     @property
     def title(self) -> str:
@@ -108,7 +110,8 @@ class SegmentationJob:
     def folder(self) -> str:
         """Name of its folder: another one whenever anything about the job is different."""
         settings = self.config.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
-        what = [self.model, self.weights, str(self.data), {name: str(root) for name, root in self.tests.items()}, settings]
+        roots = {name: str(root) for name, root in self.tests.items()}
+        what = [self.model, self.weights, str(self.data), roots, dict(self.contents), settings]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         return f"{self.name}_{self.mode}-{digest}"
 
@@ -129,6 +132,7 @@ def list_jobs(arguments: argparse.Namespace) -> list[SegmentationJob]:
         return []
     data, tests, given = data_of(arguments)
     source, jobs = arguments.config or default_config(), []
+    contents = {str(root): contents_hash(root) for root in (data, *tests.values())}
     for name, model in named(arguments.model, "--model"):
         weights = weights_hash(model)
         for mode in arguments.modes:
@@ -138,8 +142,25 @@ def list_jobs(arguments: argparse.Namespace) -> list[SegmentationJob]:
             config = load_config(SegmentConfig, [source], overrides, kind="evaluation")
             # Random weights were never pretrained on anything.
             corpus = None if model.startswith("random:") or model == "none" else arguments.corpus
-            jobs.append(SegmentationJob(name, model, mode, data, config, corpus, tests, weights))
+            jobs.append(SegmentationJob(name, model, mode, data, config, corpus, tests, weights, contents))
     return jobs
+
+
+def contents_hash(root: Path) -> str:
+    """Return a hash of a data set's cases, label maps and labels, and of how long each image is: changed data are other jobs.
+
+    Images are not read for it: one that is changed and keeps its length is not noticed.
+    """
+    dataset = open_dataset(root)
+    rows = [
+        [
+            case.name,
+            [path.stat().st_size for path in case.images if path.is_file()],
+            dataset.file_hash(case.label) if case.label else None,
+        ]
+        for case in dataset.all_cases
+    ]
+    return hashlib.sha256(canonical_json([dataset.labels.names, rows]).encode()).hexdigest()
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from meddino_evaluation.cli import main
 from meddino_evaluation.metrics.statistics import paired_means, wilcoxon_signed_rank
-from meddino_evaluation.study.compare_command import comparison_html, main_table, too_few
+from meddino_evaluation.study.compare_command import comparison_html, contents_hash, main_table, too_few
 from meddino_evaluation.study.segmentation_runs import Variant, compare, rank_stability
 
 from tests.browser import check_page
@@ -145,3 +145,12 @@ def test_compare__settings_right_after_the_modes_are_told_where_they_go(capsys, 
     with pytest.raises(SystemExit) as ended:
         main(["compare", "--out", str(tmp_path), "--modes", "frozen", "labels.train_cases=8"])
     assert ended.value.code == 2 and "put key=value before --modes" in capsys.readouterr().err
+
+
+def test_contents_hash__other_label_maps_are_other_jobs(make_dataset):
+    root = make_dataset()
+    first = contents_hash(root)
+    assert contents_hash(root) == first
+    one, two = sorted((root / "labelsTr").iterdir())[:2]
+    one.write_bytes(two.read_bytes())
+    assert contents_hash(root) != first

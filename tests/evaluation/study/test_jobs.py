@@ -1,12 +1,14 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from meddino_evaluation.cli import main
 from meddino_evaluation.study import jobs as study
 from meddino_evaluation.study.classification_jobs import ClassificationJob, list_jobs
 from meddino_evaluation.study.config import StudyConfig
 from meddino_evaluation.study.jobs import parse_part, run_jobs
+from PIL import Image
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
@@ -101,6 +103,19 @@ def test_list_jobs__another_state_of_a_run_is_another_job(config, data_root, tmp
     assert {job.folder for job in first}.isdisjoint(
         j.folder for j in list_jobs("compare", changed, tmp_path, data_root=data_root)
     )
+
+
+def test_list_jobs__other_labels_are_other_jobs(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{name}.png")
+    table = tmp_path / "set.csv"
+    table.write_text("image,label,patient\na.png,x,p\nb.png,y,q\n")
+    config = load_study("study_demo", [f"data=[{{dataset: {table}, root: .}}]"])
+    first = list_jobs("compare", config, tmp_path, "random:vitnano8")
+    assert [job.folder for job in list_jobs("compare", config, tmp_path, "random:vitnano8")] == [job.folder for job in first]
+    table.write_text("image,label,patient\na.png,y,p\nb.png,x,q\n")
+    again = list_jobs("compare", config, tmp_path, "random:vitnano8")
+    assert first and {job.folder for job in first}.isdisjoint(job.folder for job in again)
 
 
 def test_study__freeze_and_few_shot(config, data_root, tmp_path):
