@@ -1,5 +1,6 @@
 """Labelled cases from a data set's definition and the folder it lies in."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -207,7 +208,7 @@ def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -
     for row in rows:
         relative = re.sub(r"\{(.+?)\}", lambda match: row[match.group(1)], layout.image)  # noqa: B023
         source = _find(table.parent, relative)
-        name = row[layout.id_column] if layout.id_column else (table.parent / relative).relative_to(root).as_posix()
+        name = row[layout.id_column] if layout.id_column else Path(os.path.relpath(table.parent / relative, root)).as_posix()
         if source is None:
             absent.append(name)
             continue

@@ -178,6 +178,13 @@ def _standing_notes(dataset: LabelledSet, splits: Sequence[Split], leakage: Leak
     notes = [lost] if lost else []
     if not dataset.has_patients:
         notes.append("the data set names no patients: images of one patient may stand on both sides of a split")
+        _log.warning("data set %s: %s", dataset.config.name, notes[-1])
+    by_name, classes = {case.name: case for case in dataset.cases}, dataset.config.classes
+    absent = {one for split in splits for one in absent_classes([by_name[name] for name in split.test], len(classes))}
+    if absent:
+        found = ", ".join(classes[one] for one in sorted(absent))
+        notes.append(f"not every test part has a case of class {found}: where there is none, means are over the other classes")
+        _log.warning("data set %s: %s", dataset.config.name, notes[-1])
     if not leakage.known:
         notes.append("not compared with a pretraining corpus: give split.corpus, or an export with its list of volumes")
     return notes

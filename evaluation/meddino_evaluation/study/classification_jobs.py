@@ -84,11 +84,17 @@ def list_jobs(
         data_root: Data folders are below it.
 
     Raises:
-        ConfigError: `{model}` occurs and no model was given, or an override is wrong.
+        ConfigError: `{model}` occurs and no model was given, two models have one name, or an override is wrong.
     """
     if model is None and any("{model}" in one for one in config.models):
         raise ConfigError("the study's models contain {model}: name the export with --model")
     models = [one.replace("{model}", model or "") for one in config.models]
+    named: dict[str, str] = {}
+    for one in models:
+        if (other := named.setdefault(model_name(one), one)) != one:
+            raise ConfigError(
+                f"the study's models {other} and {one} are both '{model_name(one)}' in its tables: write NAME=MODEL"
+            )
     protocols = _protocols(kind, config)
     weights = {name: weights_hash(name) for name in models}
     jobs = []

@@ -105,11 +105,17 @@ def test_list_jobs__another_state_of_a_run_is_another_job(config, data_root, tmp
     )
 
 
+def test_list_jobs__two_models_of_one_name_are_refused(config, data_root, tmp_path):
+    for models in ('["a/model","b/model"]', '["A=a/model","A=b/model"]'):
+        with pytest.raises(ConfigError, match="in its tables: write NAME=MODEL"):
+            list_jobs("compare", load_study(str(config), [f"models={models}"]), tmp_path, data_root=data_root)
+
+
 def test_list_jobs__other_labels_are_other_jobs(tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{name}.png")
     table = tmp_path / "set.csv"
-    table.write_text("image,label,patient\na.png,x,p\nb.png,y,q\n")
+    table.write_text(f"image,label,patient\n{tmp_path}/a.png,x,p\nb.png,y,q\n")  # an absolute path is one too
     config = load_study("study_demo", [f"data=[{{dataset: {table}, root: .}}]"])
     first = list_jobs("compare", config, tmp_path, "random:vitnano8")
     assert [job.folder for job in list_jobs("compare", config, tmp_path, "random:vitnano8")] == [job.folder for job in first]
