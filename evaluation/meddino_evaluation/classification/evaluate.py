@@ -98,10 +98,8 @@ def evaluate(
         digests |= contents
     extractor.check_frozen()
     content = _content(dataset, config, extractor, runs, leakage)
-    read_notes = extractor.notes.lines()
-    for note in read_notes:
-        _log.warning("data set %s: %s", dataset.config.name, note)
-    content |= {"splits": [split.origin for split in splits], "notes": [*notes, *read_notes]}
+    notes += _told(dataset, extractor.notes.lines())
+    content |= {"splits": [split.origin for split in splits], "notes": notes}
     content["data"]["hash"] = data_hash(dataset, digests)
     write_per_case(out / "per_case.csv", dataset.config.classes, dataset.kind, runs)
     write_metrics(out / "metrics.json", content)
@@ -175,18 +173,24 @@ def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Sp
 
 def _standing_notes(dataset: LabelledSet, splits: Sequence[Split], leakage: LeakageCheck) -> list[str]:
     lost = left_out(dataset.cases, splits)
-    notes = [lost] if lost else []
+    told = []
     if not dataset.has_patients:
-        notes.append("the data set names no patients: images of one patient may stand on both sides of a split")
-        _log.warning("data set %s: %s", dataset.config.name, notes[-1])
+        told.append("the data set names no patients: images of one patient may stand on both sides of a split")
     by_name, classes = {case.name: case for case in dataset.cases}, dataset.config.classes
     absent = {one for split in splits for one in absent_classes([by_name[name] for name in split.test], len(classes))}
     if absent:
         found = ", ".join(classes[one] for one in sorted(absent))
-        notes.append(f"not every test part has a case of class {found}: where there is none, means are over the other classes")
-        _log.warning("data set %s: %s", dataset.config.name, notes[-1])
+        told.append(f"not every test part has a case of class {found}: where there is none, means are over the other classes")
+    notes = [*([lost] if lost else []), *_told(dataset, told)]
     if not leakage.known:
         notes.append("not compared with a pretraining corpus: give split.corpus, or an export with its list of volumes")
+    return notes
+
+
+def _told(dataset: LabelledSet, notes: Sequence[str]) -> Sequence[str]:
+    """Say notes in the log too, and return them."""
+    for note in notes:
+        _log.warning("data set %s: %s", dataset.config.name, note)
     return notes
 
 

@@ -294,9 +294,9 @@ def load_split(path: Path, cases: Sequence[Case[Any]], where: str, number: int =
     return split
 
 
-def absent_classes(train: Sequence[ClassCase], classes: int) -> list[int]:
+def absent_classes(cases: Sequence[ClassCase], classes: int) -> list[int]:
     """Return the classes (or labels) of which the cases hold none."""
-    present = {label for case in train for label in _present(case)}
+    present = {label for case in cases for label in _present(case)}
     return [label for label in range(classes) if label not in present]
 
 
