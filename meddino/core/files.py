@@ -140,6 +140,18 @@ def _is_nobodys(partial: Path) -> bool:
     return True
 
 
+def sizes_below(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield every file in a folder, however deep, and its length in bytes, while others may be writing there.
+
+    What vanishes while it is looked at, a file or a whole folder, is left out; so is a folder that does not exist.
+    """
+    for parent, _, names in os.walk(folder):  # unlike rglob it goes on where a folder has been removed
+        for name in names:
+            path = Path(parent, name)
+            with suppress(FileNotFoundError):
+                yield path, path.stat().st_size
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove files that killed processes left half-written anywhere in a folder; nobody else may be writing there."""
     for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):

@@ -14,7 +14,7 @@ from torch import nn
 from meddino.core.command import usable_cores
 from meddino.core.device import Machine
 from meddino.core.errors import ConfigError, MedDINOError
-from meddino.core.files import check_free_space
+from meddino.core.files import check_free_space, sizes_below
 from meddino.data.joined_corpus import open_corpora
 from meddino_pretrain.build import build_method, check_views
 from meddino_pretrain.config import PretrainConfig
@@ -396,5 +396,5 @@ def show_plan(
 
 def _check_room(out: Path, disk_bytes: float) -> None:
     """Refuse a run whose checkpoints have no room beside what it wrote before."""
-    written = sum(path.stat().st_size for path in out.rglob("*.safetensors")) if out.is_dir() else 0
+    written = sum(size for path, size in sizes_below(out) if path.suffix == ".safetensors")
     check_free_space(out, max(0, int(disk_bytes) - written), "the run's checkpoints")

@@ -8,14 +8,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import meddino
 from meddino.core.errors import MedDINOError
-from meddino.core.files import write_json
+from meddino.core.files import sizes_below, write_json
 from meddino.core.logging import get_logger
 from meddino_slurm import slurm
 from meddino_slurm.work import LINKED, Work, job_folder
@@ -174,12 +173,11 @@ def progress(out: Path, command: str) -> str:
                 stage = folder.parents[1].name
                 steps[stage] = max(steps.get(stage, -1), int(match[1]))
         return ", ".join(f"{stage} at step {step}" for stage, step in sorted(steps.items())) or "no checkpoint yet"
-    sizes = []
-    for path in out.rglob("*"):
-        with suppress(FileNotFoundError):  # a file that was renamed while we looked
-            # run.json is partly ours.
-            if path.is_file() and path.name != "run.json" and not path.name.endswith((".partial", ".log")):
-                sizes.append(path.stat().st_size)
+    sizes = [
+        size
+        for path, size in sizes_below(out)
+        if path.name != "run.json" and not path.name.endswith((".partial", ".log"))  # run.json is partly ours
+    ]
     return f"{len(sizes)} files, {sum(sizes)} bytes" if sizes else "nothing written yet"
 
 

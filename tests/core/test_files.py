@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import shutil
 
 import pytest
 
@@ -14,6 +15,7 @@ from meddino.core.files import (
     remove_leftovers,
     remove_leftovers_of,
     sha256_file,
+    sizes_below,
     told_by_system,
     write_json,
 )
@@ -73,6 +75,18 @@ def test_remove_leftovers__takes_nobody_elses_files(tmp_path):
         (tmp_path / name).write_text("x")
     remove_leftovers(tmp_path)
     assert [name for name in names if (tmp_path / name).exists()] == ["b.partial", "77.partial", "a.json"]
+
+
+def test_sizes_below__goes_on_where_a_folder_vanishes(tmp_path):
+    (tmp_path / "first").write_bytes(b"1")
+    for name in ("volumes", "shards"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "file").write_bytes(b"123")
+    looking = sizes_below(tmp_path)
+    assert next(looking) == (tmp_path / "first", 1)
+    shutil.rmtree(tmp_path / "volumes")  # as a build does that has ended
+    assert list(looking) == [(tmp_path / "shards" / "deep" / "file", 3)]
+    assert list(sizes_below(tmp_path / "absent")) == []
 
 
 def test_remove_leftovers_of__takes_those_of_one_file(tmp_path):
