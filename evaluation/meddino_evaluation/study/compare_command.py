@@ -111,7 +111,8 @@ class SegmentationJob:
         """Name of its folder: another one whenever anything about the job is different."""
         settings = self.config.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
         roots = {name: str(root) for name, root in self.tests.items()}
-        what = [self.model, self.weights, str(self.data), roots, dict(self.contents), settings]
+        looked_for = [] if self.corpus is None else [str(self.corpus)]  # whose patients the test must not hold
+        what = [self.model, self.weights, str(self.data), roots, dict(self.contents), settings, *looked_for]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         return f"{self.name}_{self.mode}-{digest}"
 

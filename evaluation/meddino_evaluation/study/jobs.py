@@ -1,5 +1,6 @@
 """A list of jobs that can be stopped, continued, listed, and spread over a job array; the tables come last."""
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from meddino.core.errors import ConfigError, MedDINOError
-from meddino.core.files import sha256_file, write_text
+from meddino.core.files import canonical_json, sha256_file, sizes_below, write_text
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.load import load_backbone, named_model
 
 DONE = "metrics.json"
+_TABLES = {".csv", ".json", ".tsv", ".txt", ".xml"}
 _log = get_logger(__name__)
 
 
@@ -88,6 +90,18 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ConfigError(f"--part {text}: write i/n with 1 <= i <= n, for example 1/8")
     return int(match[1]), int(match[2])
+
+
+def folder_hash(root: Path) -> str:
+    """Return a hash of which files lie in a folder, how long each is, and what its tables say: changed data are other jobs.
+
+    Pictures are not read for it: one that is changed and keeps its length is not noticed.
+    """
+    rows = [
+        [path.relative_to(root).as_posix(), sha256_file(path) if path.suffix.lower() in _TABLES else size]
+        for path, size in sizes_below(root)
+    ]
+    return hashlib.sha256(canonical_json(sorted(rows)).encode()).hexdigest()
 
 
 def weights_hash(model: str) -> str | None:

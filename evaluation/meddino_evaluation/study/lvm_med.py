@@ -12,7 +12,7 @@ from typing import Any
 from meddino.core.errors import ConfigError
 from meddino.core.files import canonical_json, write_json
 from meddino_evaluation.backbones.load import model_name
-from meddino_evaluation.study.jobs import DONE, weights_hash
+from meddino_evaluation.study.jobs import DONE, folder_hash, weights_hash
 from meddino_evaluation.tasks.definition import OfTask, TaskDefinition, TaskKind, load_task, task_names
 
 RUNNERS: Mapping[TaskKind, str] = {
@@ -35,6 +35,7 @@ class TaskJob:
         root: Folder of the task's data.
         overrides: Settings of the user, `key=value`.
         weights: Hash of the model's weights, where they lie in a file or folder.
+        contents: Hash of the task's data, see `folder_hash`.
     """
 
     model: str
@@ -42,12 +43,13 @@ class TaskJob:
     root: Path
     overrides: tuple[str, ...] = ()
     weights: str | None = None
+    contents: str | None = None
 
     @property
     def folder(self) -> str:
         """Name of its folder: readable, and another one whenever anything about the job is different."""
         definition = self.task.model_dump(mode="json", exclude={"published", "title", "citation", "licence", "where", "notes"})
-        what = [self.model, self.weights, definition, str(self.root), self.overrides]
+        what = [self.model, self.weights, definition, str(self.root), self.contents, self.overrides]
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         name = re.sub(r"[^A-Za-z0-9]+", "_", model_name(self.model)).strip("_")
         return f"{name}-{self.task.name}-{digest}"
@@ -101,8 +103,9 @@ def list_task_jobs(
     present = [task for task in tasks if data_folder(task, root).is_dir()]
     missing = [task for task in tasks if task not in present]
     weights = {model: weights_hash(model) for model in models}
+    contents = {task.name: folder_hash(data_folder(task, root)) for task in present}
     jobs = [
-        TaskJob(model, task, data_folder(task, root), _overrides_of(task, overrides), weights[model])
+        TaskJob(model, task, data_folder(task, root), _overrides_of(task, overrides), weights[model], contents[task.name])
         for task in present
         for model in models
     ]

@@ -120,6 +120,24 @@ def test_list_task_jobs__another_setting_is_another_job_another_citation_is_not(
     assert data_folder(task, root) == root / "kvasir_seg"
 
 
+def test_list_task_jobs__changed_data_are_other_jobs(tmp_path):
+    make_fake("brain_tumor_mri", tmp_path / "brain_tumor_mri", 3)
+
+    def folder() -> str:
+        jobs, _ = list_task_jobs(["random:vitnano8"], chosen_tasks(["brain_tumor_mri"]), tmp_path, [])
+        return jobs[0].folder
+
+    first = folder()
+    assert folder() == first
+    picture = next(path for path in sorted(tmp_path.rglob("*")) if path.is_file())
+    picture.rename(picture.with_name(f"other_{picture.name}"))
+    assert (second := folder()) != first
+    (tmp_path / "brain_tumor_mri" / "labels.csv").write_text("a\n")
+    third = folder()
+    (tmp_path / "brain_tumor_mri" / "labels.csv").write_text("b\n")  # as long as before
+    assert len({first, second, third, folder()}) == 4
+
+
 def test_shipped__every_task_has_a_runner_and_published_numbers_find_their_row():
     for name in task_names():
         task = load_task(name)
