@@ -31,12 +31,12 @@ def load_backbone(spec: str, seed: int = 0) -> Backbone:
             - a folder made by meddino-export; a run or training checkpoint (its teacher); a file or folder of DINOv3 weights
               under official, timm or transformers names: whatever `meddino.load` reads,
             - `random:<name or folder>`: random weights of one of our backbones, of a catalogue entry, of `timm:<name>`,
-              or of the architecture in an export,
+              or of the architecture in an export; `random:<name or folder>@<number>` draws them with that seed,
             - a catalogue name (`dinov2_vits14`): its weights file is looked for in the weights folder,
             - `<name>@<file>`: a catalogue name, one of our backbones, or `timm:<name>`, with that weights file,
             - `hf:<folder>`: a local folder of transformers,
             - `NAME=<any of these>`: that model under a name of the user's.
-        seed: Of random weights.
+        seed: Of random weights whose name says none.
 
     Raises:
         ConfigError: Unknown name, or weights that are not there (says which file to put where).
@@ -63,7 +63,9 @@ def model_name(text: str) -> str:
 
 def _loaded(spec: str, seed: int) -> Backbone:
     if spec.startswith(RANDOM):
-        return _random(spec, spec.removeprefix(RANDOM), seed)
+        named = spec.removeprefix(RANDOM)
+        name, _, own = named.rpartition("@")
+        return _random(spec, name, int(own)) if name and own.isdecimal() else _random(spec, named, seed)
     if spec.startswith("hf:"):
         network = TransformersNetwork(spec, load_transformers_folder(Path(spec.removeprefix("hf:"))))
         return Backbone(spec, network, network.contract)

@@ -100,6 +100,7 @@ def test_meddino_backbone__tokens_equal_the_model():
     torch.testing.assert_close(tokens.patches.flatten(2).transpose(1, 2), output.patch_tokens)
     assert backbone.hash() == load_backbone("random:vitnano8", seed=3).hash()
     assert backbone.hash() != load_backbone("random:vitnano8", seed=4).hash()
+    assert load_backbone("random:vitnano8@3", seed=4).hash() == backbone.hash()  # the seed in the name goes before
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
