@@ -72,6 +72,18 @@ def is_picture_arrays(name: str) -> bool:
     return name.lower().endswith(ARRAYS_SUFFIX) and not name.startswith("._")
 
 
+def split_source(source: str) -> tuple[Path, str]:
+    """Split `file#key` into the file and the key, which is "" where there is none.
+
+    A # may belong to the name of a file or folder: the longest file that is there, before a # or the end, is taken; where
+    none is there, what stands before the first #.
+    """
+    ends = [len(source), *(place for place in range(len(source) - 1, 0, -1) if source[place] == "#")]
+    there = (end for end in ends if (path := Path(source[:end])).exists() or archive_of(path) is not None)
+    end = next(there, ends[-1])
+    return Path(source[:end]), source[end + 1 :]
+
+
 def read_picture(path: Path, key: str = "") -> Picture:
     """Read a picture, an array or a DICOM file.
 

@@ -72,6 +72,15 @@ def test_weights__of_what_is_not_there_are_refused(corpora, sampling, said):
         sample_order(corpora, sampling, 3, 8)
 
 
+def test_weights__of_a_name_that_two_corpora_have_are_refused(tmp_path):
+    for site in ("paris", "lyon"):
+        write_corpus(tmp_path / site / "corpus", [np.full((16, 16), 3, dtype=np.int16)])
+    corpora = open_corpora([tmp_path / "paris" / "corpus", tmp_path / "lyon" / "corpus"])
+    with pytest.raises(ConfigError, match="2 corpora have a folder of this name"):
+        sample_order(corpora, SamplingConfig(corpus={"corpus": 2.0}), 3, 8)
+    assert sample_order(corpora, SamplingConfig(modality={"ct": 2.0}), 3, 8)
+
+
 def test_weights__are_settled_once_a_run_has_begun():
     assert not may_change("corpus.sampling.modality.mr: (absent) -> 2.0", [])
     assert may_change("corpus.allow_known_overlap: False -> True", [])

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, JPEGBaseline8Bit
 
 from meddino.core.errors import VolumeError
 from meddino.volumes import pictures
-from meddino.volumes.pictures import PictureArrays, find_picture_arrays, lifted, read_picture
+from meddino.volumes.pictures import PictureArrays, find_picture_arrays, lifted, read_picture, split_source
 from tests.data_curation.dicom_files import ct_slice
 
 RGB = np.random.default_rng(0).integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -144,6 +145,18 @@ def test_find_picture_arrays__runs_no_pickle(tmp_path):
         with pytest.raises(ValueError, match=r"magic|pickle"):
             read_picture(tmp_path / f"{name}.npz", "images#0")
     assert not (tmp_path / "ran").exists()
+
+
+def test_split_source__a_number_sign_may_belong_to_a_name(tmp_path):
+    (tmp_path / "set #1").mkdir()
+    for name in ("a.npz", "a #2.png"):
+        (tmp_path / "set #1" / name).write_bytes(b"")
+    folder = f"{tmp_path}/set #1"
+    for source, name, key in (("a.npz#images#3", "a.npz", "images#3"), ("a.npz", "a.npz", ""), ("a #2.png", "a #2.png", "")):
+        found, found_key = split_source(f"{folder}/{source}")
+        assert (found.name, found_key) == (name, key)
+    assert split_source("absent.npz#images#3") == (Path("absent.npz"), "images#3")
+    assert split_source("absent.png") == (Path("absent.png"), "")
 
 
 def header_of(shape: tuple[int, ...]) -> bytes:

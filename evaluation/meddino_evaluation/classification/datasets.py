@@ -12,7 +12,7 @@ import numpy as np
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
 from meddino.core.tables import Row, read_list, read_table
-from meddino.volumes.pictures import read_matlab
+from meddino.volumes.pictures import read_matlab, split_source
 from meddino_evaluation.classification.dataset_config import (
     ArraysLayout,
     DatasetConfig,
@@ -222,11 +222,12 @@ def _rows(config: DatasetConfig, layout: TableLayout, root: Path, table: Path) -
 
 
 def _find(folder: Path, relative: str) -> str | None:
-    path, hash_sign, key = relative.partition("#")
-    if "*" in path:
-        found = sorted(folder.glob(path))
+    pattern, hash_sign, key = relative.partition("#")
+    if "*" in pattern:
+        found = sorted(folder.glob(pattern))
         return str(found[0]) + hash_sign + key if found else None
-    return str(folder / path) + hash_sign + key if (folder / path).exists() else None
+    source = str(folder / relative)
+    return source if split_source(source)[0].exists() else None
 
 
 def _row_label(config: DatasetConfig, layout: TableLayout, row: Row, name: str) -> ClassLabel:

@@ -15,7 +15,7 @@ from meddino.data.stored_values import percentile_range, value_range
 from meddino.volumes.archives import archive_of, is_archive
 from meddino.volumes.file_kinds import volume_suffix
 from meddino.volumes.orientation import turn_to_lps
-from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture
+from meddino.volumes.pictures import ARRAY_SUFFIXES, PICTURE_ERRORS, PICTURE_SUFFIXES, Picture, read_picture, split_source
 from meddino.volumes.read import FoundSeries, find_series, read_volume
 
 MOST_NOTES = 20  # lines in a report; some name numbers of their own volume
@@ -61,8 +61,7 @@ def read_slices(source: str, modality: Modality) -> SliceStack:
     Raises:
         VolumeError: Missing, unreadable, too large, not finite, or all of one value; names the file.
     """
-    name, _, key = source.partition("#")
-    path = Path(name)
+    path, key = split_source(source)
     try:
         stack = _read(path, key, modality)
     except (OSError, *PICTURE_ERRORS) as error:

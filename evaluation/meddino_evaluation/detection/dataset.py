@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from meddino.core.errors import ConfigError, VolumeError
 from meddino.data.intensity import Modality
+from meddino.volumes.pictures import split_source
 from meddino_evaluation.adaptation.features import corpus_hashes, slice_hashes
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import SplitName
@@ -167,7 +168,7 @@ def _opened(name: str, layout: BoxLayout, root: Path, declared: Sequence[str], c
         cases = [replace(case, patient=case.patient or case.name) for case in cases]
     modality = config.modality
     if modality == "auto":
-        modality = kind_of_file(Path(cases[0].source.partition("#")[0]))["modality"]
+        modality = kind_of_file(split_source(cases[0].source)[0])["modality"]
     return DetectionSet(name, tuple(cases), classes, modality, has_patients, notes=tuple(notes))
 
 
@@ -325,13 +326,13 @@ def read_image(source: str, modality: Modality) -> SliceStack:
     Raises:
         VolumeError: It cannot be read, has no such slice, or is empty (all of one value).
     """
-    name, _, key = source.partition("#")
+    path, key = split_source(source)
     if not key.isdigit():
         stack = read_slices(source, modality)
         if len(stack.values) > 1:
             raise VolumeError(f"image {source} holds {len(stack.values)} slices: name one of them, {source}#0 being the first")
         return stack
-    volume = _volume(name, modality)
+    volume = _volume(str(path), modality)
     if int(key) >= len(volume.values):
         raise VolumeError(f"image {source}: the volume has the slices 0 to {len(volume.values) - 1}")
     slice_ = volume.values[int(key)][None]

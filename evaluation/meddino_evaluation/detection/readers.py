@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from meddino.core.errors import ConfigError
 from meddino.core.tables import read_list, read_person_text
+from meddino.volumes.pictures import split_source
 from meddino_evaluation.data.case import ClassCase, a_few
 from meddino_evaluation.data.columns import read_known_table
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
@@ -100,7 +101,7 @@ def read_boxes(layout: BoxLayout, root: Path) -> tuple[list[BoxCase], tuple[str,
     twice = [name for name, times in Counter(case.name for case in found).items() if times > 1]
     if twice:
         raise ConfigError(f"{root}: images are named twice: {a_few(sorted(twice))}")
-    missing = [case.name for case in found if not Path(case.source.partition("#")[0]).exists()]
+    missing = [case.name for case in found if not split_source(case.source)[0].exists()]
     if missing:
         raise ConfigError(f"{root}: {len(missing)} images are named and not there: {a_few(missing)}")
     _check_shapes(found)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, write_json
+from meddino.volumes.pictures import split_source
 from meddino_evaluation.adaptation.config import ProtocolName
 from meddino_evaluation.backbones.load import load_backbone, model_name, named_model
 from meddino_evaluation.classification.config import ClassificationConfig
@@ -119,7 +120,7 @@ def cases_hash(dataset: str, root: Path) -> str | None:
         opened = open_labelled(dataset, root)
     except MedDINOError:
         return None  # its jobs will say why
-    files = [Path(case.source.partition("#")[0]) for case in opened.cases]
+    files = [split_source(case.source)[0] for case in opened.cases]
     sizes = [file.stat().st_size if file.is_file() else None for file in files]
     rows = [[case.name, case.patient, case.label, size] for case, size in zip(opened.cases, sizes, strict=True)]
     return hashlib.sha256(canonical_json(rows).encode()).hexdigest()

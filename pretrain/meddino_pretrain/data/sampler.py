@@ -161,11 +161,18 @@ def sample_order(corpus: Corpus, sampling: SamplingConfig, seed: int, global_bat
         global_batch: Slices in one optimizer step.
 
     Raises:
-        ConfigError: A weight is given for a corpus, data set or modality that is not there, or nothing has a weight.
+        ConfigError: A weight is given for a corpus, data set or modality that is not there, or for a name that two corpora
+            have, or nothing has a weight.
     """
     if not (sampling.corpus or sampling.dataset or sampling.modality or sampling.balance != "none"):
         return SampleOrder(seed, len(corpus), global_batch)
     names = _names(corpus)
+    folders = [PurePosixPath(part.location).name for part in corpus.parts]
+    shared = [name for name in sampling.corpus if folders.count(name) > 1]
+    if shared:
+        raise ConfigError(
+            f"corpus.sampling.corpus.{shared[0]}: {folders.count(shared[0])} corpora have a folder of this name; rename one"
+        )
     weight = np.ones(len(corpus))
     if sampling.balance != "none":
         _, kind_of, counts = np.unique(names[sampling.balance], return_inverse=True, return_counts=True)
