@@ -82,6 +82,24 @@ def test_load__weights_damaged_or_missing(model_folder):
         meddino.load(model_folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda config: config["input_contract"].update(hu_min=-800.0),
+            "input_contract.hu_min -800.0, its weights were written with -900.0",
+        ),
+        (lambda config: config["lineage"].update(licence="MIT"), "licence MIT, its weights were written with"),
+    ],
+)
+def test_load__a_config_that_was_changed_by_hand(model_folder, change, message):
+    config = json.loads((model_folder / "config.json").read_text())
+    change(config)
+    (model_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        meddino.load(model_folder)
+
+
 def test_load__weights_of_another_architecture(model_folder):
     def change(tensors):
         tensors["norm.extra"] = torch.zeros(1)

@@ -347,7 +347,8 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     """Return the tensors of a model folder after comparing the file with its checksum.
 
     Raises:
-        CheckpointError: If the file is missing, truncated, or not the one that config.json names.
+        CheckpointError: If the file is missing, truncated, not the one that config.json names, or says another thing of
+            itself than config.json does.
     """
     path = folder / config.weights.file
     if Path(config.weights.file).name != config.weights.file or not path.is_file():
@@ -358,10 +359,35 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             f"{path} has SHA-256 {found[:12]}..., config.json names {config.weights.sha256[:12]}...; the file is damaged or "
             "was replaced: copy the model folder again"
         )
+    _check_record(read_record(path), config, folder)
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+
+
+def _check_record(said: FileRecord | None, config: ModelConfig, folder: Path) -> None:
+    """Refuse a config.json that was changed by hand: the weights file has the same of its own, under the checksum."""
+    if said is None:
+        return
+    own = FileRecord(
+        architecture=config.architecture,
+        input_contract=config.input_contract,
+        role=config.weights.role,
+        licence=config.lineage.licence,
+    ).model_dump(mode="json")
+    for key, there in said.model_dump(mode="json").items():
+        here = own[key]
+        differ = [name for name in there if here.get(name) != there[name]] if isinstance(there, dict) else []
+        if differ:
+            said_here, said_there = f"{key}.{differ[0]} {here.get(differ[0])}", there[differ[0]]
+        else:
+            said_here, said_there = f"{key} {here}", there
+        if here != there:
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} says {said_here}, its weights were written with {said_there}: config.json was changed "
+                "by hand or is another model's; copy the model folder again, or make one with meddino-export"
+            )
 
 
 def parameter_count(tensors: dict[str, Tensor]) -> int:
