@@ -223,13 +223,27 @@ def over_patients_and_seeds(table: NDArray[np.float64], other: NDArray[np.float6
         table: [seeds, patients].
         other: [other seeds, the same patients].
     """
-    if min(len(table), len(other)) < 2:
-        return float("nan"), float("nan")
     patients = Resampling(table.shape[1])
-    drawn = np.stack([patients.means(row) for row in table]), np.stack([patients.means(row) for row in other])
-    weights = [Resampling(len(each), seed=number).weights() / len(each) for number, each in enumerate((table, other), start=1)]
-    means = [np.einsum("rs,sr->r", weight, each) for weight, each in zip(weights, drawn, strict=True)]
-    found = patients.interval(float(table.mean() - other.mean()), means[0] - means[1])
+    drawn = [np.stack([patients.means(row) for row in each]) for each in (table, other)]
+    return over_seeds_too(patients, float(table.mean() - other.mean()), drawn[0], drawn[1])
+
+
+def over_seeds_too(
+    patients: Resampling, difference: float, drawn: NDArray[np.float64], other: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return the interval of a difference of means over seeds, from each seed's value in the same resamples of patients.
+
+    Args:
+        patients: The resamples.
+        difference: Between the two means.
+        drawn: [seeds, resamples].
+        other: [other seeds, resamples].
+    """
+    if min(len(drawn), len(other)) < 2:
+        return float("nan"), float("nan")
+    weights = [Resampling(len(each), seed=number).weights() / len(each) for number, each in enumerate((drawn, other), start=1)]
+    means = [np.einsum("rs,sr->r", weight, each) for weight, each in zip(weights, (drawn, other), strict=True)]
+    found = patients.interval(difference, means[0] - means[1])
     return found.low, found.high
 
 
