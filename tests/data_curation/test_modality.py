@@ -63,6 +63,15 @@ def test_recognise__auto_takes_what_says_nothing_for_ct_by_its_histogram():
         recognise(make_mr(0) + 5, "auto", "", HU)
 
 
+def test_recognise__ct_beyond_int16_is_told():
+    hu = make_hu(0).astype(np.int32)
+    assert recognise(hu, "auto", "", HU).note == ""
+    hu[0, :3, :3] = 40000
+    found = recognise(hu, "auto", "", HU)
+    assert found.note == f"values of {hu.min()} to 40000 HU, stored as int16, clipped"
+    assert found.stored(hu[0])[0, 0] == 32767
+
+
 @pytest.mark.parametrize(
     ("voxels", "wanted", "code", "words"),
     [

@@ -221,6 +221,18 @@ def test_padding__becomes_air_and_is_told(tmp_path, signed, stored, vr):
     assert "set to -1024 HU" in volume.notes[0]
 
 
+def test_values__beyond_int16_are_clipped_and_told(tmp_path):
+    for z, plane in enumerate(A):
+        item = ct_slice(plane, 5.0 * z, RescaleIntercept="0", PixelRepresentation=0)
+        stored = (plane.astype(np.int32) + 1024).astype("<u2")
+        stored[0, :3] = 40000
+        item.PixelData = stored.tobytes()
+        item.save_as(tmp_path / f"{z}", enforce_file_format=True)
+    volume = read_volume(tmp_path)
+    assert (volume.voxels[:, 0, :3] == 32767).all()
+    assert volume.notes == (f"{3 * len(A)} voxels beyond -32768 to 32767 HU clipped",)
+
+
 def test_padding__among_real_values_is_left_and_told(tmp_path):
     items = [ct_slice(plane, 5.0 * z) for z, plane in enumerate(A)]
     for z, item in enumerate(items):

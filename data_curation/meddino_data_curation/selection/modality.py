@@ -84,7 +84,8 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
         raise VolumeError(f"the source says modality {modality}, the file is {MEMBERS[said].values_are}")
     if modality == "ct":
         verdict = recognise_hounsfield(voxels, config)
-        return Recognised("ct", verdict.offset, None, verdict.note)
+        notes = [note for note in (verdict.note, _beyond_int16(voxels, verdict.offset)) if note]
+        return Recognised("ct", verdict.offset, None, "; ".join(notes))
     if voxels.dtype.kind not in "iuf":
         raise VolumeError(f"voxels are {voxels.dtype}; intensities are numbers")
     if voxels.dtype.kind == "f":
@@ -92,6 +93,16 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
     if MEMBERS[modality].units == "brightness":
         return _recognise_brightness(voxels, modality, has_range=code in ("", PICTURE))
     return _recognise_arbitrary(voxels, modality, said)
+
+
+def _beyond_int16(voxels: NDArray[Any], offset: int) -> str:
+    """Return a note on values that int16 does not hold once they are Hounsfield units, or ""."""
+    if np.can_cast(voxels.dtype, np.int16) and offset == 0:
+        return ""
+    low, high = float(voxels.min()) + offset, float(voxels.max()) + offset
+    if _INT16.min <= round(low) and round(high) <= _INT16.max:
+        return ""
+    return f"values of {low:g} to {high:g} HU, stored as int16, clipped"
 
 
 def _picture_of(wanted: SourceModality) -> Modality:

@@ -85,6 +85,7 @@ class _Held:
         self.kept: list[StackedSlice] = []
         self.padding: set[int] = set()
         self.padding_left: set[int] = set()
+        self.clipped = 0  # voxels
 
     def add(self, stacked: StackedSlice, stored: NDArray[Any] | None, bits: int) -> None:
         """Put the next slice in its place, unless it could not be read."""
@@ -96,6 +97,9 @@ class _Held:
             )
         values = _rescaled(stored, stacked.frame)
         outside = _padded(stored, stacked.frame, bits)
+        if self.is_ct and (values.min() < _INT16.min or values.max() > _INT16.max):
+            beyond = (np.rint(values) < _INT16.min) | (np.rint(values) > _INT16.max)
+            self.clipped += int(np.count_nonzero(beyond if outside is None else beyond & ~outside))
         target = self.voxels[len(self.kept)]
         if self.is_ct:
             target[:] = np.clip(np.rint(values), _INT16.min, _INT16.max) if values.dtype.kind == "f" else _clipped(values)
@@ -118,8 +122,10 @@ class _Held:
                 self.padding.add(value)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what was done to padding."""
+        """Return what was done to padding, and to what int16 does not hold."""
         notes: tuple[str, ...] = ()
+        if self.clipped:
+            notes += (f"{self.clipped} voxels beyond {_INT16.min} to {_INT16.max} HU clipped",)
         if self.padding:
             to = f"{OUTSIDE_HU} HU" if self.is_ct else "the lowest value"
             notes += (f"padding ({min(self.padding)} after rescale) set to {to}",)
