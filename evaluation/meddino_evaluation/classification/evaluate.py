@@ -29,7 +29,7 @@ from meddino_evaluation.classification.results import (
     write_metrics,
     write_per_case,
 )
-from meddino_evaluation.data.case import ClassCase, labels_array
+from meddino_evaluation.data.case import ClassCase, doubtful_patients, labels_array
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import (
@@ -173,7 +173,7 @@ def choose_splits(dataset: LabelledSet, config: ClassificationConfig) -> list[Sp
 
 def _standing_notes(dataset: LabelledSet, splits: Sequence[Split], leakage: LeakageCheck) -> list[str]:
     lost = left_out(dataset.cases, splits)
-    told = []
+    told = doubtful_patients(dataset.cases) if dataset.has_patients else []
     if not dataset.has_patients:
         told.append("the data set names no patients: images of one patient may stand on both sides of a split")
     by_name, classes = {case.name: case for case in dataset.cases}, dataset.config.classes

@@ -1,13 +1,16 @@
 """One case of a labelled data set, whatever its label: a label map, a class, or several labels."""
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+_NOBODY = {"", "-", "?", "anonymous", "anonymized", "n/a", "na", "nan", "none", "null", "unknown"}
 ClassLabel = int | tuple[int, ...]
 """Class number; for several labels 0, 1 or -1 (not known) for each."""
 LabelT = TypeVar("LabelT", bound=ClassLabel | Path | None)
@@ -41,6 +44,19 @@ class Case(Generic[LabelT]):
 
 LabelMapCase = Case[Path | None]
 ClassCase = Case[ClassLabel]
+
+
+def doubtful_patients(cases: Sequence[Case[Any]]) -> list[str]:
+    """Return notes on patients that may be one, written in two ways, and on words that stand for nobody."""
+    patients = Counter(case.patient for case in cases)
+    alike: dict[str, list[str]] = {}
+    for patient in sorted(patients):
+        plain = re.sub(r"[\s_-]+", "-", patient.strip().casefold())
+        alike.setdefault(re.sub(r"(?<!\d)0+(?=\d)", "", plain), []).append(patient)
+    pairs = [" and ".join(f"'{one}'" for one in each) for each in alike.values() if len(each) > 1]
+    nobody = [name for name, count in patients.items() if name.strip().casefold() in _NOBODY and count > 1]
+    notes = [f"patients taken for different people whose names differ in writing alone: {a_few(pairs)}"] if pairs else []
+    return notes + [f"{patients[name]} cases have the patient '{name}', and are taken for one person's" for name in nobody]
 
 
 def labels_array(cases: Sequence[ClassCase]) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from meddino.volumes.geometry import Geometry
 from meddino.volumes.orientation import turn_to_lps
 from meddino.volumes.pictures import is_picture
 from meddino.volumes.read import read_geometry, read_label_map, read_volume
-from meddino_evaluation.data.case import LabelMapCase
+from meddino_evaluation.data.case import LabelMapCase, doubtful_patients
 from meddino_evaluation.data.columns import read_known_table
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.pictures import picture_geometry, pixel_grid, read_mask_picture, read_planes
@@ -280,8 +280,8 @@ def _by_pattern(pattern: str) -> Callable[[LabelMapCase], LabelMapCase]:
 
 
 def _map_cases(dataset: LabelledDataset, assign: Callable[[LabelMapCase], LabelMapCase]) -> LabelledDataset:
-    return replace(
-        dataset,
-        cases=tuple(assign(case) for case in dataset.cases),
-        test_cases=tuple(assign(case) for case in dataset.test_cases),
-    )
+    cases, test_cases = (tuple(assign(case) for case in part) for part in (dataset.cases, dataset.test_cases))
+    doubts = doubtful_patients([*cases, *test_cases])
+    for doubt in doubts:
+        _log.warning("data set %s: %s", dataset.name, doubt)
+    return replace(dataset, cases=cases, test_cases=test_cases, notes=(*dataset.notes, *doubts))

@@ -16,6 +16,7 @@ from meddino.core.files import atomic_write, canonical_json
 from meddino.core.logging import get_logger
 from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.results import finite, write_metrics
+from meddino_evaluation.data.case import doubtful_patients
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import (
@@ -177,6 +178,7 @@ def _notes(
 ) -> list[str]:
     notes = [OVERFIT] if config.overfit else []
     notes += dataset.notes
+    notes += doubtful_patients([case.with_classes(dataset.classes) for case in dataset.cases]) if dataset.has_patients else []
     lost = left_out([case.with_classes(dataset.classes) for case in dataset.cases], splits)
     notes += [lost] if lost else []
     mismatch = backbone.contract.mismatch(dataset.modality, f"model {backbone.name} on {dataset.name}")

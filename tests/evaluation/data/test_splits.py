@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from meddino_evaluation.data.case import Case
+from meddino_evaluation.data.case import Case, doubtful_patients
 from meddino_evaluation.data.dataset import LabelledDataset, with_patients
 from meddino_evaluation.data.labels import LabelScheme
 from meddino_evaluation.data.splits import (
@@ -125,6 +125,16 @@ def test_splits_final__a_case_twice_and_a_list_that_is_not_read_are_refused(tmp_
     (tmp_path / "splits_final.json").write_text(json.dumps([fold]))
     with pytest.raises(ConfigError, match=words):
         read_folds(tmp_path / "splits_final.json")
+
+
+def test_doubtful_patients__one_written_in_two_ways_and_nobody():
+    names = ["P0", "p0", "A-1", "a_01", "1.2.3", "12.3", "B", "B", "NA", "NA"]
+    cases = [Case(str(number), (Path("x"),), 0, patient) for number, patient in enumerate(names)]
+    assert doubtful_patients(cases) == [
+        "patients taken for different people whose names differ in writing alone: 'A-1' and 'a_01', 'P0' and 'p0'",
+        "2 cases have the patient 'NA', and are taken for one person's",
+    ]
+    assert doubtful_patients(cases[4:8]) == []
 
 
 def test_left_out__cases_of_no_part_are_counted_and_named(tmp_path):
