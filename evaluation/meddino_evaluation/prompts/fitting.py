@@ -114,13 +114,19 @@ def mask_loss(
     return (dice_weight * dice + ce_weight * entropy).mean()
 
 
-def run_identity(experiment: Experiment, config: PromptConfig) -> str:
-    """Return a hash of everything a decoder depends on; what was trained under another one is never taken up."""
-    excluded: Any = {"seeds": True, "metrics": True, "data": {"cache"}, "training": {"map_cache_mib", "log_every_steps"}}
+def run_identity(experiment: Experiment, config: PromptConfig, split: Split) -> str:
+    """Return a hash of everything a fold's decoders depend on; what was trained under another one is never taken up."""
+    excluded: Any = {
+        "seeds": True,
+        "splits": True,
+        "metrics": True,
+        "data": {"cache"},
+        "training": {"map_cache_mib", "log_every_steps"},
+    }
     parts = {
         "config": config.model_dump(mode="json", exclude=excluded),
         "decoder": None if config.decoder.weights is None else sha256_file(Path(config.decoder.weights)),
-        "run": experiment.identity,
+        "run": experiment.identity(split),
         "version": meddino.__version__,
     }
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()

@@ -64,8 +64,7 @@ def prompt(
     sets = [open_held_out_set(experiment, name, root, out, corpus) for name, root in tests.items()]
     write_settings(out, config)
     write_splits(experiment, out)
-    identity = run_identity(experiment, config)
-    _train_all(experiment, config, out, identity)
+    _train_all(experiment, config, out)
     _write_bundle(experiment, out)
     trained = time.monotonic()
     own = HeldOutSet("", experiment.dataset, out, experiment.leakage)
@@ -90,10 +89,11 @@ def build(experiment: Experiment, config: PromptConfig, seed: int) -> PromptNetw
     return network.to(experiment.machine.device)
 
 
-def _train_all(experiment: Experiment, config: PromptConfig, out: Path, identity: str) -> None:
+def _train_all(experiment: Experiment, config: PromptConfig, out: Path) -> None:
+    identities = {split: run_identity(experiment, config, split) for split in experiment.splits}
     waiting = {
         split: [seed for seed in config.seeds if not is_of(weights_path(out, split.number, seed), identity)]
-        for split in experiment.splits
+        for split, identity in identities.items()
     }
     trainings = sum(map(len, waiting.values()))
     logger.info("plan: %s: %d decoders of %d steps", experiment.source.name, trainings, config.training.steps)
@@ -104,7 +104,7 @@ def _train_all(experiment: Experiment, config: PromptConfig, out: Path, identity
             network = build(experiment, config, seed)
             # The held encoder makes the same of a slice for every seed and fold.
             cache = cache or MapCache(network, experiment.machine, config.training.map_cache_mib)
-            fit_decoder(experiment, config, network, cache, split, seed, out, identity, clock)
+            fit_decoder(experiment, config, network, cache, split, seed, out, identities[split], clock)
 
 
 def _load(experiment: Experiment, config: PromptConfig, out: Path, split: Split, seed: int) -> PromptNetwork:

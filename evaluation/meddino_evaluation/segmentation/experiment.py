@@ -77,15 +77,19 @@ class Experiment:
         entering = len(self.channels) * (2 * self.config.data.neighbour_slices + 1)
         return entering if entering > 1 else self.source.contract.channels
 
-    @property
-    def identity(self) -> str:
-        """Hash of everything a trained network depends on; what was trained under another one is never taken up."""
-        names = sorted({name for split in self.splits for name in (*split.train, *split.val)})
+    def identity(self, split: Split) -> str:
+        """Return a hash of everything that a fold's networks depend on; what was trained under another one is never taken up.
+
+        Who trains and who selects is in it, and whose cases they are: after another division of the patients an old network
+        would be tested on those that it learnt from.
+        """
+        cases = [self.dataset.case(name) for name in (*split.train, *split.val)]
         parts = {
             "config": self.config.model_dump(
                 mode="json",
                 exclude={
                     "seeds": True,
+                    "splits": True,
                     "metrics": True,
                     "inference": {"step", "gaussian", "mirror", "batch_size"},
                     "data": {"cache"},
@@ -93,7 +97,13 @@ class Experiment:
                 },
             ),
             "model": self.source.model_hash,
-            "data": self.dataset.data_hash([self.dataset.case(name) for name in names]),
+            "fold": split.number,
+            "train": split.train,
+            "val": split.val,
+            "patients": [case.patient for case in cases],
+            "data": self.dataset.data_hash(cases),
+            "labels": repr(self.dataset.labels),
+            "modality": self.dataset.modality,
             "contract": repr(self.source.contract),
             "version": meddino.__version__,
         }

@@ -64,10 +64,11 @@ def segment(
 
 def train_all(experiment: Experiment, out: Path) -> None:
     """Train every fold and seed whose weights are not there yet."""
-    identity, config = experiment.identity, experiment.config
+    config = experiment.config
+    identities = {split: experiment.identity(split) for split in experiment.splits}
     waiting_by_fold = {
         split: [seed for seed in config.seeds if not is_of(weights_path(out, split.number, seed), identity)]
-        for split in experiment.splits
+        for split, identity in identities.items()
     }
     clock = Clock(plan(experiment, waiting_by_fold))
     for split, waiting in waiting_by_fold.items():
@@ -75,7 +76,7 @@ def train_all(experiment: Experiment, out: Path) -> None:
         if not waiting:
             logger.info("fold %d: all %d seeds are trained already", split.number, len(seeds))
             continue
-        fitting = Fitting(experiment, split, out, identity, clock)
+        fitting = Fitting(experiment, split, out, identities[split], clock)
         lr_head = fitting.choose_lr(seeds[0])
         for seed in waiting:
             fitting.fit_seed(seed, lr_head)

@@ -74,6 +74,31 @@ def test_segment__again_trains_nothing_and_a_changed_setting_trains_anew(make_da
     assert len(trained) == 3
 
 
+def test_segment__networks_are_those_of_their_own_fold(make_dataset, tiny_config, tmp_path, monkeypatch):
+    """Swapped folds, or two cases that turn out to be one patient's: an old network would be tested on what it learnt from."""
+    data, out = make_dataset(), tmp_path / "out"
+    trained = []
+    original = FitLoop.fit
+    monkeypatch.setattr(FitLoop, "fit", lambda self, *arguments: (trained.append(1), original(self, *arguments))[1])
+
+    def trainings(**splits: object) -> int:
+        trained.clear()
+        segment(tiny_config(seeds=[0], splits={"folds": 2, **splits}), MODEL, data, out)
+        return len(trained)
+
+    assert trainings() == 1
+    assert trainings(run_folds=[0, 1]) == 1  # the first fold's is there
+    folds = json.loads((out / "splits_final.json").read_text())
+    (data / "splits_final.json").write_text(json.dumps(folds[::-1]))
+    assert trainings() == 1
+    assert trainings() == 0
+    first, *others = folds[1]["train"]
+    names = sorted({name for fold in folds for name in fold["val"]})
+    rows = [f"{name},{first if name in others else name}" for name in names]
+    (data / "patients.csv").write_text("\n".join(["case,patient", *rows]) + "\n")
+    assert trainings() == 1
+
+
 def test_test_cases__are_read_once_and_only_after_all_training(make_dataset, tiny_config, tmp_path, monkeypatch):
     events = []
     read = LabelledDataset.read_images
