@@ -118,6 +118,14 @@ def slice_hashes(stack: SliceStack) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _key(stack: SliceStack) -> str:
+    """Return a hash of all that a case's features depend on: its values to the last bit, and what they mean."""
+    values = np.ascontiguousarray(stack.values)
+    digest = hashlib.sha256(f"{stack.kind} {stack.low} {stack.high} {values.dtype.str} {values.shape}".encode())
+    digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
 def corpus_hashes(stack: SliceStack) -> tuple[str, ...]:
     """Return content hashes as the manifests of a corpus have them: of all slices together, and of each."""
     modality: Modality = "ct" if stack.kind == "hu" else "image"
@@ -188,7 +196,9 @@ class FeatureExtractor:
         self.batch_size = config.batch_size
         self.machine = machine
         self.model_hash = backbone.hash()
-        self.store = FeatureStore(cache / f"{self.model_hash[:20]}-{transform.hash()[:20]}")
+        # Equal weights under another input contract, or in another architecture, see and compute something else.
+        seen = f"{transform.hash()} {backbone.contract!r} {getattr(backbone.network, 'config', '')!r}"
+        self.store = FeatureStore(cache / f"{self.model_hash[:20]}-{hashlib.sha256(seen.encode()).hexdigest()[:20]}")
         self.widths: tuple[int, ...] | None = None
         self.computed = 0
         self.slice_hashes: dict[str, tuple[str, ...]] = {}
@@ -211,7 +221,7 @@ class FeatureExtractor:
             self.notes.add(case.name, stack)
             self.slice_hashes[case.name] = slice_hashes(stack)
             self.content_hashes[case.name] = corpus_hashes(stack)
-            key = hashlib.sha256("".join(self.slice_hashes[case.name]).encode()).hexdigest()
+            key = _key(stack)
             keys.append(key)
             if key in done or any(one.key == key for one in waiting):
                 continue

@@ -55,8 +55,8 @@ def read_slices(source: str, modality: Modality) -> SliceStack:
     Args:
         source: A file; `file.npz#name` for one array of an npz, `file.npz#name#i` for item i of that array,
             `file.mat#path` for one of a MATLAB file; a folder or an archive that holds one volume.
-        modality: "ct": values are Hounsfield units. Others: 8 bit pictures by their full range, DICOM's by their window; what
-            is left by the range of its modality, pictures (radiographs without a window) by their percentiles.
+        modality: "ct": values are Hounsfield units. Others: a picture file by the range of its type, a DICOM picture
+            (a radiograph) by its percentiles whatever its window says, a volume by the range of its modality.
 
     Raises:
         VolumeError: Missing, unreadable, too large, not finite, or all of one value; names the file.

@@ -1,5 +1,6 @@
 """A labelled data set whatever its layout on disk: cases with their files, patients and labels."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
@@ -260,6 +261,12 @@ def with_patients(dataset: LabelledDataset, pattern: str | None) -> LabelledData
     return _map_cases(dataset, assign)
 
 
+@functools.cache
+def _tell_once(what: str) -> None:
+    """Say something once a process, however many models are compared on the data."""
+    _log.warning("%s", what)
+
+
 def _by_pattern(pattern: str) -> Callable[[LabelMapCase], LabelMapCase]:
     try:
         expression = re.compile(pattern)
@@ -283,5 +290,5 @@ def _map_cases(dataset: LabelledDataset, assign: Callable[[LabelMapCase], LabelM
     cases, test_cases = (tuple(assign(case) for case in part) for part in (dataset.cases, dataset.test_cases))
     doubts = doubtful_patients([*cases, *test_cases])
     for doubt in doubts:
-        _log.warning("data set %s: %s", dataset.name, doubt)
+        _tell_once(f"data set {dataset.name}: {doubt}")
     return replace(dataset, cases=cases, test_cases=test_cases, notes=(*dataset.notes, *doubts))

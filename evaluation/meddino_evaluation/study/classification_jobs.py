@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from meddino.core.config import check_config
 from meddino.core.errors import ConfigError, MedDINOError
-from meddino.core.files import canonical_json, write_json
+from meddino.core.files import canonical_json, sha256_file, write_json
 from meddino.volumes.pictures import split_source
 from meddino_evaluation.adaptation.config import ProtocolName
 from meddino_evaluation.backbones.load import load_backbone, model_name, named_model
@@ -36,7 +36,7 @@ class ClassificationJob:
         few_shot: On few patients.
         evaluation: All settings.
         weights: Hash of the model's weights, where they lie in a file or folder.
-        cases: Hash of the data set's cases (see `cases_hash`), where it can be opened.
+        cases: Hash of the data set's cases and of how they are divided (see `cases_hash`), where it can be opened.
     """
 
     model: str
@@ -101,7 +101,7 @@ def list_jobs(
     jobs = []
     for data in config.data:
         root = Path(data.root) if data_root is None else data_root / data.root
-        cases = cases_hash(data.dataset, root)
+        cases = cases_hash(data.dataset, root, _settings(config, data, protocols[0], kind, out).split.file)
         for name in models:
             for protocol in protocols:
                 settings = _settings(config, data, protocol, kind, out)
@@ -111,10 +111,15 @@ def list_jobs(
     return jobs
 
 
-def cases_hash(dataset: str, root: Path) -> str | None:
-    """Return a hash of who is in a data set, with which label, and how long each file is: changed data are other jobs.
+def cases_hash(dataset: str, root: Path, split: Path | None = None) -> str | None:
+    """Return a hash of a data set's definition, of who is in it with which label and in which part, and of its files' lengths.
 
-    Pixels are not read for it: a picture that is changed and keeps its length is not noticed.
+    Changed data are other jobs. Pixels are not read for it: a picture that is changed and keeps its length is not noticed.
+
+    Args:
+        dataset: Name or file of the definition.
+        root: Folder of the data.
+        split: A split's file, whose content is hashed.
     """
     try:
         opened = open_labelled(dataset, root)
@@ -122,8 +127,9 @@ def cases_hash(dataset: str, root: Path) -> str | None:
         return None  # its jobs will say why
     files = [split_source(case.source)[0] for case in opened.cases]
     sizes = [file.stat().st_size if file.is_file() else None for file in files]
-    rows = [[case.name, case.patient, case.label, size] for case, size in zip(opened.cases, sizes, strict=True)]
-    return hashlib.sha256(canonical_json(rows).encode()).hexdigest()
+    rows = [[case.name, case.patient, case.label, case.split, size] for case, size in zip(opened.cases, sizes, strict=True)]
+    division = sha256_file(split) if split is not None and split.is_file() else None
+    return hashlib.sha256(canonical_json([opened.config.model_dump(mode="json"), division, rows]).encode()).hexdigest()
 
 
 def load_results(jobs: Sequence[ClassificationJob], out: Path) -> list[tuple[ClassificationJob, dict[str, Any]]]:

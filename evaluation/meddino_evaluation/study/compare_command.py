@@ -13,11 +13,13 @@ from markupsafe import Markup
 
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError, MedDINOError
-from meddino.core.files import canonical_json, write_json, write_text
+from meddino.core.files import canonical_json, sha256_file, write_json, write_text
 from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, text
 from meddino.core.html_charts import apart, case_plot, in_columns, png
 from meddino.data.remote import corpus_location
+from meddino_evaluation.data.dataset import with_patients
 from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.splits import SPLITS_FILE
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.statistics import can_be_significant
 from meddino_evaluation.metrics.text_table import Table, number_text
@@ -111,8 +113,10 @@ class SegmentationJob:
         """Name of its folder: another one whenever anything about the job is different."""
         settings = self.config.model_dump(mode="json", exclude={"device": True, "data": {"cache"}})
         roots = {name: str(root) for name, root in self.tests.items()}
-        looked_for = [] if self.corpus is None else [str(self.corpus)]  # whose patients the test must not hold
-        what = [self.model, self.weights, str(self.data), roots, dict(self.contents), settings, *looked_for]
+        file = Path(self.config.splits.file or "")
+        folds = sha256_file(file) if file.is_file() else None
+        what = [self.model, self.weights, str(self.data), roots, dict(self.contents), settings, folds]
+        what += [] if self.corpus is None else [str(self.corpus)]  # whose patients the test must not hold
         digest = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:10]
         return f"{self.name}_{self.mode}-{digest}"
 
@@ -148,20 +152,25 @@ def list_jobs(arguments: argparse.Namespace) -> list[SegmentationJob]:
 
 
 def contents_hash(root: Path) -> str:
-    """Return a hash of a data set's cases, label maps and labels, and of how long each image is: changed data are other jobs.
+    """Return a hash of a data set's cases, label maps, labels, patients and folds, and of how long each image is.
 
-    Images are not read for it: one that is changed and keeps its length is not noticed.
+    Changed data are other jobs. Images are not read for it: one that is changed and keeps its length is not noticed.
     """
-    dataset = open_dataset(root)
+    dataset = with_patients(open_dataset(root), None)
+    tests = {case.name for case in dataset.test_cases}
     rows = [
         [
             case.name,
+            case.patient,
+            case.name in tests,
             [path.stat().st_size for path in case.images if path.is_file()],
             dataset.file_hash(case.label) if case.label else None,
         ]
         for case in dataset.all_cases
     ]
-    return hashlib.sha256(canonical_json([dataset.labels.names, rows]).encode()).hexdigest()
+    folds = root / SPLITS_FILE
+    what = [repr(dataset.labels), dataset.modality, dataset.channel_names, sha256_file(folds) if folds.is_file() else None]
+    return hashlib.sha256(canonical_json([*what, rows]).encode()).hexdigest()
 
 
 def run(arguments: argparse.Namespace) -> None:

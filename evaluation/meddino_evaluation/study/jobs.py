@@ -10,7 +10,9 @@ from typing import Protocol, runtime_checkable
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, sha256_file, sizes_below, write_text
 from meddino.core.logging import get_logger
-from meddino_evaluation.backbones.load import load_backbone, named_model
+from meddino_evaluation.backbones.catalogue import CATALOGUE
+from meddino_evaluation.backbones.load import RANDOM, load_backbone, named_model
+from meddino_evaluation.backbones.weights_files import find_weights
 
 DONE = "metrics.json"
 _TABLES = {".csv", ".json", ".tsv", ".txt", ".xml"}
@@ -92,26 +94,43 @@ def parse_part(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def folder_hash(root: Path) -> str:
+def folder_hash(root: Path, every_byte: bool = False) -> str:
     """Return a hash of which files lie in a folder, how long each is, and what its tables say: changed data are other jobs.
 
     Pictures are not read for it: one that is changed and keeps its length is not noticed.
+
+    Args:
+        root: The folder.
+        every_byte: Read all files, of a folder of weights.
     """
     rows = [
-        [path.relative_to(root).as_posix(), sha256_file(path) if path.suffix.lower() in _TABLES else size]
+        [path.relative_to(root).as_posix(), sha256_file(path) if every_byte or path.suffix.lower() in _TABLES else size]
         for path, size in sizes_below(root)
     ]
     return hashlib.sha256(canonical_json(sorted(rows)).encode()).hexdigest()
 
 
 def weights_hash(model: str) -> str | None:
-    """Return the hash of a model's weights, so that another export or a later step of a run under its name is another job."""
-    model = named_model(model)[1]
-    path = Path(model.partition("@")[2] or model)
-    if path.is_dir() and not (path / "model.safetensors").is_file():
-        try:
-            return load_backbone(model).hash()  # a run or a checkpoint, which may grow
-        except MedDINOError:
-            return None  # its jobs will say why
+    """Return the hash of a model's weights, so that another export or a later step of a run under its name is another job.
+
+    Of `random:<folder>` it is that of the weights that are drawn, so that another architecture there is another job. None for
+    a model that is no more than its name, and for one that cannot be found: its jobs will say why.
+    """
+    spec = named_model(model)[1]
+    if spec.startswith("hf:"):
+        return folder_hash(Path(spec.removeprefix("hf:")), every_byte=True)
+    architecture = spec.removeprefix(RANDOM)
+    path = Path(spec.partition("@")[2] or spec)
+    if spec.startswith(RANDOM):
+        grows = any(Path(name).exists() for name in (architecture, architecture.rpartition("@")[0]) if name)
+    else:
+        grows = path.is_dir() and not (path / "model.safetensors").is_file()  # a run or a checkpoint
+    try:
+        if grows:
+            return load_backbone(spec).hash()
+        if spec in CATALOGUE:
+            path = find_weights(spec, CATALOGUE[spec])
+    except MedDINOError:
+        return None
     path = path / "model.safetensors" if path.is_dir() else path
     return sha256_file(path) if path.is_file() else None

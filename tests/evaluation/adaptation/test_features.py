@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,10 @@ def test_cache__another_model_transform_or_content_is_another_entry(fake_set, ba
     other_content = _extractor(backbone, tmp_path)
     other_content(fake_set("ct_contrast").cases[2:4])
     assert other_content.computed == 2
+    backbone.contract = replace(backbone.contract, own=backbone.contract.own.model_copy(update={"hu_min": -500.0}))
+    other_contract = _extractor(backbone, tmp_path)  # equal weights that see another window
+    other_contract(cases)
+    assert other_contract.computed == 2
 
 
 def test_cache__a_damaged_file_is_computed_anew(fake_set, backbone, tmp_path):

@@ -153,4 +153,9 @@ def test_contents_hash__other_label_maps_are_other_jobs(make_dataset):
     assert contents_hash(root) == first
     one, two = sorted((root / "labelsTr").iterdir())[:2]
     one.write_bytes(two.read_bytes())
-    assert contents_hash(root) != first
+    assert (second := contents_hash(root)) != first
+    names = [path.name.removesuffix(".nii.gz") for path in sorted((root / "labelsTr").iterdir())]
+    (root / "patients.csv").write_text("case,patient\n" + "".join(f"{name},{names[0]}\n" for name in names))
+    assert (third := contents_hash(root)) != second
+    (root / "splits_final.json").write_text("[]")
+    assert contents_hash(root) != third

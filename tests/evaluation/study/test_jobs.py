@@ -124,6 +124,47 @@ def test_list_jobs__other_labels_are_other_jobs(tmp_path):
     assert first and {job.folder for job in first}.isdisjoint(job.folder for job in again)
 
 
+def test_list_jobs__other_parts_another_split_file_and_another_window_are_other_jobs(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{name}.png")
+    split = tmp_path / "split.json"
+    split.write_text("[]")
+    definition = "name: set\nlayout: {kind: table, tables: [t.csv], image: '{image}', label_columns: [label], id_column: image"
+    definition += ", patient_column: patient, split_column: part, split_values: {train: train, test: test}}\n"
+    definition += "modality: ct\ntask: binary\nclasses: [x, y]\n"
+
+    def folders(parts: str, window: str = "") -> set[str]:
+        first, second = parts.split()
+        (tmp_path / "t.csv").write_text(f"image,label,patient,part\na.png,x,p,{first}\nb.png,y,q,{second}\n")
+        (tmp_path / "set.yaml").write_text(definition + window)
+        given = [f"data=[{{dataset: {tmp_path}/set.yaml, root: {tmp_path}, overrides: ['split.file={split}']}}]"]
+        jobs = list_jobs("compare", load_study("study_demo", given), tmp_path, "random:vitnano8")
+        assert all(job.cases for job in jobs)
+        return {job.folder for job in jobs}
+
+    first = folders("train test")
+    assert folders("train test") == first
+    others = [folders("test train"), folders("train test", "window_hu: [-160, 240]\n")]
+    split.write_text("[ ]")
+    others.append(folders("train test"))
+    assert all(first.isdisjoint(other) for other in others)
+
+
+def test_weights_hash__of_a_transformers_folder_and_of_random_weights_of_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"1")
+    first = study.weights_hash(f"hf:{tmp_path}/hf")
+    (tmp_path / "hf" / "model.safetensors").write_bytes(b"2")
+    assert first and study.weights_hash(f"hf:{tmp_path}/hf") != first
+    monkeypatch.setattr(study, "load_backbone", lambda model: SimpleNamespace(hash=lambda: model))
+    assert study.weights_hash(f"NAME=random:{tmp_path}/hf@3") == f"random:{tmp_path}/hf@3"
+    assert study.weights_hash("random:vitnano8@3") is None
+    monkeypatch.setenv("MEDDINO_WEIGHTS", str(tmp_path))
+    assert study.weights_hash("dinov2_vits14") is None
+    (tmp_path / "dinov2_vits14.pth").write_bytes(b"1")
+    assert study.weights_hash("dinov2_vits14")
+
+
 def test_study__freeze_and_few_shot(config, data_root, tmp_path):
     assert _study("freeze", config, data_root, tmp_path / "freeze", "data=[{dataset: ct_contrast, root: ct_contrast}]") == 0
     rows = (tmp_path / "freeze" / "results.csv").read_text()
