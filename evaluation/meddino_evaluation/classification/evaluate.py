@@ -29,7 +29,7 @@ from meddino_evaluation.classification.results import (
     write_metrics,
     write_per_case,
 )
-from meddino_evaluation.data.case import ClassCase, doubtful_patients, labels_array
+from meddino_evaluation.data.case import ClassCase, a_few, doubtful_patients, labels_array
 from meddino_evaluation.data.leakage import LeakageCheck
 from meddino_evaluation.data.run_folder import refuse_files_of_others, write_settings
 from meddino_evaluation.data.splits import (
@@ -97,6 +97,7 @@ def evaluate(
         notes += [note for note in seen if note not in notes]
         digests |= contents
     extractor.check_frozen()
+    notes += _told(dataset, contradictions(dataset, digests))
     content = _content(dataset, config, extractor, runs, leakage)
     notes += _told(dataset, extractor.notes.lines())
     content |= {"splits": [split.origin for split in splits], "notes": notes}
@@ -185,6 +186,16 @@ def _standing_notes(dataset: LabelledSet, splits: Sequence[Split], leakage: Leak
     if not leakage.known:
         notes.append("not compared with a pretraining corpus: give split.corpus, or an export with its list of volumes")
     return notes
+
+
+def contradictions(dataset: LabelledSet, digests: Mapping[str, str]) -> list[str]:
+    """Return a note on images that are there twice with different labels; `digests` has the content of each case."""
+    alike: dict[str, list[ClassCase]] = {}
+    for case in dataset.cases:
+        if case.name in digests:
+            alike.setdefault(digests[case.name], []).append(case)
+    pairs = [" and ".join(case.name for case in same) for same in alike.values() if len({case.label for case in same}) > 1]
+    return [f"{len(pairs)} images are there more than once with different labels: {a_few(pairs)}"] if pairs else []
 
 
 def _told(dataset: LabelledSet, notes: Sequence[str]) -> Sequence[str]:

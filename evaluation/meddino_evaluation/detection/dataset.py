@@ -21,6 +21,7 @@ from meddino_evaluation.backbones.adapter import Backbone
 from meddino_evaluation.classification.dataset_config import SplitName
 from meddino_evaluation.classification.images import ReadingNotes, SliceStack, read_slices
 from meddino_evaluation.classification.recognise import kind_of_file
+from meddino_evaluation.data.case import a_few
 from meddino_evaluation.detection.config import DataConfig
 from meddino_evaluation.detection.layouts import BoxLayout, BoxTableLayout, CocoLayout, KvasirLayout, VocLayout
 from meddino_evaluation.detection.readers import BoxCase, read_boxes
@@ -158,9 +159,14 @@ def _opened(name: str, layout: BoxLayout, root: Path, declared: Sequence[str], c
             f"{with_boxes[0].boxes[0].tolist()}; boxes are in pixels: multiply x by the width and y by the height"
         )
     notes = []
+    first = [_first_places(case) for case in cases]
+    repeated = [case.where[n] for case, kept in zip(cases, first, strict=True) for n in range(len(case.names)) if n not in kept]
+    if repeated:
+        notes.append(f"{len(repeated)} boxes stand there more than once and count once: {a_few(repeated)}")
+        cases = [_only(case, kept) for case, kept in zip(cases, first, strict=True)]
     if strange:
         notes.append(f"boxes of the classes {', '.join(strange)} are left out, as data.classes says")
-        cases = [_only(case, classes) for case in cases]
+        cases = [_only(case, [n for n, one in enumerate(case.names) if one in classes]) for case in cases]
     cases = [replace(case, patient=case.patient or _patient(config.patient_pattern, case.name)) for case in cases]
     has_patients = all(case.patient for case in cases)
     if not has_patients:
@@ -172,10 +178,18 @@ def _opened(name: str, layout: BoxLayout, root: Path, declared: Sequence[str], c
     return DetectionSet(name, tuple(cases), classes, modality, has_patients, notes=tuple(notes))
 
 
-def _only(case: BoxCase, classes: Sequence[str]) -> BoxCase:
-    kept = [place for place, name in enumerate(case.names) if name in classes]
+def _only(case: BoxCase, kept: Sequence[int]) -> BoxCase:
+    """Return an image with some of its boxes."""
     names, where = (tuple(values[place] for place in kept) for values in (case.names, case.where))
-    return replace(case, boxes=case.boxes[kept], names=names, where=where)
+    return replace(case, boxes=case.boxes[list(kept)], names=names, where=where)
+
+
+def _first_places(case: BoxCase) -> list[int]:
+    """Return where each box of a class stands for the first time."""
+    first: dict[tuple[float | str, ...], int] = {}
+    for place, (box, name) in enumerate(zip(case.boxes.tolist(), case.names, strict=True)):
+        first.setdefault((*box, name), place)
+    return list(first.values())
 
 
 def _patient(pattern: str | None, name: str) -> str:

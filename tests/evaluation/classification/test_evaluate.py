@@ -45,6 +45,15 @@ def spy(monkeypatch):
     return log
 
 
+def testcontradictions__one_image_with_two_labels_is_told(fake_set):
+    dataset = fake_set("ct_contrast")
+    first, second = (next(case for case in dataset.cases if case.label == label) for label in (0, 1))
+    digests = {case.name: case.name for case in dataset.cases}
+    assert evaluate_module.contradictions(dataset, digests) == []
+    (note,) = evaluate_module.contradictions(dataset, {**digests, second.name: first.name})
+    assert "1 images are there more than once" in note and first.name in note and second.name in note
+
+
 @pytest.mark.parametrize("few_shot", [False, True])
 def test_evaluate__the_test_is_read_once_after_everything_is_learned(fake_set, backbone, quick, tmp_path, spy, few_shot):
     dataset = fake_set("ct_contrast")

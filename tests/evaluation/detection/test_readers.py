@@ -160,6 +160,14 @@ def test_open_detection__finds_each_layout_by_its_files(table_set, coco, tmp_pat
         open_detection(str(kvasir / "images"), None, DataConfig())
 
 
+def test_open_detection__a_box_that_stands_there_twice_counts_once_and_is_told(tmp_path):
+    Image.fromarray(squares(0)[0]).save(tmp_path / "0.png")
+    write_table(tmp_path / "boxes.csv", rows((1, 2, 8, 9, "grey"), (1, 2, 8, 9, "white"), (1, 2, 8, 9, "grey")))
+    dataset = open_detection(str(tmp_path), None, DataConfig())
+    assert dataset.cases[0].names == ("grey", "white") and len(dataset.cases[0].boxes) == 2
+    assert "1 boxes stand there more than once and count once" in dataset.notes[0] and "line 4" in dataset.notes[0]
+
+
 def test_open_detection__a_class_that_never_occurs_is_named_and_can_be_left_out(coco):
     path = coco(annotations=[{"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2, 10, 20]}])
     with pytest.raises(ConfigError, match=r"class bright occurs.*data\.classes=\[grey\]"):
