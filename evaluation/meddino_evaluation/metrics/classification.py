@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from meddino_evaluation.metrics.statistics import NOT_NEGATIVE, SHARE, Span
+from meddino_evaluation.metrics.statistics import NOT_NEGATIVE, SHARE, UNBOUNDED, Span
 
 TaskKind = Literal["binary", "multiclass", "multilabel", "ordinal"]
 Truth = NDArray[np.int64]
@@ -31,11 +31,13 @@ METRICS: dict[TaskKind, tuple[str, ...]] = {
 """What is reported for each kind of task; precision, recall and F1 are weighted by class size."""
 
 SPANS: dict[str, Span] = {
-    **dict.fromkeys(("auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1", "ece"), SHARE),
+    **dict.fromkeys(("auroc", "auprc", "accuracy", "balanced_accuracy", "precision", "recall", "f1"), SHARE),
     **dict.fromkeys(("brier", "log_loss"), NOT_NEGATIVE),
     "kappa": (-1.0, 1.0),
+    "ece": UNBOUNDED,
 }
-"""What the values of each can be."""
+"""What the values of each can be. A calibration error is a sum of distances: near 0 its log odds say nothing (0.03 would have
+an interval from 0 to 0.95), so its interval is plain, and cut at 0."""
 
 LOWER_IS_BETTER = frozenset({"brier", "ece", "log_loss"})
 UNKNOWN = -1

@@ -1,6 +1,7 @@
 """Intervals and paired comparisons of classification metrics, by the bootstrap over patients."""
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,10 @@ def metric_intervals(
     """
     drawing = Resampling(*_patients(runs), level=level, resamples=resamples, seed=seed)
     weights = drawing.weights()
-    return {name: drawing.interval(*_over_runs(name, kind, runs, weights), SPANS[name]) for name in names or METRICS[kind]}
+    found = {name: drawing.interval(*_over_runs(name, kind, runs, weights), SPANS[name]) for name in names or METRICS[kind]}
+    if "ece" in found:
+        found["ece"] = replace(found["ece"], low=float(np.maximum(found["ece"].low, 0.0)))  # NaN stays
+    return found
 
 
 def _patients(runs: Runs) -> tuple[int, list[Hashable]]:

@@ -26,6 +26,14 @@ def test_metric_intervals__one_run_equals_the_plain_bootstrap():
     assert (fast.estimate, fast.low, fast.high) == pytest.approx((slow.estimate, slow.low, slow.high))
 
 
+def test_metric_intervals__of_a_small_calibration_error_is_small():
+    truth = np.arange(16) % 2
+    sure = np.where(np.arange(16) % 8 == 0, 0.9, 0.99)
+    p = np.stack([np.where(truth == 0, sure, 1 - sure), np.where(truth == 1, sure, 1 - sure)], axis=1)
+    found = metric_intervals("binary", [(list(range(16)), truth, p)], names=["ece"])["ece"]
+    assert 0 <= found.low < found.estimate < found.high < 0.1
+
+
 @pytest.mark.parametrize(
     ("kind", "classes", "name"), [("binary", 2, "accuracy"), ("ordinal", 3, "kappa"), ("multilabel", 3, "f1")]
 )
