@@ -47,7 +47,7 @@ def to_axial_lps(
     places, notes = turned.places_mm, turned.notes
     if places is not None and stacked != 0:
         places, notes = None, (*notes, "uneven slice distance lies inside the new slices")
-    return AxialVolume(turned.voxels, turned.geometry, places, notes, turned.owner), tilt_deg
+    return AxialVolume(turned.voxels, turned.geometry, places, notes), tilt_deg
 
 
 def _nearest_axes(axes: NDArray[np.float64]) -> tuple[tuple[int, ...], NDArray[np.float64]]:
@@ -103,7 +103,7 @@ def _resampled(volume: Volume, stacked: int, outside: int, max_voxels: int) -> A
     shape = (int(size[0]), int(size[1]), int(size[2]))
     geometry = Geometry(shape, old.spacing_mm, (float(low[0]), float(low[1]), float(low[2])), AXIAL_LPS)
     planes = _UprightPlanes(volume.voxels, shape, matrix, offset, outside, uneven)
-    return AxialVolume(planes, geometry, None, (*volume.notes, note), volume.owner)
+    return AxialVolume(planes, geometry, None, (*volume.notes, note))
 
 
 class _UprightPlanes:

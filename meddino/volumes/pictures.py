@@ -23,6 +23,7 @@ ARRAYS_SUFFIX = ".npz"
 ARRAY_SUFFIXES = (ARRAYS_SUFFIX, ".npy", ".mat")
 MAX_PICTURES = 2**20
 """Of one array."""
+_DARK = 2**13  # an eighth of what 16 bits hold: a picture below was meant for 12 bits, say
 _LEAST_SIDE_PX = 8  # shorter sides are those of labels and boxes
 WIDE_MODES = ("I;16", "I;16B", "I")
 """Of Pillow: grey values of 16 bits, of either order of bytes, or in 32."""
@@ -40,7 +41,7 @@ class Picture:
         values: [S, C, H, W], the file's own type; C is 1 or 3. MONOCHROME1 is turned over, so that more is brighter.
         value_range: Values of black and white where the file's type says them, else None.
         modality: DICOM's code where the file says it, else "".
-        note: What of the file was left out, or "".
+        note: What of the file was left out or looks odd, or "".
     """
 
     values: NDArray[Any]
@@ -134,9 +135,13 @@ def _pixels(picture: Any, path: Path) -> Picture:
         if values.min(initial=0) < 0 or values.max(initial=0) > np.iinfo(np.uint16).max:
             return Picture(values[None, None], note="; ".join(notes))  # no brightness: may be Hounsfield units
         values = values.astype(np.uint16)  # of this machine's order of bytes
+        if (high := int(values.max(initial=0))) < _DARK:
+            notes.append(f"the largest of its 16-bit values is {high}: read as brightness from 0 to 65535, nearly black")
         if getattr(picture, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns over those of 8 bits alone
             values = np.iinfo(np.uint16).max - values
         return Picture(values[None, None], (0.0, 65535.0), note="; ".join(notes))
+    if picture.has_transparency_data and np.asarray(picture.convert("RGBA"))[..., 3].min(initial=255) < 255:
+        notes.append("transparency is left out")
     grey = picture.mode in ("L", "1", "LA")
     pixels = np.asarray(picture.convert("L" if grey else "RGB"))
     return Picture((pixels[None] if grey else pixels.transpose(2, 0, 1))[None], (0.0, 255.0), note="; ".join(notes))
@@ -198,12 +203,12 @@ def _dicom(path: Path) -> Picture:
     if any(frame is None or frame.shape != (rows, cols) for frame in stored):
         raise VolumeError(f"image {path}: its pixels cannot be read (truncated, damaged or an unknown compression)")
     values = np.stack([frame for frame in stored if frame is not None])[:, None].astype(np.float32)
-    slope, intercept = float(number(dataset, "RescaleSlope", 1) or 1), number(dataset, "RescaleIntercept")
+    slope, intercept = float(number(dataset, "RescaleSlope", 1)), number(dataset, "RescaleIntercept")
     note = ""
-    if slope.is_integer():
+    if slope and slope.is_integer():
         values = values * slope + intercept
     else:  # brightness has no unit, and whole numbers of optical density, say, would be three or four
-        values = values * np.sign(slope)
+        values = -values if slope < 0 else values
         note = f"rescale slope {slope:g} is left out: brightness as it is stored"
     if text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
         values = values.max() + values.min() - values

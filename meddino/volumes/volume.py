@@ -18,7 +18,6 @@ class Volume:
         geometry: The grid. Its spacing along axis 0 is the median distance where slices are uneven.
         places_mm: Position of each slice along axis 0 from the first one; None where slices are even.
         notes: What is unusual and what was decided for it, in words of ours.
-        owner: Whoever owns the memory that `voxels` is a view of.
         modality: DICOM's code where the file says it ("CT", "MR"); "" where it does not.
         photometric: DICOM's PhotometricInterpretation; "" where there is none. Values are never turned over for it.
         irregular: Why the grid does not say where every voxel lies (missing slices, shear); "" where it does.
@@ -28,7 +27,6 @@ class Volume:
     geometry: Geometry
     places_mm: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
-    owner: object = None
     modality: str = ""
     photometric: str = ""
     irregular: str = ""
@@ -84,14 +82,12 @@ class AxialVolume:
         geometry: The grid, as in `Volume`.
         places_mm: As in `Volume`.
         notes: As in `Volume`.
-        owner: Whoever owns the memory behind `planes`.
     """
 
     planes: Planes
     geometry: Geometry
     places_mm: tuple[float, ...] | None = None
     notes: tuple[str, ...] = ()
-    owner: object = None
 
     def place_mm(self, z: int) -> float:
         """Return the position of a slice along axis 0 from the first one."""

@@ -72,6 +72,14 @@ def test_recognise__ct_beyond_int16_is_told():
     assert found.stored(hu[0])[0, 0] == 32767
 
 
+@pytest.mark.parametrize(("off", "note"), [(0.0, ""), (1e-4, ""), (0.4, "values with fractions of HU rounded to whole HU")])
+def test_recognise__ct_of_real_numbers_is_rounded_and_told(off, note):
+    hu = make_hu(0)
+    found = recognise(hu.astype(np.float32) + np.float32(off), "auto", "", HU)
+    assert found.note == note
+    assert np.array_equal(found.stored(hu[0] + off), hu[0])
+
+
 @pytest.mark.parametrize(
     ("voxels", "wanted", "code", "words"),
     [

@@ -1,8 +1,10 @@
 """Headers whose voxels lie in files of their own: what they promise, where they point, and when those files change."""
 
+import gzip
 import os
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from meddino_data_curation.config import CurationConfig
 from meddino.core.errors import VolumeError
 from meddino.volumes.formats.itk import read_volume_file
 from meddino.volumes.formats.voxel_files import find_voxel_files
+from meddino.volumes.read import read_volume
 from tests.data_curation.conftest import make_hu, write_volume
 from tests.data_curation.test_build import run_build
 from tests.data_curation.test_held_out import rows_by_place
@@ -31,6 +34,17 @@ try:
 except VolumeError as error:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, error)
 """
+
+
+@pytest.mark.parametrize("ending", ["nrrd", "mha", "nii"])
+def test_read_volume_file__voxels_outlive_the_volume(tmp_path, ending):
+    hu = make_hu(0, (40, 256, 256))
+    sitk.WriteImage(sitk.GetImageFromArray(hu), str(tmp_path / f"a.{ending}"))
+    voxels = np.asarray(read_volume(tmp_path / f"a.{ending}"))
+    view = voxels[3:]
+    del voxels
+    others = [np.full(hu.shape, 7, np.int16) for _ in range(6)]  # what would come into memory that is given back
+    assert np.array_equal(view, hu[3:]) and len(others) == 6
 
 
 @pytest.mark.parametrize("ending", [".mhd", ".nhdr"])
@@ -111,6 +125,110 @@ def test_read_volume_file__slices_in_files_of_their_own(tmp_path):
     (tmp_path / "z3.raw").unlink()
     with pytest.raises(VolumeError, match="the file of its voxels is missing"):
         read_volume_file(tmp_path / "list.mhd", "metaimage", LIMITS)
+
+
+def holds(path, format: str) -> bool:
+    volume = read_volume_file(path, format, LIMITS)  # owns the memory of its voxels
+    return np.array_equal(volume.voxels, make_hu(0))
+
+
+@pytest.mark.parametrize("sizes", ["71 64 6", "72 63 6", "72 64 5"])
+@pytest.mark.parametrize("ending", [".mhd", ".nhdr", ".mha", ".nrrd"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_read_volume_file__a_header_that_promises_fewer_voxels_is_refused(tmp_path, ending, packed, sizes):
+    header, end = (META, b"ElementDataFile = LOCAL\n") if ending.startswith(".m") else (NRRD, b"\n")
+    voxels, place = make_hu(0).tobytes(), tmp_path / f"a{ending}"
+    if packed and header is META:
+        voxels = zlib.compress(voxels)
+        header += f"CompressedData = True\nCompressedDataSize = {len(voxels)}\n"
+    elif packed:
+        header, voxels = header.replace("raw", "gzip"), gzip.compress(voxels[:9]) + gzip.compress(voxels[9:])
+    if ending in (".mhd", ".nhdr"):
+        end = b"ElementDataFile = a.raw\n" if header.startswith(META) else b"data file: a.raw\n"
+        (tmp_path / "a.raw").write_bytes(voxels)
+        voxels = b""
+    format = "metaimage" if ending.startswith(".m") else "nrrd"
+    place.write_bytes(header.encode() + end + voxels)
+    assert holds(place, format)
+    place.write_bytes(header.replace("72 64 6", sizes).encode() + end + voxels)
+    with pytest.raises(VolumeError, match="goes on behind the last voxel that its header promises"):
+        read_volume_file(place, format, LIMITS)
+
+
+def test_read_volume_file__fewer_voxels_than_in_slices_of_their_own_are_refused(tmp_path):
+    for z, plane in enumerate(make_hu(0)):
+        plane.tofile(tmp_path / f"z{z}.raw")
+    listed = "LIST\n" + "".join(f"z{z}.raw\n" for z in range(6))
+    (tmp_path / "a.mhd").write_text(META.replace("72 64 6", "72 64 5") + f"ElementDataFile = {listed}")
+    (tmp_path / "a.nhdr").write_text(NRRD.replace("72 64 6", "70 64 6") + f"data file: {listed}")
+    for name, format in (("a.mhd", "metaimage"), ("a.nhdr", "nrrd")):
+        with pytest.raises(VolumeError, match="goes on behind the last voxel"):
+            read_volume_file(tmp_path / name, format, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("header", "before", "behind"),
+    [
+        (NRRD + "data file: a.raw\n", b"", bytes(500)),  # padding, less than a plane
+        (NRRD + "byte skip: 20000\ndata file: a.raw\n", bytes(20000), b""),
+        (NRRD + "line skip: 2\nbyte skip: 3\ndata file: a.raw\n", b"x" * 9000 + b"\n" + b"y" * 9000 + b"\nabc", b""),
+        (NRRD + "byteskip: -1\ndata file: a.raw\n", bytes(20000), b""),
+        (NRRD.replace("raw", "gzip") + "byte skip: 20000\ndata file: a.raw\n", bytes(20000), b""),
+        (META + "HeaderSize = 20000\nElementDataFile = a.raw\n", bytes(20000), b""),
+        (META + "HeaderSize = -1\nElementDataFile = a.raw\n", bytes(20000), b""),
+        (META + "ElementDataFile = a.raw\n", b"", bytes(500)),
+    ],
+)
+def test_read_volume_file__what_is_skipped_before_the_voxels_is_no_voxel(tmp_path, header, before, behind):
+    path = tmp_path / ("a.mhd" if header.startswith(META) else "a.nhdr")
+    path.write_text(header)
+    data = before + make_hu(0).tobytes() + behind
+    (tmp_path / "a.raw").write_bytes(gzip.compress(data) if "gzip" in header else data)
+    assert holds(path, "metaimage" if path.suffix == ".mhd" else "nrrd")
+
+
+def test_read_volume_file__skipped_bytes_count_from_where_each_format_counts(tmp_path):
+    voxels = make_hu(0).tobytes()
+    nrrd = NRRD + "byte skip: 8000\n\n"
+    (tmp_path / "a.nrrd").write_bytes(nrrd.encode() + bytes(8000) + voxels)
+    (tmp_path / "a.mha").write_bytes(
+        (META + "HeaderSize = 8000\nElementDataFile = LOCAL\n").encode().ljust(8000, b" ") + voxels
+    )
+    for name, format in (("a.nrrd", "nrrd"), ("a.mha", "metaimage")):
+        assert holds(tmp_path / name, format), name
+
+
+@pytest.mark.parametrize("ending", [".mha", ".mhd"])
+@pytest.mark.parametrize("damage", ["flipped", "checksum", "cut", "size"])
+def test_metaimage__packed_voxels_that_are_damaged_are_refused(tmp_path, ending, damage):
+    """ITK leaves whatever is in its memory where the voxels should be, and says nothing that is heard."""
+    packed = bytearray(zlib.compress(make_hu(0).tobytes()))
+    said = f"CompressedDataSize = {len(packed) // 2 if damage == 'size' else len(packed)}\n"
+    if damage in ("flipped", "checksum"):
+        packed[len(packed) // 2 if damage == "flipped" else -2] ^= 255
+    if damage == "cut":
+        packed = packed[: len(packed) // 2]
+        said = f"CompressedDataSize = {len(packed)}\n"
+    header = META + "CompressedData = True\n" + said
+    place = tmp_path / f"a{ending}"
+    if ending == ".mha":
+        place.write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + packed)
+    else:
+        place.write_text(header + "ElementDataFile = a.zraw\n")
+        (tmp_path / "a.zraw").write_bytes(packed)
+    with pytest.raises(VolumeError, match="truncated or damaged"):
+        read_volume_file(place, "metaimage", LIMITS)
+
+
+def test_metaimage__packed_voxels_behind_the_header_need_their_size(tmp_path):
+    """ITK would begin to unpack at the beginning of the file; voxels in a file of their own end with it."""
+    header, packed = META + "CompressedData = True\n", zlib.compress(make_hu(0).tobytes())
+    (tmp_path / "a.mha").write_bytes(header.encode() + b"ElementDataFile = LOCAL\n" + packed)
+    with pytest.raises(VolumeError, match="does not say how many bytes"):
+        read_volume_file(tmp_path / "a.mha", "metaimage", LIMITS)
+    (tmp_path / "a.mhd").write_text(header + "ElementDataFile = a.zraw\n")
+    (tmp_path / "a.zraw").write_bytes(packed)
+    assert holds(tmp_path / "a.mhd", "metaimage")
 
 
 @pytest.mark.parametrize("ending", [".mhd", ".nhdr", ".mha", ".nrrd"])

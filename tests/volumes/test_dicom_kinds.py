@@ -389,3 +389,65 @@ def test_a_full_disk__is_raised_and_a_file_that_has_gone_is_a_lost_slice(tmp_pat
     monkeypatch.setattr(pixels, "open_frames", fails)
     with pytest.raises(OSError, match="No space left"):
         found.read()
+
+
+def test_rescale__a_slope_of_0_is_refused_by_name(tmp_path):
+    paths = write_series(tmp_path, A)
+    item = pydicom.dcmread(paths[2])
+    item.RescaleSlope = 0
+    item.save_as(paths[2], enforce_file_format=True)
+    assert problems(tmp_path) == ["DICOM: rescale slope is 0"]
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, np.delete(A, 2, axis=0))
+    assert set(volume.notes) == {"1 slices are missing", "left out beside it: DICOM: rescale slope is 0"}
+
+
+def test_rescale__a_slope_of_0_in_a_frame_is_refused_too(tmp_path):
+    item = enhanced_ct(A)
+    item.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence = [Dataset()]
+    scale = item.PerFrameFunctionalGroupsSequence[3].PixelValueTransformationSequence[0]
+    scale.RescaleSlope, scale.RescaleIntercept, scale.RescaleType = 0, 0, "HU"
+    item.save_as(tmp_path / "a", enforce_file_format=True)
+    assert problems(tmp_path) == ["DICOM: rescale slope is 0"]
+
+
+def test_rescale__half_of_it_is_told(tmp_path):
+    write_series(tmp_path, A + 1024, RescaleSlope=None)
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A + 1024)  # the slope is 1
+    assert volume.notes == ("only one of rescale slope and intercept is in the file: the other is taken as 1 or 0",)
+
+
+def test_rescale__fractions_of_hu_are_rounded_and_told(tmp_path):
+    write(tmp_path, A, RescaleSlope="0.75")
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, np.rint((A + 1024.0) * 0.75 - 1024))
+    assert volume.notes == ("values with fractions of HU rounded to whole HU",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"PixelSpacing": [0, 0]}, "pixel spacing is 0 and 0 mm; must be above 0"),
+        (
+            {"ImageOrientationPatient": [1, 0, 0, 0.3, 0.95, 0]},
+            "orientation is 1, 0, 0, 0.3, 0.95, 0; rows and columns must be at right angles",
+        ),
+        ({"ImageOrientationPatient": [0] * 6}, "orientation is 0, 0, 0, 0, 0, 0; must be two directions of length 1"),
+        ({"PixelSpacing": None}, "position, orientation or pixel spacing is missing or no number"),
+        (
+            {"NumberOfFrames": 2, "SliceThickness": None},
+            "its frames have neither positions, nor a distance (SpacingBetweenSlices, SliceThickness)",
+        ),
+    ],
+)
+def test_plane__what_is_none_is_refused_with_the_value(tmp_path, changes, reason):
+    write(tmp_path, A[:1], **changes)
+    assert problems(tmp_path) == [f"DICOM: {reason}"]
+
+
+def test_plane__directions_that_are_not_of_length_1_are_told(tmp_path):
+    write_series(tmp_path, A, ImageOrientationPatient=[0.5, 0, 0, 0, 0.5, 0])
+    volume = read_volume(tmp_path)
+    assert np.array_equal(volume.voxels, A) and volume.spacing_mm == (5.0, 4.5, 4.5)
+    assert volume.notes == ("directions of rows and columns are not of length 1 in the file: taken as if they were",)

@@ -262,6 +262,36 @@ def test_picture__what_is_left_of_it_is_said(tmp_path):
     np.testing.assert_array_equal(deep.values[0].transpose(1, 2, 0), RGB)
 
 
+@pytest.mark.parametrize(("mode", "alpha", "is_told"), [("RGBA", 7, True), ("LA", 7, True), ("RGBA", 255, False)])
+def test_picture__transparency_that_is_left_out_is_said(tmp_path, mode, alpha, is_told):
+    picture = Image.fromarray(RGB).convert(mode)
+    picture.putalpha(alpha)
+    picture.save(tmp_path / "a.png")
+    Image.fromarray(RGB).quantize(16).save(tmp_path / "palette.png", transparency=0)
+    assert read_picture(tmp_path / "a.png").note == ("transparency is left out" if is_told else "")
+    assert read_picture(tmp_path / "palette.png").note == "transparency is left out"
+
+
+@pytest.mark.parametrize(("largest", "is_told"), [(4095, True), (8192, False)])
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_picture_of_16_bits__values_of_12_are_said_to_be_dark(tmp_path, ending, largest, is_told):
+    values = np.linspace(0, largest, 480).astype(np.uint16).reshape(24, 20)
+    Image.fromarray(values).save(tmp_path / f"a.{ending}")
+    found = read_picture(tmp_path / f"a.{ending}")
+    np.testing.assert_array_equal(found.values[0, 0], values)
+    assert found.value_range == (0.0, 65535.0)
+    told = "the largest of its 16-bit values is 4095: read as brightness from 0 to 65535, nearly black"
+    assert found.note == (told if is_told else "")
+
+
+def test_dicom_picture__a_slope_of_0_leaves_the_stored_grey_levels(tmp_path):
+    item = ct_slice(WIDE % 1500, 0.0, SOPClassUID=DigitalXRayImageStorageForPresentation, Modality="DX", RescaleSlope=0)
+    item.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    found = read_picture(tmp_path / "a.dcm")
+    assert "rescale slope 0 is left out" in found.note
+    np.testing.assert_array_equal(found.values[0, 0], WIDE % 1500 + 1024)
+
+
 def test_dicom_picture__a_fractional_rescale_leaves_the_stored_grey_levels(tmp_path):
     item = ct_slice(WIDE % 1500, 0.0, SOPClassUID=DigitalXRayImageStorageForPresentation, Modality="DX", RescaleIntercept=0)
     item.RescaleSlope = 0.002

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from meddino.core.errors import VolumeError
 from meddino.data.intensity import MEMBERS, OF_DICOM_CODE, Modality
 from meddino.data.stored_values import percentile_range, stored_type, value_range
+from meddino.volumes.dicom.pixels import FRACTION_HU, ROUNDED
 from meddino_data_curation.config import HounsfieldConfig
 from meddino_data_curation.selection.hounsfield import (
     looks_like_hounsfield,
@@ -84,8 +85,8 @@ def recognise(voxels: NDArray[Any], wanted: SourceModality, code: str, config: H
         raise VolumeError(f"the source says modality {modality}, the file is {MEMBERS[said].values_are}")
     if modality == "ct":
         verdict = recognise_hounsfield(voxels, config)
-        notes = [note for note in (verdict.note, _beyond_int16(voxels, verdict.offset)) if note]
-        return Recognised("ct", verdict.offset, None, "; ".join(notes))
+        notes = (verdict.note, _beyond_int16(voxels, verdict.offset), _fractions(voxels))
+        return Recognised("ct", verdict.offset, None, "; ".join(filter(None, notes)))
     if voxels.dtype.kind not in "iuf":
         raise VolumeError(f"voxels are {voxels.dtype}; intensities are numbers")
     if voxels.dtype.kind == "f":
@@ -103,6 +104,15 @@ def _beyond_int16(voxels: NDArray[Any], offset: int) -> str:
     if _INT16.min <= round(low) and round(high) <= _INT16.max:
         return ""
     return f"values of {low:g} to {high:g} HU, stored as int16, clipped"
+
+
+def _fractions(voxels: NDArray[Any]) -> str:
+    """Return a note on Hounsfield units that are no whole numbers, told by a sample, or ""."""
+    if voxels.dtype.kind != "f":
+        return ""
+    sample = spread_sample(voxels)
+    off = float(np.abs(sample - np.rint(sample)).max())
+    return ROUNDED if off > FRACTION_HU else ""
 
 
 def _picture_of(wanted: SourceModality) -> Modality:

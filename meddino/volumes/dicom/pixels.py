@@ -17,6 +17,10 @@ from meddino.volumes.limits import ReadLimits
 from meddino.volumes.volume import Volume
 
 OUTSIDE_HU = -1024
+FRACTION_HU = 1e-2
+"""Less is the rounding of a rescale."""
+ROUNDED = "values with fractions of HU rounded to whole HU"
+"""A note on a volume that is stored as int16."""
 _MAX_UNREADABLE_FRACTION = 0.5
 _MAX_UNSCALED_FRACTION = 0.02
 _UNEVEN_FRACTION = 0.05
@@ -86,6 +90,7 @@ class _Held:
         self.padding: set[int] = set()
         self.padding_left: set[int] = set()
         self.clipped = 0  # voxels
+        self.is_rounded = False
 
     def add(self, stacked: StackedSlice, stored: NDArray[Any] | None, bits: int) -> None:
         """Put the next slice in its place, unless it could not be read."""
@@ -101,8 +106,12 @@ class _Held:
             beyond = (np.rint(values) < _INT16.min) | (np.rint(values) > _INT16.max)
             self.clipped += int(np.count_nonzero(beyond if outside is None else beyond & ~outside))
         target = self.voxels[len(self.kept)]
-        if self.is_ct:
-            target[:] = np.clip(np.rint(values), _INT16.min, _INT16.max) if values.dtype.kind == "f" else _clipped(values)
+        if self.is_ct and values.dtype.kind == "f":
+            whole = np.rint(values)
+            self.is_rounded = self.is_rounded or bool(np.abs(values - whole).max() > FRACTION_HU)
+            target[:] = np.clip(whole, _INT16.min, _INT16.max)
+        elif self.is_ct:
+            target[:] = _clipped(values)
         else:
             target[:] = values
         if outside is not None and outside.any():
@@ -123,7 +132,7 @@ class _Held:
 
     def notes(self) -> tuple[str, ...]:
         """Return what was done to padding, and to what int16 does not hold."""
-        notes: tuple[str, ...] = ()
+        notes: tuple[str, ...] = (ROUNDED,) if self.is_rounded else ()
         if self.clipped:
             notes += (f"{self.clipped} voxels beyond {_INT16.min} to {_INT16.max} HU clipped",)
         if self.padding:

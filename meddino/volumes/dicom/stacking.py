@@ -139,6 +139,10 @@ def _part(name: str, found: _Pass, notes: tuple[str, ...]) -> Part:
     first = headers[0]
     if any(picture.frame.is_placed_by_spacing for picture in found.pictures):
         notes += ("only the first frame's place is in the file: frames follow each other along the normal",)
+    if any(picture.frame.is_half_scaled for picture in found.pictures):
+        notes += ("only one of rescale slope and intercept is in the file: the other is taken as 1 or 0",)
+    if any(picture.frame.plane.is_normalised for picture in found.pictures):
+        notes += ("directions of rows and columns are not of length 1 in the file: taken as if they were",)
     if abs(first.tilt_deg) > 0.5:
         notes += (f"gantry tilted by {first.tilt_deg:.1f} degrees",)
     stack = DicomStack(

@@ -39,14 +39,27 @@ class _Opened:
         geometry: The grid.
         notes: What is unusual or assumed, in words of ours.
         irregular: Why the grid is not quite that of the voxels, or "".
-        fields: The header's own words.
+        voxel_files: Where they lie.
+        promised: Bytes of voxels.
     """
 
     reader: sitk.ImageFileReader
     geometry: Geometry
     notes: tuple[str, ...]
     irregular: str
-    fields: dict[str, str]
+    voxel_files: VoxelFiles
+    promised: int
+
+
+class _ImageMemory:
+    """Shows numpy the voxels of an image; the image lives as long as any array that looks at them.
+
+    `GetArrayViewFromImage` alone leaves that to its caller: a view whose image is gone shows whatever came into its memory.
+    """
+
+    def __init__(self, image: sitk.Image) -> None:
+        self._image = image
+        self.__array_interface__ = sitk.GetArrayViewFromImage(image).__array_interface__
 
 
 def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
@@ -58,7 +71,8 @@ def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
         limits: What it may ask of the machine.
 
     Raises:
-        VolumeError: It is damaged, of another format, too large, or has the wrong number of axes. The message names no path.
+        VolumeError: It is damaged, of another format, too large, has the wrong number of axes, or holds other than the voxels
+            that its header promises. The message names no path.
         MemoryError: There is not enough memory for it.
     """
     _check_format(path, format)
@@ -69,14 +83,15 @@ def read_volume_file(path: Path, format: str, limits: ReadLimits) -> Volume:
         voxels = read_nifti_voxels(path, header)
         return Volume(voxels, header.geometry, notes=header.notes, irregular=header.irregular)
     with _opened(path, format, limits) as file:
+        file.voxel_files.check_length(path, file.promised, max(file.geometry.shape))
         try:
             with quiet_native():
                 image = file.reader.Execute()
         except RuntimeError as error:
             raise_if_memory_ran_out(error)
             raise VolumeError("voxels cannot be read: file is truncated or damaged") from error
-    voxels = sitk.GetArrayViewFromImage(image).reshape(file.geometry.shape)
-    return Volume(_rescaled(voxels, file.fields), file.geometry, notes=file.notes, owner=image, irregular=file.irregular)
+    voxels = np.asarray(_ImageMemory(image)).reshape(file.geometry.shape)
+    return Volume(_rescaled(voxels, file.voxel_files.fields), file.geometry, notes=file.notes, irregular=file.irregular)
 
 
 def read_geometry_of_file(path: Path, format: str, limits: ReadLimits) -> Geometry:
@@ -107,11 +122,12 @@ def _opened(path: Path, format: str, limits: ReadLimits) -> Iterator[_Opened]:
         if reader.GetNumberOfComponents() != 1:
             raise VolumeError(f"voxels have {reader.GetNumberOfComponents()} components; a volume has 1")
         kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-        voxel_files.check_promise(path, voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1))
+        promised = voxels * next((count for name, count in _PIXEL_BYTES.items() if name in kind), 1)
+        voxel_files.check_promise(path, promised)
         if len(size) > 3:
             reader.SetExtractSize([*size[:3], *([0] * (len(size) - 3))])  # a volume with useless further axes
         geometry, notes, irregular = read_grid(reader, format, voxel_files.fields, limits)
-        yield _Opened(reader, geometry, notes, irregular, voxel_files.fields)
+        yield _Opened(reader, geometry, notes, irregular, voxel_files, promised)
 
 
 @contextmanager

@@ -23,12 +23,12 @@ from meddino.core.files import cause_without_path
 from meddino.volumes.archives import open_file
 from meddino.volumes.formats.axes import SAME_PLACE, SAME_SPACING, right_angled
 from meddino.volumes.formats.intercept import add_whole, is_whole
+from meddino.volumes.formats.tail import MAX_TAIL_BYTES, check_tail, most_tail_bytes
 from meddino.volumes.geometry import Geometry
 from meddino.volumes.limits import ReadLimits
 
 _TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _UNIT_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-_MAX_TAIL_BYTES = 1 << 16  # behind the last voxel; some writers pad
 _MAX_OFFSET_BYTES = 64 << 20  # of the first voxel; between it and the header lie extensions
 _BLOCK_BYTES = 8 << 20
 # What damaged gzip data raises. ISA-L's reader takes half the time of zlib's.
@@ -164,7 +164,7 @@ def _grid(fields: _Fields) -> tuple[Geometry, tuple[str, ...], str]:
         notes.append("sform is no matrix of space: not used")
     if has_s:
         matrix = sform
-        if has_q and np.abs(qform[:, :3] - sform[:, :3]).max() > SAME_PLACE * np.abs(sform[:, :3]).max():
+        if has_q and np.abs(qform - sform).max() > SAME_PLACE * np.abs(sform[:, :3]).max():
             notes.append("sform and qform disagree")
     elif has_q:
         matrix = qform
@@ -207,7 +207,7 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
         [Z, Y, X] as stored; rescaled ones as integers where `stays_whole` (`add_whole` chooses the type), else as float32.
 
     Raises:
-        VolumeError: The file ends early or its checksum is wrong.
+        VolumeError: The file ends early, goes on behind its voxels, or its checksum is wrong.
         MemoryError: There is not enough memory for it.
     """
     dtype = np.dtype(np.float32) if header.is_scaled else header.dtype.newbyteorder("=")
@@ -217,8 +217,8 @@ def read_nifti_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
             stream.seek(header.offset)
             _read_blocks(stream, header, voxels)
             # To the end, where gzip compares its checksum: but no further than any honest file goes.
-            if len(stream.read(_MAX_TAIL_BYTES + 1)) > _MAX_TAIL_BYTES:
-                raise VolumeError("the file goes on behind the last voxel that its header promises")
+            most = most_tail_bytes(voxels.size * header.dtype.itemsize, max(header.shape))
+            check_tail(len(stream.read(MAX_TAIL_BYTES + 1)), most)
     except GZIP_ERRORS as error:
         raise VolumeError("voxels cannot be read: gzip data is truncated or damaged") from error
     except OSError as error:
