@@ -1,7 +1,7 @@
 """Makes finished objects out of a recipe. Nothing else walks into a config."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -49,6 +49,11 @@ def check_views(config: PretrainConfig) -> dict[str, ViewSpec]:
     for name, spec in specs.items():
         spec.check_sides(multiple_px, f"stages.{name}")
     return specs
+
+
+def largest_px(specs: Mapping[str, ViewSpec]) -> int:
+    """Return the side of the largest crop of all stages."""
+    return max(max(spec.main_px) for spec in specs.values())
 
 
 def build_method(config: PretrainConfig, stage: StageConfig, seed: int, machine: Machine) -> Method:

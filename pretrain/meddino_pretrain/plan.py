@@ -16,12 +16,12 @@ from meddino.core.device import Machine
 from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import check_free_space, sizes_below
 from meddino.data.joined_corpus import open_corpora
-from meddino_pretrain.build import build_method, check_views
+from meddino_pretrain.build import build_method, check_views, largest_px
 from meddino_pretrain.config import PretrainConfig
-from meddino_pretrain.data.sampler import BatchShare, sample_order
+from meddino_pretrain.data.sampler import BatchShare, slices_left_out
 from meddino_pretrain.data.views import View
 from meddino_pretrain.methods.base import shapes_of
-from meddino_pretrain.run.corpus_audit import check_audit
+from meddino_pretrain.run.corpus_audit import check_corpus, weight_warnings
 from meddino_pretrain.run.initialization import read_init
 
 # Bytes that the forward pass keeps for the backward pass, a token and a unit of width, in bf16: of each block, of each block
@@ -365,7 +365,7 @@ def show_plan(
         MedDINOError: What the run itself would end with: wrong corpus or weights, no room in memory or on the disk.
     """
     config.check_stages(stages)
-    check_views(config)
+    specs = check_views(config)
     plans = plan_run(config, machine, stages)
     if any(config.stages[each.name].starts_from is None for each in plans):
         yield (
@@ -378,10 +378,11 @@ def show_plan(
         yield f"corpus: {coming[0]} is not there yet; it is checked when the run begins"
     else:
         found = open_corpora(corpora)
-        check_audit(found, config.corpus)
-        sample_order(found, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
+        check_corpus(found, config, largest_px(specs))
         seen = sum(config.stages[each.name].global_batch * each.steps for each in plans)
-        yield f"corpus: {len(found):,} slices, each is seen about {seen / len(found):,.0f} times"
+        learnt = int((~slices_left_out(found, config.corpus.sampling)).sum())
+        yield f"corpus: {learnt:,} slices, each is seen about {seen / learnt:,.0f} times"
+        yield from (f"corpus: {line}" for line in weight_warnings(found, config))
     for name, stage in ((each.name, config.stages[each.name]) for each in plans):
         if stage.snapshots_beyond:
             yield f"snapshots: {name} keeps none after {stage.snapshots_beyond}, which lie beyond its {stage.steps} steps"

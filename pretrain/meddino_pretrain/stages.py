@@ -20,6 +20,7 @@ from meddino_pretrain.build import (
     build_speed_meter,
     build_stage_optimizer,
     check_views,
+    largest_px,
     spread_method,
     steps_of,
 )
@@ -29,7 +30,7 @@ from meddino_pretrain.data.intensities import Intensities
 from meddino_pretrain.methods.base import Method, backbones_in
 from meddino_pretrain.monitoring.feature_metrics import FeatureProbe
 from meddino_pretrain.monitoring.fixed_slices import FixedSlices, fixed_slices
-from meddino_pretrain.monitoring.labelled_probe import LabelledProbe, check_probe_data
+from meddino_pretrain.monitoring.labelled_probe import LabelledProbe
 from meddino_pretrain.monitoring.metrics import open_metrics
 from meddino_pretrain.monitoring.monitor import Monitor
 from meddino_pretrain.monitoring.progress import show_progress
@@ -37,7 +38,7 @@ from meddino_pretrain.monitoring.report import RunReport
 from meddino_pretrain.monitoring.speed import measure_peak
 from meddino_pretrain.plan import later_steps, plan_run, this_machine
 from meddino_pretrain.run.checkpoints import StageCheckpoints, corrupt_keys, last_checkpoint
-from meddino_pretrain.run.corpus_audit import check_audit, check_slices
+from meddino_pretrain.run.corpus_audit import check_corpus
 from meddino_pretrain.run.folder import PROBE_REFERENCE, RunFolder, open_run
 from meddino_pretrain.run.guard import RunGuard
 from meddino_pretrain.run.initialization import (
@@ -106,15 +107,13 @@ def run_pretraining(
             use_cpu_threads()
         plan_run(config, this_machine(config, world_size(), measured=False), stages)  # memory, before anything is begun
         corpus = open_corpora([corpora] if isinstance(corpora, Path | str) else corpora)
-        check_audit(corpus, config.corpus)
-        check_probe_data(corpus, config.monitoring)
-        intensities = Intensities(config.contracts)
-        intensities.check(corpus.modalities)
-        check_slices(corpus, config.contracts, max(max(spec.main_px) for spec in specs.values()))
+        check_corpus(corpus, config, largest_px(specs))
         with open_run(out, config, corpus) as run:
             # The same size in every stage, so that probes can be compared along the whole run.
             size_px = next(iter(specs.values())).main_px[0]
-            fixed = fixed_slices(corpus, intensities, config.probe.slices, size_px, pictured=config.probe.every_steps > 0)
+            fixed = fixed_slices(
+                corpus, Intensities(config.contracts), config.probe.slices, size_px, pictured=config.probe.every_steps > 0
+            )
             report = RunReport(run.folder, config)
             surroundings = Surroundings(run, corpus, fixed, machine, measure_peak(machine), stop, report)
             for name in stages or config.stages:

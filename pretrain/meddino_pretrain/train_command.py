@@ -69,7 +69,9 @@ def run(argv: Sequence[str], arguments: argparse.Namespace) -> int | None:
         config = load_config(PretrainConfig, [arguments.recipe], arguments.overrides, kind="pretrain")
         run_pretraining(config, arguments.corpus, arguments.out, arguments.stage, stop)
     if _is_first():
-        write_line(f"done: {arguments.out}/report.html   next: meddino-export {arguments.out} --out MODEL")
+        report = arguments.out / "report.html"  # saving.report=false writes none
+        shown = report if report.is_file() else arguments.out
+        write_line(f"done: {shown}   next: meddino-export {arguments.out} --out MODEL")
     return None
 
 

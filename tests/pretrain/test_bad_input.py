@@ -179,3 +179,20 @@ def test_pretrain__more_corrupt_samples_than_allowed(make_corpus_once, tmp_path,
         shard.write_bytes(bytes(data))
     line = refused(capsys, TINY, "--corpus", corpus, "--out", tmp_path / "run", "loader.max_corrupt=2", "probe.slices=2")
     assert "damaged" in line or "can be read" in line
+
+
+@pytest.mark.parametrize("content", [None, "seed: [1,\n", "no_key: 1\n"])
+def test_pretrain__a_run_whose_recipe_is_missing_or_damaged(capsys, begun, make_corpus_once, content):
+    path = begun / "config.yaml"
+    path.unlink() if content is None else path.write_text(content)
+    line = refused(capsys, TINY, "--corpus", make_corpus_once, "--out", begun, *ONE_STEP)
+    wanted = f"{begun} is damaged: config.yaml is missing; put it back" if content is None else f"{begun} is damaged (config "
+    assert wanted in line and "choose another --out" in line and "cpu_small" not in line
+
+
+def test_pretrain__done_names_the_report_only_if_there_is_one(capsys, begun, make_corpus_once):
+    words = [TINY, "--corpus", str(make_corpus_once), "--out", str(begun), "--stage", "stage1_pretrain", *ONE_STEP]
+    assert main(words) == 0
+    assert f"done: {begun}   next: meddino-export {begun} --out MODEL" in capsys.readouterr().out
+    assert main([*words, "saving.report=true"]) == 0
+    assert f"done: {begun}/report.html   next" in capsys.readouterr().out

@@ -1,28 +1,39 @@
 """The labelled probe beside training, with a command that stands for `meddino-eval`."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.monitoring.config import MonitoringConfig
 from meddino_pretrain.monitoring.labelled_probe import LabelledProbe, check_probe_data
 from meddino_pretrain.monitoring.metrics import TIMING, read_metrics
 from meddino_pretrain.stages import run_pretraining
+from PIL import Image
 from torch import nn
 
 import meddino
 from meddino.checkpoints.export.lineage import training_volumes
 from meddino.core.config import load_config
 from meddino.core.errors import ConfigError
+from meddino.data.content import volume_hash
 from meddino.data.corpus import Corpus
 from meddino.data.overlap import content_key, volume_hashes
+from meddino.volumes.geometry import Geometry
+from meddino.volumes.orientation import AXIAL_LPS
+from meddino.volumes.writing import write_label_map, write_volume
+from tests.data.tiny_corpus import write_corpus
+from tests.pretrain.conftest import disc_slice
 
-STAGE = "stage1_pretrain"
+STAGE, PYTHON = "stage1_pretrain", sys.executable
 GOOD = {
     "models": {
         "teacher": {"chosen": {"macro_f1": {"mean": 0.5}}},
@@ -41,6 +52,9 @@ def command(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/sh\n{script}\n")
         path.chmod(0o755)
+        python = path.with_name("python")
+        python.write_text(f'#!/bin/sh\nexec {PYTHON} "$@"\n')
+        python.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(path.with_name("python")))
         return path
 
@@ -60,7 +74,7 @@ def writes(results: dict) -> str:
 def probe(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    config = MonitoringConfig(probe_data=data, probe_timeout_s=0.5)
+    config = MonitoringConfig(probe_data=data, probe_timeout_s=5.0)
     return LabelledProbe(tmp_path / "run" / STAGE, config, nn.Linear(2, 2), {"stage": STAGE})
 
 
@@ -142,8 +156,6 @@ def test_check__only_data_that_the_corpus_was_audited_against(tmp_path, caplog):
 
 
 def test_run__numbers_are_recorded_and_weights_are_those_of_a_run_without(request, command, tmp_path, write_slices):
-    from tests.pretrain.conftest import disc_slice
-
     corpus = write_slices(tmp_path / "corpus", [disc_slice(i, 96, 80) for i in range(8)])
     info = json.loads((corpus / "corpus.json").read_text())
     (tmp_path / "data").mkdir()
@@ -175,3 +187,148 @@ def test_run__numbers_are_recorded_and_weights_are_those_of_a_run_without(reques
 
     events = EventAccumulator(str(tmp_path / "with" / STAGE / "tensorboard")).Reload()
     assert [one.value for one in events.Scalars("labelled/macro_f1")] == [0.5] * 3
+
+
+def test_probe__the_warning_ends_with_what_the_command_said_last(probe, command, caplog):
+    command('echo first; echo "meddino-eval: error: no case is left" >&2; echo; exit 2')
+    assert probe.measure(3) == {}
+    (line,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "exit status 2; the last line of" in line and line.endswith("log.txt: meddino-eval: error: no case is left")
+    assert "-c" not in line  # nor how it was started
+
+
+def test_probe__the_folder_of_an_earlier_attempt_is_not_met_again(probe, command):
+    script = 'while [ "$1" != "--out" ]; do shift; done; [ -e "$2/.lock" ] && exit 2\n'
+    command(script + f'echo held > "$2/.lock"\ncat > "$2/metrics.json" <<\'X\'\n{json.dumps(GOOD)}\nX')
+    assert probe.measure(3)["labelled/macro_f1"] == 0.5
+    assert probe.measure(3)["labelled/macro_f1"] == 0.5
+
+
+def test_probe__ends_with_a_run_that_is_killed(command, tmp_path):
+    command(f'echo $$ > "{tmp_path}/pid.new"; mv "{tmp_path}/pid.new" "{tmp_path}/pid"; exec sleep 60')
+    (tmp_path / "data").mkdir()
+    code = (
+        "import sys; from pathlib import Path; from torch import nn; "
+        "from meddino_pretrain.monitoring.config import MonitoringConfig; "
+        "from meddino_pretrain.monitoring.labelled_probe import LabelledProbe; "
+        f"sys.executable = '{sys.executable}'; "
+        f"LabelledProbe(Path('{tmp_path}/run'), MonitoringConfig(probe_data=Path('{tmp_path}/data')), nn.Linear(2, 2), "
+        "{'stage': 's'}).measure(1)"
+    )
+    run = subprocess.Popen([PYTHON, "-c", code])
+    wait_for((tmp_path / "pid").exists, 60)
+    run.kill()
+    run.wait()
+    probed = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not is_running(probed), 10)
+
+
+def wait_for(happened, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """False of a process that is gone or that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_probe__records_which_data_its_numbers_are_of(probe, command):
+    command(writes({**GOOD, "data": {"hash": "f00d"}}))
+    assert probe.measure(3) == {"labelled/macro_f1": 0.5, "labelled/macro_f1_pixels": 0.25, "labelled/data": "f00d"}
+
+
+def scans(folder: Path, first: int, count: int) -> list[np.ndarray]:
+    """Write volumes of their own into a folder, and return their voxels."""
+    folder.mkdir(parents=True)
+    found = []
+    for number in range(first, first + count):
+        voxels = np.stack([disc_slice(100 * number + z, 24, 20) for z in range(3)])
+        axes = AXIAL_LPS if number % 2 else AXIAL_LPS * [[1.0], [-1.0], [1.0]]
+        volume = voxels if number % 2 else voxels[:, ::-1]  # the same scan, stored from back to front
+        write_volume(
+            folder / f"case{number}_0000.nii.gz", volume, Geometry((3, 24, 20), (5.0, 0.8, 0.8), (0.0, 0.0, 0.0), axes)
+        )
+        found.append(voxels)
+    return found
+
+
+@pytest.fixture
+def labelled(tmp_path, write_slices):
+    """A data set of three training and one test volume with labels, and a function that writes a corpus that holds some."""
+    data = tmp_path / "data"
+    train, test = scans(data / "imagesTr", 1, 3), scans(data / "imagesTs", 4, 1)
+    for part, images in (("Tr", train), ("Ts", test)):
+        (data / f"labels{part}").mkdir()
+        for number in range(len(images)):
+            write_label_map(
+                data / f"labels{part}" / f"case{number}.nii.gz",
+                (images[number] > 0).astype(np.uint8),
+                Geometry((3, 24, 20), (5.0, 0.8, 0.8), (0.0, 0.0, 0.0), AXIAL_LPS),
+            )
+
+    def corpus(held: list[np.ndarray], **entry) -> Path:
+        rows = [{"content_hash": volume_hash(list(voxels), 3)} for voxels in held] + [{"content_hash": "0" * 32}] * 2
+        info = audited(**entry).parts[0].info
+        pixels = [disc_slice(z, 96, 80) for z in range(8)]
+        return write_corpus(tmp_path / f"corpus{len(list(tmp_path.iterdir()))}", pixels, volumes=rows[:2], **info)
+
+    return SimpleNamespace(data=data, train=train, test=test, corpus=corpus)
+
+
+@pytest.mark.parametrize("held", [["train", 0], ["train", 1], ["test", 0]])
+def test_check__every_labelled_volume_is_compared_with_the_corpus_whatever_the_audit_says(labelled, held):
+    config = MonitoringConfig(probe_data=labelled.data)
+    check_probe_data(Corpus(labelled.corpus([])), config)
+    leaking = labelled.corpus([getattr(labelled, held[0])[held[1]]])
+    with pytest.raises(
+        ConfigError, match=rf"1 of its 4 volumes are in the corpus .*case{held[1] + 1 + 3 * (held[0] == 'test')}"
+    ):
+        check_probe_data(Corpus(leaking), config)
+
+
+def test_check__images_elsewhere_that_a_table_names_are_compared_too(labelled, tmp_path):
+    data = tmp_path / "table"
+    data.mkdir()
+    image, label = labelled.data / "imagesTr" / "case2_0000.nii.gz", labelled.data / "labelsTr" / "case1.nii.gz"
+    (data / "cases.csv").write_text(f"case,image,label\na,{image},{label}\n")
+    config = MonitoringConfig(probe_data=data, probe_audit="data")
+    check_probe_data(Corpus(labelled.corpus([labelled.train[0]])), config)
+    with pytest.raises(ConfigError, match="1 of its 1 volumes"):
+        check_probe_data(Corpus(labelled.corpus([labelled.train[1]])), config)
+
+
+def test_check__an_audit_of_fewer_volumes_was_of_other_data(labelled):
+    with pytest.raises(ConfigError, match=r"holds 4 volumes, and the audit 'data' .* looked at 3, so .*meddino-curate audit"):
+        check_probe_data(Corpus(labelled.corpus([], volumes=3)), MonitoringConfig(probe_data=labelled.data))
+
+
+def test_check__pictures_are_compared(tmp_path, write_slices):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(np.stack([grey] * 3, axis=-1)).save(data / "images" / "a.png")
+    held = [{"content_hash": volume_hash([grey], 1)}]
+    corpus = write_corpus(tmp_path / "corpus", [disc_slice(0, 96, 80)] * 4, volumes=held, **audited().parts[0].info)
+    with pytest.raises(ConfigError, match="1 of its 1 volumes"):
+        check_probe_data(Corpus(corpus), MonitoringConfig(probe_data=data))
+
+
+def test_check__a_volume_that_cannot_be_read_is_told(labelled, caplog):
+    (labelled.data / "imagesTr" / "case1_0000.nii.gz").write_bytes(b"torn")
+    check_probe_data(Corpus(labelled.corpus([])), MonitoringConfig(probe_data=labelled.data))
+    assert "case1_0000.nii.gz could not be compared with the corpus" in caplog.text
+
+
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_pretrain__leaking_labelled_data_is_one_line_and_nothing_begins(labelled, tmp_path, request, capsys, more):
+    tiny, corpus = str(request.path.with_name("tiny.yaml")), labelled.corpus([labelled.train[2]])
+    words = ["--corpus", str(corpus), "--out", str(tmp_path / "run"), f"monitoring.probe_data={labelled.data}"]
+    assert main([tiny, *words, *more]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("meddino-pretrain: error:")]
+    assert "1 of its 4 volumes are in the corpus" in line and not (tmp_path / "run").exists()

@@ -1,8 +1,11 @@
 """What a run would take, against docs/scaling.md, and what is refused before it begins."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from meddino_pretrain.cli import main
 from meddino_pretrain.config import PretrainConfig
@@ -132,3 +135,23 @@ def test_plan_command__with_another_run_to_branch_from(make_corpus_once, tmp_pat
     assert main(words) == 2
     assert "neither a run's folder nor a checkpoint's" in capsys.readouterr().err
     assert main([*words, "--corpus-comes"]) == 0  # the jobs before may be what makes it
+
+
+def test_plan_command__refuses_a_corpus_that_the_run_refuses(make_corpus_once, tmp_path, capsys):
+    words = [str(TINY), "--corpus", str(make_corpus_once), "--out", str(tmp_path / "run"), "--plan"]
+    assert main([*words, "input_contract={modality: mr}"]) == 2
+    assert "the corpus holds slices of modality 'ct', the recipe has contracts for mr" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    assert main([*words, f"monitoring.probe_data={tmp_path / 'data'}"]) == 2
+    assert "has no audit called 'data'" in capsys.readouterr().err
+
+
+def test_plan_command__refuses_slices_without_a_range_of_values(make_corpus_once, tmp_path, capsys):
+    corpus = shutil.copytree(make_corpus_once, tmp_path / "corpus")
+    slices = pq.read_table(corpus / "slices.parquet")
+    place = slices.schema.get_field_index("modality")
+    field = slices.schema.field(place)
+    pq.write_table(slices.set_column(place, field, pa.array(["mr"] * len(slices), field.type)), corpus / "slices.parquet")
+    words = [str(TINY), "--corpus", str(corpus), "--out", str(tmp_path / "run"), "--plan", "input_contract={modality: mr}"]
+    assert main(words) == 2
+    assert "have no value_low and value_high" in capsys.readouterr().err

@@ -172,3 +172,16 @@ def test_report__pictures_say_how_each_modality_is_shown(begun, tmp_path):
     (tmp_path / STAGE / "pictures").mkdir()
     (tmp_path / STAGE / "pictures/pca-000000003.png").write_bytes(b"")
     assert "MR in its volume&#39;s range, CT in the soft-tissue window" in report.write(finished=True).read_text()
+
+
+def test_report__says_where_the_labelled_curve_is_of_other_data(begun, tmp_path):
+    report = begun(400)
+    records = [record(step) for step in range(1, 401)]
+    for each in records[49::50]:
+        each |= {"labelled/macro_f1": 0.5, "labelled/macro_f1_pixels": 0.25}
+        if each["step"] > 100:  # an earlier version recorded no data
+            each["labelled/data"] = ("a" if each["step"] < 250 else "b") * 64
+    (tmp_path / STAGE / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    page = report.write(finished=True).read_text()
+    assert page.count("The labelled data is another") == 1
+    assert "The labelled data is another from step 250 on (bbbbbbbbbbbb)" in page

@@ -10,35 +10,41 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from meddino.checkpoints.export.model_folder import DataRecord, TrainingVolumesRecord, is_model_folder, read_config
 from meddino.checkpoints.state.names import META_FILE
 from meddino.checkpoints.state.verify import verify_checkpoint
 from meddino.core.config import check_config
 from meddino.core.errors import CheckpointError
 from meddino.core.files import write_text
+from meddino.core.logging import get_logger
 from meddino.data.audits import says_something
 from meddino.data.corpus import Corpus
-from meddino.data.overlap import VOLUMES_FILE, content_key, volume_hashes
+from meddino.data.overlap import IN_TRAINING, VOLUMES_FILE, content_key
 
+_log = get_logger(__name__)
 _MAX_BYTES = 1 << 28
 _LEVELS = 3  # from a checkpoint's folder up to its run's
 
 
-def corpus_lineage(corpus: Corpus) -> dict[str, Any]:
+def corpus_lineage(corpus: Corpus, volumes: pa.Table | None = None) -> dict[str, Any]:
     """Return `corpus_hash`, `data`, `training_volumes` and `audited_against`, as JSON.
 
     `data` are the data sets with their licences and accepted volumes.
 
     Args:
         corpus: The trainer puts this into its checkpoints' `lineage`.
+        volumes: The rows of its volume manifest that are learnt from, where weights leave some out; None: all of them.
     """
-    columns = corpus.volumes.select(["dataset", "licence", "status"]).to_pylist()
+    volumes = corpus.volumes if volumes is None else volumes
+    columns = volumes.select(["dataset", "licence", "status"]).to_pylist()
     counts = Counter((row["dataset"], row["licence"]) for row in columns if row["status"] == "accepted")
     records = [DataRecord(dataset=name, licence=licence, volumes=count) for (name, licence), count in sorted(counts.items())]
     return {
         "corpus_hash": corpus.content_hash,
         "data": [record.model_dump(mode="json") for record in records],
-        "training_volumes": list_record(volume_list(corpus)).model_dump(mode="json"),
+        "training_volumes": list_record(volume_list(volumes)).model_dump(mode="json"),
         "audited_against": [_audit_text(entry) for entry in corpus.info.get("audit", []) if says_something(entry)],
     }
 
@@ -52,9 +58,11 @@ def _audit_text(entry: dict[str, Any]) -> str:
     return f"{entry['name']} ({', '.join(told)})" if told else str(entry["name"])
 
 
-def volume_list(corpus: Corpus) -> str:
-    """Return the list of a corpus, one volume a line, sorted: equal corpora give equal bytes."""
-    return "".join(f"{key}\n" for key in sorted({content_key(name) for name in volume_hashes(corpus)}))
+def volume_list(volumes: pa.Table) -> str:
+    """Return the list of rows of a volume manifest, one volume a line, sorted: equal corpora give equal bytes."""
+    rows = volumes.select(["status", "content_hash"]).to_pylist()
+    keys = {content_key(row["content_hash"]) for row in rows if row["content_hash"] and row["status"] in IN_TRAINING}
+    return "".join(f"{key}\n" for key in sorted(keys))
 
 
 def list_record(text: str) -> TrainingVolumesRecord:
@@ -62,9 +70,9 @@ def list_record(text: str) -> TrainingVolumesRecord:
     return TrainingVolumesRecord(sha256=hashlib.sha256(text.encode()).hexdigest(), volumes=text.count("\n"))
 
 
-def write_volume_list(folder: Path, corpus: Corpus) -> None:
-    """Write a corpus's list into a run's folder; one that is there and says the same is left alone."""
-    text, path = volume_list(corpus), folder / VOLUMES_FILE
+def write_volume_list(folder: Path, volumes: pa.Table) -> None:
+    """Write the list of what is learnt from into a run's folder; one that is there and says the same is left alone."""
+    text, path = volume_list(volumes), folder / VOLUMES_FILE
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 
@@ -113,4 +121,10 @@ def training_volumes(model: str | Path) -> frozenset[str] | None:
     else:
         return None
     text = find_volume_list(folder, record)
+    if record is not None and text is None:
+        _log.warning(
+            "%s names a list of %d training volumes, and %s is not there: nothing can be compared with what it has seen; copy "
+            "the model folder again",
+            *(folder, record.volumes, VOLUMES_FILE),
+        )
     return None if text is None else frozenset(text.split())

@@ -167,18 +167,12 @@ def sample_order(corpus: Corpus, sampling: SamplingConfig, seed: int, global_bat
     if not (sampling.corpus or sampling.dataset or sampling.modality or sampling.balance != "none"):
         return SampleOrder(seed, len(corpus), global_batch)
     names = _names(corpus)
-    folders = [PurePosixPath(part.location).name for part in corpus.parts]
-    shared = [name for name in sampling.corpus if folders.count(name) > 1]
-    if shared:
-        raise ConfigError(
-            f"corpus.sampling.corpus.{shared[0]}: {folders.count(shared[0])} corpora have a folder of this name; rename one"
-        )
     weight = np.ones(len(corpus))
     if sampling.balance != "none":
         _, kind_of, counts = np.unique(names[sampling.balance], return_inverse=True, return_counts=True)
         weight /= counts[kind_of.reshape(-1)]
-    for kind, weights in (("corpus", sampling.corpus), ("dataset", sampling.dataset), ("modality", sampling.modality)):
-        weight *= _weights_of(names[kind], weights, f"corpus.sampling.{kind}")
+    for given in _given_weights(corpus, sampling, names):
+        weight *= given
     kinds = np.stack([np.unique(names[kind], return_inverse=True)[1].reshape(-1) for kind in names], axis=1)
     _, group_of = np.unique(kinds, axis=0, return_inverse=True)
     found = [np.flatnonzero(group_of.reshape(-1) == group) for group in range(int(group_of.max()) + 1)]
@@ -193,6 +187,33 @@ def sample_order(corpus: Corpus, sampling: SamplingConfig, seed: int, global_bat
         places = np.flatnonzero(turns == group)
         before[places] = np.arange(len(places))
     return WeightedOrder(seed, len(corpus), global_batch, tuple(groups), turns, before, counts)
+
+
+def slices_left_out(corpus: Corpus, sampling: SamplingConfig) -> NDArray[np.bool_]:
+    """Return which slices, in the order of the corpus, never come: those of a weight of 0.
+
+    Raises:
+        ConfigError: As for `sample_order`.
+    """
+    out = np.zeros(len(corpus), dtype=np.bool_)
+    if sampling.zero_weights:
+        for given in _given_weights(corpus, sampling, _names(corpus)):
+            out |= given == 0
+    return out
+
+
+def _given_weights(
+    corpus: Corpus, sampling: SamplingConfig, names: Mapping[str, NDArray[Any]]
+) -> Iterator[NDArray[np.float64]]:
+    """Yield every slice's weight by its corpus, by its data set and by its modality; see `sample_order`."""
+    folders = [PurePosixPath(part.location).name for part in corpus.parts]
+    shared = [name for name in sampling.corpus if folders.count(name) > 1]
+    if shared:
+        raise ConfigError(
+            f"corpus.sampling.corpus.{shared[0]}: {folders.count(shared[0])} corpora have a folder of this name; rename one"
+        )
+    for kind, weights in sampling.by_kind.items():
+        yield _weights_of(names[kind], weights, f"corpus.sampling.{kind}")
 
 
 def _turns(shares: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -62,7 +62,7 @@ class Monitor:
             self.probe.measure(self.method.probe)
             self._draw(0)
 
-    def measure(self, step: int) -> Mapping[str, float]:
+    def measure(self, step: int) -> Mapping[str, float | str]:
         """Return what is to be added to a step's record; empty where no probe is due. Every process asks."""
         if not self.config.probe.every_steps or not (self.probe.due(step) or step == self.steps):
             return {}

@@ -1,5 +1,6 @@
 """run/report.html: how the training goes, in words and pictures."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from meddino_pretrain.methods.config import Chart, Terms
 from meddino_pretrain.monitoring.diagnostics import Finding, findings
 from meddino_pretrain.monitoring.feature_metrics import MEANINGS, PREFIX
 from meddino_pretrain.monitoring.history import History, has_probe
+from meddino_pretrain.monitoring.labelled_probe import DATA
 
 REFRESH_S = 30
 PICTURES = "pictures"
@@ -124,7 +126,7 @@ def _draw(start: dict[str, Any], found: Sequence[Finding], history: History, ter
     if good:
         rows = [(term, good[0][term], good[-1][term]) for term in ("loss", *terms.losses) if term in good[0]]
         ends = table(("term", f"step {good[0]['step']}", f"step {good[-1]['step']}"), rows)
-        parts += [ends, in_columns(stage_charts(good, terms)), _features(records)]
+        parts += [ends, in_columns(stage_charts(good, terms)), *_other_data(good), _features(records)]
         if history.every > 1:
             parts.append(text(f"Curves show every {history.every}th step, all probes, and the newest steps."))
     return join(*parts)
@@ -201,6 +203,20 @@ def _features(records: Records) -> Markup:
     ]
     header = ("features of fixed slices", f"step {first['step']}", f"step {last['step']}", "what it means")
     return table(header, rows, dash="not measured at that step")
+
+
+def _other_data(records: Records) -> list[Markup]:
+    """Say from which steps on the labelled curve is of other data, which no number in it shows."""
+    probed = [record for record in records if DATA in record]
+    changed = [now for before, now in itertools.pairwise(probed) if now[DATA] != before[DATA]]
+    return [
+        text(
+            f"The labelled data is another from step {record['step']} on ({record[DATA][:12]}): macro-F1 before it and after "
+            "it does not compare.",
+            "warning",
+        )
+        for record in changed
+    ]
 
 
 def _shown_range(config: PretrainConfig) -> str:

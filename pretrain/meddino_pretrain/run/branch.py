@@ -9,14 +9,15 @@ from typing import Any
 
 from meddino.checkpoints.state.names import checkpoint_name
 from meddino.checkpoints.state.verify import Checkpoint, verify_checkpoint
-from meddino.core.config import differences, load_config, to_yaml
+from meddino.core.config import differences, to_yaml
 from meddino.core.errors import ConfigError
 from meddino.core.files import write_json, write_text
 from meddino.core.logging import get_logger
+from meddino.data.overlap import VOLUMES_FILE
 from meddino_pretrain.build import check_views
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.run.checkpoints import CHECKPOINTS, SNAPSHOTS, kept_steps, last_checkpoint
-from meddino_pretrain.run.folder import PROBE_REFERENCE, read_info
+from meddino_pretrain.run.folder import PROBE_REFERENCE, read_info, read_recipe
 from meddino_pretrain.run.recipe_changes import begun_stages
 
 BRANCHED = "branched_from"
@@ -72,6 +73,8 @@ def branch_run(source: Path, out: Path, config: PretrainConfig) -> None:
         features = [path for path in run.glob("*.safetensors") if point.probe or path.name != PROBE_REFERENCE]
         for path in (run / stage / "metrics.jsonl", run / stage / SNAPSHOTS, *features, *run.glob("*.txt")):
             _copy(path, partial / path.relative_to(run))
+        if any(line.startswith("corpus.sampling") for line in point.changes):
+            _keep_lists(run, partial)
         write_text(partial / "config.yaml", to_yaml(config))
         write_json(partial / "run.json", _new_info(point, config))
         if out.exists():
@@ -102,7 +105,7 @@ def find_branch(source: Path, out: Path, config: PretrainConfig) -> BranchPoint 
         )
     found = _find_checkpoint(source)
     stage, run = str(found.meta["stage"]), found.folder.parents[2]
-    old = load_config(PretrainConfig, [run / "config.yaml"])
+    old = read_recipe(run)
     earlier, changes = check_recipe(config, old, stage, found)
     _check_kept(config, run, stage, found.step)
     specs = (check_views(each) for each in (old, config))
@@ -113,7 +116,7 @@ def find_branch(source: Path, out: Path, config: PretrainConfig) -> BranchPoint 
 
 def _find_checkpoint(source: Path) -> Checkpoint:
     if (source / "run.json").is_file():
-        stages = begun_stages(source, list(load_config(PretrainConfig, [source / "config.yaml"]).stages))
+        stages = begun_stages(source, list(read_recipe(source).stages))
         newest = last_checkpoint(source / stages[-1]) if stages else None
         if newest is None:
             raise ConfigError(f"run {source} has no checkpoint to branch from")
@@ -236,6 +239,13 @@ def _copy_before(run: Path, out: Path, stages: list[str]) -> None:
             _copy(last.folder, out / name / CHECKPOINTS / last.folder.name)
         for path in (run / name / "metrics.jsonl", run / name / SNAPSHOTS):
             _copy(path, out / path.relative_to(run))
+
+
+def _keep_lists(run: Path, out: Path) -> None:
+    """Put the other run's list of training volumes into its checkpoints: the new run's own may come to name more."""
+    for checkpoint in out.glob(f"*/{CHECKPOINTS}/*"):
+        if not (checkpoint / VOLUMES_FILE).exists():
+            _copy(run / VOLUMES_FILE, checkpoint / VOLUMES_FILE)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -26,6 +26,16 @@ class SamplingConfig(StrictConfig):
     """Side of a box that a repeated slice is cut to first [share]: one that its group has shown since each slice of the
     corpus could have come once; LVM-Med: 0.85-0.95; null: none is cut."""
 
+    @property
+    def by_kind(self) -> dict[str, dict[str, float]]:
+        """Weights by what they are given for: corpus, data set, modality."""
+        return {"corpus": self.corpus, "dataset": self.dataset, "modality": self.modality}
+
+    @property
+    def zero_weights(self) -> list[str]:
+        """What is left out, as keys below corpus.sampling."""
+        return [f"{kind}.{name}" for kind, weights in self.by_kind.items() for name, weight in weights.items() if weight == 0]
+
     @model_validator(mode="after")
     def _repeats_are_known(self) -> "SamplingConfig":
         if self.repeat_crop is not None and self.repeat_crop[0] > self.repeat_crop[1]:

@@ -10,9 +10,54 @@ from meddino.core.logging import get_logger
 from meddino.data.audits import audit_text, lists_text, says_something
 from meddino.data.corpus import Corpus
 from meddino.data.intensity import Intensity
+from meddino_pretrain.config import PretrainConfig
+from meddino_pretrain.data.intensities import Intensities
+from meddino_pretrain.data.sampler import sample_order, slices_left_out
+from meddino_pretrain.monitoring.labelled_probe import check_probe_data
 from meddino_pretrain.run.config import CorpusConfig
 
 _logger = get_logger(__name__)
+
+
+def check_corpus(corpus: Corpus, config: PretrainConfig, crop_px: int) -> None:
+    """Refuse a corpus that a run cannot, or must not, learn from, before anything is begun: for runs and plans alike.
+
+    Args:
+        corpus: One, or several that are read as one. Every process has to call this.
+        config: The recipe.
+        crop_px: Side of the largest crop.
+
+    Raises:
+        ConfigError: As the checks one by one: of audits, labelled data, modalities, slices and weights.
+    """
+    check_audit(corpus, config.corpus)
+    check_probe_data(corpus, config.monitoring)
+    Intensities(config.contracts).check(corpus.modalities)
+    check_slices(corpus, config.contracts, crop_px)
+    sample_order(corpus, config.corpus.sampling, seed=0, global_batch=1)  # names that weights are given for
+    for line in weight_warnings(corpus, config):
+        _logger.warning("%s", line)
+
+
+def weight_warnings(corpus: Corpus, config: PretrainConfig) -> list[str]:
+    """Return what weights of 0 leave out of training, and whether the export will be for a modality it has never seen.
+
+    Args:
+        corpus: What is learnt from.
+        config: The recipe.
+    """
+    sampling, own = config.corpus.sampling, config.input_contract.modality
+    out = slices_left_out(corpus, sampling)
+    lines = []
+    if out.any():
+        given = ", ".join(sampling.zero_weights)
+        lines.append(f"{out.sum():,} of {len(out):,} slices are left out by corpus.sampling (weight 0: {given})")
+    if not ((corpus.slices.column("modality").to_numpy() == own) & ~out).any():
+        lines.append(
+            f"input_contract.modality is {own}, and no slice that is learnt from is: the export will be for data that it has "
+            "never seen"
+        )
+    return lines
 
 
 def check_audit(corpus: Corpus, config: CorpusConfig) -> None:

@@ -16,11 +16,13 @@ from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import write_json, write_text
 from meddino.core.logging import get_logger
 from meddino.data.corpus import Corpus
+from meddino.data.overlap import VOLUMES_FILE
 from meddino.distributed.collectives import is_main, on_main
 from meddino_pretrain.config import PretrainConfig
 from meddino_pretrain.methods import method_class
 from meddino_pretrain.methods.config import Action
 from meddino_pretrain.run.recipe_changes import begun_stages, may_change, progress_of
+from meddino_pretrain.run.trained_volumes import trained_volumes
 
 RUN_FORMAT = "meddino-run"
 RUN_VERSION = 2
@@ -125,14 +127,15 @@ def open_run(folder: Path, config: PretrainConfig, corpus: Corpus) -> Iterator[R
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     try:
-        run_id = on_main(lambda: _begin(folder, config, corpus, lock))
-        yield RunFolder(folder, config, corpus.content_hash, corpus_lineage(corpus), run_id)
+        run_id, lineage = on_main(lambda: _begin(folder, config, corpus, lock))
+        yield RunFolder(folder, config, corpus.content_hash, lineage, run_id)
     finally:
         if lock is not None:
             lock.close()
 
 
-def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> str:
+def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> tuple[str, dict[str, Any]]:
+    """Write what a run's folder says before any step; return its id and the lineage of what it learns from."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -142,33 +145,50 @@ def _begin(folder: Path, config: PretrainConfig, corpus: Corpus, lock: Any) -> s
     if not known and any(path.name != ".lock" for path in folder.iterdir()):
         raise MedDINOError(f"{folder} is not empty and holds no run (run.json is missing); choose another --out")
     info = {**fresh, **read_info(folder)} if known else fresh
-    begun = begun_stages(folder, _stages_of(folder)) if known else []
-    if begun:
+    old = read_recipe(folder) if known else None
+    begun = [] if old is None else begun_stages(folder, list(old.stages))
+    if old is not None and begun:
         if info["corpus_hash"] != corpus.content_hash:
             raise MedDINOError(
                 f"run {folder} learns from a corpus with the content {info['corpus_hash'][:12]}; {corpus.root} has "
                 f"{corpus.content_hash[:12]} now; give the same corpus or another --out"
             )
-        if changed := _changes(folder, config, begun):
+        if changed := _changes(folder, old, config, begun):
             info["changes"] = [*info["changes"], {"after": progress_of(folder, begun), "keys": changed}]
     else:
         # No step was taken: a first command that was wrong binds nobody.
         info = {**info, "corpus_hash": corpus.content_hash, "parent": None, "stages": {}}
         (folder / PROBE_REFERENCE).unlink(missing_ok=True)
     write_text(folder / "config.yaml", to_yaml(config))
-    write_volume_list(folder, corpus)
+    # A run that was begun before weights of 0 counted goes on with its list; one that was branched off has learnt from more.
+    listed = (folder / VOLUMES_FILE) if begun else None
+    known_keys = (
+        frozenset(listed.read_text(encoding="utf-8").split()) if listed is not None and listed.is_file() else frozenset()
+    )
+    volumes = trained_volumes(corpus, config.corpus.sampling, known_keys)
+    write_volume_list(folder, volumes)
     write_json(folder / "run.json", info)  # last: what has a run.json also has a config.yaml
-    return str(info["id"])
+    return str(info["id"]), corpus_lineage(corpus, volumes)
 
 
-def _stages_of(folder: Path) -> list[str]:
-    return list(load_config(PretrainConfig, [folder / "config.yaml"]).stages)
+def read_recipe(folder: Path) -> PretrainConfig:
+    """Return the recipe that a run was begun with.
+
+    Raises:
+        MedDINOError: Its config.yaml is missing or damaged.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise MedDINOError(f"{folder} is damaged: config.yaml is missing; put it back, or choose another --out")
+    try:
+        return load_config(PretrainConfig, [path])
+    except ConfigError as error:
+        raise MedDINOError(f"{folder} is damaged ({error}); put its config.yaml back, or choose another --out") from error
 
 
-def _changes(folder: Path, config: PretrainConfig, begun: Sequence[str]) -> list[str]:
+def _changes(folder: Path, old: PretrainConfig, config: PretrainConfig, begun: Sequence[str]) -> list[str]:
     """Return what differs from the recipe that a run was begun with, all of it allowed; refuse what is not."""
-    old = load_config(PretrainConfig, [folder / "config.yaml"]).model_dump(mode="json")
-    changed = differences(old, config.model_dump(mode="json"))
+    changed = differences(old.model_dump(mode="json"), config.model_dump(mode="json"))
     refused = [line for line in changed if not may_change(line, begun)]
     if refused:
         raise ConfigError(

@@ -26,7 +26,7 @@ def build(source, out, tmp_path, *more):
     return curate(["build", str(source), "--out", str(out), f"privacy.salt_file={tmp_path / 'salt'}", *SMALL, *more])
 
 
-def test_segment__names_test_volumes_of_the_training_corpus_from_the_export_alone(make_dataset, tiny_config, tmp_path):
+def test_segment__names_test_volumes_of_the_training_corpus_from_the_export_alone(make_dataset, tiny_config, tmp_path, caplog):
     data = make_dataset()
     (tmp_path / "scans").mkdir()
     for name in ("case_00", "case_01"):  # two of the four, in another guise of file
@@ -56,6 +56,7 @@ def test_segment__names_test_volumes_of_the_training_corpus_from_the_export_alon
         training_volumes(damaged)
     (damaged / VOLUMES_FILE).unlink()
     assert training_volumes(damaged) is None
+    assert "training_volumes.txt is not there" in caplog.text
     assert LeakageCheck({}, None, str(damaged)).known is False
 
 
