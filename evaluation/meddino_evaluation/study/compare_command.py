@@ -2,10 +2,11 @@
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,11 @@ from meddino.core.errors import ConfigError, MedDINOError
 from meddino.core.files import canonical_json, sha256_file, write_json, write_text
 from meddino.core.html import Section, colour_legend, figure, join, page, picture_row, text
 from meddino.core.html_charts import apart, case_plot, in_columns, png
+from meddino.core.logging import get_logger
 from meddino.data.remote import corpus_location
 from meddino_evaluation.data.dataset import with_patients
 from meddino_evaluation.data.layouts import open_dataset
+from meddino_evaluation.data.run_folder import SETTINGS, refuse_files_of_others
 from meddino_evaluation.data.splits import SPLITS_FILE
 from meddino_evaluation.metrics.figures import add_figures_argument, forest_figure, save_figures
 from meddino_evaluation.metrics.statistics import can_be_significant
@@ -38,12 +41,20 @@ from meddino_evaluation.segmentation.segment_command import (
 )
 from meddino_evaluation.study.jobs import DONE, list_lines, parse_part, run_jobs, weights_hash
 from meddino_evaluation.study.out_of_distribution import drop_pair_table, drop_table, drops
-from meddino_evaluation.study.segmentation_runs import Variant, compare, read_variant
+from meddino_evaluation.study.segmentation_runs import (
+    Variant,
+    check_comparable,
+    compare,
+    read_variant,
+    shared_cases,
+    training_differences,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODES = ("frozen", "lora", "bitfit", "partial", "finetune")
+TABLES = ("comparison", "comparison_compact", "pairs", "drops", "drop_pairs")
 NOTE = (
     "Dice, averaged over the labels of a case, then over cases; mean and standard deviation over seeds, 95 % bootstrap "
     "interval over patients; p values over patients (sign-flip permutations, exact up to 13 patients; Wilcoxon), after Holm "
@@ -53,6 +64,7 @@ NOTE = (
     "? nobody looked (give --corpus)."
 )
 
+_log = get_logger(__name__)
 _NO_TEST = "fewer than six patients, or no difference in any case: no test could tell"
 DROP_NOTE = (
     "The drop is the mean in distribution minus the mean there. Other patients are in each set, so its interval resamples "
@@ -182,9 +194,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         sys.stdout.write(list_lines(jobs, root))
         return
+    _refuse_files_of_others(arguments.out)
     variants = [read_variant(name, folder) for name, folder in finished.items()]
+    tests = {test: path for job in jobs for test, path in job.tests.items()}
+    tests |= {name: Path(path) for name, path in named(arguments.test, "--test")}
+    # What is wrong is said before the first job.
+    if variants:
+        check_comparable(variants)
+        check_test_sets(variants, tests)
     for job in {one.model: one for one in jobs}.values():
-        open_experiment(job.config, job.model, job.data, job.corpus)  # what is wrong is said before the first job
+        open_experiment(job.config, job.model, job.data, job.corpus)
     part = parse_part(arguments.part)
     problems = run_jobs(jobs, root, part)
     done = {job.title: root / job.folder for job in jobs if (root / job.folder / DONE).is_file()}
@@ -196,16 +215,58 @@ def run(arguments: argparse.Namespace) -> None:
     folders = finished | done
     variants += [read_variant(name, folder) for name, folder in done.items()]
     found = compare(variants)
-    tests = {test: None for job in jobs for test in job.tests} | dict.fromkeys(dict(named(arguments.test, "--test")))
+    if finished:  # the jobs of one command differ in nothing but what their names say
+        found["notes"] += training_differences(variants)
     elsewhere = {test: [read_variant(name, folder / "external" / test) for name, folder in folders.items()] for test in tests}
     external = {test: compare(runs) for test, runs in elsewhere.items()}
     lost = drops(variants, elsewhere) if elsewhere else None
+    for note in _every_note(found, external):
+        _log.warning("%s", note)
     write_comparison(found, variants, arguments.out, external, arguments.figures, lost)
     for title, one in (("", found), *((f"\n{test}:\n", part) for test, part in external.items())):
         sys.stdout.write(title + main_table(one).markdown() + "\n" + pair_table(one).markdown() + too_few(one))
     if lost is not None:
         sys.stdout.write(f"\nin and out of distribution:\n{drop_table(lost).markdown()}\n{drop_pair_table(lost).markdown()}")
     sys.stdout.write(f"report: {arguments.out / 'report.html'}\n")
+
+
+def check_test_sets(finished: Sequence[Variant], tests: Mapping[str, Path]) -> None:
+    """Look whether finished runs were tested on the very data sets that are given.
+
+    Raises:
+        ConfigError: A data set is not there, or a run was not tested on it under its name.
+    """
+    for name, root in tests.items():
+        if not root.exists():
+            raise ConfigError(f"--test {name}={root}: no such folder")
+        dataset = open_dataset(root)
+        for variant in finished:
+            data = read_variant(variant.name, variant.folder / "external" / name).metrics["data"]
+            labels = [label for label in dataset.labels.names if label in data.get("labels", dataset.labels.names)]
+            seen = replace(dataset, labels=dataset.labels.only(labels))
+            if seen.data_hash(seen.all_cases) != data["hash"]:
+                raise ConfigError(
+                    f"--test {name}={root}: {variant.folder} was tested on other data under the name {name} (the data hash in "
+                    f"external/{name}/metrics.json is another)"
+                )
+
+
+def _refuse_files_of_others(out: Path) -> None:
+    files = ["report.html", *(f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "md", "tex")), SETTINGS]
+    refuse_files_of_others(out, files, "comparison.json", "comparison", _is_comparison(out / "comparison.json"))
+
+
+def _is_comparison(path: Path) -> bool:
+    """Tell whether a file is what `write_comparison` writes first."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"metric", "variants", "pairs"} <= content.keys()
+
+
+def _every_note(found: dict[str, Any], external: Mapping[str, dict[str, Any]]) -> list[str]:
+    return [*found["notes"], *(f"test set {test}: {note}" for test, one in external.items() for note in one["notes"])]
 
 
 def write_comparison(
@@ -219,23 +280,33 @@ def write_comparison(
     """Write comparison.json, .csv, .md, .tex and report.html; tables of test sets from elsewhere have the set in their name.
 
     comparison_compact has what a paper's table shows, the best number in bold; `figures` asks for figures/ in a format; `lost`
-    is what `drops` found on test sets from elsewhere.
+    is what `drops` found on test sets from elsewhere. What limits a comparison stands below its tables (.md, .tex).
     """
     write_json(out / "comparison.json", {**found, "external": dict(external), **({} if lost is None else {"drops": lost})})
-    tables = [("comparison", main_table(found)), ("pairs", pair_table(found))]
+    notes = found["notes"]
+    tables = [("comparison", main_table(found), notes), ("pairs", pair_table(found), notes)]
     for test, one in external.items():
-        tables += [(f"comparison-{test}", main_table(one)), (f"pairs-{test}", pair_table(one))]
+        tables += [(f"comparison-{test}", main_table(one), one["notes"]), (f"pairs-{test}", pair_table(one), one["notes"])]
     if lost is not None:
-        tables += [("drops", drop_table(lost)), ("drop_pairs", drop_pair_table(lost))]
-    for name, content in tables:
-        content.write(out, name)
+        every = _every_note(found, external)
+        tables += [("drops", drop_table(lost), every), ("drop_pairs", drop_pair_table(lost), every)]
+    for name, content, limits in tables:
+        _write_table(content, out, name, limits)
         if name.startswith("comparison"):
             compact = content.only(("model", "Dice", "95 % over patients")).best_in_bold((), ("Dice",))
-            compact.write(out, name.replace("comparison", "comparison_compact", 1))
+            _write_table(compact, out, name.replace("comparison", "comparison_compact", 1), limits)
     if figures is not None:
         drawn = {"forest": found, **{f"forest-{test}": one for test, one in external.items()}}
         save_figures({name: forest_plot(one) for name, one in drawn.items() if one["pairs"]}, out / "figures", figures)
     write_text(out / "report.html", comparison_html(found, variants, external, lost))
+
+
+def _write_table(content: Table, out: Path, name: str, notes: Sequence[str]) -> None:
+    """Write a table with notes below it, in LaTeX as comments; CSV has no place for them."""
+    content.write(out, name)
+    for suffix, whole, mark in (("md", content.markdown(), ""), ("tex", content.latex(), "% ")):
+        if notes:
+            write_text(out / f"{name}.{suffix}", whole + "".join(f"\n{mark}{note}\n" for note in notes))
 
 
 def main_table(found: dict[str, Any]) -> Table:
@@ -308,12 +379,15 @@ def comparison_html(
         f"Kendall's tau between this ranking and that of a bootstrap resample of the patients: {number_text(tau)} on average."
     )
     said = [few] if few else [] if tau is None else [stable]
-    parts = [main_table(found).html(_NO_TEST), *map(text, said), text(NOTE, "note")]
+    parts = [main_table(found).html(_NO_TEST), *_limits(found), *map(text, said), text(NOTE, "note")]
     sections = [
         Section("Models", join(*parts)),
         *([Section("Pairs", join(pair_table(found).html(_NO_TEST), _forest(found)))] if found["pairs"] else []),
         *(
-            Section(f"Test set {test}", join(main_table(one).html(_NO_TEST), pair_table(one).html(_NO_TEST), _forest(one)))
+            Section(
+                f"Test set {test}",
+                join(main_table(one).html(_NO_TEST), *_limits(one), pair_table(one).html(_NO_TEST), _forest(one)),
+            )
             for test, one in external.items()
         ),
         *([Section("In and out of distribution", _drops(lost))] if lost is not None else []),
@@ -322,6 +396,10 @@ def comparison_html(
     ]
     data = variants[0].metrics["data"]["name"]
     return page(f"Comparison on {data}", f"{len(variants)} runs of meddino-eval segment on the same test cases.", sections)
+
+
+def _limits(found: dict[str, Any]) -> list[Markup]:
+    return [text(note, "warning") for note in found["notes"]]
 
 
 def _drops(lost: dict[str, Any]) -> Markup:
@@ -337,21 +415,26 @@ def _forest(found: dict[str, Any]) -> Markup:
 
 
 def _every_case(variants: Sequence[Variant]) -> Markup:
-    values = {variant.name: variant.by_case("dice") for variant in variants}
+    shared = shared_cases(variants, "dice")
+    values = {
+        variant.name: dict(zip(shared.cases, own.tolist(), strict=True))
+        for variant, own in zip(variants, shared.values, strict=True)
+    }
     title = "Dice of every case, mean over labels and seeds; a line joins the models"
     return in_columns([figure(case_plot(values, "Dice of every case", "Dice"), title)])
 
 
 def _pictures(variants: Sequence[Variant]) -> Markup:
     """A row a case: the reference, then what each run predicts."""
-    tables = [variant.by_case("dice") for variant in variants]
-    cases = sorted(set.intersection(*(set(one) for one in tables)), key=lambda case: sum(one[case] for one in tables))
-    fold = {row["case"]: int(row["fold"]) for row in variants[0].rows}
+    shared = shared_cases(variants, "dice")
+    tables = [dict(zip(shared.cases, own.tolist(), strict=True)) for own in shared.values]
+    cases = sorted(shared.cases, key=lambda case: sum(one[case] for one in tables))
+    folds = [{row["case"]: int(row["fold"]) for row in variant.rows} for variant in variants]
     shown: list[Markup] = []
     for title, case in chosen_cases(cases):
         pictures: list[tuple[bytes, str]] = []
         references: list[bytes] = []
-        for variant, own in zip(variants, tables, strict=True):
+        for variant, own, fold in zip(variants, tables, folds, strict=True):
             path = picture_path(variant.folder, fold[case], case)
             if path.is_file():
                 reference, prediction = (png(panel) for panel in apart(path.read_bytes()))

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from meddino_evaluation.metrics.statistics import holm
 from meddino_evaluation.metrics.text_table import Table, number_text
 from meddino_evaluation.metrics.unpaired import UnpairedResult, unpaired_means
-from meddino_evaluation.study.segmentation_runs import Variant
-
-Values = dict[str, float]
-"""One number a case."""
+from meddino_evaluation.study.segmentation_runs import Variant, shared_cases
 
 
 def drops(variants: Sequence[Variant], external: Mapping[str, Sequence[Variant]], resamples: int = 2000) -> dict[str, Any]:
     """Compare each model's Dice on its own test part with each set from elsewhere, and what two models lose there.
+
+    Of every set those cases count that all models have.
 
     Args:
         variants: Runs on one data set.
@@ -32,20 +31,19 @@ def drops(variants: Sequence[Variant], external: Mapping[str, Sequence[Variant]]
         between the sets. Both have p after Holm over their table.
     """
     found: dict[str, list[dict[str, Any]]] = {"drops": [], "pairs": []}
-    own = [_dice(variant) for variant in variants]
+    own = shared_cases(variants, "dice")
     for site, others in external.items():
-        there = [_dice(variant) for variant in others]
-        for variant, (inside, outside) in zip(variants, zip(own, there, strict=True), strict=True):
-            result = _compared(variant, inside, others, outside, resamples)
-            means = {"inside": float(np.mean(list(inside.values()))), "outside": float(np.mean(list(outside.values())))}
+        there = shared_cases(others, "dice")
+        patients = own.patients, there.patients
+        for variant, inside, outside in zip(variants, own.values, there.values, strict=True):
+            result = _compared(inside, outside, patients, resamples)
+            means = {"inside": float(inside.mean()), "outside": float(outside.mean())}
             row = {"name": variant.name + variant.leakage_mark, "set": site, "cases": len(outside), **means}
             found["drops"].append(row | _numbers(result))
         for first, second in itertools.combinations(range(len(variants)), 2):
-            result = _compared(
-                variants[0], _less(own[first], own[second]), others, _less(there[first], there[second]), resamples
-            )
+            differences = own.values[first] - own.values[second], there.values[first] - there.values[second]
             pair = {"first": variants[first].name, "second": variants[second].name, "set": site}
-            found["pairs"].append(pair | _numbers(result))
+            found["pairs"].append(pair | _numbers(_compared(*differences, patients, resamples)))
     for rows in found.values():
         adjusted = holm([math.nan if row["p"] is None else row["p"] for row in rows])
         for row, value in zip(rows, adjusted.tolist(), strict=True):
@@ -79,27 +77,13 @@ def drop_pair_table(found: dict[str, Any]) -> Table:
     return Table(("test set", "pair", "difference of drops", "95 %", "p", "after Holm"), tuple(rows))
 
 
-def _dice(variant: Variant) -> Values:
-    return dict(sorted(variant.by_case("dice").items()))
-
-
-def _less(first: Values, second: Values) -> Values:
-    return {case: first[case] - second[case] for case in first if case in second}
-
-
-def _compared(variant: Variant, inside: Values, others: Sequence[Variant], outside: Values, resamples: int) -> UnpairedResult:
-    patients = [{row["case"]: row["patient"] for row in one.rows} for one in (variant, others[0])]
-    return unpaired_means(
-        _array(inside),
-        _array(outside),
-        groups_a=[patients[0][case] for case in inside],
-        groups_b=[patients[1][case] for case in outside],
-        resamples=resamples,
-    )
-
-
-def _array(values: Values) -> NDArray[np.float64]:
-    return np.array(list(values.values()), dtype=np.float64)
+def _compared(
+    inside: NDArray[np.float64],
+    outside: NDArray[np.float64],
+    patients: tuple[Sequence[str], Sequence[str]],
+    resamples: int,
+) -> UnpairedResult:
+    return unpaired_means(inside, outside, groups_a=patients[0], groups_b=patients[1], resamples=resamples)
 
 
 def _numbers(result: UnpairedResult) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from meddino_evaluation.metrics.figures import add_figures_argument
 
+STUDY = "study.yaml"
+TABLES = ("results", "results_compact", "comparison", "missing")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `meddino-eval study`."""
@@ -39,11 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval study`."""
     from meddino.core.config import load_config, to_yaml
     from meddino.core.errors import ConfigError, MedDINOError
-    from meddino.core.files import write_text
     from meddino_evaluation.classification.recognise import open_labelled
     from meddino_evaluation.classification.report import chosen_columns
     from meddino_evaluation.study.classification_jobs import list_jobs, load_results
-    from meddino_evaluation.study.config import StudyConfig
+    from meddino_evaluation.study.config import StudyConfig, table_names
     from meddino_evaluation.study.jobs import list_lines, parse_part, run_jobs
     from meddino_evaluation.study.tables import write_study
 
@@ -58,13 +60,19 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.list:
         sys.stdout.write(list_lines(jobs, root))
         return
-    for name, data_root in dict.fromkeys((job.dataset, job.root) for job in jobs):
-        open_labelled(name, data_root)  # a folder that is missing is said before the first job
+    _refuse_files_of_others(arguments.out, arguments.kind)
+    entry_jobs = len(jobs) // len(config.data)  # the jobs of one data set after those of another
+    # A folder that is missing is said before the first job.
+    datasets = [open_labelled(job.dataset, job.root).config.name for job in jobs[::entry_jobs]]
+    names = table_names(config, datasets)
     part = parse_part(arguments.part)
-    if part is None:
-        write_text(arguments.out / "study.yaml", to_yaml(config))
+    _begin(arguments.out, arguments.kind, to_yaml(config), part)
     problems = run_jobs(jobs, root, part)
-    found = load_results(jobs, arguments.out)
+    found = [
+        (job, {**content, "data": {**content["data"], "name": name}})
+        for place, name in enumerate(names)
+        for job, content in load_results(jobs[place * entry_jobs : (place + 1) * entry_jobs], arguments.out)
+    ]
     if part is None or len(found) == len(jobs):
         # In an array every task tries; the one that finds all jobs done writes the tables.
         write_study(arguments.kind, config, found, arguments.out, problems, arguments.figures, columns)
@@ -80,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _run_tasks(arguments: argparse.Namespace) -> None:
     """Run what lies under a root of the tasks of the field, say what is missing, and write the tables when all is done."""
     from meddino.core.errors import ConfigError, MedDINOError
+    from meddino.core.files import canonical_json
     from meddino_evaluation.study.jobs import list_lines, parse_part, run_jobs
     from meddino_evaluation.study.lvm_med import chosen_tasks, list_task_jobs, load_task_results
     from meddino_evaluation.study.lvm_med_tables import missing_table, write_task_study
@@ -99,7 +108,10 @@ def _run_tasks(arguments: argparse.Namespace) -> None:
             f"--root {arguments.root}: no task has its data there; looked for the folders "
             f"{', '.join(task.folder or task.name for task in tasks)}"
         )
+    _refuse_files_of_others(arguments.out, arguments.kind)
     part = parse_part(arguments.part)
+    settings = {"models": arguments.models, "tasks": [task.name for task in tasks], "overrides": arguments.overrides}
+    _begin(arguments.out, arguments.kind, canonical_json(settings) + "\n", part)
     problems = run_jobs(jobs, folder, part)
     found = load_task_results(jobs, arguments.out)
     if part is None or len(found) == len(jobs):
@@ -109,3 +121,28 @@ def _run_tasks(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"{len(found)} of {len(jobs)} jobs are done; tables are written when all are\n")
     if problems:
         raise MedDINOError("not every job could run: " + " | ".join(problems))
+
+
+def _refuse_files_of_others(out: Path, kind: str) -> None:
+    """Refuse a folder that another command, another kind of study or the user has filled.
+
+    A study of a version that did not write down its kind goes on: it has jobs, and they say by protocol or by task of what kind
+    they are.
+    """
+    from meddino_evaluation.data.run_folder import SETTINGS, is_marked, refuse_files_of_others
+
+    jobs, is_old = out / "jobs", False
+    if not is_marked(out, STUDY):
+        key = '"task"' if kind == "lvm-med" else '"protocol"'
+        is_old = any(key in path.read_text(encoding="utf-8") for path in jobs.glob("*/job.json"))
+        is_old |= kind != "lvm-med" and (out / STUDY).is_file() and jobs.is_dir()
+    files = ["report.html", *(f"{name}.{suffix}" for name in TABLES for suffix in ("csv", "md", "tex")), SETTINGS]
+    refuse_files_of_others(out, files, STUDY, f"study {kind}", is_old)
+
+
+def _begin(out: Path, kind: str, settings: str, part: tuple[int, int] | None) -> None:
+    """Write the study's settings; parts, which share the folder, leave those that are there."""
+    from meddino_evaluation.data.run_folder import begin, is_begun
+
+    if part is None or not is_begun(out, STUDY, f"study {kind}"):
+        begin(out, settings, STUDY, f"study {kind}")

@@ -128,7 +128,7 @@ def pca_picture(patches: PatchMap) -> NDArray[np.uint8]:
     return patch_pca_images([patches.tokens], upscale=patches.patch_px, masks=body)[0]
 
 
-def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str:
+def similarity_page(patches: PatchMap, title: str, row: int, column: int, note: str = "") -> str:
     """Return one self-contained page: image, PCA, and a map that follows the mouse's click.
 
     Tokens wider than 128 are projected on their 128 leading singular directions; the page says how much that changes.
@@ -138,6 +138,7 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
         title: Heading.
         row: Patch shown first.
         column: Of the patch shown first.
+        note: What limits what is shown; "" where nothing does.
     """
     rows, columns = patches.grid
     unit = functional.normalize(patches.tokens, dim=0).flatten(1).T  # [N, D]
@@ -173,7 +174,7 @@ def similarity_page(patches: PatchMap, title: str, row: int, column: int) -> str
     pair = [(png(_small(patches.picture)), first), (png(_small(pca_picture(patches))), "first three components, body only")]
     words = "The first three principal components of the patch tokens as red, green and blue, over the body's patches."
     sections = [
-        html.Section("Similarity to the chosen patch", body),
+        html.Section("Similarity to the chosen patch", html.join(*([html.text(note, "warning")] if note else []), body)),
         html.Section("Principal components", html.join(html.text(words), html.picture_row(pair, width_px=_SHOWN_PX))),
     ]
     lead = f"{rows} x {columns} patches of {patches.patch_px} px; click on one. Off the exact map by at most {difference:.4f}"

@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meddino.data.intensity import MODALITIES
+from meddino.data.intensity import MODALITIES, Modality
 
 if TYPE_CHECKING:
     from meddino_evaluation.backbones.adapter import Backbone
+
+SETTINGS = "visualize.yaml"
+IMAGE_FILES = ("pca.png", "similarity.png", "image.png", "similarity.html")
+FEATURES_FILES = ("tsne.png", "tsne.html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run `meddino-eval visualize`."""
     from meddino.core.errors import ConfigError
+    from meddino.core.files import canonical_json
     from meddino_evaluation.backbones.load import load_backbone
+    from meddino_evaluation.data.run_folder import begin, refuse_files_of_others
 
-    if not arguments.image and not (arguments.data and arguments.root):
+    with_features = bool(arguments.data and arguments.root)
+    if not arguments.image and not with_features:
         raise ConfigError("nothing to show: give --image FILE, or --data NAME with --root DIR")
+    files = (*(IMAGE_FILES if arguments.image else ()), *(FEATURES_FILES if with_features else ()))
+    refuse_files_of_others(arguments.out, files, SETTINGS, "visualization")
     backbone = load_backbone(arguments.model)
+    shown = {"model": arguments.model, "image": arguments.image, "data": arguments.data}
+    begin(arguments.out, canonical_json(shown) + "\n", SETTINGS, "visualization")
     if arguments.image:
         _show_image(arguments, backbone)
-    if arguments.data and arguments.root:
+    if with_features:
         _show_features(arguments, backbone)
 
 
@@ -44,6 +55,7 @@ def _show_image(arguments: argparse.Namespace, backbone: "Backbone") -> None:
     from meddino.core.errors import ConfigError
     from meddino.core.files import atomic_write, write_text
     from meddino.core.html_charts import png
+    from meddino.core.logging import get_logger
     from meddino_evaluation.classification.images import read_slices
     from meddino_evaluation.visualization.patch_similarity import (
         patch_map,
@@ -53,6 +65,11 @@ def _show_image(arguments: argparse.Namespace, backbone: "Backbone") -> None:
     )
 
     stack = read_slices(arguments.image, arguments.modality)
+    given: Modality = "ct" if stack.kind == "hu" else arguments.modality
+    mismatch = backbone.contract.mismatch(given, f"model {backbone.name} on {Path(arguments.image).name}")
+    note = f"{mismatch}; they are scaled to its range" if mismatch else ""
+    if note:
+        get_logger(__name__).warning("%s", note)
     number = len(stack.values) // 2 if arguments.slice is None else arguments.slice
     patches = patch_map(backbone, stack, number, arguments.size or backbone.contract.native_size_px)
     row, column = (side // 2 for side in patches.grid)
@@ -70,7 +87,7 @@ def _show_image(arguments: argparse.Namespace, backbone: "Backbone") -> None:
         with atomic_write(arguments.out / name) as stream:
             stream.write(png(picture))
     title = f"Patch similarity: {Path(arguments.image).name}, slice {number}"
-    write_text(arguments.out / "similarity.html", similarity_page(patches, title, row, column))
+    write_text(arguments.out / "similarity.html", similarity_page(patches, title, row, column, note))
     sys.stdout.write(f"{arguments.out / 'similarity.html'}: click on a patch to see its map\n")
 
 
