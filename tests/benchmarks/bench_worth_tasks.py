@@ -143,7 +143,8 @@ def rows_of_patients(task: str, tables: Mapping[str, NDArray[np.float64]], paire
         row = Row(task, name, tuple(table.mean(1)))
         if name != RANDOM:
             found = paired_means(table.mean(0), base.mean(0))
-            sides = (table - base, np.zeros_like(base)) if paired_seeds else (table, base)
+            paired = paired_seeds and len(table) == len(base)  # what is not done yet has fewer
+            sides = (table - base, np.zeros_like(base)) if paired else (table, base)
             both = over_patients_and_seeds(*sides)
             row = replace(row, difference=found.difference, patients_95=(found.low, found.high), both_95=both, p=found.p_value)
         rows.append(row)
