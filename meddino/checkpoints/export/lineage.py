@@ -23,7 +23,7 @@ from meddino.data.audits import says_something
 from meddino.data.corpus import Corpus
 from meddino.data.overlap import IN_TRAINING, VOLUMES_FILE, content_key
 
-_log = get_logger(__name__)
+logger = get_logger(__name__)
 _MAX_BYTES = 1 << 28
 _LEVELS = 3  # from a checkpoint's folder up to its run's
 
@@ -122,7 +122,7 @@ def training_volumes(model: str | Path) -> frozenset[str] | None:
         return None
     text = find_volume_list(folder, record)
     if record is not None and text is None:
-        _log.warning(
+        logger.warning(
             "%s names a list of %d training volumes, and %s is not there: nothing can be compared with what it has seen; copy "
             "the model folder again",
             *(folder, record.volumes, VOLUMES_FILE),
