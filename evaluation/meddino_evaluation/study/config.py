@@ -31,7 +31,7 @@ class StudyConfig(StrictConfig):
     """As --model elsewhere; {model} stands for --model; the first is the reference."""
     data: tuple[StudyData, ...] = Field(min_length=1)
     """Data sets."""
-    protocols: tuple[ProtocolName, ...] = ("knn", "logistic", "linear")
+    protocols: tuple[ProtocolName, ...] = Field(("knn", "logistic", "linear"), min_length=1)
     """Study compare: what to run (study freeze and few-shot bring their own)."""
     frozen: ProtocolName = "linear"
     """Study freeze: the protocol with a frozen backbone; S1: a linear head."""

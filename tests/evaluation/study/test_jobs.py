@@ -111,6 +111,11 @@ def test_list_jobs__two_models_of_one_name_are_refused(config, data_root, tmp_pa
             list_jobs("compare", load_study(str(config), [f"models={models}"]), tmp_path, data_root=data_root)
 
 
+def test_config__a_study_of_no_protocol_is_refused(config):
+    with pytest.raises(ConfigError, match="protocols"):
+        load_study(str(config), ["protocols=[]"])
+
+
 def test_list_jobs__other_labels_are_other_jobs(tmp_path):
     for name in ("a", "b"):
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / f"{name}.png")
