@@ -123,12 +123,30 @@ def _table(path: Path) -> dict[str, Any]:
 
 
 def _described(classes: list[str], first: Path, layout: dict[str, Any]) -> dict[str, Any]:
+    """Return a definition's keys; classes whose names differ in writing alone are one by mistake, and are refused."""
+    written: dict[str, str] = {}
+    for name in classes:
+        other = written.setdefault(_plain(name), name)
+        if other != name:
+            raise ConfigError(
+                f"the labels '{other}' and '{name}' differ in writing alone: write one way of it, or, if they are two classes, "
+                "name both in a definition of your own (docs/classification.md)"
+            )
     return {
         "task": "binary" if len(classes) == 2 else "multiclass",
         "classes": classes,
         "layout": layout,
         **kind_of_file(first),
     }
+
+
+def _plain(name: str) -> str:
+    """Return a label as it would be compared by a person: 0 is 0.0, and Normal is normal."""
+    text = name.strip().casefold()
+    try:
+        return str(float(text))
+    except ValueError:
+        return text
 
 
 def kind_of_file(first: Path) -> dict[str, Any]:

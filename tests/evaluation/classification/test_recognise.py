@@ -46,6 +46,15 @@ def test_table__image_label_patient_and_split(tmp_path):
         recognise(tmp_path / "labels.csv")
 
 
+@pytest.mark.parametrize(("first", "second"), [("0", "0.0"), ("Normal", "normal")])
+def test_labels__that_differ_in_writing_alone_are_refused(tmp_path, first, second):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "labels.csv").write_text(f"image,label\na.png,{first}\nb.png,{second}\n")
+    with pytest.raises(ConfigError, match=f"'{first}' and '{second}' differ in writing alone"):
+        open_labelled(str(tmp_path), None)
+
+
 def test_ct_volumes__are_taken_for_hounsfield_units(tmp_path):
     make_fake("ct_contrast", tmp_path / "fake", 2)
     table = tmp_path / "fake/classification/ct_contrast/labels.csv"
