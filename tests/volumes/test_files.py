@@ -162,6 +162,16 @@ def test_nifti__what_is_assumed_is_told(tmp_path):
         read_volume(path)
 
 
+@pytest.mark.parametrize(("letters", "told"), [("RAI", 1), ("LPI", 2), ("???", 1)])
+def test_metaimage__an_orientation_in_letters_alone_is_not_followed_and_told(tmp_path, letters, told):
+    head = "ObjectType = Image\nNDims = 3\nElementSpacing = 1 1 1\nDimSize = 8 8 8\nElementType = MET_SHORT\n"
+    head += f"AnatomicalOrientation = {letters}\nElementDataFile = LOCAL\n"
+    (tmp_path / "a.mha").write_bytes(head.encode() + make_hu(0, (8, 8, 8)).tobytes())
+    notes = read_volume(tmp_path / "a.mha").notes
+    assert len(notes) == told and "orientation is not in the file" in notes[0]
+    assert told == 1 or notes[1] == "AnatomicalOrientation LPI, which says otherwise, is not followed"
+
+
 def test_nifti__a_shear_by_rounding_is_read_and_a_real_one_is_no_regular_grid(tmp_path):
     hu, path = make_hu(0), tmp_path / "a.nii"
     small = np.array([[-3.4, 0.02, 0, 190], [0, -3.5, 0.03, 160], [0.01, 0, 3.0, 10], [0, 0, 0, 1]])

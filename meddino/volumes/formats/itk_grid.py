@@ -104,6 +104,9 @@ def _assumed(format: str, fields: dict[str, str], limits: ReadLimits) -> tuple[f
     oriented = ("space", "space directions") if is_nrrd else ("transformmatrix", "orientation", "rotation")
     if not (all if is_nrrd else any)(name in fields for name in oriented):
         notes.append("orientation is not in the file: axes taken to run to left, back and up")
+        letters = fields.get("anatomicalorientation", "").upper()  # from where axes run; ITK reads the matrix alone
+        if not is_nrrd and re.fullmatch("[RLAPIS]{3}", letters) and letters != "RAI":
+            notes.append(f"AnatomicalOrientation {letters}, which says otherwise, is not followed")
     elif is_nrrd and fields["space"].lower() not in {*_ANATOMY, *_NOT_TURNED}:
         notes.append("orientation is not in the file: x, y and z of its space taken to run to left, back and up")
     return scale, tuple(notes)
