@@ -44,8 +44,6 @@ LABELLED, LABELLED_ARMS = (1, 2, 4, 8), 4
 TASKS = (("ct_contrast", "."), ("ct_plane", "classification/ct_plane"))
 PROTOCOLS = ("knn", "logistic")
 SARCOMA = "segmentation/Dataset901_SarcomaCT"
-Folders = Mapping[str, Mapping[int, Path]]
-"""Name of the weights -> seed -> folder of results."""
 
 
 def checkpoint(out: Path, arm: str, stage: str, seed: int) -> Path:
@@ -208,10 +206,7 @@ def read_labelled(folder: Path, count: int, mode: str) -> dict[str, NDArray[np.f
         name = metrics.parent.name.rpartition(f"_{mode}-")[0]
         seed = int(metrics.parents[2].name.partition("_s")[2].removesuffix("-arms"))
         found.setdefault(name, {})[seed] = read_variant(name, metrics.parent).by_case("dice")
-    return {
-        name: np.array([[seeds[seed][patient] for patient in sorted(seeds[seed])] for seed in sorted(seeds)])
-        for name, seeds in found.items()
-    }
+    return _tables(found)
 
 
 def read_sarcoma(folder: Path) -> dict[str, NDArray[np.float64]]:
@@ -220,6 +215,11 @@ def read_sarcoma(folder: Path) -> dict[str, NDArray[np.float64]]:
     for file in sorted(folder.glob("*/metrics.json")):
         name, _, seed = file.parent.name.rpartition("_s")
         found.setdefault(name, {})[int(seed)] = patient_scores(file.parent, "probed")
+    return _tables(found)
+
+
+def _tables(found: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, NDArray[np.float64]]:
+    """Return each weights' scores by seed and patient as [seeds, patients], both in order."""
     return {
         name: np.array([[seeds[seed][patient] for patient in sorted(seeds[seed])] for seed in sorted(seeds)])
         for name, seeds in found.items()

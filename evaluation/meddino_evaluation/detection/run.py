@@ -178,8 +178,9 @@ def _notes(
 ) -> list[str]:
     notes = [OVERFIT] if config.overfit else []
     notes += dataset.notes
-    notes += doubtful_patients([case.with_classes(dataset.classes) for case in dataset.cases]) if dataset.has_patients else []
-    lost = left_out([case.with_classes(dataset.classes) for case in dataset.cases], splits)
+    cases = [case.with_classes(dataset.classes) for case in dataset.cases]
+    notes += doubtful_patients(cases) if dataset.has_patients else []
+    lost = left_out(cases, splits)
     notes += [lost] if lost else []
     mismatch = backbone.contract.mismatch(dataset.modality, f"model {backbone.name} on {dataset.name}")
     if mismatch:

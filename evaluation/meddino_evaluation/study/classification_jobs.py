@@ -101,13 +101,12 @@ def list_jobs(
     jobs = []
     for data in config.data:
         root = Path(data.root) if data_root is None else data_root / data.root
-        cases = cases_hash(data.dataset, root, _settings(config, data, protocols[0], kind, out).split.file)
+        settings = {protocol: _settings(config, data, protocol, kind, out) for protocol in protocols}
+        cases = cases_hash(data.dataset, root, settings[protocols[0]].split.file)
         for name in models:
             for protocol in protocols:
-                settings = _settings(config, data, protocol, kind, out)
-                jobs.append(
-                    ClassificationJob(name, data.dataset, root, protocol, kind == FEW_SHOT, settings, weights[name], cases)
-                )
+                what = (protocol, kind == FEW_SHOT, settings[protocol], weights[name], cases)
+                jobs.append(ClassificationJob(name, data.dataset, root, *what))
     return jobs
 
 
